@@ -1,0 +1,1 @@
+"""Triton kernels behind the `learnevict::` custom ops; imported by `learnevict.ops.use_kernels()` alone."""

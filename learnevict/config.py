@@ -1,0 +1,74 @@
+"""Budgets: how much a policy may hold, in tokens, per cent or bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from learnevict.errors import BudgetError
+
+BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+EXAMPLES = 'an int (tokens), "25%" (share of the tokens seen) or "64MiB" (keys and values of one row)'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Slots held per (layer, row, kv head) after an eviction event, guards and fresh block included.
+
+    `unit` is "tokens" (amount is a count), "share" (amount in (0, 1] of the row's tokens, resolved at each event) or
+    "bytes" (keys and values of one row over all evicting layers, slack included).
+    """
+
+    amount: float
+    unit: Literal["tokens", "share", "bytes"] = "tokens"
+
+    @classmethod
+    def parse(cls, text: int | str | Budget) -> Budget:
+        """Read 512, "512", "25%" or "64MiB".
+
+        Raises:
+            BudgetError: anything else, or an amount that is not positive.
+        """
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[A-Za-z]*)\s*", str(text))
+        if match is None:
+            raise BudgetError(f"budget {text!r} is not understood; give {EXAMPLES}")
+        number, unit = float(match[1]), match[2].upper()
+        if unit == "%" and 0 < number <= 100:
+            return cls(number / 100, "share")
+        if unit in BYTE_UNITS and number > 0:
+            return cls(number * BYTE_UNITS[unit], "bytes")
+        if unit == "" and number >= 1 and number == int(number):
+            return cls(int(number))
+        raise BudgetError(f"budget {text!r} is out of range; give {EXAMPLES}")
+
+    def tokens(self, seen: int, floor: int, row_bytes_per_token: int, num_layers: int, reserve: int) -> int:
+        """Resolve to slots per (layer, kv head).
+
+        Args:
+            seen: tokens the row has seen (used by shares).
+            floor: smallest budget a share may shrink to (guards + block).
+            row_bytes_per_token: bytes of K and V of one token in all heads of one layer, summed over evicting layers.
+            num_layers: evicting layers; only used to word the error.
+            reserve: slots held on top of the budget between events (slack).
+        """
+        if self.unit == "share":
+            return max(math.ceil(self.amount * seen), floor)
+        if self.unit == "tokens":
+            return int(self.amount)
+        slots = int(self.amount // row_bytes_per_token) - reserve
+        if slots < floor:
+            need = (floor + reserve) * row_bytes_per_token
+            raise BudgetError(
+                f"{int(self.amount)} bytes hold {max(slots + reserve, 0)} tokens in {num_layers} layers, but guards, fresh "
+                f"block and slack take {floor + reserve}; give at least {need} bytes"
+            )
+        return slots
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            return f"{self.amount:.4g}".rstrip("0") if self.amount > 1 else f"{100 * self.amount:.4g}%"
+        return str(int(self.amount)) if self.unit == "tokens" else f"{int(self.amount)}B"

@@ -1,0 +1,247 @@
+"""Hooks that let a model read and write an EvictingCache; everything is undone on exit.
+
+Three pieces, none of them on the model's classes: an attention function and a mask function registered with transformers
+under the name "learnevict", hooks on the decoder that open and close each forward, and a hook on every attention module
+that hands it its cache layer (or, in a replay, its expiries).
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from learnevict.errors import CacheError, ModelError
+from learnevict.infer.attention import plain_attention, replay_attention
+from learnevict.infer.cache import EvictingCache
+from learnevict.infer.layer import EvictingLayer
+from learnevict.policy import Governor
+from learnevict.signals import Attention
+
+NAME = "learnevict"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replayed forward sees: expiry int32 [B, H, T] by layer index, and bool [B, T] real tokens (None: all)."""
+
+    expiry: dict[int, Tensor]
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one attention module is given for one forward."""
+
+    layer: EvictingLayer | None
+    hidden: Tensor | None
+    expiry: Tensor | None = None
+    valid: Tensor | None = None
+
+
+@dataclass
+class Hooks:
+    """The hooks of one model, shared by nested attachments and removed with the last."""
+
+    handles: list[Any]
+    previous: Any
+    count: int = 1
+
+
+REPLAY: ContextVar[Replay | None] = ContextVar("learnevict_replay", default=None)
+_slots_decide: ContextVar[bool] = ContextVar("learnevict_slots_decide", default=False)
+_hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """Keeps a model's hooks alive; a context manager that yields its cache.
+
+    Args:
+        model: the model.
+        cache: yielded on entry; None if only hooks were asked for.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache | None) -> None:
+        self.model, self.cache = model, cache
+        hook(model)
+        self.active = True
+
+    def detach(self) -> None:
+        """Remove the hooks, unless another attachment still needs them."""
+        if self.active:
+            self.active = False
+            unhook(self.model)
+
+    def __enter__(self) -> Any:
+        return self.cache
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach(
+    model: PreTrainedModel,
+    policy: Governor | None = None,
+    *,
+    record: bool = False,
+    prompt_length: list[int] | None = None,
+) -> Attachment:
+    """Let `model` use evicting caches.
+
+    Args:
+        model: any causal language model of transformers that dispatches through its attention interface.
+        policy: governs the cache that `with attach(model, policy) as cache:` yields. Without one only hooks are set, and
+            `EvictingCache(model.config, policy)` makes caches.
+        record: the cache keeps its expiry trace.
+        prompt_length: see EvictingCache.
+
+    Returns:
+        An Attachment: a context manager yielding the cache; `detach()` ends it outside `with`.
+
+    Raises:
+        ModelError: the model does not dispatch attention through transformers' interface.
+        BudgetError: the policy's budget does not fit this model.
+    """
+    cache = None
+    if policy is not None:
+        policy.scorer.to(model.device)
+        cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length)
+    return Attachment(model, cache)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The model's self-attention modules by layer index.
+
+    Raises:
+        ModelError: none can be found, or the model does not support attention backends.
+    """
+    found: dict[int, nn.Module] = {}
+    if getattr(model, "_supports_attention_backend", False):
+        for module in decoder_of(model).modules():
+            index = getattr(module, "layer_idx", None)
+            if type(module).__name__.endswith("Attention") and isinstance(index, int):
+                found[index] = module
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} does not dispatch attention through transformers' AttentionInterface, so learnevict "
+            "cannot serve it; Llama, Qwen2, Qwen3, Mistral, Gemma2, Gemma3, Phi3 and GPT-OSS are tested"
+        )
+    return found
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module whose forward receives the 2D attention mask."""
+    decoder = model.get_decoder()
+    return model if decoder is None else decoder
+
+
+def hook(model: PreTrainedModel) -> None:
+    """Set the hooks, or count one more user of those that are there."""
+    if model in _hooked:
+        _hooked[model].count += 1
+        return
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+    modules, decoder = attention_modules(model), decoder_of(model)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    handles = [
+        decoder.register_forward_pre_hook(_open_forward, with_kwargs=True),
+        decoder.register_forward_hook(_close_forward, with_kwargs=True, always_call=True),
+        *(module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in modules.values()),
+    ]
+    _hooked[model] = Hooks(handles, previous)
+
+
+def unhook(model: PreTrainedModel) -> None:
+    """One user fewer; the last one removes the hooks."""
+    hooks = _hooked[model]
+    hooks.count -= 1
+    if hooks.count == 0:
+        for handle in hooks.handles:
+            handle.remove()
+        model.set_attn_implementation(hooks.previous)
+        del _hooked[model]
+
+
+def _open_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    cache = kwargs.get("past_key_values")
+    _slots_decide.set(isinstance(cache, EvictingCache) or REPLAY.get() is not None)
+    if not isinstance(cache, EvictingCache):
+        return
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    source = tokens if tokens is not None else kwargs["inputs_embeds"]
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise CacheError(
+            "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
+        )
+    cache.begin(source.shape[0], source.shape[1], mask, tokens, source.device)
+
+
+def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    _slots_decide.set(False)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, EvictingCache) and output is not None:
+        cache.clock.commit()
+
+
+def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    cache, replay = kwargs.get("past_key_values"), REPLAY.get()
+    index: Any = module.layer_idx
+    if replay is not None and index in replay.expiry:
+        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid)}
+    if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):
+        layer.expecting = True
+        return args, {**kwargs, NAME: Step(layer, hidden)}
+    return None
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    learnevict: Step | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered with transformers: event loop, replay, or plain attention for stock layers.
+
+    Args:
+        query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv]; post-RoPE.
+        attention_mask: from `mask_function`.
+
+    Returns:
+        [B, S, Hq, dv] and None (probabilities are not returned).
+    """
+    if kwargs.get("cache") is not None:
+        raise CacheError(
+            "continuous batching (PagedAttentionCache) shares blocks between heads, so heads cannot evict apart"
+        )
+    attention = Attention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if learnevict is None:
+        out = plain_attention(query, key, value, attention_mask, attention)
+    elif learnevict.layer is not None:
+        out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
+    else:
+        assert learnevict.expiry is not None
+        out = replay_attention(query, key, value, learnevict.expiry, learnevict.valid, attention)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Masks for stock layers; none for layers whose visibility comes from slot positions or a trace."""
+    if _slots_decide.get() and kwargs.get("local_size") is None:
+        return None
+    return eager_mask(*args, **kwargs)

@@ -1,0 +1,225 @@
+"""EvictingCache: a transformers cache governed by a policy."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from learnevict.errors import CacheError, ModelError, StockLayersWarning, TraceError
+from learnevict.infer.clock import Clock
+from learnevict.infer.layer import EvictingLayer, Place
+from learnevict.policy import Governor
+from learnevict.signals import Trace
+
+
+class EvictingCache(Cache):
+    """Keys and values in slots; a policy decides which stay. One cache serves one conversation batch.
+
+    Layers whose stock cache is already bounded (sliding window) stay stock and are named in a StockLayersWarning.
+
+    Args:
+        config: of the model it will serve.
+        policy: governs every full-attention layer.
+        record: keep the expiry trace (see `trace`).
+        prompt_length: real tokens of each row's prompt, for prompt protection when prompt and answer are read in one
+            forward; by default the prompt is what is read before the first single-token step.
+
+    Raises:
+        ModelError: layers that can neither be evicted from nor left stock.
+        BudgetError: a byte budget that cannot hold guards and slack.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: Governor,
+        *,
+        record: bool = False,
+        prompt_length: list[int] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.record = record
+        self.clock = Clock(policy.schedule, prompt_length)
+        text = config.get_text_config(decoder=True)
+        stock = DynamicCache(config=text).layers
+        evicting = evicting_layers(stock)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dtype = getattr(text, "dtype", None) or torch.float32
+        row_bytes = len(evicting) * 2 * heads * width * torch.empty(0, dtype=dtype).element_size()
+        layers = list(stock)
+        for rank, index in enumerate(evicting):
+            layers[index] = EvictingLayer(policy, self.clock, Place(index, rank, len(evicting), row_bytes), record)
+        super().__init__(layers=layers)
+        self.evicting = evicting
+        if policy.schedule.active and evicting:
+            self._slots()[0]._targets([0])
+        if len(evicting) < len(layers) and policy.schedule.active:
+            kept = [i for i in range(len(layers)) if i not in set(evicting)]
+            warnings.warn(
+                f"layers {kept} keep their stock cache ({type(stock[kept[0]]).__name__} is bounded already); the policy "
+                f"governs {len(evicting)} of {len(layers)} layers",
+                StockLayersWarning,
+                stacklevel=2,
+            )
+
+    def _slots(self) -> list[EvictingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
+
+    # --- forwards ---
+
+    def begin(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
+        """Plan one forward; called by the hook on the model, once, before its layers run.
+
+        Raises:
+            CacheError: the batch size changed in the middle of a conversation.
+        """
+        if self.clock.seen and len(self.clock.seen) != batch:
+            raise CacheError(
+                f"this cache holds a conversation of {len(self.clock.seen)} rows, but {batch} rows came in; call "
+                "cache.reset() or make a new cache for a new prompt"
+            )
+        if self.clock.pending:
+            raise CacheError(
+                "the last forward of this cache was interrupted, so its layers disagree; call cache.reset() and read the "
+                "conversation again"
+            )
+        self.clock.read(batch, size, mask, tokens, device)
+
+    # --- figures ---
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held now, all layers."""
+        return sum(stored_bytes(layer) for layer in self.layers)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Most bytes of keys and values held at any time; layers are summed at their own peaks."""
+        return sum(
+            layer.peak_nbytes if isinstance(layer, EvictingLayer) else stored_bytes(layer) for layer in self.layers
+        )
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes a full cache of the tokens read so far would hold."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer) and layer.store is not None:
+                keys, values = layer.store.keys, layer.store.values
+                rows, heads = layer.store.position.shape[:2]
+                per_slot = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+                total += rows * heads * per_slot * self.clock.length
+            else:
+                total += stored_bytes(layer)
+        return total
+
+    @property
+    def aux_nbytes(self) -> int:
+        """Bytes of positions, ledgers, query rings and tables."""
+        return sum(layer.aux_nbytes for layer in self._slots())
+
+    def positions(self, layer: int) -> Tensor:
+        """Which token each slot of a layer holds, int32 [B, H, slots], -1 = empty.
+
+        Raises:
+            CacheError: the layer keeps its stock cache or has not run yet.
+        """
+        found = self.layers[layer]
+        if not isinstance(found, EvictingLayer) or found.store is None:
+            raise CacheError(f"layer {layer} holds no slots (evicting layers: {self.evicting}; run the model first)")
+        return found.store.position
+
+    def trace(self) -> Trace:
+        """The recorded history: expiry int32 [L, B, H, T]; layers that stay stock never expire.
+
+        Raises:
+            TraceError: nothing was recorded (pass record=True), or rows were reordered (beams).
+        """
+        slots = self._slots()
+        if not self.record or any(layer.expiry is None for layer in slots):
+            raise TraceError(
+                "no trace was recorded; create the cache with record=True and run the model (beams record none)"
+            )
+        length = self.clock.length
+        parts = {layer.place.index: layer.expiry[..., :length] for layer in slots if layer.expiry is not None}
+        if not parts:
+            raise TraceError("no layer of this model evicts, so there is no trace")
+        like = next(iter(parts.values()))
+        never = torch.full_like(like, torch.iinfo(torch.int32).max)
+        expiry = torch.stack([parts.get(i, never) for i in range(len(self.layers))])
+        budget = self.policy.budget
+        return Trace(
+            expiry,
+            source=getattr(self.policy, "name", type(self.policy).__name__),
+            budget=int(budget.amount) if budget.unit == "tokens" else None,
+            period=self.policy.schedule.period,
+        )
+
+    # --- what transformers asks of a cache ---
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: evicted tokens cannot be brought back."""
+        return False
+
+    def crop(self, max_length: int) -> None:
+        """Refused; see EvictingLayer.crop."""
+        raise CacheError(
+            "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
+            "`assistant_model` / `prompt_lookup_num_tokens`, or use a stock cache"
+        )
+
+    def reset(self) -> None:
+        """Forget the conversation; the cache may then serve a new one."""
+        self.clock.reset()
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row beam_idx[i], slots and ledger and clock alike (beam search).
+
+        Raises:
+            CacheError: a trace is being recorded; beams have no single history.
+        """
+        if self.record and any(layer.expiry is not None for layer in self._slots()):
+            raise CacheError("beams record no trace; create the cache with record=False")
+        self.clock.reorder(beam_idx.tolist())
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = torch.arange(len(self.clock.seen)).repeat_interleave(repeats)
+        self.reorder_cache(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.reorder_cache(indices)
+
+
+def evicting_layers(stock: list) -> list[int]:
+    """Indices of the layers that a policy may govern.
+
+    Raises:
+        ModelError: a layer kind that is neither full nor sliding-window attention.
+    """
+    unknown = {type(layer).__name__ for layer in stock if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    if unknown:
+        raise ModelError(
+            f"this model has cache layers of kind {sorted(unknown)}, which learnevict does not serve yet (full and "
+            "sliding-window attention only); use the model's stock cache"
+        )
+    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
+
+
+def stored_bytes(layer: object) -> int:
+    """Bytes of keys and values of one cache layer, stock or evicting."""
+    if isinstance(layer, EvictingLayer):
+        return layer.nbytes
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))

@@ -1,0 +1,186 @@
+"""The clock of a conversation batch: which tokens each row has seen, and when its next event is due.
+
+All layers share it. It lives on the host, so no decision about time ever waits for the device; a decode step costs a few
+integer additions. Tokens are cut into blocks on each row's own grid, anchored at its first real token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learnevict.policy import Schedule
+from learnevict.signals import Rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """Up to one period of fresh tokens per row.
+
+    Attributes:
+        columns: where they stand in the forward's input: a slice when all rows agree, else int64 [B, W] (0 where unused).
+        sizes: real tokens per row; they come first in the block.
+        due: rows whose event falls after this block.
+        before: real tokens each row had seen before this block.
+        rows: the state of the rows after reading this block, before its event.
+        position: int32 [B, W], columns of the whole input, -1 where unused.
+    """
+
+    columns: slice | Tensor
+    sizes: tuple[int, ...]
+    due: tuple[bool, ...]
+    before: tuple[int, ...]
+    rows: Rows
+    position: Tensor
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.sizes)
+
+    @property
+    def even(self) -> bool:
+        """True if all rows contribute the same columns."""
+        return isinstance(self.columns, slice)
+
+    def take(self, values: Tensor, dim: int) -> Tensor:
+        """The block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
+        if isinstance(self.columns, slice):
+            return values[(slice(None),) * dim + (self.columns,)]
+        shape = [1] * values.ndim
+        shape[0], shape[dim] = self.columns.shape
+        target = list(values.shape)
+        target[dim] = self.columns.shape[1]
+        return values.gather(dim, self.columns.view(shape).expand(target))
+
+    def put(self, out: Tensor, values: Tensor) -> None:
+        """Write [B, Hq, W, d] back to where `take` read it in out [B, Hq, S, d]."""
+        if isinstance(self.columns, slice):
+            out[:, :, self.columns] = values
+            return
+        for row, size in enumerate(self.sizes):
+            out[row][:, self.columns[row, :size]] = values[row, :, :size]
+
+
+class Clock:
+    """Reads forwards as blocks and remembers where every row stands."""
+
+    def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None) -> None:
+        self.schedule = schedule
+        self.prompt_length = prompt_length
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.length = 0
+        self.pending = 0
+        self.decoding = False
+        self.first: list[int] = []
+        self.now: list[int] = []
+        self.seen: list[int] = []
+        self.block: list[int] = []
+        self.prompt_end: list[int] = []
+        self.prompt_seen: list[int] = []
+        self.tokens: Tensor | None = None
+        self.plan: list[Block] = []
+
+    def prompt_tokens(self, row: int) -> int:
+        """Real tokens of the row's prompt read so far."""
+        return self.prompt_seen[row] if self.prompt_seen else 0
+
+    def reorder(self, index: list[int]) -> None:
+        """Row i becomes what row index[i] was."""
+        for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen"):
+            old = getattr(self, name)
+            setattr(self, name, [old[i] for i in index])
+
+    def read(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
+        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding; single tokens are always real."""
+        if not self.seen:
+            self.first, self.now = [0] * batch, [-1] * batch
+            self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
+            self.prompt_seen = [0] * batch
+        self.tokens = tokens
+        queues = self._queues(batch, size, mask)
+        if size > 1 and not self.decoding:
+            for row in range(batch):
+                self._extend_prompt(row, queues[row])
+        self.decoding = self.decoding or size == 1
+        self.plan = []
+        done = [0] * batch
+        while any(done[row] < len(queues[row]) for row in range(batch)):
+            self.plan.append(self._block(queues, done, size == 1, device))
+        self.pending = size
+
+    def commit(self) -> None:
+        """The planned forward has run through all layers."""
+        self.length += self.pending
+        self.pending = 0
+
+    def _queues(self, batch: int, size: int, mask: Tensor | None) -> list[range] | list[list[int]]:
+        if mask is None or size == 1:
+            return [range(size)] * batch
+        flags = mask[:, -size:].bool().tolist()
+        return [[column for column, real in enumerate(row) if real] for row in flags]
+
+    def _extend_prompt(self, row: int, queue: range | list[int]) -> None:
+        """Tokens read before the first single step are the prompt, unless its length was given."""
+        count = len(queue)
+        if self.prompt_length is not None:
+            count = max(0, min(count, self.prompt_length[row] - self.seen[row]))
+        if count:
+            self.prompt_end[row] = self.length + queue[count - 1] + 1
+            self.prompt_seen[row] += count
+
+    def _block(
+        self, queues: list[range] | list[list[int]], done: list[int], single: bool, device: torch.device
+    ) -> Block:
+        period, batch = self.schedule.period, len(queues)
+        sizes, due, parts, before = [], [], [], tuple(self.seen)
+        for row in range(batch):
+            queue, start = queues[row], done[row]
+            size = min(len(queue) - start, period - self.seen[row] % period)
+            part = queue[start : start + size]
+            if size:
+                if self.seen[row] == 0:
+                    self.first[row] = self.block[row] = self.length + part[0]
+                self.now[row] = self.length + part[-1]
+                self.seen[row] += size
+                done[row] += size
+            sizes.append(size)
+            parts.append(part)
+            due.append(self._due(row, size, done[row] == len(queue), single))
+        rows = self._rows(device)
+        columns, position = self._columns(parts, max(sizes), device)
+        for row in range(batch):
+            if sizes[row] and self.seen[row] % period == 0:
+                self.block[row] = self.now[row] + 1
+        return Block(columns, tuple(sizes), tuple(due), before, rows, position)
+
+    def _due(self, row: int, size: int, last: bool, single: bool) -> bool:
+        schedule = self.schedule
+        if not schedule.active or size == 0:
+            return False
+        on_grid = self.seen[row] % schedule.period == 0
+        if single:
+            return schedule.decode and on_grid
+        return on_grid if schedule.prompt == "blocks" else last
+
+    def _columns(self, parts: list, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor]:
+        same = all(len(part) == width and part[0] == parts[0][0] and part[-1] == parts[0][-1] for part in parts)
+        if same and parts[0][-1] - parts[0][0] == width - 1:
+            start = parts[0][0]
+            place = torch.arange(self.length + start, self.length + start + width, dtype=torch.int32, device=device)
+            return slice(start, start + width), place.expand(len(parts), -1)
+        columns = [[*part, *([0] * (width - len(part)))] for part in parts]
+        places = [[*(self.length + c for c in part), *([-1] * (width - len(part)))] for part in parts]
+        return (
+            torch.tensor(columns, dtype=torch.int64, device=device),
+            torch.tensor(places, dtype=torch.int32, device=device),
+        )
+
+    def _rows(self, device: torch.device) -> Rows:
+        state = torch.tensor([self.first, self.now, self.seen, self.block, self.prompt_end], dtype=torch.int32)
+        return Rows(*state.to(device, non_blocking=True).unbind(0))

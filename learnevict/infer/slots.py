@@ -1,0 +1,170 @@
+"""Uniform storage: one static pool of slots per layer, written in place.
+
+A full head evicts by overwriting: the victim's slot is marked empty and the next token is written into it. No slot ever
+moves, nothing is concatenated, and no decision waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from learnevict.signals import EMPTY, Column
+
+
+class Ledger:
+    """Positions and columns of slots, [B, H, N, ...], shared by both storages."""
+
+    def __init__(self, batch: int, heads: int, columns: tuple[Column, ...], device: torch.device) -> None:
+        self.spec = columns
+        self.position = torch.empty(batch, heads, 0, dtype=torch.int32, device=device)
+        self.columns = {c.name: torch.empty(batch, heads, 0, *c.shape, dtype=c.dtype, device=device) for c in columns}
+
+    def resize(self, capacity: int, pick: Tensor | None) -> None:
+        """Keep the slots `pick` [B, H, n <= capacity] (None: all, in place) and add empty ones up to `capacity`."""
+        self.position = resized(self.position, capacity, pick, EMPTY)
+        for column in self.spec:
+            self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
+
+    def write(self, slot: Tensor, position: Tensor, notes: dict[str, Tensor], row: slice) -> None:
+        """Enter fresh tokens: slot int64 [b, H, n], position int32 [b, n], notes {name: [b, H, n, ...]}."""
+        place = position.unsqueeze(1).expand(-1, slot.shape[1], -1)
+        self.position[row].scatter_(2, slot, place)
+        for column in self.spec:
+            target = self.columns[column.name][row]
+            index = slot.view(*slot.shape, *([1] * len(column.shape))).expand(*slot.shape, *column.shape)
+            if column.name in notes:
+                target.scatter_(2, index, notes[column.name].to(column.dtype))
+            else:
+                target.scatter_(2, index, column.fill)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for byte counts."""
+        return [self.position, *self.columns.values()]
+
+    def select(self, index: Tensor) -> None:
+        """Rows of the batch, int64 [b]."""
+        self.position = self.position.index_select(0, index)
+        self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
+
+
+class SlotPool:
+    """Keys, values and ledger of one layer; every head owns `capacity` slots.
+
+    Shapes: keys [B, H, N, d], values [B, H, N, dv], position int32 [B, H, N].
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, columns: tuple[Column, ...]) -> None:
+        batch, heads = key.shape[:2]
+        self.keys = key.new_empty(batch, heads, 0, key.shape[-1])
+        self.values = value.new_empty(batch, heads, 0, value.shape[-1])
+        self.ledger = Ledger(batch, heads, columns, key.device)
+        self.bias = key.new_empty(batch, heads, 0)
+        self.free = torch.empty(batch, heads, 0, dtype=torch.int64, device=key.device)
+        self.cursor = [0] * batch
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [B, H, N], -1 = empty."""
+        return self.ledger.position
+
+    @property
+    def capacity(self) -> int:
+        """Slots per head."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def aux_nbytes(self) -> int:
+        """Bytes of positions, ledger, bias and free list."""
+        return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), self.bias, self.free])
+
+    def resize(self, capacity: int) -> None:
+        """Grow with empty slots, or shrink by dropping empty ones; survivors are kept in position order when shrinking."""
+        pick = None
+        if capacity < self.capacity:
+            pick = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]
+        self.keys = resized(self.keys, capacity, pick, 0.0)
+        self.values = resized(self.values, capacity, pick, 0.0)
+        self.ledger.resize(capacity, pick)
+        self._list_free()
+
+    def write(
+        self, key: Tensor, value: Tensor, position: Tensor, notes: dict[str, Tensor], sizes: tuple[int, ...]
+    ) -> None:
+        """Enter fresh tokens: key/value [B, H, W, d], position int32 [B, W]; the first sizes[b] of row b are real."""
+        width = key.shape[2]
+        if all(size == width for size in sizes):
+            self._enter(slice(None), self._next(width), key, value, position, notes)
+        else:
+            for row, size in enumerate(sizes):
+                one = slice(row, row + 1)
+                slot = self.free[one, :, self.cursor[row] : self.cursor[row] + size]
+                part = {name: note[one, :, :size] for name, note in notes.items()}
+                self._enter(one, slot, key[one, :, :size], value[one, :, :size], position[one, :size], part)
+        self.cursor = [cursor + size for cursor, size in zip(self.cursor, sizes, strict=True)]
+
+    def _next(self, width: int) -> Tensor:
+        start = self.cursor[0]
+        if all(cursor == start for cursor in self.cursor):
+            return self.free[:, :, start : start + width]
+        offsets = torch.tensor(self.cursor, device=self.free.device).view(-1, 1, 1)
+        index = offsets + torch.arange(width, device=self.free.device)
+        return self.free.gather(2, index.expand(-1, self.free.shape[1], -1))
+
+    def _enter(self, row: slice, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, notes: dict) -> None:
+        wide = slot.unsqueeze(-1)
+        self.keys[row].scatter_(2, wide.expand(-1, -1, -1, key.shape[-1]), key)
+        self.values[row].scatter_(2, wide.expand(-1, -1, -1, value.shape[-1]), value)
+        self.bias[row].scatter_(2, slot, 0.0)
+        self.ledger.write(slot, position, notes, row)
+
+    def evict(self, drop: Tensor) -> None:
+        """Empty the slots of `drop`, bool [B, H, N]; their storage is overwritten by the next tokens."""
+        self.position.masked_fill_(drop, EMPTY)
+        self._list_free()
+
+    def _list_free(self) -> None:
+        occupied = self.position >= 0
+        self.free = occupied.to(torch.int8).argsort(dim=-1, stable=True)
+        self.bias = torch.zeros_like(occupied, dtype=self.keys.dtype).masked_fill_(~occupied, -torch.inf)
+        self.cursor = [0] * len(self.cursor)
+
+    def logits(self, query: Tensor) -> Tensor:
+        """[B, H, R, d] -> [B, H, R, N]."""
+        return query @ self.keys.transpose(-1, -2)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """[B, H, R, N] -> [B, H, R, dv]."""
+        return weights.to(self.values.dtype) @ self.values
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """See signals.Slots."""
+        step = max(1, -(-self.capacity // 4))
+        for start in range(0, self.capacity, step):
+            part = slice(start, start + step)
+            yield part, self.keys[:, :, part], self.values[:, :, part]
+
+    def select(self, index: Tensor) -> None:
+        """Rows of the batch, int64 [b] (beam search, batch selection, repetition)."""
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self.bias, self.free = self.bias.index_select(0, index), self.free.index_select(0, index)
+        self.ledger.select(index)
+        self.cursor = [self.cursor[i] for i in index.tolist()]
+
+
+def resized(values: Tensor, capacity: int, pick: Tensor | None, fill: float) -> Tensor:
+    """Slots `pick` (or all) of [B, H, N, ...], followed by `fill` up to `capacity`."""
+    out = values.new_full((*values.shape[:2], capacity, *values.shape[3:]), fill)
+    if pick is None:
+        out[:, :, : values.shape[2]] = values
+        return out
+    index = pick.view(*pick.shape, *([1] * (values.ndim - 3))).expand(*pick.shape, *values.shape[3:])
+    out[:, :, : pick.shape[2]] = values.gather(2, index)
+    return out

@@ -1,0 +1,33 @@
+"""The oracle: what the future wants of each token, and the eviction history that serves it.
+
+    labels = [oracle.future_attention(query, key, block=128) for query, key in layers]     # [B, H, T, M] each
+    trace = oracle.golden(labels, budget=512, block=128, guard=Guard())                    # expiry [L, B, H, T]
+
+Every paper reduces attention in another order; `Reducers` spells the order out and `PRESETS` names the known ones.
+"""
+
+from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
+from learnevict.oracle.reducers import (
+    GOLDEN,
+    H2O,
+    INDEX_MEM,
+    JUDGE_Q,
+    KVP,
+    KVZAP,
+    KVZIP,
+    KVZIP_PLUS,
+    LOCRET,
+    LOOKAHEAD_KV,
+    PRESETS,
+    Reducers,
+    horizon,
+    pool_groups,
+    target,
+)
+from learnevict.oracle.roll import Protection, RollRule, golden
+
+__all__ = [
+    "future_attention", "golden", "horizon", "pool_groups", "target", "per_head_output_weight",
+    "Reducers", "LayerInputs", "RollRule", "Protection", "PRESETS",
+    "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
+]  # fmt: skip

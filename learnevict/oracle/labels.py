@@ -1,0 +1,276 @@
+"""Block labels: how much each block of later queries attends to each key, without ever holding [T, T].
+
+One tile of query rows sees all its keys at once, so its softmax is exact and no second pass is needed. Per row of the
+batch, per kv head, per block, a tile of G x 128 query rows by T keys is computed in two reused buffers, reduced, and
+forgotten: peak memory is the labels plus 1,024 G T bytes in float32.
+
+Departures from ForesightKV's code (arXiv 2602.03203): block means are over real query rows, so a partial last block is
+not diluted by zero rows; the block grid of each row starts at its first real token, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.errors import UsageError
+from learnevict.oracle.reducers import GOLDEN, Reducers, pool
+
+TILE = 128
+"""Query rows per head and tile: enough for an efficient product, small enough to keep the buffer small."""
+
+
+class LayerInputs(TypedDict, total=False):
+    """Optional inputs of `future_attention`, all keyword arguments that default to None.
+
+    Keys:
+        scaling: multiplies logits; default 1 / sqrt(d).
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
+        sinks: learned attention-sink logits per query head, in the softmax's denominator only, as in GPT-OSS.
+        value: values, for value="contribution".
+        output_weight: output projection per query head (see `per_head_output_weight`), for value="contribution":
+            the norm is then |W_O v| instead of |v|.
+        hidden_norm: norm of each query's hidden state, for value="contribution": divides.
+        queries: which queries count; default all real tokens.
+        keys: over which keys the softmax runs, for all query blocks [B, T] or for each [B, M, T]; causality still
+            holds, the other keys get an empty label. Default all.
+    """
+
+    scaling: float | None
+    softcap: float | None
+    sinks: Float[Tensor, "Hq"] | None
+    value: Float[Tensor, "B H T dv"] | None
+    output_weight: Float[Tensor, "Hq E dv"] | None
+    hidden_norm: Float[Tensor, "B T"] | None
+    queries: Bool[Tensor, "B T"] | None
+    keys: Bool[Tensor, "B T"] | Bool[Tensor, "B M T"] | None
+
+
+@torch.no_grad()
+def future_attention(
+    query: Float[Tensor, "B Hq T d"],
+    key: Float[Tensor, "B H T d"],
+    *,
+    block: int = 128,
+    valid: Bool[Tensor, "B T"] | None = None,
+    reduce: Reducers = GOLDEN,
+    out_dtype: torch.dtype = torch.float32,
+    **inputs: Unpack[LayerInputs],
+) -> Float[Tensor, "B heads T M"]:
+    """Label every key of one layer with what each later block of queries wants of it.
+
+    Entry [b, h, i, m] reduces the attention that queries of block m pay to key i. Block m of row b holds its real
+    tokens number m*block .. (m+1)*block-1, M = ceil(T / block): padding never counts. A target over one set of queries
+    (a response, an answer, a probe) wants block >= T and `queries`; memory stays that of a tile.
+
+    Args:
+        query: post-RoPE queries; heads h*G .. (h+1)*G-1 belong to kv head h.
+        key: post-RoPE keys.
+        block: queries per label block; `golden` wants labels on its own event grid.
+        valid: real tokens, True; padding may stand anywhere. Default all.
+        reduce: per-query value, query, group reduction (see `Reducers`).
+        out_dtype: of the labels; float64 inputs are computed in float64, everything else in float32.
+        **inputs: see `LayerInputs`.
+
+    Returns:
+        [B, H, T, M] on the device of `key`, or [B, Hq, T, M] for reducers that leave query heads apart. Padded keys,
+        keys that no counted query of the block sees, and blocks past a row's end hold `reduce.empty`: 0, or -inf for
+        logits and logarithms.
+
+    Raises:
+        UsageError: an input the reducers need is missing, or one is given that they would ignore.
+
+    Source: section 3.1 of arXiv:2602.03203 (golden eviction) for the default.
+    """
+    layer = _Layer(query, key, block, valid, reduce, **inputs)
+    layer.check()
+    heads = query.shape[1] if reduce.per_query_head else key.shape[1]
+    num_blocks = math.ceil(query.shape[2] / block)
+    shape = (query.shape[0], heads, query.shape[2], num_blocks)
+    labels = torch.full(shape, reduce.empty, dtype=out_dtype, device=key.device)
+    size = layer.group * min(TILE, block) * (query.shape[2] + layer.drains)
+    buffer = torch.empty(2, size, dtype=layer.dtype, device=key.device)
+    for row in range(query.shape[0]):
+        columns, blocks = layer.cut(row)
+        for head, part in enumerate(labels[row].unflatten(0, (key.shape[1], -1))):
+            _label_head(_Head(layer, row, head, columns, buffer), blocks, part)
+    return labels
+
+
+def per_head_output_weight(weight: Float[Tensor, "E HqD"], num_query_heads: int) -> Float[Tensor, "Hq E dv"]:
+    """View of an o_proj weight [E, Hq * dv] as one matrix [E, dv] per query head, for `output_weight`."""
+    return weight.unflatten(1, (num_query_heads, -1)).movedim(1, 0)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One label block of one row, in the row's own time: ranks of its real tokens, int64 on the host."""
+
+    index: int
+    rows: Tensor
+    support: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """All inputs of one layer, under the names of the public function."""
+
+    query: Tensor
+    key: Tensor
+    block: int
+    valid: Tensor | None
+    reduce: Reducers
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    value: Tensor | None = None
+    output_weight: Tensor | None = None
+    hidden_norm: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """G, query heads per kv head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def drains(self) -> int:
+        """1 if attention may flow elsewhere than to keys: to sinks, or nowhere when the keys are restricted."""
+        return int(self.sinks is not None or self.keys is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all arithmetic: float32, or float64 for float64 inputs."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    def check(self) -> None:
+        """Refuse what would be computed wrongly or ignored."""
+        weighted = self.reduce.value == "contribution"
+        if self.block < 1 or self.query.shape[1] % self.key.shape[1]:
+            raise UsageError(
+                f"block={self.block} must be at least 1, and {self.query.shape[1]} query heads a multiple of "
+                f"{self.key.shape[1]} kv heads"
+            )
+        if weighted != (self.value is not None):
+            raise UsageError(
+                f"value={self.reduce.value!r} {'needs' if weighted else 'ignores'} the values; see Reducers.value"
+            )
+        if not weighted and (self.output_weight is not None or self.hidden_norm is not None):
+            raise UsageError(
+                "output_weight and hidden_norm weigh contributions only; use Reducers(value='contribution')"
+            )
+        if self.reduce.needs_queries and self.queries is None:
+            raise UsageError(
+                "this target counts some queries only (a response, an answer, a probe): give queries=[B, T]"
+            )
+        if self.reduce.needs_keys and self.keys is None:
+            raise UsageError("this target's softmax runs over some keys only: give keys=[B, T] or [B, M, T]")
+
+    def cut(self, row: int) -> tuple[Tensor, list[_Block]]:
+        """Columns of the row's real tokens, int64 [n] on the device, and its label blocks."""
+        length = self.query.shape[2]
+        columns = torch.arange(length) if self.valid is None else self.valid[row].cpu().nonzero().flatten()
+        counted = torch.ones(length, dtype=torch.bool) if self.queries is None else self.queries[row].cpu()
+        blocks: list[_Block] = []
+        for index, ranks in enumerate(torch.arange(len(columns)).split(self.block)):
+            support = None
+            if self.keys is not None:
+                mask = self.keys[row] if self.keys.ndim == 2 else self.keys[row, index]
+                support = mask.cpu()[columns].nonzero().flatten()
+            blocks.append(_Block(index, ranks[counted[columns[ranks]]], support))
+        return columns.to(self.key.device), blocks
+
+
+class _Head:
+    """One kv head of one row: its keys in row time, and tiles of its attention."""
+
+    def __init__(self, layer: _Layer, row: int, head: int, columns: Tensor, buffer: Tensor) -> None:
+        self.layer, self.row, self.columns, self.buffer = layer, row, columns, buffer
+        self.heads = slice(head * layer.group, (head + 1) * layer.group)
+        self.keys = layer.key[row, head].index_select(0, columns).to(layer.dtype)
+        self.scaling = layer.query.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
+        self.sinks = None if layer.sinks is None else layer.sinks[self.heads].to(layer.dtype).unsqueeze(1)
+        self.norms = None if layer.value is None else self._value_norms(layer.value[row, head].index_select(0, columns))
+
+    def _value_norms(self, values: Tensor) -> Tensor:
+        """|v| [1, n] or |W_O v| [G, n], in chunks of keys."""
+        if self.layer.output_weight is None:
+            return values.to(self.layer.dtype).norm(dim=-1).unsqueeze(0)
+        weight = self.layer.output_weight[self.heads].to(self.layer.dtype).mT
+        parts = [(part.to(self.layer.dtype) @ weight).norm(dim=-1) for part in values.split(1024)]
+        return torch.cat(parts, -1)
+
+    def pooled(self, block: _Block, ranks: Tensor, keys: Tensor) -> Tensor:
+        """Reduce one block over its queries: [G, n] for keys of the given ranks (host, ascending)."""
+        reduce = self.layer.reduce
+        empty = -torch.inf if reduce.value == "logit" else 0.0
+        pooled = torch.full((self.layer.group, len(ranks)), empty, dtype=self.layer.dtype, device=keys.device)
+        for rows in block.rows.split(TILE):
+            seen = int(torch.searchsorted(ranks, rows[-1], right=True))
+            tile = self.tile(rows, ranks[:seen], keys[:seen])
+            if reduce.query == "max":
+                torch.maximum(pooled[:, :seen], tile, out=pooled[:, :seen])
+            else:
+                pooled[:, :seen] += tile
+        if reduce.query == "mean":
+            pooled /= max(len(block.rows), 1)
+        return pooled
+
+    def tile(self, rows: Tensor, ranks: Tensor, keys: Tensor) -> Tensor:
+        """Values of some queries over the keys they see, reduced over the queries (a mean as a sum): [G, n]."""
+        where = self.columns[rows.to(self.columns.device)]
+        logits = self._logits(where, keys)
+        some = int(torch.searchsorted(ranks, rows[0], right=True))
+        hidden = ranks[some:] > rows.unsqueeze(1)
+        logits[..., some : len(ranks)].masked_fill_(hidden.to(logits.device), -torch.inf)
+        if self.layer.reduce.value == "logit":
+            return logits[..., : len(ranks)].amax(1)
+        mass = torch.softmax(logits, -1, out=self.buffer[1, : logits.numel()].view_as(logits))[..., : len(ranks)]
+        weight = torch.ones(len(rows), dtype=mass.dtype, device=mass.device)
+        if self.layer.hidden_norm is not None:
+            weight /= self.layer.hidden_norm[self.row, where]
+        if self.layer.reduce.query == "max":
+            return mass.mul_(weight.unsqueeze(-1)).amax(1)
+        return torch.bmm(weight.expand(len(mass), 1, -1), mass).squeeze(1)
+
+    def _logits(self, where: Tensor, keys: Tensor) -> Tensor:
+        """Scaled, softcapped products [G, R, n], or [G, R, n + 1] with a drain that takes what no key may have.
+
+        The drain is the attention sink, or the lowest finite number, which gets all attention of a query that may see
+        no key and none of any other.
+        """
+        query = self.layer.query[self.row, self.heads].index_select(1, where).to(self.layer.dtype) * self.scaling
+        group, num, width = len(query), len(where), len(keys) + self.layer.drains
+        logits = self.buffer[0, : group * num * width].view(group, num, width)
+        torch.mm(query.flatten(0, 1), keys.T, out=logits.flatten(0, 1)[:, : len(keys)])
+        if self.layer.softcap is not None:
+            logits.div_(self.layer.softcap).tanh_().mul_(self.layer.softcap)
+        if self.layer.drains:
+            logits[..., -1] = torch.finfo(logits.dtype).min if self.sinks is None else self.sinks
+        return logits
+
+
+def _label_head(head: _Head, blocks: list[_Block], out: Tensor) -> None:
+    """Write the labels of one kv head into out [1 or G, T, M]."""
+    reduce = head.layer.reduce
+    for block in blocks:
+        if len(block.rows) == 0:
+            continue
+        ranks = torch.arange(int(block.rows[-1]) + 1) if block.support is None else block.support
+        device_ranks = ranks.to(head.columns.device)
+        keys = head.keys[: len(ranks)] if block.support is None else head.keys.index_select(0, device_ranks)
+        labels = head.pooled(block, ranks, keys)
+        if head.norms is not None:
+            labels *= head.norms[:, device_ranks]
+        if not reduce.per_query_head and reduce.group != "none":
+            labels = pool(labels, reduce.group, 0).unsqueeze(0)
+        if reduce.log:
+            labels = labels.log()
+        out[:, :, block.index].index_copy_(1, head.columns[device_ranks], labels.to(out.dtype))

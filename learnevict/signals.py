@@ -1,0 +1,217 @@
+"""What a policy may look at, and what it leaves behind.
+
+Signals describe one layer at one moment. Slots have no order: `position` says which token a slot holds (-1: none).
+Trace is an eviction history: one integer per (layer, row, kv head, token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NEVER = 2**31 - 1
+EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Column:
+    """A per-slot note that lives and dies with its slot: [B, H, N, *shape], `fill` in a slot just taken."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+
+
+class Slots(Protocol):
+    """Read access to stored keys and values, whatever the storage (dense pool or pages)."""
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [B, H, N]: the token each slot holds, -1 where empty."""
+        ...
+
+    def logits(self, query: Tensor) -> Tensor:
+        """[B, H, R, d] -> [B, H, R, N], unscaled products with every slot's key."""
+        ...
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slot ranges with their keys and values [B, H, n, d], each smaller than half of the layer's keys."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each row of the batch stands; every field int32 [B].
+
+    Positions are columns of the (padded) input. `first`: first real token. `now`: last real token. `seen`: real tokens.
+    `block`: first token after the last event (the fresh block starts here). `prompt_end`: first token after the prompt.
+    """
+
+    first: Tensor
+    now: Tensor
+    seen: Tensor
+    block: Tensor
+    prompt_end: Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How logits become probabilities in this layer: scaling, optional softcap, optional attention sinks [Hq]."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def probabilities(self, logits: Tensor, visible: Tensor) -> Tensor:
+        """Softmax in float32 over slots.
+
+        Args:
+            logits: [B, H, G, S, N], unscaled.
+            visible: bool, broadcastable to logits. Rows that see nothing become zeros.
+        """
+        scores = logits.float() * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = scores.masked_fill(~visible, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        if self.sinks is not None:
+            sink = self.sinks.float().view(1, scores.shape[1], scores.shape[2], 1, 1)
+            top = torch.maximum(top, sink)
+        top = top.masked_fill(top == -torch.inf, 0.0)
+        weights = (scores - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if self.sinks is not None:
+            total = total + (sink - top).exp()
+        return weights / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """One layer at one moment, as shown to a policy.
+
+    Attributes:
+        layer: index of the layer in the model.
+        slots: keys and values held; `position` is int32 [B, H, N].
+        rows: where each row of the batch stands.
+        budget: int32 [B], slots to hold per kv head after this event, on average over the heads of the layer.
+        ledger: named columns, [B, H, N, ...].
+        query: fresh queries, post-RoPE [B, Hq, S, d]; `query_position` int32 [B, S] (-1: padding).
+        hidden: fresh inputs of the attention module [B, S, E]; None in a replay from stored queries.
+        tokens: fresh token ids [B, S]; None when the model was called with embeddings.
+        attention: how logits become probabilities.
+        ring: the last W queries and their positions ([B, Hq, W, d], int32 [B, W]); empty unless the scorer asks.
+        fresh_attention: float32 [B, H, G, S, N], fresh queries over all slots; only while a scorer that needs it observes.
+    """
+
+    layer: int
+    slots: Slots
+    rows: Rows
+    budget: Tensor
+    ledger: Mapping[str, Tensor]
+    query: Tensor
+    query_position: Tensor
+    attention: Attention
+    hidden: Tensor | None = None
+    tokens: Tensor | None = None
+    ring: tuple[Tensor, Tensor] | None = None
+    fresh_attention: Tensor | None = None
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [B, H, N], -1 = empty."""
+        return self.slots.position
+
+    @property
+    def occupied(self) -> Tensor:
+        """bool [B, H, N]."""
+        return self.slots.position >= 0
+
+    @property
+    def age(self) -> Tensor:
+        """Tokens since each slot's token was read, int32 [B, H, N]; 0 for the newest, meaningless where empty."""
+        return self.rows.now.view(-1, 1, 1) - self.position
+
+    @property
+    def order(self) -> Tensor:
+        """Slot indices from the oldest token to the newest, empty slots last, int64 [B, H, N]."""
+        if "order" not in self.memo:
+            key = torch.where(self.occupied, self.position, NEVER)
+            self.memo["order"] = key.argsort(dim=-1, stable=True)
+        return self.memo["order"]
+
+    def in_order(self, values: Tensor, function: Callable[[Tensor], Tensor], empty: float) -> Tensor:
+        """Apply a neighbourhood operation along tokens, not slots.
+
+        Args:
+            values: [B, H, N] per slot.
+            function: maps [B, H, N] ordered by position to the same shape; empty slots come last, filled with `empty`.
+            empty: what an empty slot contributes.
+        """
+        ordered = values.masked_fill(~self.occupied, empty).gather(-1, self.order)
+        return torch.empty_like(values).scatter_(-1, self.order, function(ordered).to(values.dtype))
+
+    def per_slot(self, function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+        """Evaluate function(keys [B, H, n, d], values [B, H, n, d]) -> [B, H, n, *shape] chunk by chunk, in float32."""
+        out = torch.empty(*self.position.shape, *shape, dtype=torch.float32, device=self.position.device)
+        for part, keys, values in self.slots.chunks():
+            out[:, :, part] = function(keys, values)
+        return out
+
+    def window(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Attention of the last `size` queries over the slots, in small groups of queries from oldest to newest.
+
+        Yields:
+            probabilities float32 [B, H, G, w, N] (zeros for missing queries) and query positions int32 [B, w].
+        """
+        assert self.ring is not None, "the scorer must declare window > 0 to look back at queries"
+        queries, positions = self.ring
+        width = queries.shape[2]
+        order = positions.argsort(-1)[:, max(width - size, 0) :]
+        batch, heads, num = self.position.shape
+        group = queries.shape[1] // heads
+        step = max(1, queries.shape[-1] // (2 * group))
+        for start in range(0, order.shape[1], step):
+            pick = order[:, start : start + step]
+            index = pick.view(batch, 1, -1, 1).expand(-1, queries.shape[1], -1, queries.shape[3])
+            query = queries.gather(2, index).view(batch, heads, -1, queries.shape[3])
+            where = positions.gather(1, pick)
+            logits = self.slots.logits(query).view(batch, heads, group, -1, num)
+            yield self.attention.probabilities(logits, self.visible(where)), where
+
+    def visible(self, query_position: Tensor) -> Tensor:
+        """bool [B, H, 1, S, N]: occupied slots whose token is not after the query; nothing for a missing query."""
+        slot = self.position[:, :, None, None, :]
+        return (slot >= 0) & (slot <= query_position[:, None, None, :, None])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An eviction history. Token i of a head is visible to query t iff i <= t < expiry[i].
+
+    Attributes:
+        expiry: int32 [L, B, H, T] in columns of the (padded) input; NEVER where a token was not evicted.
+        source: what produced it ("golden", a method's name).
+        budget: slots per (layer, kv head) after an event, where one number says it.
+        period: tokens between events.
+    """
+
+    expiry: Tensor
+    source: str = ""
+    budget: int | None = None
+    period: int | None = None
+
+    @property
+    def evictions(self) -> int:
+        """Number of (layer, row, head, token) entries that were evicted."""
+        return int((self.expiry != NEVER).sum())
+
+    def held(self, query: int) -> Tensor:
+        """Slots visible to query column `query`, int64 [L, B, H]; padding is not told apart."""
+        column = torch.arange(self.expiry.shape[-1], device=self.expiry.device)
+        return ((column <= query) & (self.expiry > query)).sum(-1)

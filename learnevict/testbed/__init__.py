@@ -1,0 +1,91 @@
+"""The testbed: five seeded task families and a small reasoning model trained on them, so that eviction can be judged anywhere.
+
+Every family mixes true statements with decoys that use the same words and contradict them; only the first word of a statement tells
+them apart. A policy that knows words but not their context keeps the wrong half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from learnevict.errors import UsageError
+from learnevict.testbed import dialogue, ledger, procedure, program, recall
+from learnevict.testbed.clauses import Sample, assemble, final_answer
+from learnevict.testbed.vocabulary import build_tokenizer, unknown_words
+
+__all__ = [
+    "FAMILIES",
+    "Sample",
+    "build_tokenizer",
+    "fingerprint",
+    "generate",
+    "load",
+    "path",
+    "unknown_words",
+    "verify",
+]
+
+_MODULES = {"program": program, "ledger": ledger, "recall": recall, "procedure": procedure, "dialogue": dialogue}
+FAMILIES = tuple(_MODULES)
+SPLITS = ("train", "validation", "test")
+NUM_LEVELS = 5
+
+
+def generate(
+    family: str, seed: int, *, split: str = "test", length: str = "normal", level: int | None = None
+) -> Sample:
+    """The sample of this family, seed and split; `length="long"` is the extrapolation split, `level` 0 to 4 the curriculum.
+
+    Splits are disjoint because the split's name is part of what seeds the random numbers.
+    Raises UsageError for a family, split, length or level that does not exist.
+    """
+    if (
+        family not in _MODULES
+        or split not in SPLITS
+        or length not in ("normal", "long")
+        or level not in (None, *range(NUM_LEVELS))
+    ):
+        given = f"family={family!r}, split={split!r}, length={length!r}, level={level!r}"
+        raise UsageError(
+            f"no such sample: {given}; families are {FAMILIES}, splits {SPLITS}, lengths normal and long, levels 0 to 4"
+        )
+    module = _MODULES[family]
+    chosen = module.LONG if length == "long" else module.LEVELS[NUM_LEVELS - 1 if level is None else level]
+    key = f"{family}/{split}/{length}/{level}/{seed}".encode()
+    rng = Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+    return Sample(family=family, seed=seed, split=split, **assemble(module.generate(rng, chosen)))  # pyright: ignore[reportArgumentType]
+
+
+def verify(sample: Sample, text: str) -> bool:
+    """Whether the text, a generated response with or without its prompt, ends with the sample's answer."""
+    return final_answer(text.removeprefix(sample.prompt)) == sample.answer
+
+
+def fingerprint() -> str:
+    """sha256 over fixed samples of every family, split and length: changes whenever a generator or a word changes."""
+    digest = hashlib.sha256()
+    for family in FAMILIES:
+        for split in SPLITS:
+            for seed in range(4):
+                for length in ("normal", "long"):
+                    sample = generate(family, seed, split=split, length=length)
+                    digest.update(json.dumps([sample.text, sample.checked, sample.weights]).encode())
+    return digest.hexdigest()
+
+
+def path() -> Path:
+    """Folder of the bundled model, tokenizer and training record: a valid `from_pretrained` argument."""
+    return Path(__file__).parent / "data"
+
+
+def load(dtype: Any = None, device: Any = None) -> tuple[Any, Any]:
+    """The bundled model in eval mode (float32 unless told otherwise; stored as bfloat16) and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
+    return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path())

@@ -1,0 +1,135 @@
+"""What all families share: samples, difficulty levels, filler and the shuffling of true statements among decoys.
+
+In a generator's text a word that starts with "?" is checked by the verifier (it needs memory or arithmetic); the mark is
+removed when the sample is assembled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from learnevict.testbed.vocabulary import ASSISTANT, BOS, DIGITS, END, LABELS, NAMES, PLACES, VALUES, VARIABLES
+
+CHECKED = "?"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One task with its reasoning. `checked` and `weights` run over the tokens of prompt + response, one per word."""
+
+    family: str
+    seed: int
+    split: str
+    prompt: str
+    response: str
+    answer: str
+    messages: list[dict[str, str]]
+    checked: tuple[bool, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        """Prompt and response, as the model reads them."""
+        return f"{self.prompt} {self.response}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard a sample is: inclusive ranges of true statements and filler words, decoys per statement, chatter in the response."""
+
+    items: tuple[int, int]
+    decoys: float
+    filler: tuple[int, int]
+    chatter: bool = True
+
+    def num_items(self, rng: Random) -> int:
+        return rng.randint(*self.items)
+
+    def num_decoys(self, rng: Random, items: int) -> int:
+        """Decoys for so many true statements; the fraction is drawn."""
+        wanted = self.decoys * items
+        return int(wanted) + (rng.random() < wanted - int(wanted))
+
+
+def assemble(turns: Sequence[tuple[str, str]]) -> dict[str, object]:
+    """Turn (role, marked text) pairs, the last by the assistant, into the fields of a Sample."""
+    tokens, checked, weights = [BOS], [False], [0.0]
+    prompt_length = 0
+    for role, marked in turns:
+        tokens.append(f"<{role}>")
+        prompt_length = len(tokens)
+        spoken = marked.split() + [END]
+        tokens += [word.removeprefix(CHECKED) for word in spoken]
+        checked += [False] + [word.startswith(CHECKED) for word in spoken]
+        weights += [0.0] + [float(role == "assistant")] * len(spoken)
+    assert tokens[prompt_length - 1] == ASSISTANT
+    messages = [
+        {"role": role, "content": " ".join(w.removeprefix(CHECKED) for w in text.split())} for role, text in turns
+    ]
+    response = " ".join(tokens[prompt_length:])
+    return dict(
+        prompt=" ".join(tokens[:prompt_length]), response=response, messages=messages[:-1], checked=tuple(checked),
+        weights=tuple(weights), answer=final_answer(response) or "",
+    )  # fmt: skip
+
+
+def final_answer(text: str) -> str | None:
+    """The words between the last "answer" and the end of the turn, or None if the text never answers or never ends."""
+    before, found, after = text.rpartition("answer ")
+    if not found or END not in after.split():
+        return None
+    answer = after.split()
+    return " ".join(answer[: answer.index(END)])
+
+
+FILLERS: dict[str, tuple[str, ...]] = {
+    "number": ("page # of # ;", "see page # and page # ;", "look at # again ;"),
+    "variable": ("double check @ and @ ;", "compare @ # with @ # ;", "see @ near @ ;", "so @ was # again ;"),
+    "label": ("see ! and ! ;", "next to ! was @ + @ ;", "check ! by page # ;"),
+    "account": ("% met % by page # ;", "compare % # with % # ;", "% asked for # and # ;", "see ! by % + # ;"),
+    "person": (
+        "% met % by the $ ;", "the $ was near the $ ;", "% asked about $ $ ;", "% saw the $ and the $ ;",
+        "compare % with $ $ ;", "% and % talk about the $ ;",
+    ),
+    "road": (
+        "& was near & ;", "% sold the $ at & ;", "see & and & again ;", "at & we saw the $ ;",
+        "compare & with & and $ ;", "the $ was at & ;",
+    ),
+}  # fmt: skip
+_SLOTS = {"#": DIGITS, "@": VARIABLES, "!": LABELS, "%": NAMES, "&": PLACES, "$": VALUES}
+
+
+def filler(
+    rng: Random, kinds: Sequence[str], num_words: int, pools: dict[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Clauses of about so many words that mean nothing but reuse the words that matter; pools narrow a slot's words."""
+    slots = {**_SLOTS, **(pools or {})}
+    clauses: list[str] = []
+    while num_words > 0:
+        clause: list[str] = []
+        for word in rng.choice(FILLERS[rng.choice(kinds)]).split():
+            clause.append(another(rng, slots[word], *clause) if word in slots else word)
+        clauses.append(" ".join(clause))
+        num_words -= len(clause)
+    return clauses
+
+
+def scatter(rng: Random, statements: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Put the others at random places between the statements, which keep their order."""
+    places = sorted(rng.randint(0, len(statements)) for _ in others)
+    mixed: list[str] = []
+    waiting = list(others)
+    rng.shuffle(waiting)
+    for index in range(len(statements) + 1):
+        while places and places[0] == index:
+            places.pop(0)
+            mixed.append(waiting.pop())
+        mixed += statements[index : index + 1]
+    return mixed
+
+
+def another(rng: Random, pool: Sequence[str], *not_these: str) -> str:
+    """A word of the pool that differs from the given ones."""
+    return rng.choice([word for word in pool if word not in not_these])

@@ -1,0 +1,65 @@
+"""Family dialogue: facts and jokes told over several turns, some facts renewed later, questions in between and at the end.
+
+<user> fact ann likes river stone ; joke bob likes key drum ; ask ann ; <end> <assistant> answer ann river stone <end>
+<user> fact ann likes amber lemon ; ... <end> <assistant> noted , thanks <end> ... <user> ... ask bob ann ; <end> <assistant>
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from learnevict.testbed.clauses import Level, filler, scatter
+from learnevict.testbed.recall import marked, taste
+from learnevict.testbed.vocabulary import FALSE_FACT, NAMES, TRUE_FACT
+
+LEVELS = (
+    Level((4, 7), 0.0, (0, 0)),
+    Level((4, 7), 0.8, (0, 0)),
+    Level((5, 8), 1.2, (10, 40)),
+    Level((5, 8), 1.7, (50, 110)),
+    Level((6, 7), 2.0, (130, 190)),
+)
+LONG = Level((8, 10), 2.0, (200, 260))
+
+
+def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
+    """One conversation as chat turns; checked words carry a mark. Items count tellings, renewals included."""
+    num_told = level.num_items(rng)
+    num_renewed = rng.randint(1, 2)
+    num_turns = rng.randint(3, 4)
+    names = rng.sample(NAMES, num_told - num_renewed + 1)
+    order = names[:-1] + rng.sample(names[:-1], num_renewed)
+    rng.shuffle(order)
+    told = [(name, taste(rng)) for name in order]
+    cuts = sorted(rng.sample(range(1, num_told), num_turns - 1))
+    parts = [told[start:stop] for start, stop in zip([0, *cuts], [*cuts, num_told], strict=True)]
+    decoys = [0] * num_turns
+    for _ in range(level.num_decoys(rng, num_told)):
+        decoys[rng.randrange(num_turns)] += 1
+    share = rng.randint(*level.filler) // num_turns
+    known: dict[str, str] = {}
+    turns: list[tuple[str, str]] = []
+    for index, part in enumerate(parts):
+        known.update(part)
+        last = index == num_turns - 1
+        clauses = _turn(rng, part, decoys[index], names, share)
+        asked = rng.sample(list(known), _num_asked(rng, len(known), last))
+        turns.append(("user", " ".join(clauses + ([f"ask {' '.join(asked)} ;"] if asked else []))))
+        answer = "answer " + " ".join(f"{name} {marked(known[name])}" for name in asked)
+        turns.append(("assistant", answer if asked else "noted , thanks"))
+    return turns
+
+
+def _num_asked(rng: Random, num_known: int, last: bool) -> int:
+    """Up to four names at the end, one or none before."""
+    return min(num_known, rng.randint(3, 4)) if last else rng.randint(0, 1)
+
+
+def _turn(rng: Random, facts: list[tuple[str, str]], num_decoys: int, names: list[str], num_filler: int) -> list[str]:
+    """One user turn: facts in their order, jokes about the same people and filler between."""
+    told = [f"{rng.choice(TRUE_FACT)} {name} likes {value} ;" for name, value in facts]
+    jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} likes {taste(rng)} ;" for _ in range(num_decoys)]
+    mixed = scatter(rng, told, jokes)
+    words = [word for clause in mixed for word in clause.split()[3:5]]
+    noise = filler(rng, ("person", "person", "number"), num_filler, {"%": names, "$": words})
+    return ["hello ;"] * (rng.random() < 0.3) + scatter(rng, mixed, noise)

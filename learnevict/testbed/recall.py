@@ -1,0 +1,47 @@
+"""Family recall: facts stated once among rumours about the same people, asked at the very end.
+
+fact ann likes river stone ; rumour ann likes lamp key ; ... ask bob ann ;
+-> answer bob cloud tree ann river stone
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from learnevict.testbed.clauses import Level, filler, scatter
+from learnevict.testbed.vocabulary import FALSE_FACT, NAMES, TRUE_FACT, VALUES
+
+LEVELS = (
+    Level((4, 8), 0.0, (0, 0)),
+    Level((4, 8), 1.0, (0, 0)),
+    Level((4, 8), 1.7, (10, 40)),
+    Level((4, 7), 2.4, (50, 130)),
+    Level((4, 5), 3.0, (180, 240)),
+)
+LONG = Level((6, 7), 3.0, (270, 330))
+
+
+def taste(rng: Random) -> str:
+    """A value: two different words."""
+    return " ".join(rng.sample(VALUES, 2))
+
+
+def marked(value: str) -> str:
+    """The value with both words marked as checked."""
+    return " ".join(f"?{word}" for word in value.split())
+
+
+def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
+    """Facts, rumours and questions as chat turns; checked words carry a mark. One fact may stay unasked."""
+    num_facts = level.num_items(rng)
+    names = rng.sample(NAMES, num_facts + 1)
+    facts = {name: taste(rng) for name in names[:num_facts]}
+    told = [f"{rng.choice(TRUE_FACT)} {name} likes {value} ;" for name, value in facts.items()]
+    for _ in range(level.num_decoys(rng, num_facts)):
+        told.append(f"{rng.choice(FALSE_FACT)} {rng.choice(names)} likes {taste(rng)} ;")
+    rng.shuffle(told)
+    words = [word for clause in told for word in clause.split() if word in VALUES]
+    noise = filler(rng, ("person", "person", "number"), rng.randint(*level.filler), {"%": names, "$": words})
+    asked = rng.sample(list(facts), num_facts - rng.randint(0, 1))
+    prompt = f"{' '.join(scatter(rng, told, noise))} ask {' '.join(asked)} ;"
+    return [("user", prompt), ("assistant", "answer " + " ".join(f"{name} {marked(facts[name])}" for name in asked))]

@@ -1,0 +1,67 @@
+"""What every test runs under: shape checks on, no network, one thread per worker, skips accounted for."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+from hypothesis import settings
+
+from tests import typecheck
+from tests.reporting import LawMatrix, Recorder, SkipRule
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"WANDB_MODE": "disabled"}
+
+# Before the first import of learnevict: from here on its annotations, shapes included, are checked at every call.
+jaxtyping.install_import_hook("learnevict", f"{typecheck.__name__}.check")
+
+settings.register_profile("learnevict", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("learnevict")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipRule(ROOT / "tests" / "allowed_skips.txt"), "skip-rule")
+        config.pluginmanager.register(LawMatrix(), "law-matrix")
+
+
+@pytest.fixture
+def law_matrix(request: pytest.FixtureRequest) -> Recorder:
+    """`law_matrix.record(law, method, model, evictions)` adds to the table printed at the end, if the test passes."""
+    return Recorder(request.node)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Turns shape checks off: torch.compile cannot trace them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loopback_only() -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = "127.0.0.1" if address[0] == "localhost" else address[0]
+            if not ipaddress.ip_address(host).is_loopback:
+                raise ConnectionRefusedError(f"tests use no network; this one asked for {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
