@@ -66,7 +66,13 @@ def run_procedure(prompt: str) -> tuple[list[str], str]:
     return steps, f"{last[0]} {last[-1]}"
 
 
-SOLVERS = {"program": run_program, "ledger": run_ledger, "recall": run_recall, "procedure": run_procedure, "dialogue": run_recall}
+SOLVERS = {
+    "program": run_program,
+    "ledger": run_ledger,
+    "recall": run_recall,
+    "procedure": run_procedure,
+    "dialogue": run_recall,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +107,9 @@ def test_dialogue_answers_of_earlier_turns_follow_from_what_was_said_before() ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_are_deterministic_and_splits_disjoint(family: str) -> None:
     assert generate(family, 5) == generate(family, 5)
-    texts = [generate(family, seed, split=split).text for split in ("train", "validation", "test") for seed in range(50)]
+    texts = [
+        generate(family, seed, split=split).text for split in ("train", "validation", "test") for seed in range(50)
+    ]
     assert len(set(texts)) == len(texts)
 
 
@@ -128,7 +136,9 @@ def test_template_tokenizer_and_marks_agree_with_the_text(family: str) -> None:
     tokenizer = testbed.build_tokenizer()
     for length in ("normal", "long"):
         sample = generate(family, 2, length=length)
-        assert tokenizer.apply_chat_template(sample.messages, add_generation_prompt=True, tokenize=False) == sample.prompt
+        assert (
+            tokenizer.apply_chat_template(sample.messages, add_generation_prompt=True, tokenize=False) == sample.prompt
+        )
         ids = tokenizer(sample.text).input_ids
         assert tokenizer.decode(ids) == sample.text and tokenizer.unk_token_id not in ids
         assert len(ids) == len(sample.checked) == len(sample.weights) == len(sample.text.split())

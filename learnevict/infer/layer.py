@@ -161,10 +161,10 @@ class EvictingLayer(CacheLayerMixin):
         need = max(live + size for live, size in zip(self.live, coming, strict=True))
         if isinstance(self.store, PagePool):
             self._fit_pages(self.store, need)
-            if any(
-                size and before % schedule.period == 0 for size, before in zip(block.sizes, block.before, strict=True)
-            ):
+            pairs = zip(block.sizes, block.before, strict=True)
+            if self.unassigned or any(size and before % schedule.period == 0 for size, before in pairs):
                 self.store.assign([schedule.period - before % schedule.period for before in block.before])
+                self.unassigned = False
         elif need > self.store.capacity:
             steady = self._steady()
             roomy = max(need, self.store.capacity + self.store.capacity // 4 + schedule.period)

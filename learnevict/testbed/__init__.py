@@ -1,7 +1,7 @@
-"""The testbed: five seeded task families and a small reasoning model trained on them, so that eviction can be judged anywhere.
+"""The testbed: five seeded task families and a small reasoning model trained on them: eviction can be judged anywhere.
 
-Every family mixes true statements with decoys that use the same words and contradict them; only the first word of a statement tells
-them apart. A policy that knows words but not their context keeps the wrong half.
+Every family mixes true statements with decoys that use the same words and contradict them; only the first word of a
+statement tells them apart. A policy that knows words but not their context keeps the wrong half.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What all families share: samples, difficulty levels, filler and the shuffling of true statements among decoys.
 
-In a generator's text a word that starts with "?" is checked by the verifier (it needs memory or arithmetic); the mark is
-removed when the sample is assembled.
+In a generator's text a word that starts with "?" is checked by the verifier (it needs memory or arithmetic); the mark
+is removed when the sample is assembled.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def assemble(turns: Sequence[tuple[str, str]]) -> dict[str, object]:
     for role, marked in turns:
         tokens.append(f"<{role}>")
         prompt_length = len(tokens)
-        spoken = marked.split() + [END]
+        spoken = [*marked.split(), END]
         tokens += [word.removeprefix(CHECKED) for word in spoken]
         checked += [False] + [word.startswith(CHECKED) for word in spoken]
         weights += [0.0] + [float(role == "assistant")] * len(spoken)
@@ -77,7 +77,7 @@ def assemble(turns: Sequence[tuple[str, str]]) -> dict[str, object]:
 
 def final_answer(text: str) -> str | None:
     """The words between the last "answer" and the end of the turn, or None if the text never answers or never ends."""
-    before, found, after = text.rpartition("answer ")
+    _, found, after = text.rpartition("answer ")
     if not found or END not in after.split():
         return None
     answer = after.split()

@@ -26,7 +26,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     num_hops = level.num_items(rng)
     places = rng.sample(PLACES, min(len(PLACES), num_hops + 2))
     stops = places[:num_hops]
-    roads = [(here, there, rng.choice(VALUES)) for here, there in zip(stops, stops[1:] + ["home"], strict=True)]
+    roads = [(here, there, rng.choice(VALUES)) for here, there in zip(stops, [*stops[1:], "home"], strict=True)]
     table = [f"{rng.choice(TRUE_ROAD)} {here} to {there} carry {item} ;" for here, there, item in roads]
     if level.decoys and rng.random() < 0.5:
         table.append(f"{rng.choice(TRUE_ROAD)} {places[-1]} to {rng.choice(stops)} carry {rng.choice(VALUES)} ;")
