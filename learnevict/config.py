@@ -1,4 +1,4 @@
-"""Budgets: how much a policy may hold, in tokens, per cent or bytes."""
+"""Budgets (how much a policy may hold) and layouts (the shape of a base model's cache)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from learnevict.errors import BudgetError
 
 BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 EXAMPLES = 'an int (tokens), "25%" (share of the tokens seen) or "64MiB" (keys and values of one row)'
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of a base model's cache, and of every gate made for it."""
+
+    num_layers: int
+    num_heads: int
+    num_query_heads: int
+    head_dim: int
+    value_dim: int
+    hidden_size: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ class Scorer(ABC):
         columns: notes it keeps per slot; the cache owns them.
         window: how many past queries it wants to look back at (0: none). The cache keeps a ring of that many.
         observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
+        refreshes: True if `refresh` must be called at every event of a row's grid, also when nothing needs to go.
     """
 
     columns: tuple[Column, ...] = ()
     window: int = 0
     observes: bool = False
+    refreshes: bool = False
 
     @abstractmethod
     def score(self, signals: Signals) -> Tensor:
@@ -44,6 +46,10 @@ class Scorer(ABC):
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
         """Updated notes of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
+        return {}
+
+    def refresh(self, signals: Signals) -> dict[str, Tensor]:
+        """Updated notes of all slots at an event, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
         return {}
 
     def to(self, device: torch.device) -> Scorer:

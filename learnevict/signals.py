@@ -67,6 +67,11 @@ class Attention:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What the softmax sees: scaled, capped, float32."""
+        scores = logits.float() * self.scaling
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
     def probabilities(self, logits: Tensor, visible: Tensor) -> Tensor:
         """Softmax in float32 over slots.
 
@@ -74,10 +79,7 @@ class Attention:
             logits: [B, H, G, S, N], unscaled.
             visible: bool, broadcastable to logits. Rows that see nothing become zeros.
         """
-        scores = logits.float() * self.scaling
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores = scores.masked_fill(~visible, -torch.inf)
+        scores = self.scores(logits).masked_fill(~visible, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         if self.sinks is not None:
             sink = self.sinks.float().view(1, scores.shape[1], scores.shape[2], 1, 1)
@@ -156,10 +158,18 @@ class Signals:
         ordered = values.masked_fill(~self.occupied, empty).gather(-1, self.order)
         return torch.empty_like(values).scatter_(-1, self.order, function(ordered).to(values.dtype))
 
-    def per_slot(self, function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
-        """Evaluate function(keys [B, H, n, d], values [B, H, n, d]) -> [B, H, n, *shape] chunk by chunk, in float32."""
-        out = torch.empty(*self.position.shape, *shape, dtype=torch.float32, device=self.position.device)
+    def pieces(self, width: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slot ranges with keys and values [B, H, n, d], so short that `width` float32 numbers per slot stay small."""
         for part, keys, values in self.slots.chunks():
+            step = max(1, self.position.shape[-1] * keys.shape[-1] * keys.element_size() // (8 * width))
+            for start in range(0, keys.shape[2], step):
+                stop = min(start + step, keys.shape[2])
+                yield slice(part.start + start, part.start + stop), keys[:, :, start:stop], values[:, :, start:stop]
+
+    def per_slot(self, function: Callable[[Tensor, Tensor], Tensor], width: int = 1) -> Tensor:
+        """Evaluate function(keys [B, H, n, d], values [B, H, n, dv]) -> [B, H, n] piece by piece: float32 [B, H, N]."""
+        out = torch.empty(self.position.shape, dtype=torch.float32, device=self.position.device)
+        for part, keys, values in self.pieces(width):
             out[:, :, part] = function(keys, values)
         return out
 
@@ -169,6 +179,11 @@ class Signals:
         Yields:
             probabilities float32 [B, H, G, w, N] (zeros for missing queries) and query positions int32 [B, w].
         """
+        for logits, where in self.window_logits(size):
+            yield self.attention.probabilities(logits, self.visible(where)), where
+
+    def window_logits(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `window`, before scaling, cap, visibility and softmax: logits [B, H, G, w, N] and positions int32 [B, w]."""
         assert self.ring is not None, "the scorer must declare window > 0 to look back at queries"
         queries, positions = self.ring
         width = queries.shape[2]
@@ -180,9 +195,7 @@ class Signals:
             pick = order[:, start : start + step]
             index = pick.view(batch, 1, -1, 1).expand(-1, queries.shape[1], -1, queries.shape[3])
             query = queries.gather(2, index).view(batch, heads, -1, queries.shape[3])
-            where = positions.gather(1, pick)
-            logits = self.slots.logits(query).view(batch, heads, group, -1, num)
-            yield self.attention.probabilities(logits, self.visible(where)), where
+            yield self.slots.logits(query).view(batch, heads, group, -1, num), positions.gather(1, pick)
 
     def visible(self, query_position: Tensor) -> Tensor:
         """bool [B, H, 1, S, N]: occupied slots whose token is not after the query; nothing for a missing query."""

@@ -1,12 +1,13 @@
 """Train the bundled reasoning model from scratch: the clean tasks first, then decoys, then filler.
 
-    torchrun --nproc-per-node 2 recipes/pretrain.py              # one thread per process: two CPU cores
+    torchrun --nproc-per-node 2 recipes/pretrain.py --compiled   # one thread per process: two CPU cores
     python recipes/pretrain.py --smoke                           # seconds, same code
-    python recipes/pretrain.py --out /tmp/testbed_run --export   # write the current weights as the package's data folder
+    python recipes/pretrain.py --export                          # write the last checkpoint as the package's data
 
-Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean tasks it needs a few
-hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not when a step count does.
-The run resumes exactly: all randomness is a function of the seed and the step, all state is safetensors and JSON.
+Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean tasks
+it needs a few hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not
+when a step count does. The run resumes exactly on as many processes: all randomness is a function of the seed, the step
+and the rank, all state is safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.testbed import Sample
+from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 
 TOP = 4
 TOKENIZER = testbed.build_tokenizer()
@@ -40,19 +42,19 @@ IDS: dict[str, int] = TOKENIZER.get_vocab()
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The learning rate is constant after warm-up and falls as a cosine over the last `cooldown` steps."""
+    """One run. Learning rates are constant after warm-up and fall as a cosine over the last `cooldown` steps."""
 
     out: str = "/tmp/testbed_run"
     data: str = str(testbed.path())
     seed: int = 0
-    steps: int = 8000
-    cooldown: int = 1600
-    warmup: int = 200
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    tokens_per_step: int = 7000
+    steps: int = 9000
+    cooldown: int = 1200
+    warmup: int = 100
+    learning_rate: float = 3e-3  # AdamW: embeddings and norms
+    matrix_learning_rate: float = 0.01  # Muon: everything else
+    tokens_per_step: int = 4000
     tokens_per_pass: int = 2500
-    promote_at: float = 0.96
+    promote_at: float = 0.93
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 4
@@ -60,11 +62,11 @@ class Config:
     num_key_value_heads: int = 2
     head_dim: int = 32
     evaluate_every: int = 500
-    evaluate_samples: int = 32
+    evaluate_samples: int = 16
     final_samples: int = 200
     threads: int = 1
-    compiled: bool = False
     device: str = "cpu"
+    compiled: bool = False
     smoke: bool = False
     export: bool = False
 
@@ -83,19 +85,65 @@ def build_model(config: Config) -> Qwen3ForCausalLM:
     )  # fmt: skip
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates (Jordan et al., 2024), in float32 and stacked by shape.
+
+    Associative recall, which is most of what this model has to learn, takes far fewer steps than with AdamW.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every matrix."""
+        group, shapes = self.param_groups[0], {}
+        for parameter in group["params"]:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in shapes.items():
+            updates = []
+            for parameter in parameters:
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                updates.append(parameter.grad.lerp(average, group["momentum"]))
+            scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+            for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+                parameter.mul_(1 - 0.1 * group["lr"]).sub_(update, alpha=scale)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Push all singular values towards 1 by five quintic Newton-Schulz steps, [N, rows, columns]."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    matrices = matrices.mT if tall else matrices
+    matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = matrices @ matrices.mT
+        matrices = 3.4445 * matrices + (-4.7750 * square + 2.0315 * square @ square) @ matrices
+    return matrices.mT if tall else matrices
+
+
+def build_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms. A group's `peak` is its learning rate."""
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    others = [value for name, value in model.named_parameters() if value.ndim < 2 or "embed" in name]
+    muon, adam = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+    muon.param_groups[0]["peak"], adam.param_groups[0]["peak"] = config.matrix_learning_rate, config.learning_rate
+    return [muon, adam]
+
+
 class Curriculum:
     """The level of every family, and the running accuracy on fresh samples that decides about the next."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.level: dict[str, int] = {family: 0 for family in testbed.FAMILIES}
-        self.accuracy: dict[str, float] = {family: 0.0 for family in testbed.FAMILIES}
+        self.level: dict[str, int] = dict.fromkeys(testbed.FAMILIES, 0)
+        self.accuracy: dict[str, float] = dict.fromkeys(testbed.FAMILIES, 0.0)
         self.promoted: list[list[Any]] = []
         if state:
             self.level, self.accuracy, self.promoted = state["level"], state["accuracy"], state["promoted"]
 
     def draw(self, rng: Random) -> tuple[str, int]:
         """A family, the lagging ones more often, and a level, mostly its highest."""
-        lag = [0.2 + (1 - self.accuracy[family]) + 0.15 * (TOP - self.level[family]) for family in testbed.FAMILIES]
+        lag = [0.2 + (1 - self.accuracy[name]) + 0.15 * (TOP - self.level[name]) for name in testbed.FAMILIES]
         family = rng.choices(testbed.FAMILIES, lag)[0]
         level = self.level[family]
         return family, level if rng.random() < 0.8 else rng.randint(0, level)
@@ -111,50 +159,32 @@ class Curriculum:
                 self.promoted.append([step, family, self.level[family]])
 
 
-def passes(samples: list[Sample], tokens_per_pass: int) -> list[list[Sample]]:
-    """Split into groups of similar length whose padded size stays below the limit."""
-    groups: list[list[Sample]] = [[]]
-    for sample in sorted(samples, key=lambda sample: len(sample.checked)):
-        if groups[-1] and (len(groups[-1]) + 1) * len(sample.checked) > tokens_per_pass:
-            groups.append([])
-        groups[-1].append(sample)
-    return groups
-
-
-def forward(model: nn.Module, samples: list[Sample], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, hits, weights and sample rows of all tokens with weight; right padding needs no mask under causal attention."""
-    width = max(len(sample.checked) for sample in samples)
-    ids = torch.full((len(samples), width), IDS["<pad>"])
-    weights = torch.zeros(len(samples), width)
-    checked = torch.zeros(len(samples), width, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        length = len(sample.checked)
-        ids[row, :length] = torch.tensor([IDS[word] for word in sample.text.split()])
-        weights[row, :length] = torch.tensor(sample.weights)
-        checked[row, :length] = torch.tensor(sample.checked)
-    ids, weights, checked = ids.to(device), weights.to(device), checked.to(device)
+def forward(model: Qwen3ForCausalLM, samples: list[Sample], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, hits, checked marks and sample rows of all tokens with weight."""
+    ids, weights, checked = (tensor.to(device) for tensor in to_tensors(samples, IDS))
+    rows, columns = weights[:, 1:].nonzero(as_tuple=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # pyright: ignore
-        rows, columns = weights[:, 1:].nonzero(as_tuple=True)
-        logits = model.lm_head(hidden[rows, columns]).float()  # pyright: ignore
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[rows, columns]).float()
     target = ids[rows, columns + 1]
     losses = nn.functional.cross_entropy(logits, target, reduction="none") * weights[rows, columns + 1]
     return losses, logits.argmax(-1) == target, checked[rows, columns + 1], rows
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, curriculum: Curriculum, step: int
+    model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], config: Config, curriculum: Curriculum, step: int
 ) -> float:
     """Draw fresh samples, step once, and tell the curriculum how it went. Returns the mean loss."""
     rng = Random(f"{config.seed}/{step}/{rank()}")
-    drawn: list[tuple[Sample, bool]] = []
-    while sum(len(sample.checked) for sample, _ in drawn) < config.tokens_per_step / num_ranks():
+    drawn: list[Sample] = []
+    at_top: set[int] = set()
+    while sum(len(sample.checked) for sample in drawn) < config.tokens_per_step / num_ranks():
         family, level = curriculum.draw(rng)
-        sample = testbed.generate(family, rng.getrandbits(48), split="train", level=None if level == TOP else level)
-        drawn.append((sample, level == curriculum.level[family]))
-    at_top = {id(sample) for sample, top in drawn if top}
+        seed = rng.getrandbits(48)
+        drawn.append(testbed.generate(family, seed, split="train", level=None if level == TOP else level))
+        at_top |= {id(drawn[-1])} if level == curriculum.level[family] else set()
     counts = torch.zeros(2 + 2 * len(testbed.FAMILIES))
-    for group in passes([sample for sample, _ in drawn], config.tokens_per_pass):
+    for group in batches(drawn, config.tokens_per_pass):
         losses, hits, checked, rows = forward(model, group, config.device)
         losses.sum().backward()
         counts[0] += losses.sum().item()
@@ -164,24 +194,33 @@ def train_step(
                 mine, place = checked & (rows == row), 2 + 2 * testbed.FAMILIES.index(sample.family)
                 counts[place] += int((mine & hits).sum())
                 counts[place + 1] += int(mine.sum())
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    counts = sum_over_ranks(gradients, counts)
-    for gradient in gradients:
-        gradient /= counts[1]
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(config, step)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    counts = update(model, optimizers, counts, schedule(config, step))
     curriculum.update(step, counts[2:].view(-1, 2).tolist(), config.promote_at)
     return float(counts[0] / counts[1])
 
 
+def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], counts: Tensor, rate: float) -> Tensor:
+    """Step on the mean gradient of all ranks; returns the counts of all ranks."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    counts = sum_over_ranks(gradients, counts)
+    for gradient in gradients:
+        gradient /= counts[1]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return counts
+
+
 def rank() -> int:
+    """This process among those of torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
+    """How many processes train."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -197,71 +236,59 @@ def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
     return pieces[-1].cpu()
 
 
-def learning_rate(config: Config, step: int) -> float:
+def schedule(config: Config, step: int) -> float:
     """Linear warm-up, constant, cosine to a twentieth at the end."""
     left = (config.steps - step) / max(1, config.cooldown)
     fall = 1.0 if left >= 1 else 0.05 + 0.95 * (0.5 - 0.5 * math.cos(math.pi * left))
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup) * fall
+    return min(1.0, (step + 1) / config.warmup) * fall
 
 
-@torch.no_grad()
-def measure(model: nn.Module, config: Config, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
-    """Per family on validation seeds, teacher-forced: accuracy on checked tokens, share of samples with every token right."""
-    result = {}
+def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
+    """Per family on validation seeds: accuracy on checked tokens and share of samples with every token right."""
+    result: dict[str, dict[str, float]] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
-        right = seen = perfect = 0
-        for group in passes(samples, 4 * config.tokens_per_pass):
-            _, hits, checked, rows = forward(model, group, config.device)
-            right, seen = right + int((hits & checked).sum()), seen + int(checked.sum())
-            perfect += sum(bool(hits[rows == row].all()) for row in range(len(group)))
-        result[family] = {"step_accuracy": round(right / seen, 5), "all_right": round(perfect / num_samples, 4)}
+        step, perfect = step_accuracy(model, TOKENIZER, samples)
+        result[family] = {"step_accuracy": round(step, 5), "all_right": round(perfect, 4)}
     return result
 
 
-@torch.no_grad()
-def exact_match(model: Any, num_samples: int, device: str, length: str = "normal") -> dict[str, float]:
-    """Per family on validation seeds: share of final answers right under greedy generation with the full cache."""
-    result = {}
+def answer(model: Any, num_samples: int, length: str = "normal") -> dict[str, float]:
+    """Per family on validation seeds: exact match of the final answer under greedy generation."""
+    result: dict[str, float] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
-        right = 0
-        for start in range(0, num_samples, 50):
-            batch = samples[start : start + 50]
-            inputs = TOKENIZER([sample.prompt for sample in batch], return_tensors="pt", padding=True).to(device)
-            inputs.pop("token_type_ids", None)
-            out = model.generate(**inputs, max_new_tokens=400, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            texts = [TOKENIZER.decode(row) for row in out]
-            right += sum(testbed.verify(sample, text) for sample, text in zip(batch, texts, strict=True))
-        result[family] = right / num_samples
+        result[family] = exact_match(model, TOKENIZER, samples)
     return result
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
     """Write a checkpoint beside the old one and swap, so that a killed run always finds a whole one."""
     fresh, old = folder / "checkpoint.new", folder / "checkpoint"
     fresh.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.named_parameters()}, fresh / "model.safetensors")
-    moments = {
-        f"{i}/{key}": value for i, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()
-    }
-    save_file({key: value.contiguous() for key, value in moments.items()}, fresh / "optimizer.safetensors")
+    moments: dict[str, Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            moments |= {f"{number}/{index}/{key}": value.contiguous() for key, value in entry.items()}
+    save_file(moments, fresh / "optimizers.safetensors")
     (fresh / "state.json").write_text(json.dumps(state))
     shutil.rmtree(old, ignore_errors=True)
     os.replace(fresh, old)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any] | None:
     """Load the checkpoint if there is one; returns its state."""
     found = folder / "checkpoint" if (folder / "checkpoint").exists() else folder / "checkpoint.new"
     if not (found / "state.json").exists():
         return None
-    model.load_state_dict(load_file(found / "model.safetensors"), strict=False)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(found / "optimizer.safetensors").items():
-        index, name = key.split("/")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    model.load_state_dict(load_file(found / "model.safetensors"), strict=False)  # the tied head is not stored
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, value in load_file(found / "optimizers.safetensors").items():
+        number, index, name = key.split("/")
+        moments[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, entries in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((found / "state.json").read_text())
 
 
@@ -276,12 +303,12 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     TOKENIZER.save_pretrained(fresh)
     special = {"pad_token_id": IDS["<pad>"], "bos_token_id": IDS["<bos>"], "eos_token_id": IDS["<end>"]}
     GenerationConfig(**special, do_sample=False, max_new_tokens=400).save_pretrained(fresh)
-    model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()  # pyright: ignore
-    num = config.final_samples
+    model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
+    num, few = config.final_samples, max(1, config.final_samples // 4)
     record = {
-        "recipe": {**asdict(config), "out": "", "data": ""}, "fingerprint": testbed.fingerprint(), "num_samples": num,
-        "split": "validation", "accuracy": measure(model, config, num), "exact_match": exact_match(model, num, config.device),
-        "long": {"accuracy": measure(model, config, num // 4, "long"), "exact_match": exact_match(model, num // 4, config.device, "long")},
+        "recipe": asdict(replace(config, out="", data="")), "fingerprint": testbed.fingerprint(), "split": "validation",
+        "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, num),
+        "long": {"num_samples": few, "accuracy": measure(model, few, "long"), "exact_match": answer(model, few, "long")},
         "training": state, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -290,43 +317,43 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def train(
+    config: Config, model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> None:
+    """All steps from where the state stands; rank 0 logs, saves and evaluates."""
+    for layer in model.model.layers if config.compiled else ():
+        layer.compile(dynamic=True)
+    curriculum, running, begin = Curriculum(state.get("curriculum")), 0.0, state["step"]
+    bar = tqdm(range(begin, config.steps), mininterval=30, initial=begin, total=config.steps, disable=rank() > 0)
+    for step in bar:
+        began = time.perf_counter()
+        loss = train_step(model, optimizers, config, curriculum, step)
+        running = loss if not running else 0.98 * running + 0.02 * loss
+        state["seconds"] += time.perf_counter() - began
+        if rank() == 0 and ((step + 1) % 50 == 0 or step + 1 == config.steps):
+            row = {"step": step + 1, "loss": round(running, 4), "seconds": round(state["seconds"])}
+            row |= {name: f"{curriculum.level[name]}:{curriculum.accuracy[name]:.3f}" for name in testbed.FAMILIES}
+            state["curve"].append(row)
+            bar.write(json.dumps(row))
+            state |= {"step": step + 1, "curriculum": vars(curriculum)}
+            save(Path(config.out), model, optimizers, state)
+        if rank() == 0 and (step + 1) % config.evaluate_every == 0:
+            bar.write(f"step {step + 1} validation {json.dumps(measure(model, config.evaluate_samples))}")
+
+
 def main(config: Config) -> None:
     """Train, or with `export` only write what the last checkpoint holds."""
     torch.set_num_threads(config.threads)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
-    folder = Path(config.out)
     model = build_model(config).to(config.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    state = restore(folder, model, optimizer) or {"step": 0, "seconds": 0.0, "curve": []}
+    optimizers = build_optimizers(config, model)
+    state = restore(Path(config.out), model, optimizers) or {"step": 0, "seconds": 0.0, "curve": []}
     if not config.export:
-        train(config, model, optimizer, state)
+        train(config, model, optimizers, state)
     if rank() == 0:
         record = export(config, state)
         print(json.dumps({key: record[key] for key in ("accuracy", "exact_match", "long")}))
-
-
-def train(config: Config, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """All steps from where the state stands; rank 0 logs, saves and evaluates."""
-    for layer in model.model.layers if config.compiled else ():
-        layer.compile(dynamic=True)
-    curriculum, running, begin = Curriculum(state.get("curriculum")), 0.0, state["step"]
-    for step in (
-        bar := tqdm(range(begin, config.steps), mininterval=30, initial=begin, total=config.steps, disable=rank() > 0)
-    ):
-        began = time.perf_counter()
-        loss = train_step(model, optimizer, config, curriculum, step)
-        running = loss if not running else 0.98 * running + 0.02 * loss
-        state["seconds"] += time.perf_counter() - began
-        if rank() == 0 and ((step + 1) % 50 == 0 or step + 1 == config.steps):
-            row = {"step": step + 1, "loss": round(running, 4), "seconds": round(state["seconds"])}
-            row |= {f: f"{curriculum.level[f]}:{curriculum.accuracy[f]:.3f}" for f in testbed.FAMILIES}
-            state["curve"].append(row)
-            bar.write(json.dumps(row))
-            state |= {"step": step + 1, "curriculum": vars(curriculum)}
-            save(Path(config.out), model, optimizer, state)
-        if rank() == 0 and (step + 1) % config.evaluate_every == 0:
-            bar.write(f"step {step + 1} validation {json.dumps(measure(model, config, config.evaluate_samples))}")
 
 
 def parse() -> Config:
@@ -340,13 +367,10 @@ def parse() -> Config:
     config = Config(**vars(parser.parse_args()))
     if not config.smoke:
         return config
-    tiny = dict(
-        out="/tmp/testbed_smoke", data="/tmp/testbed_smoke/data", steps=3, cooldown=1, warmup=1, tokens_per_step=600
-    )
-    tiny |= dict(
-        evaluate_every=3, evaluate_samples=2, final_samples=4, hidden_size=32, intermediate_size=64, num_layers=2
-    )
-    return Config(**{**asdict(config), **tiny})
+    return replace(
+        config, out="/tmp/testbed_smoke", data="/tmp/testbed_smoke/data", steps=3, cooldown=1, warmup=1, tokens_per_step=600,
+        evaluate_every=3, evaluate_samples=2, final_samples=4, hidden_size=32, intermediate_size=64, num_layers=2,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

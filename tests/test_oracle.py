@@ -168,7 +168,10 @@ def test_every_reduction_matches_brute_force(name, padding, block, extra):
     assert torch.isfinite(labels).any()
 
 
-@pytest.mark.parametrize("reduce", [GOLDEN, KVZAP, LOCRET, Reducers(query="sum", group="sum")])
+LOGITS = replace(LOCRET, needs_queries=False)
+
+
+@pytest.mark.parametrize("reduce", [GOLDEN, LOGITS, Reducers(query="max"), Reducers(query="sum", group="sum")])
 def test_blocks_longer_than_a_tile(reduce):
     chosen = inputs(reduce, 150, 140, ())
     labels = future_attention(**chosen, block=140, reduce=reduce, out_dtype=torch.float64)
@@ -386,7 +389,7 @@ def test_golden_leaves_short_rows_and_stock_layers_alone():
 
 
 def test_golden_refuses_budgets_without_room():
-    """Regression 13: fewer slots than protected tokens is an error naming the smallest budget, never a negative top-k."""
+    """Regression 13: fewer slots than protected tokens is an error naming the smallest, never a negative top-k."""
     labels = [torch.rand(1, 1, 40, 10)]
     with pytest.raises(BudgetError, match="smallest that works is 14"):
         golden(labels, budget=13, block=4, guard=Guard(sinks=4, recent=10))
@@ -459,6 +462,6 @@ print((peak - resident) / 1e6)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_labels_of_a_long_document_stay_small():
-    """16k tokens, 8 query and 2 kv heads: at most 500 MB above the inputs, labels included (a [T, T] head takes 1,074)."""
+    """16k tokens, 8 query and 2 kv heads: at most 500 MB above the inputs, labels included (one [T, T] takes 1,074)."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout) <= 500

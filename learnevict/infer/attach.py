@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -26,12 +26,21 @@ from learnevict.signals import Attention
 NAME = "learnevict"
 
 
+class Observer(Protocol):
+    """Called once per evicting layer of a replayed forward, with what its attention function received."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Replay:
     """What a replayed forward sees: expiry int32 [B, H, T] by layer index, and bool [B, T] real tokens (None: all)."""
 
     expiry: dict[int, Tensor]
     valid: Tensor | None
+    observe: Observer | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Step:
     hidden: Tensor | None
     expiry: Tensor | None = None
     valid: Tensor | None = None
+    observe: Observer | None = None
 
 
 @dataclass
@@ -196,7 +206,7 @@ def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     cache, replay = kwargs.get("past_key_values"), REPLAY.get()
     index: Any = module.layer_idx
     if replay is not None and index in replay.expiry:
-        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid)}
+        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe)}
     if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):
         layer.expecting = True
         return args, {**kwargs, NAME: Step(layer, hidden)}
@@ -236,6 +246,8 @@ def attention_function(
         out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
     else:
         assert learnevict.expiry is not None
+        if learnevict.observe is not None:
+            learnevict.observe(module.layer_idx, query, key, value, learnevict.hidden, attention)  # pyright: ignore[reportArgumentType]
         out = replay_attention(query, key, value, learnevict.expiry, learnevict.valid, attention)
     return out.transpose(1, 2).contiguous(), None
 

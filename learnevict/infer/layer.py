@@ -266,11 +266,13 @@ class EvictingLayer(CacheLayerMixin):
         if not any(block.due):
             return
         assert self.store is not None
+        now = Signals(**{**vars(signals), "ring": self.ring, "ledger": self.store.ledger.columns, "memo": {}})
+        if self.policy.scorer.refreshes:
+            self._refresh(block, now)
         targets = self._targets([before + size for before, size in zip(block.before, block.sizes, strict=True)])
         over = [due and live > target for due, live, target in zip(block.due, self.live, targets, strict=True)]
         if not any(over):
             return
-        now = Signals(**{**vars(signals), "ring": self.ring, "ledger": self.store.ledger.columns, "memo": {}})
         keep = self.policy.keep(now)
         if keep is None:
             return
@@ -283,6 +285,16 @@ class EvictingLayer(CacheLayerMixin):
         self.store.evict(drop)
         self.live = [target if was else live for was, live, target in zip(over, self.live, targets, strict=True)]
         self._give_back()
+
+    def _refresh(self, block: Block, now: Signals) -> None:
+        """Let the scorer bring its notes up to date in the rows whose event this is."""
+        assert self.store is not None
+        columns = self.store.ledger.columns
+        for name, fresh in self.policy.scorer.refresh(now).items():
+            if not all(block.due):
+                due = torch.tensor(block.due).to(fresh.device, non_blocking=True)
+                fresh = torch.where(due.view(-1, *([1] * (fresh.ndim - 1))), fresh, columns[name])
+            columns[name] = fresh.to(columns[name].dtype)
 
     def _give_back(self) -> None:
         """Free what a long prompt needed and the steady state does not."""

@@ -8,13 +8,19 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from learnevict.errors import TraceError
-from learnevict.infer.attach import REPLAY, Attachment, Replay
+from learnevict.infer.attach import REPLAY, Attachment, Observer, Replay
 from learnevict.infer.cache import evicting_layers
 from learnevict.signals import Trace
 
 
 def replay(
-    model: PreTrainedModel, input_ids: Tensor, trace: Trace, attention_mask: Tensor | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    trace: Trace,
+    attention_mask: Tensor | None = None,
+    *,
+    observe: Observer | None = None,
+    **kwargs: Any,
 ) -> Any:
     """What the model would have answered at every position had its cache been evicted as the trace says.
 
@@ -23,6 +29,7 @@ def replay(
         input_ids: int64 [B, T].
         trace: expiry int32 [L, B, H, T]; layers that stay stock are ignored.
         attention_mask: [B, T], 0 = padding.
+        observe: called by every evicting layer with its queries, keys, values and inputs.
         **kwargs: handed to the model's forward.
 
     Returns:
@@ -44,7 +51,7 @@ def replay(
     valid = None if attention_mask is None else attention_mask.bool()
     if attention_mask is not None and "position_ids" not in kwargs:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    token = REPLAY.set(Replay({index: expiry[index] for index in evicting_layers(layers)}, valid))
+    token = REPLAY.set(Replay({index: expiry[index] for index in evicting_layers(layers)}, valid, observe))
     try:
         with Attachment(model, None):
             return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

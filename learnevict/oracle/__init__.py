@@ -6,6 +6,7 @@
 Every paper reduces attention in another order; `Reducers` spells the order out and `PRESETS` names the known ones.
 """
 
+from learnevict.oracle.collect import full_trace, golden_labels, golden_trace
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
 from learnevict.oracle.reducers import (
     GOLDEN,
@@ -27,7 +28,7 @@ from learnevict.oracle.reducers import (
 from learnevict.oracle.roll import Protection, RollRule, golden
 
 __all__ = [
-    "future_attention", "golden", "horizon", "pool_groups", "target", "per_head_output_weight",
+    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "horizon", "pool_groups", "target", "per_head_output_weight",
     "Reducers", "LayerInputs", "RollRule", "Protection", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
 ]  # fmt: skip

@@ -38,7 +38,7 @@ NUM_LEVELS = 5
 def generate(
     family: str, seed: int, *, split: str = "test", length: str = "normal", level: int | None = None
 ) -> Sample:
-    """The sample of this family, seed and split; `length="long"` is the extrapolation split, `level` 0 to 4 the curriculum.
+    """The sample of this family, seed and split; `length="long"` extrapolates, `level` 0 to 4 is the curriculum.
 
     Splits are disjoint because the split's name is part of what seeds the random numbers.
     Raises UsageError for a family, split, length or level that does not exist.
@@ -57,7 +57,7 @@ def generate(
     chosen = module.LONG if length == "long" else module.LEVELS[NUM_LEVELS - 1 if level is None else level]
     key = f"{family}/{split}/{length}/{level}/{seed}".encode()
     rng = Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
-    return Sample(family=family, seed=seed, split=split, **assemble(module.generate(rng, chosen)))  # pyright: ignore[reportArgumentType]
+    return assemble(family, seed, split, module.generate(rng, chosen))
 
 
 def verify(sample: Sample, text: str) -> bool:

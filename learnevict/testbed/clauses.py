@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Level:
-    """How hard a sample is: inclusive ranges of true statements and filler words, decoys per statement, chatter in the response."""
+    """How hard a sample is: ranges of true statements and filler words, decoys per statement, remarks in the reply."""
 
     items: tuple[int, int]
     decoys: float
@@ -53,8 +53,8 @@ class Level:
         return int(wanted) + (rng.random() < wanted - int(wanted))
 
 
-def assemble(turns: Sequence[tuple[str, str]]) -> dict[str, object]:
-    """Turn (role, marked text) pairs, the last by the assistant, into the fields of a Sample."""
+def assemble(family: str, seed: int, split: str, turns: Sequence[tuple[str, str]]) -> Sample:
+    """Turn (role, marked text) pairs, the last by the assistant, into a Sample."""
     tokens, checked, weights = [BOS], [False], [0.0]
     prompt_length = 0
     for role, marked in turns:
@@ -69,9 +69,9 @@ def assemble(turns: Sequence[tuple[str, str]]) -> dict[str, object]:
         {"role": role, "content": " ".join(w.removeprefix(CHECKED) for w in text.split())} for role, text in turns
     ]
     response = " ".join(tokens[prompt_length:])
-    return dict(
-        prompt=" ".join(tokens[:prompt_length]), response=response, messages=messages[:-1], checked=tuple(checked),
-        weights=tuple(weights), answer=final_answer(response) or "",
+    return Sample(
+        family=family, seed=seed, split=split, prompt=" ".join(tokens[:prompt_length]), response=response,
+        answer=final_answer(response) or "", messages=messages[:-1], checked=tuple(checked), weights=tuple(weights),
     )  # fmt: skip
 
 

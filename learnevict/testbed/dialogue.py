@@ -1,7 +1,7 @@
-"""Family dialogue: facts and jokes told over several turns, some facts renewed later, questions in between and at the end.
+"""Family dialogue: facts and jokes over several turns, some facts renewed later, questions between and at the end.
 
-<user> fact ann likes river stone ; joke bob likes key drum ; ask ann ; <end> <assistant> answer ann river stone <end>
-<user> fact ann likes amber lemon ; ... <end> <assistant> noted , thanks <end> ... <user> ... ask bob ann ; <end> <assistant>
+<user> fact ann river stone ; joke bob key drum ; ask ann ; <end> <assistant> answer ann river stone <end>
+<user> fact ann amber lemon ; ... <end> <assistant> noted , thanks <end> <user> ... ask bob ann ; <end> <assistant>
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from learnevict.testbed.recall import marked, taste
 from learnevict.testbed.vocabulary import FALSE_FACT, NAMES, TRUE_FACT
 
 LEVELS = (
-    Level((4, 7), 0.0, (0, 0)),
-    Level((4, 7), 0.8, (0, 0)),
+    Level((3, 5), 0.0, (0, 0)),
+    Level((4, 6), 0.8, (0, 0)),
     Level((5, 8), 1.2, (10, 40)),
     Level((5, 8), 1.7, (50, 110)),
-    Level((6, 7), 2.0, (130, 190)),
+    Level((6, 7), 2.4, (140, 200)),
 )
-LONG = Level((8, 10), 2.0, (200, 260))
+LONG = Level((8, 10), 2.4, (210, 270))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     """One conversation as chat turns; checked words carry a mark. Items count tellings, renewals included."""
     num_told = level.num_items(rng)
-    num_renewed = rng.randint(1, 2)
-    num_turns = rng.randint(3, 4)
+    num_renewed = rng.randint(1, 2) if num_told > 4 else 1
+    num_turns = rng.randint(3, 4) if num_told > 4 else 2
     names = rng.sample(NAMES, num_told - num_renewed + 1)
     order = names[:-1] + rng.sample(names[:-1], num_renewed)
     rng.shuffle(order)
@@ -57,9 +57,9 @@ def _num_asked(rng: Random, num_known: int, last: bool) -> int:
 
 def _turn(rng: Random, facts: list[tuple[str, str]], num_decoys: int, names: list[str], num_filler: int) -> list[str]:
     """One user turn: facts in their order, jokes about the same people and filler between."""
-    told = [f"{rng.choice(TRUE_FACT)} {name} likes {value} ;" for name, value in facts]
-    jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} likes {taste(rng)} ;" for _ in range(num_decoys)]
+    told = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in facts]
+    jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {taste(rng)} ;" for _ in range(num_decoys)]
     mixed = scatter(rng, told, jokes)
-    words = [word for clause in mixed for word in clause.split()[3:5]]
+    words = [word for clause in mixed for word in clause.split()[2:4]]
     noise = filler(rng, ("person", "person", "number"), num_filler, {"%": names, "$": words})
     return ["hello ;"] * (rng.random() < 0.3) + scatter(rng, mixed, noise)

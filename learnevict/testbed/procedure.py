@@ -1,7 +1,7 @@
 """Family procedure: follow the open roads from the start until home, and report what each road makes you carry.
 
-open mill to tower carry lamp ; shut mill to forest carry key ; ... start mill ;
--> mill to tower carry lamp ; tower to castle carry honey ; ... quarry to home carry drum ; answer quarry drum
+open mill tower lamp ; shut mill forest key ; ... start mill ;
+-> mill tower lamp ; tower castle honey ; ... quarry home drum ; answer quarry drum
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from learnevict.testbed.clauses import Level, another, filler, scatter
 from learnevict.testbed.vocabulary import FALSE_ROAD, PLACES, TRUE_ROAD, VALUES
 
 LEVELS = (
-    Level((3, 5), 0.0, (0, 0), chatter=False),
-    Level((4, 7), 0.8, (0, 0), chatter=False),
+    Level((2, 4), 0.0, (0, 0), chatter=False),
+    Level((3, 6), 0.8, (0, 0), chatter=False),
     Level((6, 10), 1.0, (0, 20)),
-    Level((8, 11), 1.0, (20, 60)),
-    Level((9, 11), 1.0, (60, 100)),
+    Level((8, 12), 1.1, (30, 90)),
+    Level((10, 12), 1.2, (100, 140)),
 )
-LONG = Level((14, 16), 1.0, (90, 130))
+LONG = Level((15, 16), 1.2, (150, 190))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
@@ -27,19 +27,19 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     places = rng.sample(PLACES, min(len(PLACES), num_hops + 2))
     stops = places[:num_hops]
     roads = [(here, there, rng.choice(VALUES)) for here, there in zip(stops, [*stops[1:], "home"], strict=True)]
-    table = [f"{rng.choice(TRUE_ROAD)} {here} to {there} carry {item} ;" for here, there, item in roads]
+    table = [f"{rng.choice(TRUE_ROAD)} {here} {there} {item} ;" for here, there, item in roads]
     if level.decoys and rng.random() < 0.5:
-        table.append(f"{rng.choice(TRUE_ROAD)} {places[-1]} to {rng.choice(stops)} carry {rng.choice(VALUES)} ;")
+        table.append(f"{rng.choice(TRUE_ROAD)} {places[-1]} {rng.choice(stops)} {rng.choice(VALUES)} ;")
     for here, there, item in rng.sample(roads, min(num_hops, level.num_decoys(rng, num_hops))):
         wrong = another(rng, [*places, "home"], here, there)
-        table.append(f"{rng.choice(FALSE_ROAD)} {here} to {wrong} carry {another(rng, VALUES, item)} ;")
+        table.append(f"{rng.choice(FALSE_ROAD)} {here} {wrong} {another(rng, VALUES, item)} ;")
     rng.shuffle(table)
     items = [clause.split()[-2] for clause in table]
     noise = filler(rng, ("road", "road", "number"), rng.randint(*level.filler), {"&": places, "$": items})
     prompt = f"{' '.join(scatter(rng, table, noise))} start {stops[0]} ;"
     steps: list[str] = []
     for here, there, item in roads:
-        steps.append(f"{here} to ?{there} carry ?{item} ;" + (_remark(here, there, item) if level.chatter else ""))
+        steps.append(f"{here} ?{there} ?{item} ;" + (_remark(here, there, item) if level.chatter else ""))
     return [("user", prompt), ("assistant", f"{' '.join(steps)} answer ?{stops[-1]} ?{roads[-1][2]}")]
 
 

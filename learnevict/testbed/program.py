@@ -1,4 +1,4 @@
-"""Family program: straight-line arithmetic modulo 10 whose lines stand in any order, next to lines that must be skipped.
+"""Family program: straight-line arithmetic modulo 10, lines in any order, next to lines that must be skipped.
 
 set A 3 ; old A 7 ; do L4 A + B = C ; skip L4 D - B = C ; ... run L3 to L9 ; ask C F ;
 -> L3 D 1 - A 3 = F 8 ; L4 A 3 + B 5 = C 8 ; ... answer C 8 F 8

@@ -1,6 +1,6 @@
 """Family recall: facts stated once among rumours about the same people, asked at the very end.
 
-fact ann likes river stone ; rumour ann likes lamp key ; ... ask bob ann ;
+fact ann river stone ; rumour ann lamp key ; ... ask bob ann ;
 -> answer bob cloud tree ann river stone
 """
 
@@ -12,13 +12,13 @@ from learnevict.testbed.clauses import Level, filler, scatter
 from learnevict.testbed.vocabulary import FALSE_FACT, NAMES, TRUE_FACT, VALUES
 
 LEVELS = (
-    Level((4, 8), 0.0, (0, 0)),
-    Level((4, 8), 1.0, (0, 0)),
+    Level((2, 4), 0.0, (0, 0)),
+    Level((3, 6), 1.0, (0, 0)),
     Level((4, 8), 1.7, (10, 40)),
     Level((4, 7), 2.4, (50, 130)),
-    Level((4, 5), 3.0, (180, 240)),
+    Level((4, 5), 3.4, (190, 250)),
 )
-LONG = Level((6, 7), 3.0, (270, 330))
+LONG = Level((6, 7), 3.4, (280, 340))
 
 
 def taste(rng: Random) -> str:
@@ -36,9 +36,9 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     num_facts = level.num_items(rng)
     names = rng.sample(NAMES, num_facts + 1)
     facts = {name: taste(rng) for name in names[:num_facts]}
-    told = [f"{rng.choice(TRUE_FACT)} {name} likes {value} ;" for name, value in facts.items()]
+    told = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in facts.items()]
     for _ in range(level.num_decoys(rng, num_facts)):
-        told.append(f"{rng.choice(FALSE_FACT)} {rng.choice(names)} likes {taste(rng)} ;")
+        told.append(f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {taste(rng)} ;")
     rng.shuffle(told)
     words = [word for clause in told for word in clause.split() if word in VALUES]
     noise = filler(rng, ("person", "person", "number"), rng.randint(*level.filler), {"%": names, "$": words})

@@ -1,4 +1,4 @@
-"""The words of the testbed and its tokenizer: one token per whitespace-separated word, so that positions can be read by eye."""
+"""The words of the testbed and its tokenizer: one token per word, so that positions can be read by eye."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FALSE_LINE = ("skip", "void", "drop")
 TRUE_ROAD = ("open", "free", "clear")
 FALSE_ROAD = ("shut", "closed", "blocked")
 
-STRUCTURE = tuple("; , + - = to carry home likes ask run start answer noted thanks".split())
+STRUCTURE = tuple("; , + - = to home ask run start answer noted thanks".split())
 CHATTER = tuple(
-    "page of double check and compare with near see the by met saw we asked about between again so next hm fine look at "
-    "rest hello today talk was sold for".split()
+    "page of double check and compare with near see the by met saw we asked about between again so next hm fine look "
+    "at rest hello today talk was sold for".split()
 )
 
 CHAT_TEMPLATE = (

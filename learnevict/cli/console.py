@@ -1,0 +1,118 @@
+"""The console: which commands there are, and how their errors reach the person."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from learnevict import __version__
+from learnevict.cli.results import say
+from learnevict.errors import LearnevictError, UsageError
+
+COMMANDS = ("infer", "list", "eval", "report", "viz", "doctor", "demo")
+USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
+
+_Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="learnevict",
+    help="Learned KV-cache eviction: generate, judge and look inside under a small cache.\n\n"
+    "Start here, on any machine: [bold]learnevict demo[/bold]",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"learnevict {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def learnevict(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Say so when a command is stopped with Ctrl-C; it exits with 130."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt as error:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
+
+
+for _name in COMMANDS:
+    if find_spec(f"learnevict.cli.{_name}") is not None:
+        app.command(_name)(_interruptible(import_module(f"learnevict.cli.{_name}").run))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 (it failed), 2 (it made no sense) or 130 (interrupted)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return _invoke([word for word in words if word != "--debug"])
+        except BrokenPipeError:
+            # The reader of our output has gone (`| head`): nobody is left to talk to, not even at interpreter exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return RUNTIME
+        except (LearnevictError, OSError, _Problem) as error:
+            if debug:
+                traceback.print_exc()
+            code, message = _explain(error)
+            say(f"error: {message}")
+            return code
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" or debug:
+                raise
+            say("error: the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16")
+            return RUNTIME
+
+
+def _invoke(words: list[str]) -> int:
+    answer: Any = app(args=words, prog_name="learnevict", standalone_mode=False)
+    return answer if isinstance(answer, int) else 0
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line."""
+    if isinstance(error, _Problem):
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "learnevict"
+        said = str(getattr(error, "format_message", error.__str__)()).strip().rstrip(".")
+        return USAGE, f"{said}; see `{command} --help`"
+    if isinstance(error, OSError) and not isinstance(error, LearnevictError):
+        place = f" {error.filename!r}" if error.filename else ""
+        return RUNTIME, f"{error.strerror or type(error).__name__}:{place}; choose a file or folder that can be used"
+    return USAGE if isinstance(error, UsageError) else RUNTIME, " ".join(str(error).split())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
+

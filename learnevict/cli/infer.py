@@ -1,0 +1,145 @@
+"""learnevict infer: generate under a small cache and say what it cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import learnevict.cli.options as o
+from learnevict.cli.answering import Answering, figures
+from learnevict.cli.opening import Choice, Opened, open_model
+from learnevict.cli.requests import Request, make_request, make_requests, read_prompt, read_rows
+from learnevict.cli.results import Results, say
+from learnevict.errors import UsageError
+
+INTERRUPTED = 130
+
+
+def run(
+    prompt: o.Prompt = None,
+    task: o.Task = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help='JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": ...}.',
+                     rich_help_panel=o.PROMPT),
+    ] = None,
+    seed: o.Seed = 0,
+    chat: o.Chat = False,
+    method: o.Method = None,
+    budget: o.Kept = None,
+    ckpt: o.Checkpoint = None,
+    allow_other_base: o.OtherBase = False,
+    sinks: o.Sinks = None,
+    recent: o.Recent = None,
+    slack: o.Slack = None,
+    schedule: o.Schedule = None,
+    keep_prompt: o.KeepPrompt = False,
+    variant: o.Variant = None,
+    model: o.Model = "testbed",
+    device: o.Device = "auto",
+    dtype: o.Dtype = o.Precision.auto,
+    max_new_tokens: o.NewTokens = 400,
+    temperature: o.Temperature = 0.0,
+    batch_size: o.BatchSize = 8,
+    as_json: o.AsJson = False,
+    out: o.Out = None,
+) -> None:  # fmt: skip
+    """Generate text while a policy keeps the cache small; the answer streams to standard output, figures to standard error.
+
+    Examples:
+
+        learnevict infer --task program --seed 3 --budget 48
+
+        learnevict infer --task recall --method h2o --budget 25% --json
+
+        learnevict infer --model Qwen/Qwen3-0.6B --chat --prompt "Why is the sky blue?" --method snapkv --budget 512
+
+        learnevict infer --model ./my-model --ckpt ./my-gates --budget 64MiB --batch rows.jsonl --out answers.jsonl
+
+    A batch goes on where it was interrupted: give the same command again. --prompt - reads standard input. --method golden
+    runs every prompt twice, because the oracle has to see the future first.
+    """
+    _one_source(prompt=prompt, task=task, batch=batch, out=out)
+    choice = Choice(
+        method, ckpt, budget, allow_other_base, sinks, recent, slack, None if schedule is None else schedule.value,
+        keep_prompt or None, variant,
+    )  # fmt: skip
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    rows, results = (read_rows(batch), Results(out)) if batch is not None else ([], None)
+    content = {"task": task, "seed": seed} if task is not None else {"prompt": read_prompt(prompt or "")}
+    opened = open_model(model, device, dtype.value, bars=not as_json)
+    answering = Answering(opened, choice, sampling)
+    if results is None:
+        _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
+        return
+    settings = {**asdict(choice), **sampling, "model": model, "dtype": dtype.value, "seed": seed, "chat": chat}
+    good, bad = make_requests(opened, rows, settings, chat=chat)
+    for line in bad:
+        say(f"error: {batch}, {line}")
+    _answer_all(answering, good, results, seed, batch_size)
+    if bad:
+        say(f"{len(bad)} of {len(rows)} rows could not be read and were left out")
+        raise typer.Exit(1)
+
+
+def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out: Path | None) -> None:
+    given = [name for name, value in (("--prompt", prompt), ("--task", task), ("--batch", batch)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise UsageError(f"give one of --prompt TEXT, --task FAMILY and --batch FILE, not {found}; try --task program --seed 3")
+    if out is not None and batch is None:
+        raise UsageError("--out belongs to --batch; for one prompt redirect standard output, with --json for the figures")
+
+
+def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool) -> None:
+    """Stream the answer, then the figures; or both as one JSON object."""
+    from learnevict.infer.generate import printer
+
+    opened = answering.opened
+    if answering.golden:
+        say("golden runs twice: first with a full cache, to learn what the future needs, then under that trace")
+    streamer = None if as_json else printer(opened.tokenizer)
+    (answer,) = answering([request], seed=seed, streamer=streamer)
+    record = answering.record(answer)
+    if as_json:
+        typer.echo(json.dumps(record, ensure_ascii=False))
+        return
+    for line in figures(record, where(opened)):
+        say(line)
+
+
+def _answer_all(answering: Answering, requests: list[Request], results: Results, seed: int, batch_size: int) -> None:
+    """Answer what is not finished yet, writing rows as their batches finish."""
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    todo = [(index, part) for index, batch in enumerate(batches) if (part := _unfinished(batch, results))]
+    count = len(requests) - sum(len(part) for _, part in todo)
+    if count:
+        say(f"{count} rows are finished in {results} already")
+    try:
+        for index, part in todo:
+            answers = answering(part, seed=seed + index * batch_size)
+            for answer in answers:
+                results.add(answering.record(answer), answer.request.key)
+            count += len(answers)
+            say(f"{count} of {len(requests)} rows, {answers[0].completion.tokens_per_second:.1f} tokens/s")
+    except KeyboardInterrupt as error:
+        remedy = "the same command goes on from there" if results.path else "with --out FILE the same command could go on"
+        say(f"interrupted: {count} finished rows are kept in {results}; {remedy}")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _unfinished(batch: list[Request], results: Results) -> list[Request]:
+    return [request for request in batch if not results.has(request.name, request.key)]
+
+
+def where(opened: Opened) -> str:
+    """Device and number format of a model."""
+    names: dict[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    kind: Any = str(opened.model.dtype).removeprefix("torch.")
+    return f"{opened.model.device}, {names.get(kind, kind)}"

@@ -1,0 +1,130 @@
+"""From what a user names to what runs: a model, and the policy that governs its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from learnevict.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from learnevict.policy import Policy
+
+TESTBED = "testbed"
+COMPARISON = {"sinks": 4, "recent": 8, "slack": 16}
+"""What the testbed's texts of some 350 tokens are judged under; papers' settings assume thousands."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run. `speaks_testbed`: its vocabulary is the testbed's, so that task prompts make sense to it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    speaks_testbed: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user said about eviction; None where nothing was said. `options` are the method's."""
+
+    method: str | None = None
+    checkpoint: str | None = None
+    budget: str | None = None
+    allow_other_base: bool = False
+    sinks: int | None = None
+    recent: int | None = None
+    slack: int | None = None
+    schedule: str | None = None
+    prompt: bool | None = None
+    variant: str | None = None
+
+    def options(self, opened: Opened) -> dict[str, Any]:
+        """Arguments for the method's `policy`: what was given, over what suits the model."""
+        names = ("sinks", "recent", "slack", "schedule", "prompt", "variant")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {**(COMPARISON if opened.speaks_testbed else {}), **given}
+
+
+def open_model(name: str, device: str = "auto", dtype: str = "auto", *, bars: bool = True) -> Opened:
+    """Load a model by name; "testbed" is the bundled one.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        UsageError: no such device.
+    """
+    from learnevict import testbed
+    from learnevict.infer.load import load, quiet
+
+    quiet(bars=bars and name != TESTBED)
+    if name == TESTBED:
+        model, tokenizer = load(str(testbed.path()), device=device, dtype="fp32" if dtype == "auto" else dtype)
+    else:
+        model, tokenizer = load(name, device=device, dtype=dtype)
+    same = tokenizer.get_vocab() == testbed.build_tokenizer().get_vocab()
+    return Opened(name, model, tokenizer, same)
+
+
+def choose_method(choice: Choice, opened: Opened) -> str | None:
+    """The method's name; None for a full cache.
+
+    Raises:
+        UsageError: a budget for nobody, or a method without a budget.
+    """
+    if choice.method in (None, "full") and choice.checkpoint is None and choice.budget is None:
+        return None
+    if choice.method == "full":
+        raise UsageError("method full keeps everything, so a budget means nothing to it; drop --budget or name another method")
+    if choice.budget is None:
+        raise UsageError("say how much may be kept: --budget 512 (tokens), 25% or 64MiB")
+    if choice.method is not None or choice.checkpoint is not None:
+        return choice.method
+    if not opened.speaks_testbed:
+        raise UsageError("a budget needs somebody who evicts: give --method (see `learnevict list`) or --ckpt with gates")
+    return "foresightkv"
+
+
+def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
+    """The policy the user asked for; None for a full cache.
+
+    Raises:
+        UsageError: options that make no sense together.
+        GateError: gates missing, or made for another model.
+        BudgetError: a budget that cannot be parsed or held.
+    """
+    from learnevict import methods
+    from learnevict.hub import GATES_FOLDER, Gates
+
+    method = choose_method(choice, opened)
+    if method is None and choice.checkpoint is None:
+        return None
+    source: Any = choice.checkpoint
+    if method is not None and source is None and methods.load(method).PAPER.kind == "learned":
+        source = GATES_FOLDER / f"testbed-{method}"
+        if not opened.speaks_testbed or not source.is_dir():
+            raise GateError(
+                f"method {method!r} is learned and there are no gates for {opened.name!r}; give --ckpt with a folder or Hub "
+                "id, or train some: recipes/distill.py"
+            )
+    options = choice.options(opened)
+    if source is None:
+        assert method is not None
+        return build(methods.load(method).policy, method, choice.budget, options)
+    gates = Gates.load(source, opened.model, allow_other_base=choice.allow_other_base)
+    if method is not None and gates.method != method:
+        raise GateError(f"the gates in {str(source)!r} are of method {gates.method!r}, not {method!r}; drop --method")
+    return build(gates.policy, gates.method, choice.budget, options)
+
+
+def build(make: Any, method: str, budget: str | None, options: dict[str, Any]) -> Policy:
+    """Call a method's `policy`, and say which options it does not know.
+
+    Raises:
+        UsageError: an option that the method does not have.
+    """
+    try:
+        return make(budget, **options)
+    except TypeError as error:
+        raise UsageError(f"method {method!r} does not take these options: {error}") from error
+

@@ -1,0 +1,204 @@
+"""What a user wants read: one prompt, one testbed task, or the rows of a file; checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learnevict.cli.opening import Opened
+from learnevict.errors import DataError, LearnevictError, UsageError
+
+FORMS = '{"prompt": TEXT}, {"messages": [{"role": ..., "content": ...}]} or {"task": FAMILY, "seed": N}'
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a batch file: what it asks, or what is wrong with it."""
+
+    line: int
+    name: str
+    content: dict[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to read. `sample` is the testbed task they come from; its verifier judges the answer."""
+
+    name: str
+    ids: list[int]
+    sample: Any = None
+    key: str = ""
+
+    def verdict(self, opened: Opened, tokens: list[int]) -> dict[str, Any]:
+        """Whether a task was answered right, and what was expected; nothing for a free prompt."""
+        if self.sample is None:
+            return {}
+        from learnevict.testbed import verify
+
+        text = opened.tokenizer.decode(tokens)
+        named = {"task": self.sample.family, "seed": self.sample.seed}
+        return {**named, "correct": verify(self.sample, text), "expected": self.sample.answer}
+
+
+def make_request(opened: Opened, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = "") -> Request:
+    """Turn one row into token ids.
+
+    Raises:
+        DataError: empty, or of no known form.
+        UsageError: words or a task that the model does not know; no chat template.
+    """
+    from learnevict.infer.generate import read_chat, read_text
+
+    forms = [form for form in ("prompt", "messages", "task") if form in content]
+    if len(forms) != 1:
+        raise DataError(f"a row needs exactly one of prompt, messages and task, as in {FORMS}")
+    if forms == ["task"]:
+        sample = make_task(opened, content)
+        return Request(name, read_text(opened.tokenizer, sample.prompt), sample, key)
+    if forms == ["messages"]:
+        messages = content["messages"]
+        if not isinstance(messages, list) or not all(is_message(message) for message in messages):
+            raise DataError('messages must be a list of {"role": TEXT, "content": TEXT}')
+    elif not isinstance(content["prompt"], str):
+        raise DataError(f"prompt must be text, not {type(content['prompt']).__name__}")
+    else:
+        messages = [{"role": "user", "content": content["prompt"]}]
+    for message in messages:
+        check_words(opened, message["content"])
+    if forms == ["messages"] or chat or needs_chat(opened, messages[0]["content"]):
+        return Request(name, read_chat(opened.tokenizer, messages), None, key)
+    return Request(name, read_text(opened.tokenizer, content["prompt"]), None, key)
+
+
+def is_message(message: Any) -> bool:
+    """Whether this is a role and a content, both text."""
+    return isinstance(message, dict) and all(isinstance(message.get(part), str) for part in ("role", "content"))
+
+
+def needs_chat(opened: Opened, text: str) -> bool:
+    """The testbed was only ever shown chats: a bare prompt becomes a user's turn."""
+    return opened.speaks_testbed and bool(text.strip()) and not text.lstrip().startswith("<bos>")
+
+
+def make_task(opened: Opened, content: dict[str, Any]) -> Any:
+    """The testbed sample that a row names.
+
+    Raises:
+        UsageError: this model does not speak the testbed's language, or there is no such task.
+    """
+    from learnevict import testbed
+
+    if not opened.speaks_testbed:
+        raise UsageError(f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt")
+    seed = content.get("seed", 0)
+    if not isinstance(seed, int):
+        raise DataError(f"seed must be a whole number, not {seed!r}")
+    return testbed.generate(str(content["task"]), seed)
+
+
+def check_words(opened: Opened, text: str) -> None:
+    """Words that would silently become <unk>.
+
+    Raises:
+        UsageError: on the testbed, naming them.
+    """
+    if opened.speaks_testbed:
+        from learnevict.testbed import unknown_words
+
+        if unknown := unknown_words(text):
+            shown = ", ".join(repr(word) for word in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
+            raise UsageError(
+                f"the testbed does not know {shown}: it reads its own small language only; try --task program --seed 3, or "
+                "another --model"
+            )
+        return
+    unknown_id = opened.tokenizer.unk_token_id
+    if unknown_id is not None and unknown_id in opened.tokenizer(text, add_special_tokens=False).input_ids:
+        warnings.warn("parts of the prompt are unknown to this model's tokenizer and are read as <unk>", stacklevel=2)
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt; "-" stands for standard input.
+
+    Raises:
+        DataError: standard input is not UTF-8.
+    """
+    return decode(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file, broken ones with their problem; empty lines are passed over.
+
+    Raises:
+        DataError: no such file, or it is not UTF-8.
+    """
+    try:
+        text = decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}; give a JSONL file with rows such as {FORMS}") from error
+    rows: list[Row] = []
+    used: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = read_row(number, line, used)
+            used[row.name] = number
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{str(path)!r} has no rows; give a JSONL file with rows such as {FORMS}")
+    return rows
+
+
+def read_row(number: int, line: str, used: dict[str, int]) -> Row:
+    """One line; its name is its id, or the number of the line."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        return Row(number, f"line {number}", {}, f"no JSON: {error}")
+    if not isinstance(content, dict):
+        return Row(number, f"line {number}", {}, f"a row is an object such as {FORMS}")
+    name = str(content.get("id", number))
+    if name in used:
+        return Row(number, f"line {number}", {}, f"id {name!r} was taken by line {used[name]}; ids must differ")
+    return Row(number, name, content)
+
+
+def decode(raw: bytes, source: str) -> str:
+    """Text from UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{source} is not UTF-8 (byte {raw[error.start]:#04x} in line {line}); convert it, for instance with "
+            "`iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+def make_requests(opened: Opened, rows: list[Row], settings: dict[str, Any], *, chat: bool) -> tuple[list[Request], list[str]]:
+    """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a later resume."""
+    good: list[Request] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            if row.problem:
+                raise DataError(row.problem)
+            good.append(make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings)))
+        except LearnevictError as error:
+            bad.append(f"line {row.line}: {error}")
+    return good, bad
+
+
+def row_key(row: Row, settings: dict[str, Any]) -> str:
+    """Short hash of everything that an answer depends on."""
+    told = json.dumps([row.content, settings], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

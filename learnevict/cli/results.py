@@ -1,0 +1,82 @@
+"""A file of answers that grows row by row and survives being interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError, UsageError
+
+
+class Results:
+    """Rows as JSON lines, in a file that a later run goes on with, or on standard output.
+
+    Args:
+        path: the file; None: standard output.
+
+    Raises:
+        DataError: it cannot be written, or holds something else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.keys: dict[str, str] = {}
+        if path is None:
+            return
+        try:
+            with path.open("a", encoding="utf-8"):
+                pass
+            self._read(path)
+        except OSError as error:
+            raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+
+    def _read(self, path: Path) -> None:
+        """Take in finished rows; cut off a last one that was being written when the run died."""
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.keys[row["id"]] = row["key"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number} is no row of `learnevict infer`; choose another --out") from error
+        if len(whole) < len(raw):
+            os.truncate(path, len(whole))
+
+    def has(self, name: str, key: str) -> bool:
+        """Whether this row is finished.
+
+        Raises:
+            UsageError: it is, but for another prompt or under other settings.
+        """
+        found = self.keys.get(name)
+        if found is not None and found != key:
+            raise UsageError(
+                f"{self.path} holds row {name!r} of another prompt or under other settings; choose another --out to keep both"
+            )
+        return found is not None
+
+    def add(self, row: dict[str, Any], key: str) -> None:
+        """Write one row, for good."""
+        line = json.dumps({**row, "key": key}, ensure_ascii=False)
+        if self.path is None:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __str__(self) -> str:
+        return "standard output" if self.path is None else str(self.path)
+
+
+def say(line: str) -> None:
+    """One line to the person, not to the pipe."""
+    sys.stdout.flush()
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,54 @@
+"""Budgets as comparisons state them: a share of the mean length of a family, the same number for every method."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from learnevict import testbed
+from learnevict.config import Budget
+from learnevict.errors import BudgetError
+
+SHARE = re.compile(r"\s*(\d+)\s*/\s*(\d+)\s*")
+NUM_MEASURED = 200
+
+
+@cache
+def lengths(family: str, length: str = "normal") -> list[tuple[int, int]]:
+    """Tokens of prompt and of response of the first 200 validation samples: what shares are shares of."""
+    samples = [
+        testbed.generate(family, seed, split="validation", length=length) for seed in range(NUM_MEASURED)
+    ]
+    return [(len(sample.prompt.split()), len(sample.response.split())) for sample in samples]
+
+
+def mean_length(family: str, length: str = "normal", *, prompt: bool = True) -> float:
+    """Mean tokens of a sample; without its prompt if that is protected and the budget counts the rest."""
+    found = lengths(family, length)
+    return sum(prompt * one + other for one, other in found) / len(found)
+
+
+def longest_response(family: str, length: str = "normal") -> int:
+    """Tokens of the longest reference answer among them."""
+    return max(response for _, response in lengths(family, length))
+
+
+def is_share(text: str) -> bool:
+    """Whether a budget is a share such as "1/4"."""
+    return SHARE.fullmatch(text) is not None
+
+
+def resolve(text: str, family: str, length: str = "normal", *, prompt: bool = True) -> int | str:
+    """Tokens for "1/4" and "64"; per cent and bytes are left to the cache.
+
+    Raises:
+        BudgetError: neither, or a share above 1.
+    """
+    share = SHARE.fullmatch(text)
+    if share is None:
+        budget = Budget.parse(text)
+        return int(budget.amount) if budget.unit == "tokens" else text
+    above, below = int(share[1]), int(share[2])
+    if not 0 < above <= below:
+        raise BudgetError(f"budget {text!r} is no share of a length; give one such as 1/4, tokens (64) or per cent (25%)")
+    return round(mean_length(family, length, prompt=prompt) * above / below)

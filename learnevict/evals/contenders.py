@@ -1,0 +1,120 @@
+"""Who takes part in a comparison, and the rules that hold for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from learnevict import methods
+from learnevict.errors import GateError, UsageError
+from learnevict.hub import Gates, weight_hash
+from learnevict.policy import Guard, Policy
+
+GOLDEN, FULL = "golden", "full"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every method of one table is given alike; None leaves it to the method.
+
+    Attributes:
+        slack: event period in tokens (0: one victim at every step).
+        sinks: first tokens that stay.
+        recent: last tokens that stay.
+        prompt: the prompt stays and the budget is counted on the rest.
+    """
+
+    slack: int = 16
+    sinks: int | None = 4
+    recent: int | None = 8
+    prompt: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As arguments of a method's `policy`."""
+        given = {"slack": self.slack, "sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def guard(self) -> Guard:
+        """The same for the oracle."""
+        free = {name: value for name, value in self.options.items() if name != "slack"}
+        return Guard(**free)
+
+    @property
+    def block(self) -> int:
+        """Tokens between events, at least 1."""
+        return max(self.slack, 1)
+
+
+COMPARISON = Rules()
+"""decisions.md, "Measuring quality": the same event period, sinks 4, recent 8, no prompt protection."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its gates and hyperparameters.
+
+    Attributes:
+        name: what tables call it.
+        method: a name of learnevict.methods or an import path.
+        gates: its trained part, if it has one.
+        settings: hyperparameters beside budget and rules, for all budgets alike.
+        tuned: settings by (family, budget as asked for), chosen on validation seeds; they win.
+    """
+
+    name: str
+    method: str
+    gates: Gates | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """reference, heuristic or learned."""
+        return methods.load(self.method).PAPER.kind
+
+    def options(self, family: str, budget: str) -> dict[str, Any]:
+        """Hyperparameters for one cell."""
+        return {**self.settings, **self.tuned.get((family, budget), {})}
+
+    def identity(self, family: str, budget: str) -> dict[str, Any]:
+        """What makes its numbers in one cell what they are: method, hyperparameters, hash of the gates."""
+        parts = {"method": self.method, **self.options(family, budget)}
+        return parts if self.gates is None else {**parts, "gates": weight_hash(self.gates)}
+
+    def policy(self, budget: int | str, rules: Rules, options: Mapping[str, Any] | None = None) -> Policy:
+        """The policy for a resolved budget.
+
+        Raises:
+            UsageError: the method does not know an option.
+            BudgetError: the budget cannot hold guards and a fresh block.
+        """
+        given = {**rules.options, **(self.settings if options is None else options)}
+        make = methods.load(self.method).policy if self.gates is None else self.gates.policy
+        try:
+            return make(budget, **given)
+        except TypeError as error:
+            raise UsageError(f"method {self.method!r} cannot be made with {given}: {error}") from error
+
+
+def contender(
+    method: str,
+    gates: Gates | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    name: str = "",
+) -> Contender:
+    """A contender whose parts fit together.
+
+    Raises:
+        UsageError: no such method.
+        GateError: gates missing, superfluous, or of another method.
+    """
+    module = methods.load(method)
+    if module.PAPER.kind == "learned" and gates is None:
+        raise GateError(f"method {method!r} is learned and needs gates; give --ckpt with a folder or Hub id")
+    if gates is not None and gates.method != method:
+        raise GateError(f"these gates belong to method {gates.method!r}, not to {method!r}; ask for that method")
+    return Contender(name or method, method, gates, settings or {}, tuned or {})

@@ -1,0 +1,140 @@
+"""The record of a run: one line per finished batch, appended at once, so that a killed run loses one batch at most."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError, UsageError
+
+Entry = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One cell of a comparison in one mode ("teacher" or "free")."""
+
+    method: str
+    family: str
+    budget: str
+    mode: str
+
+
+class Journal:
+    """Per-sample numbers by cell and seed, in memory and in a JSONL file.
+
+    The first line of the file is the configuration; each further line holds a batch: lists run over its seeds, a single
+    number holds for each of them.
+
+    Args:
+        path: the file; None keeps everything in memory.
+        configuration: everything that would make old numbers wrong if it changed.
+        resume: go on with a file that is there.
+
+    Raises:
+        UsageError: the file is there and `resume` is not set, or it belongs to another configuration.
+        DataError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, configuration: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        self.entries: dict[Key, dict[int, Entry]] = {}
+        self.identity: dict[Key, Any] = {}
+        wanted = json.loads(json.dumps(configuration))
+        if path is None:
+            return
+        try:
+            if path.exists() and path.stat().st_size:
+                if not resume:
+                    raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or write elsewhere (--out)")
+                self._recover(path, wanted)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._append({"configuration": wanted})
+        except OSError as error:
+            raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+
+    def missing(self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any]) -> list[int]:
+        """Seeds of a cell that still have to be run.
+
+        Raises:
+            UsageError: the cell was begun with other hyperparameters or gates.
+        """
+        known = self.identity.setdefault(key, json.loads(json.dumps(identity)))
+        if known != json.loads(json.dumps(identity)):
+            raise UsageError(
+                f"{self.path} holds {key.method} on {key.family} at {key.budget} with {known}, but now it is {dict(identity)}; "
+                "write to another --out"
+            )
+        return [seed for seed in seeds if seed not in self.entries.get(key, {})]
+
+    def add(self, key: Key, seeds: Sequence[int], values: Mapping[str, Any]) -> None:
+        """Note a finished batch."""
+        line = {**vars(key), "identity": self.identity.get(key), "seeds": list(seeds), **values}
+        self._take(line)
+        if self.path is not None:
+            self._append(line)
+
+    def column(self, key: Key, seeds: Sequence[int], name: str) -> list[float] | None:
+        """One number per seed; None unless every seed has it."""
+        found = self.entries.get(key, {})
+        if any(name not in found.get(seed, {}) for seed in seeds):
+            return None
+        return [found[seed][name] for seed in seeds]
+
+    def _take(self, line: dict[str, Any]) -> None:
+        values = dict(line)
+        key = Key(*(values.pop(name) for name in Key.__annotations__))
+        self.identity[key] = values.pop("identity")
+        seeds = values.pop("seeds")
+        cell = self.entries.setdefault(key, {})
+        for index, seed in enumerate(seeds):
+            cell[seed] = {
+                name: value[index] if isinstance(value, list) else value for name, value in values.items()
+            }
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _recover(self, path: Path, wanted: dict[str, Any]) -> None:
+        """Read what is whole, cut off a last line that was being written."""
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(path, end)
+        if not end:
+            self._append({"configuration": wanted})
+            return
+        try:
+            rows = [json.loads(line) for line in content[:end].decode().splitlines()]
+            found = rows[0]["configuration"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no record of an evaluation; write to another --out") from error
+        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        if differ:
+            changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in differ)
+            raise UsageError(f"{path} belongs to another configuration: {changes}; write to another --out")
+        for row in rows[1:]:
+            self._take(row)
+
+
+def load(path: Path) -> tuple[dict[str, Any], Journal]:
+    """Configuration and numbers of a finished record.
+
+    Raises:
+        DataError: no such file, or no record.
+    """
+    try:
+        first = path.open(encoding="utf-8").readline()
+        configuration = json.loads(first)["configuration"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is no record of an evaluation") from error
+    return configuration, Journal(path, configuration, resume=True)

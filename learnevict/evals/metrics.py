@@ -1,0 +1,121 @@
+"""Numbers from per-sample counts, each with a bootstrap interval over samples.
+
+Every figure of a table is a ratio of two sums over samples, so one bootstrap serves them all: step accuracy is tokens right
+over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
+(golden - best).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 2000
+COVERAGE = 95.0
+SMALLEST_GAP = 0.03
+"""Below this much step accuracy between golden and the best heuristic, a cell is reported but not scored."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its percentile interval (95 % unless said otherwise)."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (family, budget): tokens right per sample under a method, the best heuristic and golden, of `seen` checked.
+
+    The samples are the same, in the same order, in all four.
+    """
+
+    method: Sequence[float]
+    best: Sequence[float]
+    golden: Sequence[float]
+    seen: Sequence[float]
+
+    @property
+    def gap(self) -> float:
+        """Step accuracy of golden minus that of the best heuristic."""
+        return (sum(self.golden) - sum(self.best)) / sum(self.seen)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the gap is wide enough to divide by."""
+        return self.gap >= SMALLEST_GAP
+
+
+def resamples(num_samples: int, draws: int, seed: int, stratum: int = 0) -> np.ndarray:
+    """Indices of bootstrap draws, int64 [draws, num_samples]; the same for the same arguments, so that draws are paired."""
+    return np.random.default_rng([seed, stratum]).integers(0, num_samples, (draws, num_samples))
+
+
+def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """sum(above) / sum(below), samples resampled in pairs.
+
+    Draws whose denominator is not positive say nothing and are left out of the interval. NaN where nothing can be divided.
+    """
+    top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    if len(top) != len(bottom):
+        raise ValueError(f"{len(top)} numerators and {len(bottom)} denominators are no pairs")
+    if bottom.sum() <= 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    index = resamples(len(top), draws, seed)
+    return _estimate(float(top.sum() / bottom.sum()), top[index].sum(-1), bottom[index].sum(-1))
+
+
+def step_accuracy(right: Sequence[float], seen: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Share of checked tokens predicted right (micro-average)."""
+    return ratio(right, seen, seed=seed)
+
+
+def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The plain mean over samples."""
+    return ratio(values, [1.0] * len(values), seed=seed)
+
+
+def paired_difference(
+    one: Sequence[float], other: Sequence[float], seen: Sequence[float], *, seed: int = 0
+) -> Estimate:
+    """Step accuracy of `one` minus that of `other` on the same samples; above zero outside the interval: really better."""
+    return ratio(np.subtract(one, other).tolist(), seen, seed=seed)
+
+
+def gap_closed(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """How much of the way from the best heuristic to golden a method goes: 0 is no better than the heuristic, 1 is golden.
+
+    Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over
+    the cells' accuracy differences, so that every family weighs the same however many tokens it checks; samples are resampled
+    within their cell. Cells with a gap below SMALLEST_GAP are left out; NaN if none is left. More than 1 is possible.
+
+    Source: docs/decisions.md, "Measuring quality".
+    """
+    scored = [cell for cell in cells if cell.scored]
+    if not scored:
+        return Estimate(math.nan, math.nan, math.nan)
+    sums = np.zeros((2, draws + 1))
+    for stratum, cell in enumerate(scored):
+        best, seen = np.asarray(cell.best, dtype=np.float64), np.asarray(cell.seen, dtype=np.float64)
+        whole = np.arange(len(seen))[None]
+        index = np.concatenate([whole, resamples(len(seen), draws, seed, stratum)])
+        checked = seen[index].sum(-1)
+        sums[0] += (np.asarray(cell.method) - best)[index].sum(-1) / checked
+        sums[1] += (np.asarray(cell.golden) - best)[index].sum(-1) / checked
+    return _estimate(float(sums[0, 0] / sums[1, 0]), sums[0, 1:], sums[1, 1:])
+
+
+def _estimate(value: float, above: np.ndarray, below: np.ndarray) -> Estimate:
+    usable = below > 0
+    drawn = above[usable] / below[usable]
+    edge = (100.0 - COVERAGE) / 2
+    low, high = np.percentile(drawn, [edge, 100.0 - edge])
+    return Estimate(value, float(low), float(high))

@@ -1,0 +1,155 @@
+"""What a comparison consists of, checked before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from learnevict import testbed
+from learnevict.errors import BudgetError, UsageError
+from learnevict.evals.budgets import resolve
+from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules
+from learnevict.evals.journal import Key
+from learnevict.hub import weight_hash
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is judged, and what tables call it."""
+
+    model: Any
+    tokenizer: Any
+    name: str = "testbed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One comparison.
+
+    Attributes:
+        families, budgets: what every method is run on; budgets as "1/4" (of the family's mean length), "64" or "25%".
+        num_samples, seed: samples seed .. seed + num_samples - 1 of each family.
+        split, length: see testbed.generate.
+        rules: what holds for all methods.
+        teacher: measure step accuracy and loss.
+        free: who answers freely: nobody, only the full cache, or all.
+        batch_size: samples per forward.
+        temperature, tries: of free answers; 0 is greedy, tries are averaged (avg@k).
+    """
+
+    families: tuple[str, ...] = testbed.FAMILIES
+    budgets: tuple[str, ...] = ("1/4",)
+    num_samples: int = 200
+    seed: int = 0
+    split: str = "test"
+    length: str = "normal"
+    rules: Rules = COMPARISON
+    teacher: bool = True
+    free: Literal["none", "full", "all"] = "full"
+    batch_size: int = 32
+    temperature: float = 0.0
+    tries: int = 1
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the samples."""
+        return range(self.seed, self.seed + self.num_samples)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one family at one budget, as asked for ("1/4") and in tokens (None: the full cache)."""
+
+    contender: Contender
+    family: str
+    asked: str
+    budget: int | str | None
+    modes: tuple[str, ...]
+
+    def key(self, mode: str) -> Key:
+        """Where the journal keeps its numbers."""
+        return Key(self.contender.name, self.family, self.asked, mode)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See Contender.identity."""
+        return self.contender.identity(self.family, self.asked)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Hyperparameters of the method in this cell."""
+        return self.contender.options(self.family, self.asked)
+
+
+def cells(plan: Plan, contenders: Sequence[Contender], family: str) -> Iterator[Cell]:
+    """Cells of one family. The full cache comes first, asked for or not: losses are ratios to it."""
+    asked = next((one for one in contenders if one.method == FULL), None)
+    teacher = ("teacher",) if plan.teacher else ()
+    free = ("free",) if plan.free == "all" else ()
+    modes = teacher if asked is None else teacher + (() if plan.free == "none" else ("free",))
+    yield Cell(asked or Contender(FULL, FULL), family, FULL, None, modes)
+    for budget in plan.budgets:
+        tokens = resolve(budget, family, plan.length, prompt=not plan.rules.prompt)
+        for one in contenders:
+            if one.method != FULL:
+                yield Cell(one, family, budget, tokens, teacher + free)
+
+
+def check(plan: Plan, contenders: Sequence[Contender]) -> None:
+    """Refuse what cannot work, before hours are spent.
+
+    Raises:
+        BudgetError: a budget that some method cannot be held to.
+        UsageError: unknown families, nothing to do, or golden where it is not defined.
+    """
+    unknown = [family for family in plan.families if family not in testbed.FAMILIES]
+    if unknown or not plan.families:
+        raise UsageError(f"no such task family: {', '.join(unknown) or 'none given'}; choose {', '.join(testbed.FAMILIES)}")
+    if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
+        raise UsageError("samples, batch size and tries must be at least 1")
+    if len({one.name for one in contenders}) < len(contenders) or not contenders:
+        raise UsageError("give at least one method, and each only once")
+    if not plan.teacher and plan.free == "none":
+        raise UsageError("nothing to measure: neither teacher-forced nor free")
+    if plan.tries > 1 and plan.temperature == 0:
+        raise UsageError("greedy answers are all alike: several tries need a temperature above 0")
+    for family in plan.families:
+        for cell in cells(plan, contenders, family):
+            _check_cell(plan, cell)
+
+
+def _check_cell(plan: Plan, cell: Cell) -> None:
+    if cell.budget is None:
+        return
+    if cell.contender.method != GOLDEN:
+        cell.contender.policy(cell.budget, plan.rules, cell.options)
+        return
+    smallest = plan.rules.guard.reserved(plan.rules.block) + 1
+    if not isinstance(cell.budget, int):
+        raise UsageError(f"golden is rolled out for a number of slots, not for {cell.budget}; give 1/4 or tokens (64)")
+    if cell.budget < smallest:
+        raise BudgetError(f"budget {cell.budget} on {cell.family} is too small: guards and a fresh block take {smallest}")
+    if plan.temperature > 0 and "free" in cell.modes:
+        raise UsageError("golden in free generation follows one greedy text; drop --temperature or golden")
+
+
+def configuration(plan: Plan, subject: Subject) -> dict[str, Any]:
+    """All that would make old numbers wrong if it changed; more methods, budgets, families or samples do not."""
+    sampled = plan.temperature > 0
+    return {
+        "model": subject.name,
+        "weights": weight_hash(subject.model),
+        "dtype": str(subject.model.dtype),
+        "tasks": testbed.fingerprint(),
+        "split": plan.split,
+        "length": plan.length,
+        "rules": asdict(plan.rules),
+        "decoding": [plan.temperature, plan.tries, plan.batch_size] if sampled else "greedy",
+    }
+
+
+def count(plan: Plan, contenders: Sequence[Contender]) -> int:
+    """Samples that a run goes through in all, for a progress bar."""
+    modes = sum(len(cell.modes) for family in plan.families for cell in cells(plan, contenders, family))
+    return modes * plan.num_samples

@@ -1,0 +1,142 @@
+"""Rows of tables: what one method reached on one family at one budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError
+from learnevict.evals import metrics
+from learnevict.evals.budgets import is_share
+from learnevict.evals.contenders import FULL
+from learnevict.evals.journal import Journal, Key
+from learnevict.evals.plan import Cell, Plan, Subject
+
+KEYS = (
+    "method", "family", "budget", "exact_match", "step_accuracy", "ci_low", "ci_high", "loss_ratio", "kv_bytes_peak",
+    "kv_bytes_end", "kv_bytes_full", "tokens_generated", "tokens_per_second", "samples",
+)  # fmt: skip
+"""The keys that every row has, here and in demo reports; null where not run. Others may follow."""
+
+Row = dict[str, Any]
+
+
+def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
+    """Sum up a cell.
+
+    Returns:
+        KEYS, with `budget` in slots per head (null: full cache), `ci_*` of step_accuracy, `loss_ratio` to the full cache on
+        the same samples, bytes and tokens per sample; then where the row comes from.
+    """
+    row: Row = dict.fromkeys(KEYS)
+    row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
+    for fill in (_teacher, _free):
+        row |= fill(journal, cell, plan.seeds)
+    return row | {
+        "budget_share": cell.asked if is_share(cell.asked) else None,
+        "kind": cell.contender.kind,
+        "model": subject.name,
+        "split": plan.split,
+        "length": plan.length,
+        "seed": plan.seed,
+        "tries": plan.tries,
+        "rules": vars(plan.rules),
+        "options": cell.options,
+    }
+
+
+def _teacher(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
+    key = cell.key("teacher")
+    right, seen = journal.column(key, seeds, "right"), journal.column(key, seeds, "seen")
+    loss = journal.column(key, seeds, "loss")
+    if right is None or seen is None or loss is None:
+        return {}
+    accuracy = metrics.step_accuracy(right, seen)
+    reference = journal.column(Key(FULL, cell.family, FULL, "teacher"), seeds, "loss")
+    ratio = metrics.ratio(loss, reference).value if reference else None
+    return {
+        "step_accuracy": accuracy.value,
+        "ci_low": accuracy.low,
+        "ci_high": accuracy.high,
+        "loss_ratio": ratio,
+        **_bytes(journal, key, seeds),
+    }
+
+
+def _free(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
+    key = cell.key("free")
+    exact, tokens = journal.column(key, seeds, "exact"), journal.column(key, seeds, "tokens")
+    seconds, agreed = journal.column(key, seeds, "seconds"), journal.column(key, seeds, "agreed")
+    if exact is None or tokens is None or seconds is None:
+        return {}
+    match = metrics.mean(exact)
+    row = {
+        "exact_match": match.value,
+        "exact_low": match.low,
+        "exact_high": match.high,
+        "tokens_generated": metrics.mean(tokens).value,
+        "tokens_per_second": sum(tokens) / sum(seconds) if sum(seconds) else None,
+        **_bytes(journal, key, seeds),
+    }
+    if agreed is not None:
+        row |= {"agreement": sum(agreed) / len(agreed), "agreed_fully": sum(a == 1 for a in agreed) / len(agreed)}
+    return row
+
+
+def _bytes(journal: Journal, key: Key, seeds: Sequence[int]) -> Row:
+    """Bytes per sample, over the samples where they were measured; the peak is the largest."""
+    found = [journal.entries[key][seed] for seed in seeds if "peak" in journal.entries[key][seed]]
+    if not found:
+        return {}
+    return {
+        "kv_bytes_peak": round(max(entry["peak"] for entry in found)),
+        "kv_bytes_end": round(sum(entry["end"] for entry in found) / len(found)),
+        "kv_bytes_full": round(sum(entry["full"] for entry in found) / len(found)),
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the file by these rows, one JSON object a line.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_text("".join(json.dumps(_finite(row)) + "\n" for row in rows), encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSONL file, or of a report {"rows": [...]}.
+
+    Raises:
+        DataError: no such file, not JSON, or no rows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read rows from {str(path)!r}: {error}") from error
+    rows: list[Row] = []
+    try:
+        whole = json.loads(text) if text.lstrip().startswith("{") and "\n{" not in text.strip() else None
+        rows = whole["rows"] if whole and "rows" in whole else [json.loads(line) for line in text.splitlines() if line]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is neither JSON lines nor a report: {error}") from error
+    bad = [row for row in rows if not isinstance(row, dict) or not {"method", "family"} <= set(row)]
+    if bad or not rows:
+        raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
+    return rows
+
+
+def _finite(row: Mapping[str, Any]) -> Row:
+    """NaN and infinity are no JSON."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }

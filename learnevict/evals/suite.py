@@ -1,0 +1,112 @@
+"""The testbed suite: methods x families x budgets on unseen samples, teacher-forced and in free generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnevict import testbed
+from learnevict.evals.budgets import longest_response
+from learnevict.evals.contenders import GOLDEN, Contender
+from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
+from learnevict.evals.journal import Journal
+from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
+from learnevict.evals.rows import Row, make_row, write_rows
+from learnevict.evals.teacher import Scores, Storage, judge, judge_golden, read
+
+Advance = Callable[[str, int], None]
+
+
+def run(
+    plan: Plan,
+    subject: Subject,
+    contenders: Sequence[Contender],
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    advance: Advance | None = None,
+) -> tuple[list[Row], Journal]:
+    """Run what is missing and return a row per method, family and budget.
+
+    Args:
+        out: rows are written here as JSON lines after every cell, per-sample numbers to `journal_path(out)` after every
+            batch.
+        resume: go on with a run that was interrupted, or add methods, families, budgets or samples to it.
+        advance: called with what is being run and the number of samples just done, those of earlier runs included.
+
+    Returns:
+        Rows (see rows.make_row) and the per-sample numbers behind them.
+
+    Raises:
+        BudgetError: a budget that some method cannot be held to; nothing has been run then.
+        UsageError: an impossible plan, or `out` belongs to another one.
+        DataError: `out` cannot be written.
+    """
+    check(plan, contenders)
+    journal = Journal(journal_path(out) if out else None, configuration(plan, subject), resume=resume)
+    rows: list[Row] = []
+    for family in plan.families:
+        for cell in cells(plan, contenders, family):
+            for mode in cell.modes:
+                _run_cell(plan, subject, cell, mode, journal, advance)
+            if cell.contender in contenders:
+                rows.append(make_row(journal, cell, plan, subject))
+                if out is not None:
+                    write_rows(out, rows)
+    return rows, journal
+
+
+def journal_path(out: Path) -> Path:
+    """Where the per-sample numbers behind `out` are kept."""
+    return out.with_name(f"{out.stem}.samples.jsonl")
+
+
+def _run_cell(plan: Plan, subject: Subject, cell: Cell, mode: str, journal: Journal, advance: Advance | None) -> None:
+    key = cell.key(mode)
+    missing = journal.missing(key, plan.seeds, cell.identity)
+    label = f"{cell.family} {cell.contender.name} {cell.asked}"
+    if advance is not None:
+        advance(label, plan.num_samples - len(missing))
+    for start in range(0, len(missing), plan.batch_size):
+        seeds = missing[start : start + plan.batch_size]
+        journal.add(key, seeds, _run_batch(plan, subject, cell, mode, seeds))
+        if advance is not None:
+            advance(label, len(seeds))
+
+
+def _run_batch(plan: Plan, subject: Subject, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:
+    """One batch of one cell: what goes into the journal."""
+    model, tokenizer, rules = subject.model, subject.tokenizer, plan.rules
+    samples = [testbed.generate(cell.family, seed, split=plan.split, length=plan.length) for seed in seeds]
+    golden = cell.budget if cell.contender.method == GOLDEN and isinstance(cell.budget, int) else None
+    policy = None
+    if cell.budget is not None and golden is None:
+        policy = cell.contender.policy(cell.budget, rules, cell.options)
+    if mode == "teacher":
+        texts = read(tokenizer, samples, model.device)
+        if golden is not None:
+            return _scores(judge_golden(model, texts, golden, rules, verify=plan.seed in seeds))
+        return _scores(judge(model, texts, policy))
+    limit = 2 * longest_response(cell.family, plan.length)
+    decoding = Decoding(limit, plan.temperature, plan.tries, seeds[0])
+    if golden is not None:
+        return _answers(answer_golden(model, tokenizer, samples, golden, rules, decoding))
+    return _answers(answer(model, tokenizer, samples, policy, decoding))
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    loss = [round(value, 6) for value in scores.loss]
+    return {"right": scores.right, "seen": scores.seen, "loss": loss, "spoken": scores.spoken, **_held(scores.storage)}
+
+
+def _answers(answers: Answers) -> dict[str, Any]:
+    given: dict[str, Any] = {"exact": answers.exact, "tokens": answers.tokens}
+    given["seconds"] = answers.seconds / len(answers.exact)
+    if answers.agreed is not None:
+        given["agreed"] = answers.agreed
+    return {**given, **_held(answers.storage)}
+
+
+def _held(storage: Storage | None) -> dict[str, float]:
+    return {} if storage is None else {"peak": storage.peak, "end": storage.end, "full": storage.full}

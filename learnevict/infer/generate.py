@@ -1,0 +1,298 @@
+"""Generation under a policy: prompts in; texts, the history of the cache and its real bytes out."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from learnevict.errors import DataError, UsageError
+from learnevict.infer.attach import attach
+from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.layer import EvictingLayer
+from learnevict.policy import Governor
+from learnevict.signals import EMPTY, NEVER, Trace
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One prompt's answer and what it cost. Byte figures are those of the batch's cache divided by its rows.
+
+    Attributes:
+        text: the answer without special tokens.
+        prompt: token ids of the prompt.
+        tokens: token ids of the answer, the end token included.
+        finished: False if the answer was cut at max_new_tokens.
+        prompt_seconds: until the first new token of the batch.
+        tokens_per_second: new tokens of the whole batch per second after the first.
+        kv_bytes: keys and values held at the end; `kv_bytes_peak` at any time; `kv_bytes_full` in a full cache.
+        kept: slots held at the end by each kv head of each evicting layer, [L][H] (a full cache: of each layer).
+        budget: slots per head the policy was held to at the end; None without a policy.
+        trace: expiry [L, 1, H, T] over prompt and answer but its last token, which no cache ever reads.
+    """
+
+    text: str
+    prompt: list[int]
+    tokens: list[int]
+    finished: bool
+    prompt_seconds: float
+    tokens_per_second: float
+    kv_bytes: int
+    kv_bytes_peak: int
+    kv_bytes_full: int
+    kept: list[list[int]]
+    budget: int | None = None
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: greedy at temperature 0."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    policy: Governor | None,
+    prompts: Sequence[str | list[int]],
+    *,
+    batch_size: int = 1,
+    streamer: BaseStreamer | None = None,
+    record: bool = False,
+    **sampling: Any,
+) -> list[Completion]:
+    """Answer prompts under a policy.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        policy: governs the cache; None leaves the stock cache and the model's own attention.
+        prompts: texts, or token ids from `read_text` and `read_chat`.
+        batch_size: prompts per forward, padded on the left.
+        streamer: is told every new token.
+        record: keep the expiry trace of every row.
+        **sampling: max_new_tokens (256), temperature (0: greedy), seed (0); see `Sampling`.
+
+    Returns:
+        A Completion per prompt, in order.
+
+    Raises:
+        DataError: an empty prompt.
+        UsageError: an argument out of range.
+        BudgetError: a budget that this model cannot be held to.
+    """
+    given = completions(
+        model, tokenizer, policy, prompts, batch_size=batch_size, streamer=streamer, record=record, **sampling
+    )
+    return list(given)
+
+
+def completions(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    policy: Governor | None,
+    prompts: Sequence[str | list[int]],
+    *,
+    batch_size: int = 1,
+    streamer: BaseStreamer | None = None,
+    record: bool = False,
+    **sampling: Any,
+) -> Iterator[Completion]:
+    """As `generate`, one by one as batches finish."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    how = Sampling(**sampling)
+    ids = [read_text(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for start in range(0, len(ids), batch_size):
+        part = Sampling(how.max_new_tokens, how.temperature, how.seed + start)
+        yield from _Batch(model, tokenizer, ids[start : start + batch_size]).run(policy, part, streamer, record)
+
+
+def read_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a plain text, with the special tokens that the tokenizer adds.
+
+    Raises:
+        DataError: nothing in it.
+    """
+    if not text.strip():
+        raise DataError("the prompt is empty; give at least one word")
+    return list(tokenizer(text).input_ids)
+
+
+def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template, up to where the assistant answers.
+
+    Raises:
+        DataError: no messages, or messages that the template refuses.
+        UsageError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("this model has no chat template; give a plain prompt, without --chat or messages")
+    if not any(str(message.get("content", "")).strip() for message in messages):
+        raise DataError("the conversation is empty; give at least one message with content")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # noqa: BLE001 - templates are programs of others and raise what they like
+        raise DataError(f"the chat template refuses these messages: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def printer(tokenizer: Any) -> BaseStreamer:
+    """A streamer that prints the answer word by word on standard output; one prompt at a time."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+class Stopwatch(BaseStreamer):
+    """Notes when the first new token of a batch came, and hands every token on."""
+
+    def __init__(self, listener: BaseStreamer | None) -> None:
+        self.listener = listener
+        self.start = self.first = time.perf_counter()
+        self.calls = 0
+
+    def put(self, value: Tensor) -> None:
+        """The prompt at the first call, then one token per row."""
+        self.calls += 1
+        if self.calls == 2:
+            self.first = time.perf_counter()
+        if self.listener is not None:
+            self.listener.put(value)
+
+    def end(self) -> None:
+        """The batch is done."""
+        if self.listener is not None:
+            self.listener.end()
+
+
+class _Batch:
+    """Prompts that go through the model together."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]]) -> None:
+        if not all(prompts):
+            raise DataError("the prompt is empty; give at least one word")
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.width = max(map(len, prompts))
+        end = model.generation_config.eos_token_id if model.generation_config is not None else tokenizer.eos_token_id
+        self.ends = set(end) if isinstance(end, list) else {end}
+        pad = tokenizer.pad_token_id
+        self.pad = next((token for token in (pad, *self.ends) if token is not None), 0)
+
+    def run(
+        self, policy: Governor | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
+    ) -> list[Completion]:
+        """Generate and take stock."""
+        gaps = [self.width - len(prompt) for prompt in self.prompts]
+        rows = [[self.pad] * gap + prompt for gap, prompt in zip(gaps, self.prompts, strict=True)]
+        mask = [[0] * gap + [1] * (self.width - gap) for gap in gaps]
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        config, watch = self._config(sampling), Stopwatch(streamer)
+        stock = DynamicCache(config=self.model.config)
+        with (
+            seeded(sampling, self.model.device),
+            nullcontext(stock) if policy is None else attach(self.model, policy, record=record) as cache,
+        ):
+            out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
+        stop = time.perf_counter()
+        answers = [self._cut(row) for row in out[:, self.width :].tolist()]
+        count = sum(map(len, answers))
+        late = count - len(answers)
+        speed = late / (stop - watch.first) if late else count / (stop - watch.start)
+        timing = {"prompt_seconds": watch.first - watch.start, "tokens_per_second": speed}
+        return [self._completion(row, answer, cache, policy, timing) for row, answer in enumerate(answers)]
+
+    def _config(self, sampling: Sampling) -> GenerationConfig:
+        """The model's own settings, with ours on top; greedy ignores how the model would sample."""
+        config = copy.deepcopy(self.model.generation_config) or GenerationConfig()
+        config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=self.pad, num_beams=1)
+        config.update(do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False)
+        if sampling.temperature > 0:
+            config.update(temperature=sampling.temperature)
+        else:
+            config.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and self.width + sampling.max_new_tokens > limit:
+            warnings.warn(
+                f"{self.width} prompt tokens and up to {sampling.max_new_tokens} new ones go beyond the {limit} positions "
+                "this model was made for; what comes after is guesswork",
+                stacklevel=2,
+            )
+        return config
+
+    def _cut(self, answer: list[int]) -> list[int]:
+        """Up to and with the first end token; what follows in a batch is padding."""
+        stop = next((index for index, token in enumerate(answer) if token in self.ends), len(answer) - 1)
+        return answer[: stop + 1]
+
+    def _completion(
+        self, row: int, answer: list[int], cache: Any, policy: Governor | None, timing: dict[str, float]
+    ) -> Completion:
+        prompt, num_rows = self.prompts[row], len(self.prompts)
+        seen = len(prompt) + len(answer) - 1
+        evicting = isinstance(cache, EvictingCache)
+        held = cache.nbytes if evicting else sum(map(stored_bytes, cache.layers))
+        peak, full = (cache.peak_nbytes, cache.full_nbytes) if evicting else (held, held)
+        return Completion(
+            text=self.tokenizer.decode(answer, skip_special_tokens=True),
+            prompt=prompt,
+            tokens=answer,
+            finished=answer[-1] in self.ends,
+            kv_bytes=held // num_rows,
+            kv_bytes_peak=peak // num_rows,
+            kv_bytes_full=full // num_rows,
+            kept=kept_slots(cache, row, seen),
+            budget=None if policy is None else resolved_budget(cache, policy, seen),
+            trace=row_trace(cache.trace(), row, self.width - len(prompt), seen) if evicting and cache.record else None,
+            **timing,
+        )
+
+
+@contextmanager
+def seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
+    """Random numbers from the seed inside; the caller's random state is untouched."""
+    if sampling.temperature == 0:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
+
+
+def kept_slots(cache: Any, row: int, seen: int) -> list[list[int]]:
+    """Slots that each kv head of each evicting layer holds for one row, [L][H]; of every layer in a stock cache."""
+    if isinstance(cache, EvictingCache):
+        return [(cache.positions(layer)[row] != EMPTY).sum(-1).tolist() for layer in cache.evicting]
+    return [[min(layer.keys.shape[2], seen)] * layer.keys.shape[1] for layer in cache.layers]
+
+
+def resolved_budget(cache: EvictingCache, policy: Governor, seen: int) -> int:
+    """The budget in slots per head after so many tokens, before a layer allocator moves it about."""
+    place = next(layer.place for layer in cache.layers if isinstance(layer, EvictingLayer))
+    floor = policy.guard.reserved(policy.schedule.period) + 1
+    return policy.budget.tokens(seen, floor, place.row_bytes_per_token, place.num_evicting, policy.schedule.slack)
+
+
+def row_trace(trace: Trace, row: int, padding: int, seen: int) -> Trace:
+    """One row of a batch's trace in its own time: first real token = 0."""
+    expiry = trace.expiry[:, row : row + 1, :, padding : padding + seen]
+    expiry = torch.where(expiry == NEVER, NEVER, (expiry - padding).clamp_max(seen)).int()
+    return Trace(expiry.cpu(), source=trace.source, budget=trace.budget, period=trace.period)

@@ -1,0 +1,21 @@
+"""The full cache: nothing is ever evicted. The reference every other method is measured against.
+
+The budget and all options are accepted, so that a table can treat it like any method, and mean nothing here.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.methods import Paper
+from learnevict.parts.options import Options
+from learnevict.parts.recency import Recency
+from learnevict.policy import Policy, Schedule
+
+PAPER = Paper("Full cache", None, 2017, kind="reference")
+
+
+def policy(budget: int | str | Budget = "100%", **options: Unpack[Options]) -> Policy:
+    """A policy that never evicts; it is not bounded."""
+    return Policy(Budget.parse(budget), Recency(), schedule=Schedule(active=False), name="full")

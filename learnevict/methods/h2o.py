@@ -1,0 +1,70 @@
+"""H2O: heavy hitters and recent tokens (arXiv 2306.14048).
+
+F_j = sum of the attention token j received from every query so far (Algorithm 1), per head; a group of query heads that
+share a kv head contributes its mean. Half of the budget is the recent window, half goes to the largest F.
+
+Variants: "paper" is that sum, which favours old tokens: more queries have seen them. "kvpress" (ObservedAttention) divides
+by the number of queries that could see the token.
+
+Departures: original positions stay (the authors' real-drop class re-numbers them); events every `slack` tokens, not every
+step; sums are float32 (the authors' fp16 sums stop growing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose, unknown_variant
+from learnevict.policy import Policy, Scorer
+from learnevict.signals import Column, Signals
+
+PAPER = Paper("H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", "2306.14048", 2023)
+
+
+@dataclass(frozen=True)
+class AttentionMass(Scorer):
+    """Attention received so far; `mean` divides by the queries that could give any."""
+
+    mean: bool = False
+    columns = (Column("mass"),)
+    observes = True
+
+    def observe(self, signals: Signals) -> dict[str, Tensor]:
+        """Add what the fresh queries gave, averaged over the group."""
+        assert signals.fresh_attention is not None
+        group = signals.fresh_attention.shape[2]
+        return {"mass": signals.ledger["mass"] + signals.fresh_attention.sum((2, 3)) / group}
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        mass = signals.ledger["mass"]
+        return mass / (signals.age + 1).clamp_min(1) if self.mean else mass
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    variant: Literal["paper", "kvpress"] = "paper",
+    recent: int | None = None,
+    **options: Unpack[Options],
+) -> Policy:
+    """Keep heavy hitters.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        variant: "paper" or "kvpress", see above.
+        recent: last tokens that stay; None: half of a budget given in tokens (section 5: half heavy, half recent), else 8.
+        **options: see Options.
+    """
+    if variant not in ("paper", "kvpress"):
+        raise unknown_variant("h2o", variant, ("paper", "kvpress"))
+    if recent is None:
+        parsed = Budget.parse(budget)
+        recent = int(parsed.amount) // 2 if parsed.unit == "tokens" else 8
+    return compose("h2o", budget, AttentionMass(variant == "kvpress"), recent=recent, **options)

@@ -1,0 +1,61 @@
+"""Random eviction: the floor under every comparison.
+
+A token's score is a hash of (seed, layer, kv head, position in its row): SplitMix64's finaliser, top 24 bits. Nothing
+depends on the row's index or on padding, so a row alone evicts what it evicts in a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Policy, Scorer
+from learnevict.signals import Signals
+
+PAPER = Paper("Random eviction", None, 2023, kind="reference")
+
+
+@dataclass(frozen=True)
+class Hashed(Scorer):
+    """Uniform in [0, 1), fixed for each token of a layer and head."""
+
+    seed: int = 0
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        place = (signals.position - signals.rows.first.view(-1, 1, 1)).long()
+        head = torch.arange(place.shape[1], device=place.device).view(1, -1, 1)
+        start = finalise(torch.full_like(head, self.seed) ^ 0x5E_ED)
+        word = finalise(finalise(start + (signals.layer << 20) + head) + place)
+        return (shift(word, 40)).float() * 2.0**-24
+
+
+def shift(word: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def finalise(word: Tensor) -> Tensor:
+    """SplitMix64's mixing of int64 words, modulo 2**64."""
+    word = word + (0x9E3779B97F4A7C15 - 2**64)
+    word = (word ^ shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    word = (word ^ shift(word, 27)) * (0x94D049BB133111EB - 2**64)
+    return word ^ shift(word, 31)
+
+
+def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[Options]) -> Policy:
+    """Keep a random subset beside the guards.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        seed: another seed, another subset.
+        recent: last tokens that stay.
+        **options: see Options.
+    """
+    return compose("random", budget, Hashed(seed), recent=recent, **options)

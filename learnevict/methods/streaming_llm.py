@@ -1,0 +1,49 @@
+"""StreamingLLM: attention sinks and a sliding window (arXiv 2309.17453).
+
+Keep the first 4 tokens and the newest of the rest (section 3.2): the score is recency.
+
+Departures: keys keep their true positions, as in kvpress, KVCache-Factory and R-KV; the paper caches keys before RoPE and
+rotates by slot index, so that distances never exceed the budget. The window slides once per event, not at every step,
+unless slack=0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.errors import UsageError
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose
+from learnevict.parts.recency import Recency
+from learnevict.policy import Policy
+
+PAPER = Paper("Efficient Streaming Language Models with Attention Sinks", "2309.17453", 2023)
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    recent: int = 8,
+    positions: Literal["true", "slot"] = "true",
+    **options: Unpack[Options],
+) -> Policy:
+    """Keep sinks (4: section 3.2, table 2) and the most recent tokens.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        recent: last tokens that stay; without effect here, since recency is the score.
+        positions: "true" keeps every key's own position.
+        **options: see Options.
+
+    Raises:
+        UsageError: positions="slot".
+    """
+    if positions != "true":
+        raise UsageError(
+            f"streaming_llm keeps true positions; positions={positions!r} (the paper's re-numbering by slot) would rotate every "
+            "stored key at every event and is not available: drop the option"
+        )
+    return compose("streaming_llm", budget, Recency(), recent=recent, **options)

@@ -1,0 +1,86 @@
+"""Labels and golden traces of whole inputs: one full-cache pass, one layer at a time, nothing kept but the labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.infer.replay import replay
+from learnevict.oracle.labels import future_attention
+from learnevict.oracle.reducers import GOLDEN, Reducers
+from learnevict.oracle.roll import golden
+from learnevict.policy import Guard
+from learnevict.signals import NEVER, Attention, Trace
+
+
+def full_trace(model: PreTrainedModel, input_ids: Tensor) -> Trace:
+    """The trace of a cache from which nothing is ever evicted."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = (config.num_hidden_layers, input_ids.shape[0], heads, input_ids.shape[1])
+    # one number behind a view: a full trace of a long document costs nothing
+    return Trace(torch.full((1, 1, 1, 1), NEVER, dtype=torch.int32, device=input_ids.device).expand(shape), source="full")
+
+
+@torch.no_grad()
+def golden_labels(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    block: int = 128,
+    reduce: Reducers = GOLDEN,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Labels of every evicting layer from one full-cache pass.
+
+    Args:
+        model: the base model.
+        input_ids: int64 [B, T], prompt and answer.
+        attention_mask: [B, T], 0 = padding.
+        block: queries per label block; the event period of the policy they are meant for.
+        reduce: how attention becomes labels.
+
+    Returns:
+        labels, a list over layers of [B, H, T, M] (None for layers that stay stock), and the full-cache logits [B, T, V].
+    """
+    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
+    valid = None if attention_mask is None else attention_mask.bool()
+
+    def observe(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> None:
+        given = {"scaling": attention.scaling, "softcap": attention.softcap, "sinks": attention.sinks}
+        labels[layer] = future_attention(query, key, block=block, valid=valid, reduce=reduce, **given)
+
+    logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe).logits
+    return labels, logits
+
+
+def golden_trace(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    budget: int,
+    block: int,
+    guard: Guard,
+    prompt_length: Tensor | None = None,
+) -> Trace:
+    """The golden eviction trace of a text the model has seen in full.
+
+    Args:
+        model: the base model.
+        input_ids: int64 [B, T].
+        attention_mask: [B, T], 0 = padding.
+        budget: slots per (layer, kv head) after an event.
+        block: event period.
+        guard: slots never evicted.
+        prompt_length: int [B], needed when the guard protects prompts.
+
+    Raises:
+        BudgetError: budget smaller than guards + block.
+    """
+    labels, _ = golden_labels(model, input_ids, attention_mask, block=block)
+    valid = None if attention_mask is None else attention_mask.bool()
+    return golden(labels, budget=budget, block=block, guard=guard, valid=valid, prompt_length=prompt_length)

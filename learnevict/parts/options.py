@@ -1,0 +1,82 @@
+"""The options every method shares, in one place: so that a comparison can force the same protection on all of them.
+
+`sinks=4` is the default of every method, also where its paper protects none (H2O, TOVA, KNorm, KeyDiff, SnapKV): without
+sinks a streaming evaluation measures little else. Give `sinks=0` for the paper's letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypedDict
+
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.errors import UsageError
+from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
+
+
+class Options(TypedDict, total=False):
+    """When events fall and what they never touch.
+
+    Keys:
+        sinks: first tokens of a row that stay, default 4.
+        recent: last tokens that stay; the default is the method's.
+        prompt: keep the whole prompt and count the budget on the rest, default False.
+        slack: tokens between events, default 128; 0 evicts at every step.
+        schedule: "blocks" (default) runs events inside the prompt too; "prefill_end" compresses the prompt once, when it has
+            been read; "prefill_only" does that and then lets the cache grow (not bounded).
+    """
+
+    sinks: int
+    recent: int
+    prompt: bool
+    slack: int
+    schedule: Literal["blocks", "prefill_end", "prefill_only"]
+
+
+def compose(
+    name: str,
+    budget: int | str | Budget,
+    scorer: Scorer,
+    *,
+    recent: int = 8,
+    allocator: Allocator | None = None,
+    **options: Unpack[Options],
+) -> Policy:
+    """The policy of one method.
+
+    Args:
+        name: shown in tables and traces.
+        budget: tokens, "25%" or "64MiB".
+        scorer: who is worth keeping.
+        recent: last tokens that stay: the user's choice, or what the method's paper protects.
+        allocator: how many per layer and head; None: the same for all.
+        **options: see Options.
+
+    Raises:
+        UsageError: an unknown option or schedule.
+        BudgetError: a budget that is not understood or cannot hold the guards.
+    """
+    unknown = sorted(set(options) - Options.__optional_keys__)
+    if unknown:
+        raise UsageError(f"{name} has no option {', '.join(unknown)}; all methods take {known(Options.__optional_keys__)}")
+    slack, when = options.get("slack", 128), options.get("schedule", "blocks")
+    if when == "blocks":
+        schedule = Schedule(slack)
+    elif when in ("prefill_end", "prefill_only"):
+        schedule = Schedule(slack, prompt="end", decode=when == "prefill_end")
+    else:
+        raise UsageError(f"schedule {when!r} is unknown; choose blocks, prefill_end or prefill_only")
+    guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False))
+    return Policy(Budget.parse(budget), scorer, allocator or Uniform(), schedule, guard, name=name)
+
+
+def known(names: Iterable[str]) -> str:
+    """Names as a sorted list in prose."""
+    return ", ".join(sorted(names))
+
+
+def unknown_variant(name: str, variant: str, variants: Iterable[str]) -> UsageError:
+    """The error for a variant that a method does not have."""
+    return UsageError(f"{name} has no variant {variant!r}; choose {known(variants)}")

@@ -1,0 +1,116 @@
+"""Attention of the last W queries, the family behind SnapKV, PyramidKV, Ada-KV and R-KV.
+
+The published codes differ in every field below and call the result by one name; a method's `variant` is a record of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import UsageError
+from learnevict.policy import Scorer
+from learnevict.signals import NEVER, Attention, Signals
+
+HIGHEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class WindowAttention(Scorer):
+    """Attention from the last `window` queries to the slots before them, pooled over neighbouring tokens.
+
+    Slots inside the window rank above all others: it is what looks, not what is judged.
+
+    Attributes:
+        window: W, queries in the ring.
+        support: the softmax runs over "all" visible slots, or over the "candidates" before the window.
+        group: query heads that share a kv head become one by the maximum of logits ("logit_max") or probabilities
+            ("prob_max"), the mean of probabilities ("prob_mean"), or the mean after pooling ("pooled_mean").
+        reduce: over queries: "sum", "mean" or "max".
+        pool: "max", "avg" (edges count as zeros, as in the authors' code) or "none".
+        kernel: tokens per pool, odd.
+    """
+
+    window: int = 32
+    support: Literal["all", "candidates"] = "all"
+    group: Literal["logit_max", "prob_max", "prob_mean", "pooled_mean"] = "pooled_mean"
+    reduce: Literal["sum", "mean", "max"] = "sum"
+    pool: Literal["max", "avg", "none"] = "max"
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UsageError(f"a window of {self.window} queries pooled by {self.kernel}: give window >= 1 and an odd kernel")
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return self.importance(signals).masked_fill(~self.candidates(signals), HIGHEST)
+
+    def candidates(self, signals: Signals) -> Tensor:
+        """Slots whose token is older than every query of the window, bool [B, H, N]."""
+        assert signals.ring is not None
+        where = signals.ring[1]
+        oldest = where.masked_fill(where < 0, NEVER).amin(-1)
+        return signals.occupied & (signals.position < oldest.view(-1, 1, 1))
+
+    def importance(self, signals: Signals) -> Tensor:
+        """Pooled attention of candidates, float32 [B, H, N]; meaningless elsewhere."""
+        candidates = self.candidates(signals)
+        total, num_queries = self._attention(signals, candidates)
+        if self.reduce == "mean":
+            total = total / num_queries.clamp_min(1).view(-1, 1, 1, 1)
+        pooled = sum(self._pooled(signals, head, candidates) for head in total.unbind(2))
+        assert isinstance(pooled, Tensor)
+        return pooled / total.shape[2]
+
+    def _attention(self, signals: Signals, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduced over queries, [B, H, G or 1, N], and the number of queries in each row's window, int64 [B]."""
+        total: Tensor | None = None
+        num_queries = signals.rows.now.new_zeros(signals.rows.now.shape, dtype=torch.int64)
+        for logits, where in signals.window_logits(self.window):
+            weights = self._probabilities(signals, logits, where, candidates)
+            part = weights.amax(3) if self.reduce == "max" else weights.sum(3)
+            if total is None:
+                total = part
+            else:
+                total = torch.maximum(total, part) if self.reduce == "max" else total + part
+            num_queries = num_queries + (where >= 0).sum(-1)
+        assert total is not None
+        return total, num_queries
+
+    def _probabilities(self, signals: Signals, logits: Tensor, where: Tensor, candidates: Tensor) -> Tensor:
+        """[B, H, G, w, N] -> [B, H, G or 1, w, N]; zeros for missing queries."""
+        scores = logits
+        attention = signals.attention
+        visible = signals.visible(where)
+        if self.support == "candidates":
+            attention = Attention(attention.scaling, attention.softcap)
+            visible = visible & candidates[:, :, None, None, :]
+        if self.group == "logit_max":
+            # Scaling and cap are increasing, so the maximum may be taken first.
+            scores = logits.amax(2, keepdim=True)
+            attention = Attention(attention.scaling, attention.softcap)
+        weights = attention.probabilities(scores, visible)
+        if self.group == "prob_max":
+            return weights.amax(2, keepdim=True)
+        return weights.mean(2, keepdim=True) if self.group == "prob_mean" else weights
+
+    def _pooled(self, signals: Signals, values: Tensor, candidates: Tensor) -> Tensor:
+        """Pool [B, H, N] along tokens, among candidates only."""
+        half = self.kernel // 2
+        if self.pool == "none":
+            return values
+        if self.pool == "avg":
+            return signals.in_order(
+                values.masked_fill(~candidates, 0.0),
+                lambda ordered: torch.nn.functional.avg_pool1d(ordered, self.kernel, 1, half),
+                empty=0.0,
+            )
+        return signals.in_order(
+            values.masked_fill(~candidates, -torch.inf),
+            lambda ordered: torch.nn.functional.max_pool1d(ordered, self.kernel, 1, half),
+            empty=-torch.inf,
+        )

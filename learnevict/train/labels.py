@@ -1,0 +1,153 @@
+"""The label store: golden labels of many documents as sharded Parquet, with a manifest that refuses to mix runs.
+
+    folder/manifest.json            what the labels are: base, data, block, reducer, layout; hashes
+    folder/data/train-00003-of-00010.parquet
+
+Shards are written under another name and renamed when whole, so a killed run leaves whole shards and resumes at the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import LabelError
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds; two runs with different manifests never share a folder."""
+
+    base_hash: str
+    data: str
+    data_hash: str
+    block: int
+    reduce: str
+    num_layers: int
+    num_heads: int
+    num_documents: int
+    documents_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole store."""
+        return -(-self.num_documents // self.documents_per_shard)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One labelled document: token ids and labels float16 [L, H, T, M]; layers that stay stock hold zeros."""
+
+    input_ids: list[int]
+    prompt_length: int
+    family: str
+    seed: int
+    labels: Tensor | None = None
+
+
+def hash_documents(documents: list[Document]) -> str:
+    """sha256 over token ids."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(torch.tensor(document.input_ids, dtype=torch.int32).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class LabelStore:
+    """A folder of labelled documents.
+
+    Args:
+        folder: where; created if missing.
+        manifest: what it is to hold; None to open what is there.
+
+    Raises:
+        LabelError: the folder holds labels of another run, or none to open.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if manifest is None and not path.is_file():
+            raise LabelError(f"no labels in {str(folder)!r}: manifest.json is missing; make them with recipes/oracle.py")
+        found = Manifest(**json.loads(path.read_text())) if path.is_file() else None
+        if found is not None and manifest is not None and found != manifest:
+            wrong = [key for key, value in asdict(manifest).items() if asdict(found)[key] != value]
+            raise LabelError(f"{str(folder)!r} holds labels of another run ({', '.join(wrong)} differ); use another --out")
+        self.manifest = found or manifest
+        assert self.manifest is not None
+        if found is None:
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asdict(self.manifest), indent=1))
+            os.replace(temporary, path)
+
+    def path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / "data" / f"train-{shard:05d}-of-{self.manifest.num_shards:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """Shards not written yet."""
+        return [shard for shard in range(self.manifest.num_shards) if not self.path(shard).exists()]
+
+    def span(self, shard: int) -> range:
+        """Documents of a shard."""
+        per = self.manifest.documents_per_shard
+        return range(shard * per, min((shard + 1) * per, self.manifest.num_documents))
+
+    def write(self, shard: int, documents: list[Document]) -> None:
+        """Write one shard, whole or not at all."""
+        import pyarrow.parquet as parquet
+        from datasets import Dataset, Features, List, Value
+
+        features = Features(
+            input_ids=List(Value("int32")),
+            prompt_length=Value("int32"),
+            family=Value("string"),
+            seed=Value("int64"),
+            num_blocks=Value("int32"),
+            labels=List(Value("float16")),
+        )
+        rows = [
+            {
+                **{key: value for key, value in vars(document).items() if key != "labels"},
+                "num_blocks": document.labels.shape[-1],
+                "labels": document.labels.to(torch.float16).flatten().numpy(),
+            }
+            for document in documents
+            if document.labels is not None
+        ]
+        temporary = self.path(shard).with_suffix(".tmp")
+        table = Dataset.from_list(rows, features=features).data.table
+        parquet.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, self.path(shard))
+
+    def documents(self) -> list[Document]:
+        """All documents of the shards written so far.
+
+        Raises:
+            LabelError: no shard is there yet.
+        """
+        files = [str(self.path(s)) for s in range(self.manifest.num_shards) if self.path(s).exists()]
+        if not files:
+            raise LabelError(f"{str(self.folder)!r} has a manifest but no shard yet; run recipes/oracle.py to the end")
+        return list(self._read(files))
+
+    def _read(self, files: list[str]) -> Iterator[Document]:
+        import pyarrow.parquet as parquet
+
+        for file in files:
+            table = parquet.read_table(file)
+            for row in range(table.num_rows):
+                get: Callable[[str], Any] = lambda name, row=row, table=table: table.column(name)[row]  # noqa: E731
+                ids = get("input_ids").as_py()
+                flat = torch.from_numpy(get("labels").values.to_numpy(zero_copy_only=False).copy())
+                shape = (self.manifest.num_layers, self.manifest.num_heads, len(ids), get("num_blocks").as_py())
+                yield Document(ids, get("prompt_length").as_py(), get("family").as_py(), get("seed").as_py(), flat.view(shape))

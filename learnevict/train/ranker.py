@@ -1,0 +1,142 @@
+"""Trainer for judges that rank cached tokens: trajectory replay, no gradient through the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from learnevict.hub import Gates
+from learnevict.oracle import golden_labels
+from learnevict.policy import Guard, Schedule
+from learnevict.train import objectives
+from learnevict.train.labels import Document
+from learnevict.train.states import States, record_states
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """What the judge learns from.
+
+    Attributes:
+        period: tokens between events in training; inference may differ, features are means over queries.
+        budgets: smallest and largest budget, drawn per batch log-uniformly: one judge for all of them.
+        own_rows: share of rows that follow the judge's own evictions.
+        pairs: sampled pairs per state and head.
+        sinks, recent: guards.
+        regression: weight of the squared error on log labels beside the pairwise loss.
+    """
+
+    period: int = 16
+    budgets: tuple[int, int] = (36, 160)
+    own_rows: float = 0.5
+    pairs: int = 256
+    sinks: int = 4
+    recent: int = 8
+    regression: float = 0.1
+
+
+def log_label(target: Tensor) -> Tensor:
+    """Labels on a logarithmic scale from 0 (below 1e-3) to 1 (all attention)."""
+    return 1 + torch.log10(target.clamp_min(1e-3)) / 3
+
+
+class Collator:
+    """Left-pads documents; labels, if stored, become one tensor per layer."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, documents: list[Document]) -> dict[str, Any]:
+        """input_ids, attention_mask [B, T] and stored_labels: [L, B, H, T, M] or None."""
+        width = max(len(d.input_ids) for d in documents)
+        ids = torch.full((len(documents), width), self.pad)
+        mask = torch.zeros(len(documents), width, dtype=torch.long)
+        stored = documents[0].labels is not None
+        blocks = max(d.labels.shape[-1] for d in documents if d.labels is not None) if stored else 0
+        first = documents[0].labels
+        labels = None if first is None else torch.zeros(first.shape[0], len(documents), first.shape[1], width, blocks)
+        for row, document in enumerate(documents):
+            size = len(document.input_ids)
+            ids[row, width - size :] = torch.tensor(document.input_ids)
+            mask[row, width - size :] = 1
+            if labels is not None and document.labels is not None:
+                labels[:, row, :, width - size :, : document.labels.shape[-1]] = document.labels.float()
+        return {"input_ids": ids, "attention_mask": mask, "stored_labels": labels}
+
+
+class RankingTrainer(Trainer):
+    """transformers.Trainer whose model is the gates; the frozen base stands outside.
+
+    Args:
+        base: the model whose cache is judged.
+        ranking: what to learn from.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, base: PreTrainedModel, ranking: RankingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.base = base.eval().requires_grad_(False)
+        self.ranking = ranking
+        self.shares: list[float] = []
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """Record the states of a batch, score them with gradient, and compare with the oracle."""
+        gates: Gates = self.accelerator.unwrap_model(model)
+        states = self._record(gates, inputs)
+        stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
+        if not bool(gates.gate.calibrated):
+            gates.gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
+        scores = model({layer: part[0] for layer, part in stacked.items()})
+        total = torch.zeros((), device=self.args.device)
+        for layer, (_, targets, candidates) in stacked.items():
+            labels = log_label(targets)
+            total = total + objectives.pairwise(scores[layer], labels, candidates, pairs=self.ranking.pairs)
+            total = total + self.ranking.regression * objectives.regression(scores[layer], labels, candidates)
+            share = objectives.kept_share(scores[layer].detach(), targets, candidates, self.ranking.period)
+            self.shares.append(float(share))
+        loss = total / len(stacked)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _record(self, gates: Gates, inputs: dict[str, Any]) -> dict[int, States]:
+        config = self.ranking
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels = inputs["stored_labels"]
+        if labels is None:
+            labels, _ = golden_labels(self.base, ids, mask, block=config.period)
+        low, high = (torch.tensor(float(b)).log() for b in config.budgets)
+        budget = int((low + (high - low) * torch.rand(())).exp().round())
+        budget = min(budget, ids.shape[1] - config.period - 1)
+        return record_states(
+            self.base,
+            gates.gate,
+            list(labels),
+            ids,
+            mask,
+            budget=budget,
+            schedule=Schedule(config.period),
+            guard=Guard(config.sinks, config.recent),
+            own=torch.rand(len(ids), device=ids.device) < config.own_rows,
+        )
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        """Validation loss."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the share of the oracle's evictions that the judge shares."""
+        if self.shares:
+            logs = {**logs, "kept_share": round(sum(self.shares) / len(self.shares), 4)}
+            self.shares.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Gates only, as config.json + model.safetensors; no pickled arguments."""
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)

@@ -1,0 +1,117 @@
+"""States to learn from: what a judge sees at every event of a teacher-forced run, with the oracle's verdict beside it.
+
+The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the judge itself
+does, so that the judge also meets the states that its own mistakes lead to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.config import Budget
+from learnevict.infer.attach import attach
+from learnevict.ops import keep_top
+from learnevict.oracle import horizon
+from learnevict.policy import Allocator, Gate, Guard, Schedule, Uniform
+from learnevict.signals import Signals
+
+
+@dataclass
+class States:
+    """States of one layer, stacked over events and rows.
+
+    features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N].
+    """
+
+    features: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    candidates: list[Tensor] = field(default_factory=list)
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All states as three tensors; shorter ones are padded with slots that are no candidates."""
+        width = max(part.shape[2] for part in self.targets)
+
+        def padded(parts: list[Tensor]) -> Tensor:
+            full = [part.new_zeros(*part.shape[:2], width - part.shape[2], *part.shape[3:]) for part in parts]
+            return torch.cat([torch.cat(pair, dim=2) for pair in zip(parts, full, strict=True)])
+
+        return padded(self.features), padded(self.targets), padded(self.candidates)
+
+
+@dataclass
+class Recorder:
+    """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1]."""
+
+    budget: Budget
+    scorer: Gate
+    future: list[Tensor | None]
+    own: Tensor
+    schedule: Schedule
+    guard: Guard
+    allocator: Allocator = field(default_factory=Uniform)
+    name: str = "recorder"
+    states: dict[int, States] = field(default_factory=dict)
+
+    def keep(self, signals: Signals) -> Tensor:
+        """Take down the rows whose event this is and evict by the oracle or by the judge."""
+        future = self.future[signals.layer]
+        assert future is not None
+        rows, occupied = signals.rows, signals.occupied
+        block = torch.div(rows.seen, self.schedule.period, rounding_mode="floor").clamp_max(future.shape[-1] - 1)
+        at = signals.position.clamp_min(0).long()
+        index = block.view(-1, 1, 1, 1).long().expand(*future.shape[:3], 1)
+        target = future.gather(-1, index).squeeze(-1).gather(-1, at)
+        protected = self.guard.protect(signals)
+        due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)
+        notes = self.scorer.notes(signals)
+        parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
+        features = torch.cat(parts, dim=2)
+        pick = due.nonzero().flatten()
+        here = self.states.setdefault(signals.layer, States())
+        here.features.append(features[pick])
+        here.targets.append(target[pick])
+        here.candidates.append((occupied & ~protected)[pick])
+        judged = self.scorer.judge(signals.layer, features)
+        score = torch.where(self.own.view(-1, 1, 1), judged, target)
+        score = score.masked_fill(~occupied, -torch.inf).masked_fill(protected, torch.inf)
+        return keep_top(score, signals.position, signals.budget.view(-1, 1).expand(score.shape[:2]))
+
+
+@torch.no_grad()
+def record_states(
+    model: PreTrainedModel,
+    gate: Gate,
+    labels: list[Tensor | None],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    budget: int,
+    schedule: Schedule,
+    guard: Guard,
+    own: Tensor,
+) -> dict[int, States]:
+    """One teacher-forced run of a batch under eviction, with the states its events went through.
+
+    Args:
+        model: the frozen base.
+        gate: the judge being trained.
+        labels: per layer [B, H, T, M], None for stock layers.
+        input_ids: int64 [B, T]; attention_mask [B, T].
+        budget: slots per (layer, kv head) after an event.
+        schedule: its period must be the labels' block.
+        guard: never evicted, never candidates.
+        own: bool [B], rows that follow the judge; the others follow the oracle.
+    """
+    recorder = Recorder(Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard)
+    with attach(model, recorder) as cache:
+        model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+    return recorder.states
+
+
+def look_ahead(labels: Tensor) -> Tensor:
+    """Most that any block m, m + 1, ... pays: [B, H, T, M + 1], zero behind the last block."""
+    return torch.nn.functional.pad(labels.float().flip(-1).cummax(-1).values.flip(-1), (0, 1))

@@ -1,0 +1,74 @@
+"""A naive judge: eager attention of a stock model in which each head is told, token by token, what it may see.
+
+It shares nothing with learnevict: full [T, T] masks, repeated heads, the sink as one more column of the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "laws_judge"
+FORGOTTEN: dict[int, Tensor] = {}
+
+
+def told_attention(module, query, key, value, attention_mask, *, scaling, softcap=None, s_aux=None, **kwargs):
+    """Query head j uses key head j // G; `FORGOTTEN[layer]` is bool [B, H, T, T], True where a token is gone."""
+    group = query.shape[1] // key.shape[1]
+    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    hidden = attention_mask < 0
+    if module.layer_idx in FORGOTTEN:
+        hidden = hidden | FORGOTTEN[module.layer_idx].repeat_interleave(group, 1)
+    # A padded query sees nothing: uniform weights, as eager attention has them; nobody reads its answer.
+    logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+    if s_aux is not None:
+        sink = s_aux.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    answer = weights @ value.double().repeat_interleave(group, 1)
+    return answer.transpose(1, 2).to(query.dtype).contiguous(), weights
+
+
+@contextmanager
+def judging(model: PreTrainedModel, forgotten: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, the model's attention obeys `forgotten`."""
+    AttentionInterface.register(NAME, told_attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    FORGOTTEN.update(forgotten)
+    try:
+        yield
+    finally:
+        FORGOTTEN.clear()
+        model.set_attn_implementation(previous)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """As generate() counts them: 0 for the first real token, int64 [B, T]."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def judge(model: PreTrainedModel, ids: Tensor, mask: Tensor, expiry: Tensor | None) -> Tensor:
+    """Logits [B, T, V] of one full pass in which token i is hidden from query t >= expiry[layer, b, h, i]."""
+    forgotten = {}
+    if expiry is not None:
+        query = torch.arange(ids.shape[1]).view(1, 1, -1, 1)
+        forgotten = {layer: query >= until.unsqueeze(2) for layer, until in enumerate(expiry)}
+    with judging(model, forgotten), torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
+
+
+def stock(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, T, V] of the untouched eager model."""
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits

@@ -1,0 +1,122 @@
+"""One conversation read in pieces through an evicting cache, with everything noted that a law may ask about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict import EvictingCache, attach
+from learnevict.policy import Policy
+from learnevict.signals import NEVER, Trace
+from tests.laws.judge import position_ids
+
+PROMPT, LENGTH = 37, 61
+PADS = (0, 5, 14)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the cache held after a forward: columns read, positions per evicting layer, bytes."""
+
+    length: int
+    positions: dict[int, Tensor]
+    nbytes: int
+
+
+@dataclass
+class Run:
+    """A finished conversation."""
+
+    ids: Tensor
+    mask: Tensor
+    policy: Policy
+    cache: EvictingCache
+    logits: Tensor
+    moments: list[Moment] = field(default_factory=list)
+
+    @property
+    def trace(self) -> Trace:
+        """The recorded trace."""
+        return self.cache.trace()
+
+    @property
+    def evictions(self) -> int:
+        """Tokens evicted, over layers, rows and heads; 0 where every layer stays stock."""
+        return self.trace.evictions if self.cache.evicting else 0
+
+
+def batch(ids: Tensor, pads: Sequence[int] = PADS) -> tuple[Tensor, Tensor]:
+    """Left-pads rows: the first pads[b] tokens of row b become padding. Returns ids and mask, int64 [B, T]."""
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    return ids * mask, mask
+
+
+def pieces(prompt: int, length: int) -> list[int]:
+    """The prompt in one forward, then token by token."""
+    return [prompt, *([1] * (length - prompt))]
+
+
+class Reader:
+    """Feeds ids to a model piece by piece; several readers may take turns on one model."""
+
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache, ids: Tensor, mask: Tensor, sizes: list[int]) -> None:
+        self.model, self.cache, self.ids, self.mask = model, cache, ids, mask
+        self.places = position_ids(mask)
+        self.sizes = sizes
+        self.logits: list[Tensor] = []
+        self.moments: list[Moment] = []
+
+    def __iter__(self) -> Iterator[Moment]:
+        start = 0
+        for size in self.sizes:
+            stop = start + size
+            with torch.no_grad():
+                self.logits.append(
+                    self.model(
+                        input_ids=self.ids[:, start:stop],
+                        attention_mask=self.mask[:, :stop],
+                        position_ids=self.places[:, start:stop],
+                        past_key_values=self.cache,
+                    ).logits
+                )
+            positions = {index: self.cache.positions(index).clone() for index in self.cache.evicting}
+            self.moments.append(Moment(stop, positions, self.cache.nbytes))
+            start = stop
+            yield self.moments[-1]
+
+    def finish(self) -> Run:
+        """Reads what is left."""
+        for _ in self:
+            pass
+        return self.run()
+
+    def run(self) -> Run:
+        """What was noted."""
+        return Run(self.ids, self.mask, self.cache.policy, self.cache, torch.cat(self.logits, 1), self.moments)
+
+
+def read(model: PreTrainedModel, policy: Policy, ids: Tensor, mask: Tensor, sizes: list[int] | None = None) -> Run:
+    """Reads ids through a cache of this policy, by default the prompt at once and the rest token by token."""
+    with attach(model, policy, record=True) as cache:
+        return Reader(model, cache, ids, mask, sizes or pieces(PROMPT, ids.shape[1])).finish()
+
+
+def held(expiry: Tensor, mask: Tensor, length: int) -> list[list[list[list[int]]]]:
+    """By layer, row and head: columns that a trace says are held once `length` columns were read."""
+    column = torch.arange(expiry.shape[-1])
+    alive = (column < length) & (expiry > length) & mask[:, None].bool()
+    return [[[column[head].tolist() for head in row] for row in layer] for layer in alive]
+
+
+def occupied(position: Tensor) -> list[list[list[int]]]:
+    """By row and head: columns held, sorted, every slot counted (so a double shows)."""
+    return [[sorted(head[head >= 0].tolist()) for head in row] for row in position]
+
+
+__all__ = ["NEVER", "PADS", "PROMPT", "Moment", "Reader", "Run", "batch", "held", "occupied", "pieces", "read"]

@@ -1,0 +1,95 @@
+"""Tiny random models of every family that is tested, with weights large enough for attention to be far from uniform."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from learnevict import testbed
+
+VOCABULARY = 96
+WINDOW = 12
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+MIXED = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+WIDE = {"head_dim": 16}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 131072}
+
+
+def configs() -> dict[str, PreTrainedConfig]:
+    """By name; in those that end in _window no layer evicts."""
+    return {
+        "llama": LlamaConfig(**COMMON),
+        "qwen2": Qwen2Config(**COMMON, use_sliding_window=False),
+        "qwen3": Qwen3Config(**COMMON, **WIDE),
+        "mistral": MistralConfig(**COMMON, sliding_window=None),
+        "gemma2": Gemma2Config(**COMMON | MIXED | WIDE, sliding_window=WINDOW, query_pre_attn_scalar=16),
+        "gemma3": Gemma3TextConfig(**COMMON | MIXED | WIDE, sliding_window=WINDOW, query_pre_attn_scalar=16),
+        "phi3": Phi3Config(**COMMON, sliding_window=None),
+        "gpt_oss": GptOssConfig(**COMMON | MIXED | WIDE | EXPERTS, sliding_window=WINDOW),
+        "mistral_window": MistralConfig(**COMMON, sliding_window=WINDOW),
+        "phi3_window": Phi3Config(**COMMON, sliding_window=WINDOW),
+    }
+
+
+RANDOM = tuple(configs())
+STOCK_ONLY = ("mistral_window", "phi3_window")
+TRAINED = ("testbed",) if (testbed.path() / "config.json").exists() else ()
+MODELS = (*RANDOM, *TRAINED)
+EVICTING = tuple(name for name in MODELS if name not in STOCK_ONLY)
+
+
+def fresh(name: str, **changes: Any) -> PreTrainedModel:
+    """A model of its own, for tests that change it."""
+    if name in TRAINED:
+        model, _ = testbed.load()
+        model.set_attn_implementation("eager")
+        return model
+    config = configs()[name]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=1.0)
+    return model.requires_grad_(False)
+
+
+@cache
+def build(name: str) -> PreTrainedModel:
+    """A shared model in float32, in eval mode, without gradients."""
+    return fresh(name)
+
+
+def tokens(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids int64 [B, T], special ones left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator)

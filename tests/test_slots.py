@@ -1,0 +1,289 @@
+"""Slot storage against a dumb model of it: lists of tokens per row and head, and nothing clever.
+
+Both storages run the same rules: SlotPool (uniform) and PagePool (ragged heads in shared pages).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import Tensor
+
+from learnevict.infer.pages import PagePool
+from learnevict.infer.slots import SlotPool
+from learnevict.signals import Column
+
+HEADS, WIDTH, VALUE_WIDTH = 2, 4, 3
+COLUMNS = (Column("note", (2,)), Column("tag", dtype=torch.int32, fill=7.0))
+
+
+@dataclass
+class Token:
+    """What one slot should hold."""
+
+    position: int
+    key: list[float]
+    value: list[float]
+    note: list[float]
+    tag: int = 7
+
+
+@dataclass
+class Shelf:
+    """The dumb model: tokens by row and head, and the next position of each row."""
+
+    rows: list[list[list[Token]]] = field(default_factory=list)
+    next: list[int] = field(default_factory=list)
+
+    def most(self) -> int:
+        return max(len(head) for row in self.rows for head in row)
+
+    def total(self) -> int:
+        return sum(len(head) for row in self.rows for head in row)
+
+
+class Storage(RuleBasedStateMachine):
+    """Rules shared by both storages; a subclass makes room the way its layer would."""
+
+    @initialize(batch=st.integers(1, 3), seed=st.integers(0, 2**16))
+    def start(self, batch, seed):
+        self.random = torch.Generator().manual_seed(seed)
+        self.shelf = Shelf([[[] for _ in range(HEADS)] for _ in range(batch)], [0] * batch)
+        like = torch.zeros(batch, HEADS, 0, WIDTH), torch.zeros(batch, HEADS, 0, VALUE_WIDTH)
+        self.store = self.make(*like)
+        self.ahead = [0] * batch
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random)
+
+    @rule(sizes=st.lists(st.integers(0, 5), min_size=3, max_size=9), even=st.booleans())
+    def append(self, sizes, even):
+        batch = len(self.shelf.rows)
+        sizes = tuple(sizes[:1] * batch if even else [sizes[row % 3] for row in range(batch)])
+        if not max(sizes):
+            return
+        self.make_room(sizes)
+        width = max(sizes)
+        key, value = self.numbers(batch, HEADS, width, WIDTH), self.numbers(batch, HEADS, width, VALUE_WIDTH)
+        notes = self.numbers(batch, HEADS, width, 2)
+        position = torch.full((batch, width), -1, dtype=torch.int32)
+        for row, size in enumerate(sizes):
+            for column in range(size):
+                position[row, column] = self.shelf.next[row]
+                self.shelf.next[row] += 1
+                for head in range(HEADS):
+                    at = row, head, column
+                    token = Token(int(position[row, column]), *(part[at].tolist() for part in (key, value, notes)))
+                    self.shelf.rows[row][head].append(token)
+        self.store.write(key, value, position, {"note": notes}, sizes)
+        self.ahead = [room - size for room, size in zip(self.ahead, sizes, strict=True)]
+
+    @rule(share=st.sampled_from([0.1, 0.5, 0.9, 1.0]), one_row=st.booleans())
+    def evict(self, share, one_row):
+        gone = torch.rand(self.store.position.shape, generator=self.random) < share
+        if one_row:
+            gone[1:] = False
+        gone &= self.store.position >= 0
+        lost = [[set(head[mask].tolist()) for head, mask in zip(*pair, strict=True)] for pair in self.pairs(gone)]
+        self.store.evict(gone)
+        for row, heads in zip(self.shelf.rows, lost, strict=True):
+            for head, positions in enumerate(heads):
+                row[head] = [token for token in row[head] if token.position not in positions]
+        self.forget_room()
+
+    def pairs(self, gone: Tensor):
+        return zip(self.store.position, gone, strict=True)
+
+    @rule(picks=st.lists(st.integers(0, 8), min_size=1, max_size=4))
+    def select(self, picks):
+        rows = [pick % len(self.shelf.rows) for pick in picks]
+        self.store.select(torch.tensor(rows))
+        self.shelf.rows = [
+            [[Token(**vars(token)) for token in head] for head in self.shelf.rows[row]] for row in rows
+        ]
+        self.shelf.next = [self.shelf.next[row] for row in rows]
+        self.forget_room(rows)
+
+    @rule()
+    def update_column(self):
+        """An observing scorer replaces a whole column."""
+        position = self.store.position
+        self.store.ledger.columns["tag"] = torch.where(position >= 0, position * 3, 0)
+        for row in self.shelf.rows:
+            for head in row:
+                for token in head:
+                    token.tag = token.position * 3
+
+    @invariant()
+    def same_tokens(self):
+        position, columns = self.store.position, self.store.ledger.columns
+        for row, heads in enumerate(self.shelf.rows):
+            for head, tokens in enumerate(heads):
+                slots = (position[row, head] >= 0).nonzero().flatten().tolist()
+                found = {int(position[row, head, slot]): slot for slot in slots}
+                assert len(slots) == len(tokens)
+                assert set(found) == {token.position for token in tokens}
+                for token in tokens:
+                    at = row, head, found[token.position]
+                    assert columns["note"][at].tolist() == token.note
+                    assert int(columns["tag"][at]) == token.tag
+
+    @invariant()
+    def same_keys_and_values(self):
+        position = self.store.position
+        keys, values = torch.zeros(*position.shape, WIDTH), torch.zeros(*position.shape, VALUE_WIDTH)
+        for part, some_keys, some_values in self.store.chunks():
+            keys[:, :, part], values[:, :, part] = some_keys, some_values
+        for row, heads in enumerate(self.shelf.rows):
+            for head, tokens in enumerate(heads):
+                where = {int(p): slot for slot, p in enumerate(position[row, head].tolist()) if p >= 0}
+                for token in tokens:
+                    assert keys[row, head, where[token.position]].tolist() == token.key
+                    assert values[row, head, where[token.position]].tolist() == token.value
+        if position.shape[2]:
+            query, weights = self.numbers(*position.shape[:2], 3, WIDTH), self.numbers(*position.shape[:2], 3, 1)
+            taken = (position >= 0).unsqueeze(2)
+            wanted = (query @ keys.mT).masked_fill(~taken, 0)
+            torch.testing.assert_close(self.store.logits(query).masked_fill(~taken, 0), wanted)
+            weights = weights.masked_fill(~taken, 0)
+            torch.testing.assert_close(self.store.mix(weights), weights @ values)
+
+    @invariant()
+    def chunks_are_small(self):
+        for _, keys, _ in self.store.chunks():
+            assert keys.nbytes <= max(self.store.keys.nbytes // 2, keys.nbytes // max(keys.shape[2], 1) * self.smallest())
+
+
+class SlotPoolRules(Storage):
+    """Every head owns the same number of slots."""
+
+    def make(self, key: Tensor, value: Tensor) -> SlotPool:
+        return SlotPool(key, value, COLUMNS)
+
+    def smallest(self) -> int:
+        return 1
+
+    def make_room(self, sizes: tuple[int, ...]) -> None:
+        need = self.shelf.most() + max(sizes)
+        if need > self.store.capacity:
+            self.store.resize(need)
+
+    def forget_room(self, rows: list[int] | None = None) -> None:
+        self.ahead = [0] * len(self.shelf.rows)
+
+    @rule(spare=st.integers(0, 6))
+    def resize(self, spare):
+        self.store.resize(self.shelf.most() + spare)
+        assert self.store.capacity == self.shelf.most() + spare
+
+    @invariant()
+    def bias_hides_the_empty(self):
+        assert torch.equal(self.store.bias == 0, self.store.position >= 0)
+        assert torch.equal(self.store.bias == -torch.inf, self.store.position < 0)
+
+    @invariant()
+    def bytes_are_slots(self):
+        slots = len(self.shelf.rows) * HEADS * self.store.capacity
+        assert self.store.nbytes == slots * (WIDTH + VALUE_WIDTH) * 4
+        held = self.store.keys.untyped_storage().nbytes() + self.store.values.untyped_storage().nbytes()
+        assert held == self.store.nbytes
+
+
+class PagePoolRules(Storage):
+    """Heads of all rows share pages."""
+
+    page = 3
+
+    def make(self, key: Tensor, value: Tensor) -> PagePool:
+        self.total = 0
+        return PagePool(key, value, COLUMNS, self.page)
+
+    def smallest(self) -> int:
+        return self.page
+
+    def make_room(self, sizes: tuple[int, ...]) -> None:
+        """As the layer does: fit when the pool is too small, hand out pages when a block begins."""
+        if all(size <= room for size, room in zip(sizes, self.ahead, strict=True)):
+            return
+        self.ahead = [size + 2 for size in sizes]
+        total = self.shelf.total() + HEADS * sum(self.ahead)
+        widest = self.shelf.most() + max(self.ahead)
+        if total > self.total or widest > self.store.position.shape[2]:
+            self.fit(total, widest)
+        self.store.assign(self.ahead)
+
+    def forget_room(self, rows: list[int] | None = None) -> None:
+        self.ahead = [0] * len(self.shelf.rows)
+        if rows is not None:
+            self.total = 0
+
+    def fit(self, total: int, widest: int) -> None:
+        self.store.fit(total, widest)
+        self.total = total
+
+    @rule(spare=st.integers(0, 9))
+    def fit_tightly(self, spare):
+        """Shrinking keeps what is held; pages handed out ahead are taken back."""
+        self.fit(self.shelf.total() + spare, self.shelf.most())
+        self.forget_room()
+
+    @invariant()
+    def no_two_heads_share_a_slot(self):
+        taken = self.store.position >= 0
+        slots = torch.arange(self.store.position.shape[2]).expand_as(self.store.position)
+        if slots.shape[2]:
+            physical = self.store._physical(slots)[taken]
+            assert physical.unique().numel() == physical.numel()
+            assert bool((physical >= self.page).all()), "page 0 belongs to nobody"
+
+    @invariant()
+    def the_first_slots_are_taken(self):
+        slots = torch.arange(self.store.position.shape[2])
+        assert torch.equal(self.store.position >= 0, slots < self.store.count.unsqueeze(-1))
+
+    @rule()
+    def bytes_follow_what_is_held(self):
+        """At most one page per head, and page 0, beyond the slots asked for."""
+        total = self.shelf.total()
+        self.fit(total, self.shelf.most())
+        self.forget_room()
+        rounding = self.page * (len(self.shelf.rows) * HEADS + 2)
+        assert self.store.nbytes <= (total + rounding) * (WIDTH + VALUE_WIDTH) * 4
+        held = self.store.keys.untyped_storage().nbytes() + self.store.values.untyped_storage().nbytes()
+        assert held == self.store.nbytes
+
+
+class OneSlotPages(PagePoolRules):
+    """Pages of one slot, as tiny budgets have them."""
+
+    page = 1
+
+
+QUICK = settings(max_examples=25, stateful_step_count=15)
+TestSlotPool = SlotPoolRules.TestCase
+TestPagePool = PagePoolRules.TestCase
+TestOneSlotPages = OneSlotPages.TestCase
+for case in (TestSlotPool, TestPagePool, TestOneSlotPages):
+    case.settings = QUICK
+
+
+@pytest.mark.parametrize("kind", [SlotPool, PagePool])
+def test_a_poisoned_empty_slot_changes_nothing(kind):
+    """Whatever an empty slot still holds, its key and value are not seen."""
+    extra = (2,) if kind is PagePool else ()
+    key, value = torch.randn(1, HEADS, 4, WIDTH), torch.randn(1, HEADS, 4, VALUE_WIDTH)
+    store = kind(key, value, (), *extra)
+    if kind is PagePool:
+        store.fit(4 * HEADS, 4)
+        store.assign([4])
+    else:
+        store.resize(4)
+    store.write(key, value, torch.arange(4, dtype=torch.int32).unsqueeze(0), {}, (4,))
+    store.evict(torch.tensor([[[True, False, False, True]] * HEADS]))
+    assert sorted(store.position[0, 0].tolist())[-2:] == [1, 2]
+    assert torch.equal(store.bias == 0, store.position >= 0)
