@@ -4,8 +4,8 @@
     python recipes/pretrain.py --smoke                           # seconds, same code
     python recipes/pretrain.py --export                          # write the last checkpoint as the package's data
 
-Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean tasks
-it needs a few hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not
+Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean
+tasks it needs a few hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not
 when a step count does. The run resumes exactly on as many processes: all randomness is a function of the seed, the step
 and the rank, all state is safetensors and JSON.
 """

@@ -145,7 +145,8 @@ def test_template_tokenizer_and_marks_agree_with_the_text(family: str) -> None:
         assert len(ids) == len(sample.checked) == len(sample.weights) == len(sample.text.split())
         words = sample.text.split()
         chosen = [word for word, checked in zip(words, sample.checked, strict=True) if checked]
-        assert chosen and all(weight for weight, checked in zip(sample.weights, sample.checked, strict=True) if checked)
+        assert chosen
+        assert all(weight for weight, checked in zip(sample.weights, sample.checked, strict=True) if checked)
         assert set(sample.answer.split()) & set(chosen)
         assert testbed.verify(sample, sample.response)
         assert testbed.verify(sample, sample.text)

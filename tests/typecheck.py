@@ -18,4 +18,4 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     protocols = {
         hint: object for hint in namespace.values() if isinstance(hint, type) and getattr(hint, "_is_protocol", 0)
     }
-    return beartype(conf=BeartypeConf(hint_overrides=FrozenDict(protocols)))(function)
+    return beartype(conf=BeartypeConf(hint_overrides=FrozenDict(protocols), is_pep484_tower=True))(function)

@@ -7,11 +7,14 @@ that hands it its cache layer (or, in a replay, its expiries).
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -52,6 +55,7 @@ class Step:
     expiry: Tensor | None = None
     valid: Tensor | None = None
     observe: Observer | None = None
+    frequencies: Tensor | None = None
 
 
 @dataclass
@@ -163,7 +167,10 @@ def hook(model: PreTrainedModel) -> None:
     handles = [
         decoder.register_forward_pre_hook(_open_forward, with_kwargs=True),
         decoder.register_forward_hook(_close_forward, with_kwargs=True, always_call=True),
-        *(module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in modules.values()),
+        *(
+            module.register_forward_pre_hook(partial(_hand_over, rotary_of(decoder, module)), with_kwargs=True)
+            for module in modules.values()
+        ),
     ]
     _hooked[model] = Hooks(handles, previous)
 
@@ -201,15 +208,27 @@ def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) ->
         cache.clock.commit()
 
 
-def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def rotary_of(decoder: nn.Module, module: nn.Module) -> nn.Module | None:
+    """The decoder's rotary embedding, if `module` rotates halves of the head dimension (not neighbouring dimensions)."""
+    names = vars(sys.modules[type(module).__module__])
+    if "rotate_half" in names:
+        halves = names["rotate_half"](torch.arange(4)).tolist() == [-2, -3, 0, 1]
+    else:
+        halves = "_apply_rotary_emb" in names  # GPT-OSS
+    return getattr(decoder, "rotary_emb", None) if halves else None
+
+
+def _hand_over(rotary: nn.Module | None, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     cache, replay = kwargs.get("past_key_values"), REPLAY.get()
     index: Any = module.layer_idx
+    own = f"{getattr(module, 'layer_type', None)}_inv_freq"  # Gemma3: one per kind of layer
+    frequencies = getattr(rotary, own, getattr(rotary, "inv_freq", None))
     if replay is not None and index in replay.expiry:
-        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe)}
+        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies)}
     if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):
         layer.expecting = True
-        return args, {**kwargs, NAME: Step(layer, hidden)}
+        return args, {**kwargs, NAME: Step(layer, hidden, frequencies=frequencies)}
     return None
 
 
@@ -239,7 +258,8 @@ def attention_function(
         raise CacheError(
             "continuous batching (PagedAttentionCache) shares blocks between heads, so heads cannot evict apart"
         )
-    attention = Attention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    frequencies = None if learnevict is None else learnevict.frequencies
+    attention = Attention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, frequencies)
     if learnevict is None:
         out = plain_attention(query, key, value, attention_mask, attention)
     elif learnevict.layer is not None:

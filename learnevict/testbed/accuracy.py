@@ -39,7 +39,7 @@ def to_tensors(samples: Sequence[Sample], ids: dict[str, int]) -> tuple[Tensor, 
 
 @torch.no_grad()
 def step_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> tuple[float, float]:
-    """Share of checked tokens right given the reference text, and share of samples whose every spoken token is right."""
+    """Share of checked tokens right given the reference text; share of samples with every spoken token right."""
     ids, right, seen, perfect = tokenizer.get_vocab(), 0, 0, 0
     for group in batches(samples, 10_000):
         tokens, weights, checked = (tensor.to(model.device) for tensor in to_tensors(group, ids))

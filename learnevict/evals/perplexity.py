@@ -1,0 +1,106 @@
+"""Perplexity of a text under eviction, streamed through the cache in chunks: memory stays bounded however long the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from learnevict.errors import DataError, UsageError
+from learnevict.infer.attach import attach
+from learnevict.policy import Governor
+
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a text cost. `loss` is the summed negative log-likelihood of `num_tokens` predicted tokens; bytes are of the cache."""
+
+    loss: float
+    num_tokens: int
+    peak: int
+    end: int
+    full: int
+
+    @property
+    def value(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.loss / self.num_tokens)
+
+
+def read_text(path: Path) -> str:
+    """The user's file.
+
+    Raises:
+        DataError: no such file, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first: iconv -f LATIN1 -t UTF-8 {path}"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")
+    return text
+
+
+def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = None) -> Int[Tensor, "1 T"]:
+    """Token ids of the text, or of its beginning.
+
+    Raises:
+        DataError: fewer than two tokens, or words that the vocabulary lacks.
+        UsageError: more tokens than the model has positions for.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
+    if ids.shape[1] < 2:
+        raise DataError("the text has fewer than two tokens, so nothing is predicted; give a longer one")
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and bool((ids == unknown).any()):
+        known = {tokenizer.decode([token]) for token in set(ids[0].tolist()) - {unknown}}
+        words = [word for word in dict.fromkeys(text.split()) if word not in known][:5]
+        raise DataError(f"the model's vocabulary lacks words of this text, such as {', '.join(words)}; use another model")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        raise UsageError(
+            f"the text has {ids.shape[1]} tokens, the model positions for {limit}; judge its beginning: --max-tokens {limit}"
+        )
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    ids: Int[Tensor, "1 T"],
+    policy: Governor,
+    *,
+    chunk: int = CHUNK,
+    advance: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Read the text once, chunk by chunk, each token predicted from what the cache still holds.
+
+    Args:
+        policy: governs the cache; `full.policy()` for the reference.
+        chunk: tokens per forward; changes no number.
+        advance: called with the number of tokens just read.
+    """
+    total, last = 0.0, None
+    with attach(model, policy, prompt_length=[0]) as cache:
+        for part in ids.split(chunk, dim=1):
+            logits = model(input_ids=part, past_key_values=cache).logits[0].float()
+            before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
+            target = part[0, 1:] if last is None else part[0]
+            total += float(torch.nn.functional.cross_entropy(before, target, reduction="sum"))
+            last = logits[-1:]
+            if advance is not None:
+                advance(part.shape[1])
+        return Perplexity(total, ids.shape[1] - 1, cache.peak_nbytes, cache.nbytes, cache.full_nbytes)

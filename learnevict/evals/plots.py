@@ -1,0 +1,127 @@
+"""Accuracy against budget: one panel a family, one line a method, named at its smallest budget, where methods differ most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError, UsageError
+from learnevict.evals.rows import Row
+
+STRONG = ("#0b6bcb", "#c2410c", "#7c3aed", "#0f766e")
+MUTED = ("#94a3b8", "#a8a29e", "#9ca3af", "#b6a58c", "#8fa89b", "#b39ab3", "#9fb1c9", "#c4a49a", "#a3b18a", "#b8b08d")
+INK = "#1f2937"
+
+
+def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
+    """Draw step accuracy (or exact match where there is none) against slots kept, with intervals.
+
+    Golden is the dashed reference, the full cache a dotted line, learned methods are coloured, heuristics muted.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        DataError: the file cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UsageError("plots need matplotlib: pip install 'learnevict[report]'") from error
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    columns = min(3, len(families))
+    lines = -(-len(families) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
+    for axis, family in zip(axes.flat, families, strict=False):
+        _panel(axis, family, [row for row in rows if row["family"] == family])
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    if title:
+        figure.suptitle(title, color=INK)
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+    finally:
+        pyplot.close(figure)
+    return path
+
+
+def _panel(axis: Any, family: str, rows: Sequence[Row]) -> None:
+    measure, low, high = ("step_accuracy", "ci_low", "ci_high")
+    if all(row.get(measure) is None for row in rows):
+        measure, low, high = ("exact_match", "exact_low", "exact_high")
+    sized = [row for row in rows if isinstance(row.get("budget"), int) and row.get(measure) is not None]
+    ends: list[tuple[float, str, str]] = []
+    for method, look in styles(sized).items():
+        points = sorted((row for row in sized if row["method"] == method), key=lambda row: row["budget"])
+        x, y = [row["budget"] for row in points], [row[measure] for row in points]
+        axis.plot(x, y, marker="o", markersize=3, **look)
+        if all(row.get(low) is not None for row in points):
+            axis.fill_between(
+                x, [row[low] for row in points], [row[high] for row in points], color=look["color"], alpha=0.12, linewidth=0
+            )
+        ends.append((y[0], method, look["color"]))
+    full = next((row for row in rows if row.get("budget") is None and row.get(measure) is not None), None)
+    if full is not None:
+        axis.axhline(full[measure], color=INK, linestyle=":", linewidth=1)
+        ends.append((full[measure], "full cache", INK))
+    _dress(axis, family, sized, measure)
+    _name_lines(axis, ends)
+
+
+def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """How each method is drawn, the important ones last, on top."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    learned = {row["method"] for row in rows if row.get("kind") == "learned"}
+    strong, muted = iter(STRONG * len(names)), iter(MUTED * len(names))
+    looks: dict[str, dict[str, Any]] = {}
+    for name in sorted(names, key=lambda name: (name == "golden", name in learned)):
+        if name == "golden":
+            looks[name] = {"color": INK, "linestyle": "--", "linewidth": 1.6}
+        elif name in learned:
+            looks[name] = {"color": next(strong), "linewidth": 2.2}
+        else:
+            looks[name] = {"color": next(muted), "linewidth": 1.1}
+    return looks
+
+
+def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
+    ticks = {row["budget"]: row.get("budget_share") or str(row["budget"]) for row in rows}
+    axis.set_title(family, loc="left", color=INK, fontweight="bold")
+    axis.set_ylabel(measure.replace("_", " "), color=INK)
+    axis.set_xlabel("slots kept per layer and kv head, fewer to the right", color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e5e7eb", linewidth=0.6)
+    axis.set_axisbelow(True)
+    if ticks:
+        axis.set_xscale("log")
+        labels = [f"{label}\n{budget}" if "/" in label else label for budget, label in sorted(ticks.items())]
+        axis.set_xticks(sorted(ticks), labels)
+        axis.minorticks_off()
+        axis.invert_xaxis()
+
+
+def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Write each name beside the end of its line, moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = axis.get_ylim()
+    step = (high - low) * 0.052
+    ordered = sorted(ends)
+    places: list[float] = []
+    for value, _, _ in ordered:
+        places.append(max(value, places[-1] + step) if places else value)
+    ceiling = high
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - step
+    for place, (value, name, color) in zip(places, ordered, strict=True):
+        axis.annotate(
+            name, xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
+            textcoords=("axes fraction", "data"), color=color, fontsize=8, va="center", annotation_clip=False,
+        )  # fmt: skip
+    axis.set_ylim(low, high)

@@ -1,0 +1,128 @@
+"""Rows into what people read: Markdown, CSV and a plot of accuracy against budget."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError
+from learnevict.evals.plots import plot
+from learnevict.evals.rows import KEYS, Row
+
+LEARNED, REFERENCE = "learned", "reference"
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write table.md, table.csv and, if any row has a budget, accuracy.png.
+
+    Raises:
+        DataError: the folder cannot be written.
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "table.md", folder / "table.csv"]
+        written[0].write_text(markdown(rows), encoding="utf-8")
+        written[1].write_text(comma_separated(rows), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write into {str(folder)!r}: {error.strerror}; choose another --out") from error
+    if any(row.get("budget") is not None for row in rows):
+        written.append(plot(rows, folder / "accuracy.png"))
+    return written
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """All rows with the common keys; an empty field is null."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, KEYS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table per family and measure: methods down, budgets across."""
+    parts: list[str] = []
+    for family in in_order(rows, "family"):
+        mine = [row for row in rows if row["family"] == family]
+        parts.append(f"## {family}\n\n{provenance(mine)}")
+        for title, measure in MEASURES.items():
+            if any(measure(row) for row in mine):
+                parts.append(f"{title}\n\n{grid(mine, measure)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """One line: model, samples, split, budgets in tokens."""
+    first = rows[0]
+    tokens = {budget_label(row): row["budget"] for row in rows if row.get("budget") is not None}
+    budgets = ", ".join(f"{label} = {value} slots" for label, value in tokens.items() if str(value) != label)
+    where = f"{first.get('samples')} samples, {first.get('split', 'test')} split"
+    return f"Model {first.get('model', '?')}, {where}{'; ' + budgets if budgets else ''}."
+
+
+def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
+    """A Markdown table of one family: methods down, budgets across, the full cache in a row of its own."""
+    budgets = in_order([row for row in rows if row.get("budget") is not None], budget_label)
+    lines = [["method", *budgets], ["---"] * (len(budgets) + 1)]
+    for method in in_order(rows, "method"):
+        mine = {budget_label(row): measure(row) for row in rows if row["method"] == method}
+        if None in mine:
+            lines.append([method, *([mine[None] or "–"] * max(len(budgets), 1))][: len(budgets) + 1])
+        else:
+            lines.append([method, *(mine.get(budget) or "–" for budget in budgets)])
+    if not budgets:
+        lines = [["method", "full cache"], ["---"] * 2, *([row["method"], measure(row)] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_order(rows: Sequence[Row], key: str | Callable[[Row], Any]) -> list[Any]:
+    """Distinct values in order of appearance."""
+    return list(dict.fromkeys(key(row) if callable(key) else row[key] for row in rows))
+
+
+def budget_label(row: Row) -> str | None:
+    """A budget as it was asked for: "1/4", "64" or "25%"; None for the full cache."""
+    if row.get("budget") is None:
+        return None
+    return row.get("budget_share") or str(row["budget"])
+
+
+def show_accuracy(row: Row) -> str:
+    """Step accuracy with its interval."""
+    if row.get("step_accuracy") is None:
+        return ""
+    return f"{row['step_accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+
+
+def show_exact(row: Row) -> str:
+    """Exact match with its interval, and tokens generated."""
+    if row.get("exact_match") is None:
+        return ""
+    text = f"{row['exact_match']:.3f}"
+    if row.get("exact_low") is not None:
+        text += f" [{row['exact_low']:.3f}, {row['exact_high']:.3f}]"
+    return text + (f" ({row['tokens_generated']:.0f})" if row.get("tokens_generated") is not None else "")
+
+
+def show_loss(row: Row) -> str:
+    """Loss ratio to the full cache."""
+    return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.2f}"
+
+
+def show_bytes(row: Row) -> str:
+    """Most bytes held, and those of a full cache."""
+    if row.get("kv_bytes_peak") is None:
+        return ""
+    return f"{row['kv_bytes_peak'] / 1024:.0f} of {row['kv_bytes_full'] / 1024:.0f}"
+
+
+MEASURES: dict[str, Callable[[Row], str]] = {
+    "Step accuracy: reference text, checked tokens only; 95 % bootstrap interval over samples.": show_accuracy,
+    "Exact match of the final answer in free generation, with interval (and mean tokens generated).": show_exact,
+    "Loss of the response over that with the full cache.": show_loss,
+    "KiB of keys and values per sample: peak, of a full cache's.": show_bytes,
+}

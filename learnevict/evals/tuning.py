@@ -1,0 +1,160 @@
+"""Hyperparameters of the training-free methods, and which of them is best where: chosen on validation seeds, never on test.
+
+The best setting is taken per family and budget, which favours the heuristics: no user could tune so finely.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from learnevict import methods
+from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.evals.contenders import Contender, contender
+from learnevict.evals.plan import Plan, Subject, configuration
+from learnevict.evals.rows import Row
+from learnevict.evals.suite import Advance, run
+
+TUNED = Path(__file__).parent / "tuned.json"
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "h2o": {"variant": ("paper", "kvpress")},
+    "snapkv": {"variant": ("paper", "kvpress", "rkv"), "window": (8, 16)},
+    "pyramidkv": {"beta": (2.0, 5.0, 20.0), "window": (8, 16)},
+    "adakv": {"alpha": (0.2, 0.5), "window": (8, 16)},
+    "rkv": {"mix": (0.07, 0.1, 0.3, 0.7), "window": (8, 16)},
+    "expected_attention": {"window": (16, 64), "future": (64, 512), "epsilon": (0.0, 0.02)},
+}
+"""Settings that are tried; methods without an entry have none that matter under common rules."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        record: configuration of the run: model, weights, tasks, rules, samples.
+        settings: by family, budget and method.
+        accuracy: step accuracy on validation under them, by family, budget and method.
+    """
+
+    record: dict[str, Any]
+    settings: dict[str, dict[str, dict[str, dict[str, Any]]]]
+    accuracy: dict[str, dict[str, dict[str, float]]]
+
+    def best(self, family: str, budget: str) -> str:
+        """The training-free method that was best in a cell.
+
+        Raises:
+            UsageError: the cell was not tuned.
+        """
+        try:
+            found = self.accuracy[family][budget]
+        except KeyError as error:
+            raise UsageError(f"{family} at {budget} was not tuned; run recipes/evaluate.py with these budgets") from error
+        return max(found, key=lambda name: found[name])
+
+    def of(self, method: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """Settings of one method by (family, budget)."""
+        return {
+            (family, budget): found[method]
+            for family, by_budget in self.settings.items()
+            for budget, found in by_budget.items()
+            if found.get(method)
+        }
+
+
+def training_free() -> list[str]:
+    """Methods that need no training and no oracle; random is one of them."""
+    return [name for name in methods.METHODS if name == "random" or methods.load(name).PAPER.kind == "heuristic"]
+
+
+def candidates(names: Sequence[str]) -> list[Contender]:
+    """Every setting of every method as a contender of its own, named "snapkv window=8"."""
+    found: list[Contender] = []
+    for name in names:
+        grid = GRIDS.get(name, {})
+        for values in product(*grid.values()):
+            settings = dict(zip(grid, values, strict=True))
+            label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
+            found.append(contender(name, settings=settings, name=label))
+    return found
+
+
+def tune(
+    plan: Plan, subject: Subject, names: Sequence[str], out: Path, *, advance: Advance | None = None
+) -> Tuned:
+    """Run all settings on the validation split and keep the best of each method, per family and budget.
+
+    Args:
+        plan: families, budgets, samples and rules; split and modes are set here.
+        out: rows of all settings; goes on where it was interrupted.
+
+    Raises:
+        BudgetError: a budget too small for a method whatever its settings.
+    """
+    plan = replace(plan, split="validation", teacher=True, free="none")
+    field = [one for one in candidates(names) if _feasible(one, plan)]
+    rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
+    record = {**configuration(plan, subject), "samples": plan.num_samples, "seed": plan.seed}
+    return choose(rows, field, record)
+
+
+def choose(rows: Sequence[Row], field: Sequence[Contender], record: Mapping[str, Any]) -> Tuned:
+    """The best setting of each method in each cell; of equals the first."""
+    tuned = Tuned(dict(record), {}, {})
+    by_name = {one.name: one for one in field}
+    for row in rows:
+        one, asked = by_name[row["method"]], row["budget_share"] or str(row["budget"])
+        accuracy = tuned.accuracy.setdefault(row["family"], {}).setdefault(asked, {})
+        settings = tuned.settings.setdefault(row["family"], {}).setdefault(asked, {})
+        if row["step_accuracy"] > accuracy.get(one.method, -1.0):
+            accuracy[one.method] = row["step_accuracy"]
+            settings[one.method] = dict(one.settings)
+    return tuned
+
+
+def merge(parts: Sequence[Tuned]) -> Tuned:
+    """Parts that tuned different families, as one.
+
+    Raises:
+        UsageError: they were tuned under different conditions.
+    """
+    if any(part.record != parts[0].record for part in parts):
+        raise UsageError("these parts were tuned under different conditions; run recipes/evaluate.py anew")
+    merged = Tuned(parts[0].record, {}, {})
+    for part in parts:
+        merged.settings.update(part.settings)
+        merged.accuracy.update(part.accuracy)
+    return merged
+
+
+def save(tuned: Tuned, path: Path = TUNED) -> None:
+    """Write as JSON."""
+    path.write_text(json.dumps(vars(tuned), indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path = TUNED) -> Tuned:
+    """Read what `save` wrote.
+
+    Raises:
+        DataError: no such file, or something else.
+    """
+    try:
+        return Tuned(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r} holds no tuned settings; make them with recipes/evaluate.py --tune") from error
+
+
+def _feasible(one: Contender, plan: Plan) -> bool:
+    """Whether a setting fits every budget; a window may be longer than the smallest budget allows."""
+    from learnevict.evals.plan import check
+
+    try:
+        check(plan, [one])
+    except BudgetError:
+        return False
+    return True

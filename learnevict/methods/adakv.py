@@ -1,0 +1,45 @@
+"""Ada-KV: heads of a layer compete for its budget (arXiv 2407.11550).
+
+SnapKV's votes of all kv heads are pooled; head h gets (1 - alpha) * (its slots among the best of all) + alpha * (equal
+share), alpha = 0.2 (section 4.1; Algorithm 2 prints the weights swapped, appendix and code agree with this form). Pooling
+minimises the paper's bound on the change of the layer's output. Storage is paged, so what a head gives up is memory.
+
+Departures: largest remainder instead of rounding, so a layer holds exactly H * budget; votes at every event, see snapkv.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.methods import Paper
+from learnevict.parts.allocators import Ada
+from learnevict.parts.options import Options, compose
+from learnevict.parts.window import WindowAttention
+from learnevict.policy import Policy
+
+PAPER = Paper("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", "2407.11550", 2024)
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    alpha: float = 0.2,
+    window: int | None = None,
+    recent: int | None = None,
+    **options: Unpack[Options],
+) -> Policy:
+    """Keep what the last queries attend to, more of it in heads that spread their attention.
+
+    Args:
+        budget: tokens, "25%" or "64MiB", on average over the heads of a layer.
+        alpha: share that heads divide equally; 1 is uniform.
+        window: queries that vote (32: section 5.1); None: `recent` if given.
+        recent: last tokens that stay; None: the window.
+        **options: see Options.
+    """
+    if window is None:
+        window = 32 if recent is None else max(recent, 1)
+    scorer = WindowAttention(window, group="prob_mean", reduce="mean")  # max-pool 7: section 5.1
+    recent = window if recent is None else recent
+    return compose("adakv", budget, scorer, recent=recent, allocator=Ada(alpha), **options)

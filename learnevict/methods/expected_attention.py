@@ -1,0 +1,128 @@
+"""Expected Attention: what queries to come will attend to, taken as Gaussian (arXiv 2510.00636).
+
+Recent queries without RoPE have mean mu and covariance Sigma; rotated to the average of the next T = 512 positions,
+R = mean of R_p, they give the expected logit  z_j = R mu . k_j / sqrt(d) + k_j' (R Sigma R') k_j / (2 d)  (section 3.1);
+s_j = (mean over the group of softmax_j(z) + epsilon) * ||v_j||.  Queries of the first 4 tokens are outliers and left out, and
+so are those tokens in the softmax; they rank highest.
+
+Departures: statistics of the last 64 queries, whose rotation is undone, where the paper takes the whole prompt's; ||v|| for
+||W_o v||, as in kvpress; sinks of attention and soft caps are not modelled. Rank-W form: (1/W) sum of ((R q_i - R mu) . k_j)^2
+is the quadratic term without any d x d matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.errors import ModelError
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose
+from learnevict.parts.window import HIGHEST
+from learnevict.policy import Policy, Scorer
+from learnevict.signals import Attention, Signals
+
+PAPER = Paper("Expected Attention: KV Cache Compression by Estimating Attention from Future Queries", "2510.00636", 2025)
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Scorer):
+    """Attention expected of the next `future` queries, times the norm of the value."""
+
+    window: int = 64
+    future: int = 512
+    skip: int = 4
+    epsilon: float = 0.0
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        support = signals.occupied & (signals.position >= signals.rows.first.view(-1, 1, 1) + self.skip)
+        expected = self.logits(signals).unsqueeze(3)
+        share = Attention(1.0).probabilities(expected, support[:, :, None, None, :]).mean((2, 3))
+        size = signals.per_slot(lambda _, values: torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32))
+        return ((share + self.epsilon) * size).masked_fill(~support, HIGHEST)
+
+    def logits(self, signals: Signals) -> Tensor:
+        """Logarithm of the expected exponential of future logits, float32 [B, H, G, N]."""
+        batch, heads, num = signals.position.shape
+        ring = self._ring(signals)[1]
+        count = ring.sum(-1).clamp_min(1).view(-1, 1, 1, 1)
+        mean: Tensor | float = 0.0
+        for query, real in self._ahead(signals):
+            mean = mean + (query * real).sum(2, keepdim=True) / count
+        assert isinstance(mean, Tensor)
+        spread: Tensor | float = 0.0
+        for query, real in self._ahead(signals):
+            apart = ((query - mean) * real).view(batch, heads, -1, query.shape[-1])
+            products = self._products(signals, apart).view(batch, heads, -1, query.shape[2], num)
+            spread = spread + products.square().sum(3) / count
+        scaling = signals.attention.scaling
+        centre = self._products(signals, mean.view(batch, heads, -1, mean.shape[-1]))
+        return scaling * centre + 0.5 * scaling**2 * spread
+
+    def _products(self, signals: Signals, query: Tensor) -> Tensor:
+        return signals.slots.logits(query.to(signals.query.dtype)).float()
+
+    def _ring(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Positions of the queries in the ring, int32 [B, W], and which of them count, bool [B, W]."""
+        assert signals.ring is not None
+        where = signals.ring[1]
+        return where, where >= signals.rows.first.view(-1, 1) + self.skip
+
+    def _ahead(self, signals: Signals) -> Iterator[tuple[Tensor, Tensor]]:
+        """Queries moved to the average of the next positions, float32 [B, Hq, w, d], with [B, 1, w, 1] 1 where they count.
+
+        A few at a time. Only distances enter, so it does not matter whether positions count padding.
+        """
+        assert signals.ring is not None
+        frequency = signals.attention.frequencies
+        if frequency is None:
+            raise ModelError(
+                "expected_attention undoes rotary embeddings, but this model's were not recognised (halves of the head "
+                "dimension rotated by `rotary_emb.inv_freq`); use another method"
+            )
+        frequency = frequency.float()
+        steps = torch.arange(1, self.future + 1, device=frequency.device).unsqueeze(-1) * frequency
+        cos, sin = steps.cos().mean(0), steps.sin().mean(0)
+        where, real = self._ring(signals)
+        queries, half = signals.ring[0], frequency.shape[0]
+        group = queries.shape[1] // signals.position.shape[1]
+        size = max(1, min(signals.position.shape[-1], queries.shape[-1]) // (4 * group))
+        for start in range(0, where.shape[1], size):
+            part = slice(start, start + size)
+            angle = (signals.rows.now.view(-1, 1) - where[:, part]).unsqueeze(-1) * frequency
+            real_part = (cos * angle.cos() - sin * angle.sin()).unsqueeze(1)
+            imaginary = (sin * angle.cos() + cos * angle.sin()).unsqueeze(1)
+            query = queries[:, :, part].float()
+            first, second = query[..., :half], query[..., half : 2 * half]
+            moved = query.clone()
+            moved[..., :half] = first * real_part - second * imaginary
+            moved[..., half : 2 * half] = first * imaginary + second * real_part
+            yield moved, real[:, None, part, None].float()
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    window: int = 64,
+    future: int = 512,
+    epsilon: float = 0.0,
+    recent: int = 8,
+    **options: Unpack[Options],
+) -> Policy:
+    """Keep what queries to come are expected to attend to.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        window: recent queries that give the statistics.
+        future: positions ahead that are averaged over (512: section 4.1).
+        epsilon: share every token gets before the value's norm (0.02 with Ada-KV in kvpress).
+        recent: last tokens that stay.
+        **options: see Options.
+    """
+    return compose("expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options)

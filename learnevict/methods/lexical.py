@@ -1,0 +1,72 @@
+"""Lexical: every token id has a worth, whatever its context. The learned baseline that learned eviction must beat.
+
+score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
+
+The table is fitted on training seeds (learnevict.train.lexical), the bonus for recency tuned on validation seeds. A policy
+that only learned "digits stay, filler goes" does no better than this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.errors import GateError
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Gate, Policy
+from learnevict.signals import Column, Signals
+
+PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, kind="learned")
+
+
+class LexicalGate(Gate):
+    """A worth per token id; all zeros until fitted.
+
+    Args:
+        num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
+    """
+
+    columns = (Column("worth"),)
+
+    def __init__(self, num_layers: int, num_heads: int, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Buffer(torch.zeros(num_layers, num_heads, vocab_size))
+        self.bonus = nn.Buffer(torch.zeros(()))
+
+    def settings(self) -> dict[str, int]:
+        """What `build` needs besides the layout."""
+        return {}
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """Look the fresh tokens up.
+
+        Raises:
+            GateError: the model was called with embeddings, so there are no ids.
+        """
+        if signals.tokens is None:
+            raise GateError("lexical scores token ids, but the model was called with inputs_embeds; pass input_ids")
+        return {"worth": self.table[signals.layer][:, signals.tokens].transpose(0, 1)}
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return signals.ledger["worth"] - self.bonus * torch.log1p(signals.age.clamp_min(0).float())
+
+
+def build(layout: Layout) -> LexicalGate:
+    """An empty table for a base model."""
+    return LexicalGate(layout.num_layers, layout.num_heads, layout.vocab_size)
+
+
+def policy(budget: int | str | Budget, *, gate: LexicalGate, recent: int = 8, **options: Unpack[Options]) -> Policy:
+    """Keep the words that are worth most on average.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        gate: fitted, from `Gates.from_pretrained(...)`.
+        recent: last tokens that stay.
+        **options: see Options.
+    """
+    return compose("lexical", budget, gate, recent=recent, **options)

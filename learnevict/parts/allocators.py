@@ -1,0 +1,100 @@
+"""Who may hold how much: splits of a budget over layers (Pyramid) and over the heads of a layer (Ada)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import UsageError
+from learnevict.policy import Allocator
+
+MILLE = 1000
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocator):
+    """More for early layers, linearly less with depth; the sum over layers is exactly L * budget.
+
+    The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor the last
+    layer gets base / beta and the first 2 * base - base / beta. Fractions are settled by largest remainder, ties early.
+    """
+
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise UsageError(f"a pyramid's beta is at least 1 (1 is uniform), not {self.beta}")
+
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """See Allocator."""
+        base = budget - floor
+        if num_layers == 1 or base <= 0:
+            return budget
+        low = base / self.beta
+        step = 2 * (base - low) / (num_layers - 1)
+        shares = [2 * base - low - layer * step for layer in range(num_layers)]
+        whole = [int(share) for share in shares]
+        by_remainder = sorted(range(num_layers), key=lambda layer: round(whole[layer] - shares[layer], 6))
+        extra = by_remainder[: num_layers * base - sum(whole)]
+        return floor + whole[rank] + (rank in extra)
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """Heads of a layer share equally."""
+        return budget.long().view(-1, 1).expand(scores.shape[:2])
+
+
+@dataclass(frozen=True)
+class Ada(Allocator):
+    """Heads compete for slots by score, above a floor that each keeps (Algorithm 1 of arXiv 2407.11550).
+
+    Of the slots beside protected ones, F in the whole layer, head h has f_h among the F best of all heads. It gets
+    (1 - alpha) * f_h + alpha * F / H, in whole numbers by largest remainder (ties: the lower head), so that the layer holds
+    exactly H * budget. What a head cannot fill goes to the best slots left in the others. Exact integers, no sort of ties.
+    """
+
+    alpha: float = 0.2
+    ragged = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha is the share that heads divide equally, 0 to 1, not {self.alpha}")
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """See Allocator."""
+        heads = scores.shape[1]
+        candidate = ~protected & (scores > -torch.inf)
+        kept, room = protected.sum(-1), candidate.sum(-1)
+        ordered = scores.masked_fill(~candidate, -torch.inf).sort(-1, descending=True).values
+        free = (heads * budget.long() - kept.sum(-1)).clamp_min(0).minimum(room.sum(-1))
+        share = self._divide(best_of_all(ordered, free, room), free).minimum(room)
+        slot = torch.arange(scores.shape[-1], device=scores.device)
+        rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
+        return kept + share + best_of_all(rest, free - share.sum(-1), room - share)
+
+    def _divide(self, found: Tensor, free: Tensor) -> Tensor:
+        """(1 - alpha) * found + alpha * free / H by largest remainder: int64 [B, H] that sums to free [B]."""
+        heads = found.shape[1]
+        equal = round(self.alpha * MILLE)
+        exact = (MILLE - equal) * heads * found + equal * free.unsqueeze(-1)
+        whole, remainder = exact // (MILLE * heads), exact % (MILLE * heads)
+        place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return whole + (place < (free - whole.sum(-1)).unsqueeze(-1))
+
+
+def best_of_all(scores: Tensor, count: Tensor, room: Tensor) -> Tensor:
+    """How many of the `count` [B] best scores [B, H, N] each head has, int64 [B, H]; of equal scores lower heads win.
+
+    Args:
+        scores: -inf where there is nothing to choose; storage order does not matter.
+        count: int64 [B], at most the sum of `room`.
+        room: int64 [B, H], scores above -inf.
+    """
+    flat = scores.flatten(1).sort(-1, descending=True).values
+    least = flat.gather(1, (count - 1).clamp_min(0).unsqueeze(-1)).unsqueeze(-1)
+    above = (scores > least).sum(-1)
+    equal = (scores == least).sum(-1).minimum(room - above)
+    left = (count - above.sum(-1)).unsqueeze(-1)
+    before = equal.cumsum(-1) - equal
+    return above + (left - before).clamp_min(0).minimum(equal)
