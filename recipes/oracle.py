@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 from transformers import HfArgumentParser
 
+from learnevict import testbed
 from learnevict.errors import LearnevictError
 from learnevict.hub import weight_hash
 from learnevict.oracle import golden_labels
@@ -32,6 +33,7 @@ class Config:
     out: Path = Path("runs/labels")
     model: str = "testbed"
     data: str = "testbed"  # "testbed", or a local .txt / .jsonl file
+    families: str = ""  # testbed only: comma-separated, default all
     documents: int = 2000
     max_length: int = 4096
     block: int = 16  # "mean over queries in a block of 256" (Section 3.1); the testbed's texts are 350 tokens long
@@ -63,7 +65,10 @@ def main(config: Config) -> None:
     if config.smoke:
         config = Config(**{**vars(config), "documents": 6, "per_shard": 3, "batch_size": 3})
     model, tokenizer = load_base(config.model)
-    documents = read_source(config.data, tokenizer, config.documents, config.max_length, first_seed=config.first_seed)
+    families = tuple(config.families.split(",")) if config.families else testbed.FAMILIES
+    documents = read_source(
+        config.data, tokenizer, config.documents, config.max_length, first_seed=config.first_seed, families=families
+    )
     text = model.config.get_text_config(decoder=True)
     manifest = Manifest(
         base_hash=weight_hash(model),

@@ -61,7 +61,7 @@ def judge(model: PreTrainedModel, ids: Tensor, mask: Tensor, expiry: Tensor | No
     """Logits [B, T, V] of one full pass in which token i is hidden from query t >= expiry[layer, b, h, i]."""
     forgotten = {}
     if expiry is not None:
-        query = torch.arange(ids.shape[1]).view(1, 1, -1, 1)
+        query = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1, 1)
         forgotten = {layer: query >= until.unsqueeze(2) for layer, until in enumerate(expiry)}
     with judging(model, forgotten), torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from learnevict import EvictingCache, attach
 from learnevict.policy import Policy
-from learnevict.signals import NEVER, Trace
+from learnevict.signals import Trace
 from tests.laws.judge import position_ids
 
 PROMPT, LENGTH = 37, 61
@@ -109,7 +109,7 @@ def read(model: PreTrainedModel, policy: Policy, ids: Tensor, mask: Tensor, size
 
 def held(expiry: Tensor, mask: Tensor, length: int) -> list[list[list[list[int]]]]:
     """By layer, row and head: columns that a trace says are held once `length` columns were read."""
-    column = torch.arange(expiry.shape[-1])
+    column = torch.arange(expiry.shape[-1], device=expiry.device)
     alive = (column < length) & (expiry > length) & mask[:, None].bool()
     return [[[column[head].tolist() for head in row] for row in layer] for layer in alive]
 
@@ -118,5 +118,3 @@ def occupied(position: Tensor) -> list[list[list[int]]]:
     """By row and head: columns held, sorted, every slot counted (so a double shows)."""
     return [[sorted(head[head >= 0].tolist()) for head in row] for row in position]
 
-
-__all__ = ["NEVER", "PADS", "PROMPT", "Moment", "Reader", "Run", "batch", "held", "occupied", "pieces", "read"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -22,6 +24,7 @@ from transformers import (
 
 from learnevict import testbed
 
+DEVICE = os.environ.get("LAWS_DEVICE", "cpu")
 VOCABULARY = 96
 WINDOW = 12
 COMMON: dict[str, Any] = {
@@ -69,7 +72,7 @@ EVICTING = tuple(name for name in MODELS if name not in STOCK_ONLY)
 def fresh(name: str, **changes: Any) -> PreTrainedModel:
     """A model of its own, for tests that change it."""
     if name in TRAINED:
-        model, _ = testbed.load()
+        model, _ = testbed.load(device=DEVICE)
         model.set_attn_implementation("eager")
         return model
     config = configs()[name]
@@ -80,7 +83,7 @@ def fresh(name: str, **changes: Any) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=1.0)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(DEVICE)
 
 
 @cache
@@ -92,4 +95,9 @@ def build(name: str) -> PreTrainedModel:
 def tokens(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids int64 [B, T], special ones left out."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
+    return torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(DEVICE)
+
+
+def stock_cache(model: PreTrainedModel) -> DynamicCache:
+    """What the model would use by itself."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))

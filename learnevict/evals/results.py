@@ -1,0 +1,105 @@
+"""Finished comparisons read back: rows and the per-sample numbers behind them, for paired figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from learnevict.evals import journal as journals
+from learnevict.evals import metrics
+from learnevict.evals.contenders import GOLDEN
+from learnevict.evals.journal import Journal, Key
+from learnevict.evals.metrics import Cell, Estimate
+from learnevict.evals.rows import Row, read_rows
+from learnevict.evals.suite import journal_path
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of one table, and a journal per family.
+
+    Attributes:
+        seeds: of the samples, by family.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    journals: dict[str, Journal] = field(default_factory=dict)
+    seeds: dict[str, range] = field(default_factory=dict)
+
+    @property
+    def families(self) -> list[str]:
+        """In order of appearance."""
+        return list(dict.fromkeys(row["family"] for row in self.rows))
+
+    @property
+    def budgets(self) -> list[str]:
+        """As asked for ("1/4"), in order of appearance."""
+        found = [row.get("budget_share") or str(row["budget"]) for row in self.rows if row["budget"] is not None]
+        return list(dict.fromkeys(found))
+
+    def methods(self, kind: str | None = None) -> list[str]:
+        """In order of appearance, of one kind or all."""
+        return list(dict.fromkeys(row["method"] for row in self.rows if kind in (None, row.get("kind"))))
+
+    def row(self, method: str, family: str, budget: str | None) -> Row | None:
+        """The row of a cell; budget None: the full cache."""
+        for row in self.rows:
+            asked = None if row["budget"] is None else row.get("budget_share") or str(row["budget"])
+            if (row["method"], row["family"], asked) == (method, family, budget):
+                return row
+        return None
+
+    def counts(self, method: str, family: str, budget: str, name: str = "right") -> list[float] | None:
+        """Per-sample numbers of a cell; None where not run."""
+        if family not in self.journals:
+            return None
+        return self.journals[family].column(Key(method, family, budget, "teacher"), self.seeds[family], name)
+
+    def cell(self, method: str, best: str, family: str, budget: str) -> Cell | None:
+        """A method between `best` and golden; None where one of them was not run."""
+        parts = [self.counts(one, family, budget) for one in (method, best, GOLDEN)]
+        seen = self.counts(GOLDEN, family, budget, "seen")
+        if seen is None or any(part is None for part in parts):
+            return None
+        return Cell(*(part for part in parts if part is not None), seen=seen)
+
+    def gap_closed(self, method: str, best: dict[str, str], budget: str) -> Estimate:
+        """Pooled over the families of `best`, which names what the gap is measured from in each."""
+        found = [self.cell(method, base, family, budget) for family, base in best.items()]
+        return metrics.gap_closed([cell for cell in found if cell is not None])
+
+    def difference(self, method: str, other: str, family: str, budget: str) -> Estimate | None:
+        """Step accuracy of a method minus another's, on the same samples."""
+        one, two = self.counts(method, family, budget), self.counts(other, family, budget)
+        seen = self.counts(method, family, budget, "seen")
+        if one is None or two is None or seen is None:
+            return None
+        return metrics.paired_difference(one, two, seen)
+
+
+def read_results(files: Sequence[Path]) -> Results:
+    """Rows of several files, one or more families each, and their journals where those are kept.
+
+    Raises:
+        DataError: a file is no result of an evaluation.
+    """
+    results = Results()
+    for path in files:
+        rows = read_rows(path)
+        results.rows.extend(rows)
+        if journal_path(path).exists():
+            _, journal = journals.load(journal_path(path))
+            for row in rows:
+                results.journals[row["family"]] = journal
+                results.seeds[row["family"]] = range(row.get("seed", 0), row.get("seed", 0) + row["samples"])
+    return results
+
+
+def of_run(rows: list[Row], journal: Journal) -> Results:
+    """The same for a run that has just ended."""
+    results = Results(rows)
+    for row in rows:
+        results.journals[row["family"]] = journal
+        results.seeds[row["family"]] = range(row["seed"], row["seed"] + row["samples"])
+    return results

@@ -1,0 +1,239 @@
+"""docs/results.md, its plots and the README's method table, from JSON rows: no number in the docs is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from learnevict import methods, testbed
+from learnevict.errors import DataError
+from learnevict.evals import tuning
+from learnevict.evals.metrics import SMALLEST_GAP, Estimate
+from learnevict.evals.plots import plot
+from learnevict.evals.report import grid, in_order, provenance, show_accuracy, show_exact
+from learnevict.evals.results import Results, read_results
+from learnevict.evals.rows import Row
+from learnevict.testbed.vocabulary import VALUES
+
+START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
+HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
+TITLES = {
+    "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection, for every method."),
+    "prompt": ("Prompt protected", "The prompt stays; budgets are shares of the mean response, and count the rest only."),
+    "long": ("Longer than trained", "Texts of the extrapolation split, longer than any the base model or a gate has seen."),
+    "free": ("Free generation", "The model reads its own words; exact match of the final answer."),
+}
+
+
+def write_results(results: Path, docs: Path, benchmarks: Path) -> list[Path]:
+    """Write docs/results.md and one plot per table.
+
+    Args:
+        results: a folder per table (main, prompt, long, free) with JSONL rows.
+        docs: where results.md goes.
+        benchmarks: JSON files of benchmarks; may be missing.
+
+    Raises:
+        DataError: nothing to show, or files that cannot be read.
+    """
+    found = {name: read_results(sorted_rows(results / name)) for name in TITLES if sorted_rows(results / name)}
+    if not found:
+        raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
+    parts, written = [HEADER, "# Results", full_cache_table(found)], []
+    tuned = tuning.load() if tuning.TUNED.exists() else None
+    for name, part in found.items():
+        parts += section(name, part, tuned)
+        if any(row["budget"] is not None for row in part.rows):
+            written.append(plot(part.rows, docs / f"results-{name}.png"))
+            parts.append(f"![accuracy against budget](results-{name}.png)")
+    parts += benchmark_tables(benchmarks)
+    written.append(docs / "results.md")
+    written[-1].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return written
+
+
+def sorted_rows(folder: Path) -> list[Path]:
+    """Row files of one table, families in their usual order."""
+    order = {family: index for index, family in enumerate(testbed.FAMILIES)}
+    files = [path for path in folder.glob("*.jsonl") if not path.name.endswith(".samples.jsonl")]
+    return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.name))
+
+
+def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str]:
+    """One table of comparisons with what follows from it."""
+    title, rules = TITLES[name]
+    parts = [f"## {title}", rules]
+    measure = show_exact if name == "free" else show_accuracy
+    for family in results.families:
+        rows = [row for row in results.rows if row["family"] == family]
+        parts += [f"### {title}: {family}", provenance(rows), grid(rows, measure)]
+    if name == "main":
+        parts += gap_tables(results, tuned)
+    if name == "free":
+        parts.append(recall_line(results))
+        parts.append(agreement_line(results))
+    return parts
+
+
+def full_cache_table(found: dict[str, Results]) -> str:
+    """Exact match with the full cache, family by family."""
+    rows = [row for name in ("free", "main") if name in found for row in found[name].rows]
+    full = [row for row in rows if row["method"] == "full" and row["exact_match"] is not None]
+    lines = ["| family | exact match | step accuracy | tokens generated | samples |", "| --- | --- | --- | --- | --- |"]
+    for family in in_order(full, "family"):
+        row = next(row for row in full if row["family"] == family)
+        steps = [other["step_accuracy"] for other in rows if _is_full(other, family) and other["step_accuracy"] is not None]
+        shown = f"{steps[0]:.3f}" if steps else "–"
+        lines.append(
+            f"| {family} | {row['exact_match']:.3f} | {shown} | {row['tokens_generated']:.0f} | {row['samples']} |"
+        )
+    return "## The testbed with its full cache\n\n" + "\n".join(lines) if full else ""
+
+
+def _is_full(row: Row, family: str) -> bool:
+    return row["method"] == "full" and row["family"] == family
+
+
+def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
+    """How much of the way to golden learned methods go, from the best heuristic and from lexical."""
+    parts = ["### Gap closed"]
+    if tuned is None:
+        parts.append("Not shown: heuristics have not been tuned (recipes/evaluate.py --stage tune).")
+    else:
+        parts.append(
+            "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on validation "
+            f"seeds, random among them. Families weigh the same in the pooled line. Cells whose gap is below {SMALLEST_GAP} "
+            "are not scored."
+        )
+        parts.append(_gap_table(results, tuned.best))
+    if "lexical" in results.methods():
+        parts += ["The same from lexical:", _gap_table(results, lambda family, budget: "lexical")]
+        parts += ["Step accuracy above lexical, paired:", _difference_table(results, "lexical")]
+    return parts
+
+
+def _gap_table(results: Results, best: Callable[[str, str], str]) -> str:
+    lines = [["method", "family", *results.budgets], ["---"] * (2 + len(results.budgets))]
+    for method in [name for name in results.methods("learned") if name != "lexical"]:
+        for family in [*results.families, "pooled"]:
+            cells = []
+            for budget in results.budgets:
+                bases = {one: best(one, budget) for one in (results.families if family == "pooled" else [family])}
+                note = "" if family == "pooled" or bases[family] == "lexical" else f" from {bases[family]}"
+                cells.append(_show(results.gap_closed(method, bases, budget)) + note)
+            lines.append([method, family, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _difference_table(results: Results, other: str) -> str:
+    lines = [["method", "family", *results.budgets], ["---"] * (2 + len(results.budgets))]
+    for method in [name for name in results.methods("learned") if name != other]:
+        for family in results.families:
+            found = [results.difference(method, other, family, budget) for budget in results.budgets]
+            lines.append([method, family, *("–" if one is None else _show(one) for one in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _show(estimate: Estimate) -> str:
+    return "not scored" if math.isnan(estimate.value) else str(estimate)
+
+
+def recall_line(results: Results) -> str:
+    """Learned methods on recall at 1/4, where random should be at chance."""
+    random = results.row("random", "recall", "1/4")
+    learned = [row for name in results.methods("learned") if (row := results.row(name, "recall", "1/4"))]
+    if random is None or not learned:
+        return ""
+    chance = 1 / len(VALUES)
+    shown = ", ".join(f"{row['method']} {row['exact_match']:.3f}" for row in learned)
+    return (
+        f"Recall at 1/4, exact match: {shown}; random {random['exact_match']:.3f}. One word guessed among {len(VALUES)} is right "
+        f"with {chance:.3f}, a whole answer hardly ever."
+    )
+
+
+def agreement_line(results: Results) -> str:
+    """How far golden's second text follows the one its labels were made from."""
+    rows = [row for row in results.rows if row.get("agreement") is not None]
+    if not rows:
+        return ""
+    mean, fully = (sum(row[name] for row in rows) / len(rows) for name in ("agreement", "agreed_fully"))
+    return (
+        f"Golden runs twice; its second text follows the first for {100 * mean:.0f} % of its tokens on average, and to the end in "
+        f"{100 * fully:.0f} % of samples. After leaving it, recency decides."
+    )
+
+
+def benchmark_tables(folder: Path) -> list[str]:
+    """Every JSON file of a benchmark whose "rows" are flat objects, with the rest of the file as its caption."""
+    parts: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            rows: list[Row] = content["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{str(path)!r} is no benchmark: it needs rows, a list of objects") from error
+        if rows:
+            caption = ", ".join(f"{key} {value}" for key, value in content.items() if isinstance(value, str | int | float))
+            parts += [f"### {path.stem}", caption, flat_table(rows)]
+    return ["## Speed and memory", *parts] if parts else []
+
+
+def flat_table(rows: list[Row]) -> str:
+    """Objects as a Markdown table, a column per key."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list | dict)))
+    lines = [keys, ["---"] * len(keys)]
+    for row in rows:
+        values = [row.get(key) for key in keys]
+        lines.append(["–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def method_table() -> str:
+    """The registered methods as a Markdown table."""
+    lines = ["| method | what it is | paper | kind |", "| --- | --- | --- | --- |"]
+    for name in methods.METHODS:
+        module = methods.load(name)
+        first = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+        said = re.sub(r"\s*\(arXiv [^)]*\)", "", first.partition(": ")[2] or first).rstrip(".")
+        paper = module.PAPER
+        link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {paper.year}" if paper.arxiv else "–"
+        lines.append(f"| `{name}` | {said} | {link} | {paper.kind} |")
+    return "\n".join(lines)
+
+
+def write_method_table(readme: Path) -> bool:
+    """Replace what stands between the markers; False if the page has none.
+
+    Raises:
+        DataError: the page cannot be read or written.
+    """
+    try:
+        text = readme.read_text(encoding="utf-8")
+        if START not in text or STOP not in text:
+            return False
+        before, after = text.split(START)[0], text.split(STOP)[1]
+        readme.write_text(f"{before}{START}\n{method_table()}\n{STOP}{after}", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {str(readme)!r}: {error.strerror}") from error
+    return True
+
+
+def main() -> None:
+    """Regenerate everything, from the repository's root."""
+    root = Path(__file__).resolve().parents[2]
+    readme = root / "README.md"
+    changed = write_method_table(readme)
+    written = [readme] if changed else []
+    if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
+        written += write_results(root / "docs" / "results", root / "docs", root / "benchmarks" / "results")
+    for path in written:
+        print(path.relative_to(root))  # noqa: T201 - a program that says what it wrote
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The whole story in minutes on a laptop: label, train, compare.
+
+    python recipes/demo.py                       # or scripts/demo, which sets everything up first
+
+Golden labels for a few hundred training texts, a judge trained on them from scratch, then the bundled model reasons under a
+small cache: heuristics, the lexical baseline, the oracle and the judge side by side on unseen samples. Writes report.json,
+table.md and accuracy.png. The judge shipped with the package was trained longer, by the same code, on all five families.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import distill
+import oracle
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from learnevict import testbed
+from learnevict.errors import LearnevictError
+from learnevict.evals import metrics
+from learnevict.evals.contenders import Contender, contender
+from learnevict.evals.journal import Journal, Key
+from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.report import write_report
+from learnevict.evals.rows import Row
+from learnevict.evals.suite import run
+from learnevict.hub import GATES_FOLDER, Gates
+
+FAMILIES = ("program", "recall")
+BUDGETS = ("1/4", "1/8")
+BASELINES = ("random", "lexical", "streaming_llm", "h2o", "snapkv", "tova", "knorm")
+JUDGE = "foresightkv"
+console = Console()
+
+
+def learn(out: Path, documents: int, steps: int) -> Path:
+    """Label and train; both go on where an interrupted run stopped."""
+    console.rule("1. golden labels: what the future attends to")
+    oracle.main(oracle.Config(out=out / "labels", documents=documents, families=",".join(FAMILIES)))
+    console.rule("2. a judge learns to rank tokens as the oracle does")
+    folder = out / "gates"
+    if not (folder / "model.safetensors").is_file():
+        flags = ["--labels", str(out / "labels"), "--output_dir", str(folder), "--max_steps", str(steps)]
+        distill.main(*distill.parse([*flags, "--save_strategy", "no"]))
+    return folder
+
+
+def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: Path) -> tuple[list[Row], Journal]:
+    """Run every method on the same unseen samples."""
+    console.rule("3. reasoning under a small cache")
+    bar = Progress(
+        TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    with bar:
+        task = bar.add_task("", total=count(plan, contenders))
+        return run(
+            plan,
+            subject,
+            contenders,
+            out,
+            resume=out.exists(),
+            advance=lambda label, done: bar.update(task, description=label, advance=done),
+        )
+
+
+def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
+    """The judge minus every baseline in step accuracy, on the same samples, with paired intervals."""
+    table = Table(title=f"{JUDGE} minus baseline, step accuracy (95 % paired interval)")
+    table.add_column("baseline")
+    columns = [(family, budget) for family in plan.families for budget in plan.budgets]
+    for family, budget in columns:
+        table.add_column(f"{family} {budget}", justify="right")
+    better = True
+    for name in names:
+        cells = []
+        for family, budget in columns:
+            right = [
+                journal.column(Key(method, family, budget, "teacher"), plan.seeds, "right") for method in (JUDGE, name)
+            ]
+            seen = journal.column(Key(JUDGE, family, budget, "teacher"), plan.seeds, "seen")
+            assert right[0] is not None and right[1] is not None and seen is not None
+            gain = metrics.paired_difference(right[0], right[1], seen)
+            better = better and gain.low > 0
+            cells.append(f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+        table.add_row(name, *cells)
+    return table, better
+
+
+def show(rows: Sequence[Row]) -> Table:
+    """Accuracy and bytes of every method."""
+    table = Table(title="unseen samples: step accuracy (teacher-forced), exact match (free generation), cache")
+    for name in ("family", "budget", "method", "step accuracy", "exact match", "peak KiB", "full KiB"):
+        table.add_column(name, justify="left" if name in ("family", "method") else "right")
+    for row in sorted(rows, key=lambda row: (row["family"], -(row["budget"] or 10**6), row["step_accuracy"] or 0)):
+        exact = "" if row["exact_match"] is None else f"{row['exact_match']:.3f}"
+        size = [f"{(row[key] or 0) / 1024:.0f}" for key in ("kv_bytes_peak", "kv_bytes_full")]
+        table.add_row(
+            row["family"], str(row["budget"] or "full"), row["method"], f"{row['step_accuracy']:.3f}", exact, *size
+        )
+    return table
+
+
+def main(out: Path, samples: int, documents: int, steps: int) -> bool:
+    """Label, train, compare, report; True if the judge beats every baseline everywhere."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = learn(out, documents, steps)
+    model, tokenizer = testbed.load()
+    gates = {JUDGE: Gates.load(folder, model), "lexical": Gates.load(GATES_FOLDER / "testbed-lexical", model)}
+    contenders = [contender(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
+    plan = Plan(FAMILIES, BUDGETS, samples, free="all")
+    rows, journal = compare(plan, contenders, Subject(model, tokenizer), out / "rows.jsonl")
+    (out / "report.json").write_text(json.dumps({"rows": rows}, indent=1))
+    write_report(rows, out)
+    console.rule("4. what came out")
+    console.print(show(rows))
+    table, better = verdict(journal, plan, BASELINES)
+    console.print(table)
+    console.print(f"{out}/report.json, table.md, accuracy.png; {time.monotonic() - began:.0f} s")
+    said = "beats every baseline at both budgets" if better else "does NOT beat every baseline outside the interval"
+    console.print(f"the freshly trained judge {said}")
+    return better
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="resumes what it finds there")
+    parser.add_argument("--samples", type=int, default=48, help="unseen samples per family")
+    parser.add_argument("--documents", type=int, default=480, help="training texts to label")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of the judge")
+    given = parser.parse_args()
+    try:
+        main(given.out, given.samples, given.documents, given.steps)
+    except LearnevictError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command again to go on") from None

@@ -1,0 +1,125 @@
+"""The methods as the laws run them: every name of METHODS, and the variants that take another path through the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict import Gates, methods
+from learnevict.oracle.collect import golden_trace
+from learnevict.policy import Guard, Policy
+from tests.laws import zoo
+from tests.laws.run import LENGTH, Run, batch, read
+
+BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
+OPTIONS: dict[str, Any] = {"slack": SLACK, "sinks": SINKS, "recent": RECENT}
+AMPLE = 4 * LENGTH
+
+# Name: (method, options beside OPTIONS).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in methods.METHODS},
+    "random/slack0": ("random", {"slack": 0}),
+    "adakv/slack0": ("adakv", {"slack": 0}),
+    "h2o/kvpress": ("h2o", {"variant": "kvpress"}),
+    "snapkv/rkv": ("snapkv", {"variant": "rkv"}),
+    "snapkv/prefill_end": ("snapkv", {"schedule": "prefill_end"}),
+    "snapkv/prefill_only": ("snapkv", {"schedule": "prefill_only"}),
+}
+LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
+NEVER_EVICTS = ("full",)
+
+# (method, law): why the law does not hold. tests/test_laws.py checks that it does not.
+EXEMPT: dict[tuple[str, str], str] = {
+    ("full", "bounded"): "nothing is evicted, so the cache grows",
+    ("snapkv/prefill_only", "bounded"): "a prefill-only variant: nothing is evicted while decoding",
+    ("snapkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
+}
+
+
+@lru_cache(maxsize=4)
+def random_gates(method: str, model_name: str) -> Gates:
+    """Gates with random weights: untrained ones would score everything alike."""
+    gates = Gates.make(method, zoo.build(model_name))
+    generator = torch.Generator().manual_seed(7)
+    tables = [buffer for name, buffer in gates.named_buffers() if name.endswith("table")]
+    with torch.no_grad():
+        for weights in [*gates.parameters(), *tables]:
+            weights.copy_(torch.randn(weights.shape, generator=generator) * 0.3)
+    return gates.to(zoo.DEVICE)
+
+
+def extras(method: str, model: PreTrainedModel, model_name: str, ids: Tensor, mask: Tensor, budget: int) -> dict:
+    """What a method needs besides options: gates, or a trace of this very text."""
+    if method in LEARNED:
+        return {"gate": random_gates(method, model_name).gate.eval()}
+    if method == "golden":
+        if model_name in zoo.STOCK_ONLY:
+            return {"trace": never(model, ids, budget)}
+        return {"trace": golden_trace(model, ids, mask, budget=budget, block=SLACK, guard=Guard(SINKS, RECENT))}
+    return {}
+
+
+def never(model: PreTrainedModel, ids: Tensor, budget: int) -> Any:
+    """A trace for a model of which no layer evicts."""
+    from learnevict.oracle.collect import full_trace
+    from learnevict.signals import Trace
+
+    return Trace(full_trace(model, ids).expiry.contiguous(), "golden", budget, SLACK)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model."""
+
+    method: str
+    model_name: str
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return zoo.build(self.model_name)
+
+    @property
+    def slack(self) -> int:
+        return VARIANTS[self.method][1].get("slack", SLACK)
+
+    @property
+    def evicts(self) -> bool:
+        """False where nothing may change: the method never evicts, or every layer of the model stays stock."""
+        return self.method not in NEVER_EVICTS and self.model_name not in zoo.STOCK_ONLY
+
+    def text(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Three rows, the second and third padded on the left: ids and mask, int64 [3, T]."""
+        return batch(zoo.tokens(self.model, 3, LENGTH, seed))
+
+    def policy(self, ids: Tensor, mask: Tensor, budget: int = BUDGET) -> Policy:
+        """The method's policy for this text."""
+        name, options = VARIANTS[self.method]
+        needed = extras(name, self.model, self.model_name, ids, mask, budget)
+        return methods.load(name).policy(budget, **OPTIONS | options, **needed)
+
+    def fresh_run(self, seed: int = 0, budget: int = BUDGET) -> Run:
+        """The text read through a new cache, prompt first and then token by token."""
+        ids, mask = self.text(seed)
+        return read(self.model, self.policy(ids, mask, budget), ids, mask)
+
+    @property
+    def run(self) -> Run:
+        """`fresh_run`, shared by the laws."""
+        return shared_run(self)
+
+    @cached_property
+    def count(self) -> int:
+        """Evictions of the shared run, after checking that they are what they should be: some, or none."""
+        found = self.run.evictions
+        assert (found > 0) == self.evicts, f"{found} evictions of {self.method} on {self.model_name}"
+        return found
+
+
+@lru_cache(maxsize=2)
+def shared_run(case: Case) -> Run:
+    return case.fresh_run()
