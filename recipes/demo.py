@@ -87,7 +87,9 @@ def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, 
                 journal.column(Key(method, family, budget, "teacher"), plan.seeds, "right") for method in (JUDGE, name)
             ]
             seen = journal.column(Key(JUDGE, family, budget, "teacher"), plan.seeds, "seen")
-            assert right[0] is not None and right[1] is not None and seen is not None
+            assert seen is not None
+            assert right[0] is not None
+            assert right[1] is not None
             gain = metrics.paired_difference(right[0], right[1], seen)
             better = better and gain.low > 0
             cells.append(f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")

@@ -79,7 +79,9 @@ def read_documents(config: Config, base: transformers.PreTrainedModel, tokenizer
     if store.manifest.base_hash != weight_hash(base):
         raise LabelError(f"{config.labels!r} holds labels of another base model; make them anew with recipes/oracle.py")
     if store.manifest.block != config.period:
-        raise LabelError(f"{config.labels!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}")
+        raise LabelError(
+            f"{config.labels!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"
+        )
     return store.documents()
 
 

@@ -311,6 +311,7 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
         "long": {"num_samples": few, "accuracy": measure(model, few, "long"), "exact_match": answer(model, few, "long")},
         "training": state, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
+    (fresh / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
     (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)

@@ -78,7 +78,9 @@ class Dense:
         for column, i in enumerate(self.held):
             a = paid[:, column]
             mean, top = a.sum(0) / min(seen, WINDOW), a.amax(0)
-            note = self.notes.setdefault(i, {"paid": 0 * mean, "decayed": 0 * mean, "peak": 0 * mean, "n": 0.0, "idle": 0.0})
+            note = self.notes.setdefault(
+                i, {"paid": 0 * mean, "decayed": 0 * mean, "peak": 0 * mean, "n": 0.0, "idle": 0.0}
+            )
             note["paid"] = note["paid"] + mean
             note["decayed"] = DECAY * note["decayed"] + mean
             note["peak"] = torch.maximum(note["peak"], top)
@@ -88,9 +90,21 @@ class Dense:
             attention = [mean, top, *recent, note["paid"] / note["n"], note["decayed"], note["peak"]]
             key = self.key[i]
             pairs = [math.hypot(float(key[c]), float(key[c + len(key) // 2])) for c in range(len(key) // 2)]
-            scalars = [math.log1p(now - i), math.log(seen), math.log(min(1.0, BUDGET / seen)), math.log1p(note["idle"]), math.log1p(i)]
+            scalars = [
+                math.log1p(now - i),
+                math.log(seen),
+                math.log(min(1.0, BUDGET / seen)),
+                math.log1p(note["idle"]),
+                math.log1p(i),
+            ]
             x = torch.cat(
-                [key, torch.tensor(pairs), self.value[i], *[torch.log(p + 1e-4) for p in attention], torch.tensor(scalars)]
+                [
+                    key,
+                    torch.tensor(pairs),
+                    self.value[i],
+                    *[torch.log(p + 1e-4) for p in attention],
+                    torch.tensor(scalars),
+                ]
             )
             scores[i] = self.judge(x.double())
         return scores
@@ -176,7 +190,15 @@ def test_training_sees_what_inference_sees():
         return taken[-1]
 
     states = record_states(
-        model, gate, labels, ids, mask, budget=BUDGET, schedule=Schedule(PERIOD), guard=Guard(), own=torch.ones(2, dtype=torch.bool)
+        model,
+        gate,
+        labels,
+        ids,
+        mask,
+        budget=BUDGET,
+        schedule=Schedule(PERIOD),
+        guard=Guard(),
+        own=torch.ones(2, dtype=torch.bool),
     )
     _, trace = run(model, gate, ids, mask)
     assert trace.evictions > 0
@@ -196,7 +218,9 @@ def test_golden_rows_follow_the_oracle():
     from learnevict.train.states import Recorder, look_ahead
 
     ahead = [look_ahead(part) for part in labels if part is not None]
-    recorder = Recorder(Budget(BUDGET), judge_for(model), list(ahead), torch.zeros(2, dtype=torch.bool), Schedule(PERIOD), Guard())
+    recorder = Recorder(
+        Budget(BUDGET), judge_for(model), list(ahead), torch.zeros(2, dtype=torch.bool), Schedule(PERIOD), Guard()
+    )
     with torch.no_grad(), attach(model, recorder, record=True) as cache:
         model(ids, past_key_values=cache)
     want = oracle.golden(labels, budget=BUDGET, block=PERIOD, guard=Guard())

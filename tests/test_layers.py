@@ -208,12 +208,10 @@ def test_nothing_unsafe():
     assert not wrong, "\n".join(wrong)
 
 
-def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring."""
-    lines = function.end_lineno - function.lineno + 1
-    if ast.get_docstring(function):
-        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
-    return lines
+def num_body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without signature and docstring: the options of a command are a list, not logic."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return function.end_lineno - body[0].lineno + 1 if body else 0
 
 
 def test_files_and_functions_stay_small():
@@ -226,8 +224,8 @@ def test_files_and_functions_stay_small():
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or f"{name}::{node.name}" in LONG_FUNCTIONS:
                 continue
-            if num_code_lines(node) > 40:
-                wrong.append(f"{name}:{node.lineno} {node.name}: {num_code_lines(node)} lines, at most 40")
+            if num_body_lines(node) > 40:
+                wrong.append(f"{name}:{node.lineno} {node.name}: {num_body_lines(node)} lines, at most 40")
     assert not wrong, "split by meaning, or list with a reason:\n" + "\n".join(wrong)
 
 

@@ -460,6 +460,7 @@ print((peak - resident) / 1e6)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_labels_of_a_long_document_stay_small():
     """16k tokens, 8 query and 2 kv heads: at most 500 MB above the inputs, labels included (one [T, T] takes 1,074)."""

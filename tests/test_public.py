@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ import learnevict
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {"attach", "methods", "EvictingCache", "Gates", "oracle", "replay", "__version__"}
-
-
-def wait_for(*modules: str) -> None:
-    """Skips until the modules are written; tests/allowed_skips.txt says for how long that is all right."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        pytest.skip(f"not written yet: {', '.join(missing)}")
 
 
 def run_python(code: str) -> str:
@@ -45,7 +37,6 @@ def test_public_names():
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_every_public_name_resolves(name):
-    wait_for(*{"Gates": ["learnevict.hub"], "methods": ["learnevict.methods"]}.get(name, []))
     assert getattr(learnevict, name) is not None
 
 
@@ -60,14 +51,12 @@ def test_versions_agree():
 
 @pytest.mark.parametrize("module", ["learnevict", "learnevict.cli"])
 def test_importing_loads_nothing_heavy(module):
-    wait_for(module)
     heavy = {"torch", "transformers", "matplotlib", "datasets"}
     assert run_python(f"import sys, {module}; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
 def test_a_core_install_is_enough():
     """Every public name works where no extra is installed: the extras are hidden from this interpreter."""
-    wait_for("learnevict.hub", "learnevict.methods")
     hidden = ["datasets", "pyarrow", "trl", "peft", "wandb", "deepspeed", "matplotlib", "triton", "beartype", "psutil"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import learnevict as it"
     run_python(f"{code}; [getattr(it, name) for name in it.__all__]")
@@ -112,8 +101,9 @@ def shown_commands(page: Path) -> list[list[str]]:
 
 
 def cli_options(command: str) -> set[str]:
-    from learnevict.cli import app
     from typer.main import get_command
+
+    from learnevict.cli import app
 
     commands = get_command(app).commands
     assert command in commands, f"learnevict {command}: no such command"
@@ -121,7 +111,6 @@ def cli_options(command: str) -> set[str]:
 
 
 def test_readme_shows_commands_that_exist():
-    wait_for("learnevict.cli")
     commands = shown_commands(ROOT / "README.md")
     named = {words[0] for words in commands if words}
     assert {"scripts/demo", "scripts/test"} <= named

@@ -72,7 +72,8 @@ def manifest(**changes: object) -> Manifest:
 def documents() -> list[Document]:
     torch.manual_seed(0)
     return [
-        Document(list(range(10 + i)), 3, "program", i, torch.rand(2, 2, 10 + i, -(-(10 + i) // 4)).half()) for i in range(5)
+        Document(list(range(10 + i)), 3, "program", i, torch.rand(2, 2, 10 + i, -(-(10 + i) // 4)).half())
+        for i in range(5)
     ]
 
 
@@ -95,7 +96,9 @@ def test_label_store_opens_with_datasets(tmp_path):
     store = LabelStore(tmp_path, manifest())
     for shard in store.missing():
         store.write(shard, [documents()[i] for i in store.span(shard)])
-    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "data" / "*.parquet"), cache_dir=str(tmp_path / "c"))
+    table = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "data" / "*.parquet"), cache_dir=str(tmp_path / "c")
+    )
     assert table["train"].num_rows == 5
 
 
@@ -116,7 +119,12 @@ def test_texts_are_read_or_refused(tmp_path):
     good = tmp_path / "a.jsonl"
     good.write_text(json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"text": "de"}))
     assert [d.input_ids for d in read_texts(good, tokenizer, 9, 2)] == [[97, 98], [100, 101]]
-    for content, message in [(b"\xff\xfe", "UTF-8"), (b"{]", "not JSON"), (b"{}", 'neither "text"'), (b"", "holds no text")]:
+    for content, message in [
+        (b"\xff\xfe", "UTF-8"),
+        (b"{]", "not JSON"),
+        (b"{}", 'neither "text"'),
+        (b"", "holds no text"),
+    ]:
         good.write_bytes(content)
         with pytest.raises(DataError, match=message):
             read_texts(good, tokenizer, 9, 9)
@@ -137,8 +145,26 @@ def test_distilling_resumes_exactly(tmp_path, recipe):
     from safetensors.torch import load_file
 
     def train(folder: Path, *extra: str) -> None:
-        flags = ["--output_dir", str(folder), "--documents", "12", "--hidden", "8", "--per_device_train_batch_size", "2"]
-        flags += ["--save_steps", "2", "--warmup_steps", "0", "--disable_tqdm", "true", "--lr_scheduler_type", "constant"]
+        flags = [
+            "--output_dir",
+            str(folder),
+            "--documents",
+            "12",
+            "--hidden",
+            "8",
+            "--per_device_train_batch_size",
+            "2",
+        ]
+        flags += [
+            "--save_steps",
+            "2",
+            "--warmup_steps",
+            "0",
+            "--disable_tqdm",
+            "true",
+            "--lr_scheduler_type",
+            "constant",
+        ]
         recipe.main(*recipe.parse([*flags, *extra]))
 
     train(tmp_path / "once", "--max_steps", "4")
@@ -150,4 +176,6 @@ def test_distilling_resumes_exactly(tmp_path, recipe):
         assert torch.equal(tensor, two[name]), name
     assert not list((tmp_path / "once").glob("*.bin"))
     record = json.loads((tmp_path / "once" / "run.json").read_text())
-    assert record["seed"] == 7 and record["base_hash"] and record["data_hash"]
+    assert record["seed"] == 7
+    assert record["base_hash"]
+    assert record["data_hash"]

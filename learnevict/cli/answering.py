@@ -27,19 +27,18 @@ class Answering:
         opened: the model.
         choice: what the user said about eviction.
         sampling: max_new_tokens and temperature; `seed` comes with each call.
+        record: completions carry their eviction trace.
 
     Raises:
         LearnevictError: the choice makes no sense for this model.
     """
 
-    def __init__(self, opened: Opened, choice: Choice, sampling: dict[str, Any]) -> None:
-        self.opened, self.choice, self.sampling = opened, choice, sampling
+    def __init__(self, opened: Opened, choice: Choice, sampling: dict[str, Any], *, record: bool = False) -> None:
+        self.opened, self.choice, self.sampling = opened, choice, {**sampling, "record": record}
         self.golden = choice.method == "golden" and choice.checkpoint is None
         self.policy = None if self.golden else choose_policy(choice, opened)
         if self.golden:
-            choose_method(choice, opened)
-            if Budget.parse(choice.budget or "").unit != "tokens":
-                raise UsageError("golden is rolled for one budget in tokens; give --budget 64 rather than a share or bytes")
+            golden_budget(choice, opened)
 
     @property
     def method(self) -> str:
@@ -66,24 +65,11 @@ class Answering:
 
     def _twice(self, requests: list[Request], seed: int, streamer: Any) -> list[Answer]:
         """A full-cache run, golden labels of its text, and a second run under their trace."""
-        import torch
-
         from learnevict.evals.generation import agreement, padded
-        from learnevict.methods import golden
-        from learnevict.oracle.collect import golden_trace
-        from learnevict.policy import Guard
 
-        options = self.choice.options(self.opened)
-        options.setdefault("slack", 128)
-        parts = {name: options[name] for name in ("sinks", "recent", "prompt") if name in options}
-        budget = int(Budget.parse(self.choice.budget or "").amount)
-        model = self.opened.model
         first = self._generate(None, requests, seed, None)
-        ids, mask = (part.to(model.device) for part in padded(first, self.opened.tokenizer.pad_token_id or 0))
-        prompts = torch.tensor([len(request.ids) for request in requests])
-        block = max(options["slack"], 1)
-        trace = golden_trace(model, ids, mask, budget=budget, block=block, guard=Guard(**parts), prompt_length=prompts)
-        policy = golden.policy(budget, trace=trace, text=ids, **options)
+        ids, mask = padded(first, self.opened.tokenizer.pad_token_id or 0)
+        policy = golden_policy(self.opened, self.choice, ids, mask, [len(request.ids) for request in requests])
         second = self._generate(policy, requests, seed, streamer)
         return [
             Answer(request, after, {"runs": 2, "agreement": round(agreement(before.tokens, after.tokens), 4)})
@@ -114,6 +100,44 @@ class Answering:
         }
 
 
+def golden_budget(choice: Choice, opened: Opened) -> int:
+    """The budget of a golden trace, in tokens.
+
+    Raises:
+        UsageError: none, or a share or bytes.
+    """
+    choose_method(choice, opened)
+    budget = Budget.parse(choice.budget or "")
+    if budget.unit != "tokens":
+        raise UsageError("golden is rolled for one budget in tokens; give --budget 64 rather than a share or bytes")
+    return int(budget.amount)
+
+
+def golden_policy(opened: Opened, choice: Choice, ids: Any, mask: Any, prompts: list[int]) -> Any:
+    """The policy that follows the golden trace of a text the model has seen in full.
+
+    Args:
+        opened: the model.
+        choice: what the user said.
+        ids: int64 [B, T], prompts and answers as generation laid them out.
+        mask: [B, T], 0 = padding.
+        prompts: real tokens of each prompt.
+    """
+    import torch
+
+    from learnevict.methods import golden
+    from learnevict.oracle.collect import golden_trace
+    from learnevict.policy import Guard
+
+    options = {"slack": 128, **choice.options(opened)}
+    guard = Guard(**{name: options[name] for name in ("sinks", "recent", "prompt") if name in options})
+    budget, block = golden_budget(choice, opened), max(options["slack"], 1)
+    ids, mask = ids.to(opened.model.device), mask.to(opened.model.device)
+    length = torch.tensor(prompts)
+    trace = golden_trace(opened.model, ids, mask, budget=budget, block=block, guard=guard, prompt_length=length)
+    return golden.policy(budget, trace=trace, text=ids, **options)
+
+
 def figures(record: dict[str, Any], device: str) -> list[str]:
     """The lines under an answer."""
     kept, read = record["kept"], record["prompt_tokens"] + record["tokens_generated"] - 1
@@ -125,13 +149,17 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
     share = record["kv_bytes_peak"] / max(record["kv_bytes_full"], 1)
     lines = [
         f"{record['method']} on {record['model']} ({device}): {record['tokens_generated']} new tokens, "
-        f"{record['tokens_per_second']:.1f} tokens/s, {record['prompt_tokens']} prompt tokens in {record['prompt_seconds']:.2f} s"
-        + ("" if record["finished"] else "; cut at --max-new-tokens"),
+        f"{record['tokens_per_second']:.1f} tokens/s, {record['prompt_tokens']} prompt tokens in "
+        f"{record['prompt_seconds']:.2f} s" + ("" if record["finished"] else "; cut at --max-new-tokens"),
         f"kept per head: {kept['mean']:g}{spread} of {read} tokens{budget}",
         f"keys and values: now {now}, peak {peak}, full cache {full} (peak is {share:.0%} of it)",
     ]
     if "runs" in record:
-        same = "the same text" if record["agreement"] == 1 else f"the same text for {record['agreement']:.0%}, then recency"
+        same = (
+            "the same text"
+            if record["agreement"] == 1
+            else f"the same text for {record['agreement']:.0%}, then recency"
+        )
         lines.append(f"golden ran twice: a full cache for the labels, then under their trace; {same}")
     if "correct" in record:
         lines.append(f"answer: {'right' if record['correct'] else 'wrong'}, expected: {record['expected']}")

@@ -115,4 +115,3 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"warning: {' '.join(str(message).split())}")
-

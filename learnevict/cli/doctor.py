@@ -74,7 +74,9 @@ def problems() -> list[str]:
         have = installed(requirement.name)
         if have is None or not requirement.specifier.contains(have, prereleases=True):
             wanted = f"{requirement.name}{requirement.specifier}"
-            wrong.append(f"{requirement.name} {have or 'is missing'}: learnevict needs {wanted}; pip install '{wanted}'")
+            wrong.append(
+                f"{requirement.name} {have or 'is missing'}: learnevict needs {wanted}; pip install '{wanted}'"
+            )
     return wrong
 
 
@@ -87,7 +89,11 @@ def required() -> list[Any]:
     except PackageNotFoundError:
         listed = []
     parsed = [Requirement(line) for line in listed]
-    return [requirement for requirement in parsed if requirement.marker is None or requirement.marker.evaluate({"extra": ""})]
+    return [
+        requirement
+        for requirement in parsed
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
 
 
 def installed(name: str) -> str | None:
@@ -185,5 +191,8 @@ def reckoning(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("context", f"{figures['context']} tokens x {figures['batch']} rows"),
         ("full cache", f"{size(full)}; with the weights {size(full + weights)}"),
         ("evicting", f"{size(evicted)} at most, {share}; with the weights {size(evicted + weights)}"),
-        ("budget", f"{figures['budget']} slots per head{asked}, in {figures['evicting']} of {figures['layers']} layers"),
+        (
+            "budget",
+            f"{figures['budget']} slots per head{asked}, in {figures['evicting']} of {figures['layers']} layers",
+        ),
     ]

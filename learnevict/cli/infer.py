@@ -48,7 +48,7 @@ def run(
     as_json: o.AsJson = False,
     out: o.Out = None,
 ) -> None:  # fmt: skip
-    """Generate text while a policy keeps the cache small; the answer streams to standard output, figures to standard error.
+    """Generate text while a policy keeps the cache small. The answer streams; what it cost goes to standard error.
 
     Examples:
 
@@ -60,8 +60,8 @@ def run(
 
         learnevict infer --model ./my-model --ckpt ./my-gates --budget 64MiB --batch rows.jsonl --out answers.jsonl
 
-    A batch goes on where it was interrupted: give the same command again. --prompt - reads standard input. --method golden
-    runs every prompt twice, because the oracle has to see the future first.
+    A batch goes on where it was interrupted: give the same command again. --prompt - reads standard input.
+    --method golden runs every prompt twice, because the oracle has to see the future first.
     """
     _one_source(prompt=prompt, task=task, batch=batch, out=out)
     choice = Choice(
@@ -90,9 +90,13 @@ def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out
     given = [name for name, value in (("--prompt", prompt), ("--task", task), ("--batch", batch)) if value is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
-        raise UsageError(f"give one of --prompt TEXT, --task FAMILY and --batch FILE, not {found}; try --task program --seed 3")
+        raise UsageError(
+            f"give one of --prompt TEXT, --task FAMILY and --batch FILE, not {found}; try --task program --seed 3"
+        )
     if out is not None and batch is None:
-        raise UsageError("--out belongs to --batch; for one prompt redirect standard output, with --json for the figures")
+        raise UsageError(
+            "--out belongs to --batch; for one prompt redirect standard output, with --json for the figures"
+        )
 
 
 def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool) -> None:
@@ -129,7 +133,9 @@ def _answer_all(answering: Answering, requests: list[Request], results: Results,
             count += len(answers)
             say(f"{count} of {len(requests)} rows, {answers[0].completion.tokens_per_second:.1f} tokens/s")
     except KeyboardInterrupt as error:
-        remedy = "the same command goes on from there" if results.path else "with --out FILE the same command could go on"
+        remedy = (
+            "the same command goes on from there" if results.path else "with --out FILE the same command could go on"
+        )
         say(f"interrupted: {count} finished rows are kept in {results}; {remedy}")
         raise typer.Exit(INTERRUPTED) from error
 

@@ -17,7 +17,7 @@ COMPARISON = {"sinks": 4, "recent": 8, "slack": 16}
 
 @dataclass(frozen=True)
 class Opened:
-    """A model ready to run. `speaks_testbed`: its vocabulary is the testbed's, so that task prompts make sense to it."""
+    """A model ready to run. `speaks_testbed`: its vocabulary is the testbed's, so task prompts make sense to it."""
 
     name: str
     model: Any
@@ -75,13 +75,17 @@ def choose_method(choice: Choice, opened: Opened) -> str | None:
     if choice.method in (None, "full") and choice.checkpoint is None and choice.budget is None:
         return None
     if choice.method == "full":
-        raise UsageError("method full keeps everything, so a budget means nothing to it; drop --budget or name another method")
+        raise UsageError(
+            "method full keeps everything, so a budget means nothing to it; drop --budget or name another method"
+        )
     if choice.budget is None:
         raise UsageError("say how much may be kept: --budget 512 (tokens), 25% or 64MiB")
     if choice.method is not None or choice.checkpoint is not None:
         return choice.method
     if not opened.speaks_testbed:
-        raise UsageError("a budget needs somebody who evicts: give --method (see `learnevict list`) or --ckpt with gates")
+        raise UsageError(
+            "a budget needs somebody who evicts: give --method (see `learnevict list`) or --ckpt with gates"
+        )
     return "foresightkv"
 
 
@@ -104,8 +108,8 @@ def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
         source = GATES_FOLDER / f"testbed-{method}"
         if not opened.speaks_testbed or not source.is_dir():
             raise GateError(
-                f"method {method!r} is learned and there are no gates for {opened.name!r}; give --ckpt with a folder or Hub "
-                "id, or train some: recipes/distill.py"
+                f"method {method!r} is learned and there are no gates for {opened.name!r}; give --ckpt with a folder "
+                "or Hub id, or train some: recipes/distill.py"
             )
     options = choice.options(opened)
     if source is None:
@@ -127,4 +131,3 @@ def build(make: Any, method: str, budget: str | None, options: dict[str, Any]) -
         return make(budget, **options)
     except TypeError as error:
         raise UsageError(f"method {method!r} does not take these options: {error}") from error
-

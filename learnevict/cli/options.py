@@ -33,8 +33,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="testbed (bundled), a local folder, or a Hub id (downloaded because you ask for it). Code that comes with a "
-        "model is never run.",
+        help="testbed (bundled), a local folder, or a Hub id (downloaded because you ask for it). Code that comes "
+        "with a model is never run.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -46,22 +46,27 @@ Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt i
 Task = Annotated[
     str | None,
     typer.Option(
-        help="A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which.", rich_help_panel=PROMPT
+        help="A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which.",
+        rich_help_panel=PROMPT,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the task, and of the draws if temperature > 0.", rich_help_panel=PROMPT)]
-Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.", rich_help_panel=PROMPT)]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt into the model's chat template.", rich_help_panel=PROMPT)
+]
 Method = Annotated[
     str | None,
     typer.Option(
-        help="A name from [bold]learnevict list[/bold], or the import path of your own module. Without method, gates and "
-        "budget the cache stays full.",
+        help="A name from [bold]learnevict list[/bold], or the import path of your own module. Without method, gates "
+        "and budget the cache stays full.",
         rich_help_panel=POLICY,
     ),
 ]
 Checkpoint = Annotated[
     str | None,
-    typer.Option("--ckpt", help="Trained gates: a folder or a Hub id. The testbed brings its own.", rich_help_panel=POLICY),
+    typer.Option(
+        "--ckpt", help="Trained gates: a folder or a Hub id. The testbed brings its own.", rich_help_panel=POLICY
+    ),
 ]
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Accept gates trained on other weights.", rich_help_panel=POLICY)
@@ -71,7 +76,8 @@ Kept = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="Slots kept per layer and kv head: 512 (tokens), 25% (of the tokens read) or 64MiB (keys and values of one row).",
+        help="Slots kept per layer and kv head: 512 (tokens), 25% (of the tokens read) or 64MiB (keys and values of "
+        "one row).",
         rich_help_panel=POLICY,
     ),
 ]
@@ -85,19 +91,22 @@ Recent = Annotated[
 Slack = Annotated[
     int | None,
     typer.Option(
-        help="Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]", rich_help_panel=POLICY
+        help="Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]",
+        rich_help_panel=POLICY,
     ),
 ]
 Schedule = Annotated[
     When | None,
     typer.Option(
+        metavar="WHEN",
         help="blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
         "prefill_only then never again.",
         rich_help_panel=POLICY,
     ),
 ]
 KeepPrompt = Annotated[
-    bool, typer.Option("--keep-prompt", help="Never evict the prompt; the budget counts the rest.", rich_help_panel=POLICY)
+    bool,
+    typer.Option("--keep-prompt", help="Never evict the prompt; the budget counts the rest.", rich_help_panel=POLICY),
 ]
 Variant = Annotated[
     str | None, typer.Option(help="A method's variant, where repositories differ.", rich_help_panel=POLICY)

@@ -46,7 +46,9 @@ class Request:
         return {**named, "correct": verify(self.sample, text), "expected": self.sample.answer}
 
 
-def make_request(opened: Opened, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = "") -> Request:
+def make_request(
+    opened: Opened, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
+) -> Request:
     """Turn one row into token ids.
 
     Raises:
@@ -95,7 +97,9 @@ def make_task(opened: Opened, content: dict[str, Any]) -> Any:
     from learnevict import testbed
 
     if not opened.speaks_testbed:
-        raise UsageError(f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt")
+        raise UsageError(
+            f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt"
+        )
     seed = content.get("seed", 0)
     if not isinstance(seed, int):
         raise DataError(f"seed must be a whole number, not {seed!r}")
@@ -114,7 +118,7 @@ def check_words(opened: Opened, text: str) -> None:
         if unknown := unknown_words(text):
             shown = ", ".join(repr(word) for word in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
             raise UsageError(
-                f"the testbed does not know {shown}: it reads its own small language only; try --task program --seed 3, or "
+                f"the testbed does not know {shown}: it reads its own small language only; try --task program, or "
                 "another --model"
             )
         return
@@ -132,16 +136,25 @@ def read_prompt(prompt: str) -> str:
     return decode(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
 
 
+def read_file(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file, broken ones with their problem; empty lines are passed over.
 
     Raises:
         DataError: no such file, or it is not UTF-8.
     """
-    try:
-        text = decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror}; give a JSONL file with rows such as {FORMS}") from error
+    text = read_file(path)
     rows: list[Row] = []
     used: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -184,18 +197,22 @@ def decode(raw: bytes, source: str) -> str:
         ) from error
 
 
-def make_requests(opened: Opened, rows: list[Row], settings: dict[str, Any], *, chat: bool) -> tuple[list[Request], list[str]]:
-    """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a later resume."""
-    good: list[Request] = []
-    bad: list[str] = []
-    for row in rows:
-        try:
-            if row.problem:
-                raise DataError(row.problem)
-            good.append(make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings)))
-        except LearnevictError as error:
-            bad.append(f"line {row.line}: {error}")
-    return good, bad
+def make_requests(
+    opened: Opened, rows: list[Row], settings: dict[str, Any], *, chat: bool
+) -> tuple[list[Request], list[str]]:
+    """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a resume."""
+    tried = [_try_request(opened, row, settings, chat) for row in rows]
+    good = [found for found in tried if isinstance(found, Request)]
+    return good, [found for found in tried if isinstance(found, str)]
+
+
+def _try_request(opened: Opened, row: Row, settings: dict[str, Any], chat: bool) -> Request | str:
+    try:
+        if row.problem:
+            raise DataError(row.problem)
+        return make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings))
+    except LearnevictError as error:
+        return f"line {row.line}: {' '.join(str(error).split())}"
 
 
 def row_key(row: Row, settings: dict[str, Any]) -> str:

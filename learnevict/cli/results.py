@@ -37,12 +37,13 @@ class Results:
         """Take in finished rows; cut off a last one that was being written when the run died."""
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.keys[row["id"]] = row["key"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number} is no row of `learnevict infer`; choose another --out") from error
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            self.keys = {row["id"]: row["key"] for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} holds something else than rows of `learnevict infer`; choose another --out"
+            ) from error
         if len(whole) < len(raw):
             os.truncate(path, len(whole))
 
@@ -55,7 +56,8 @@ class Results:
         found = self.keys.get(name)
         if found is not None and found != key:
             raise UsageError(
-                f"{self.path} holds row {name!r} of another prompt or under other settings; choose another --out to keep both"
+                f"{self.path} holds row {name!r} for another prompt or under other settings; choose another --out to "
+                "keep both"
             )
         return found is not None
 

@@ -1,6 +1,6 @@
 """Judging policies: teacher-forced and free runs of the testbed, perplexity, intervals, tables and plots.
 
-    suite.run(plan, model, tokenizer, contenders, out)    rows of numbers, crash-safe
-    metrics                                               accuracy, intervals, gap closed
-    report, tables                                        what people read
+suite.run(plan, model, tokenizer, contenders, out)    rows of numbers, crash-safe
+metrics                                               accuracy, intervals, gap closed
+report, tables                                        what people read
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 
 from learnevict import testbed
@@ -16,9 +17,7 @@ NUM_MEASURED = 200
 @cache
 def lengths(family: str, length: str = "normal") -> list[tuple[int, int]]:
     """Tokens of prompt and of response of the first 200 validation samples: what shares are shares of."""
-    samples = [
-        testbed.generate(family, seed, split="validation", length=length) for seed in range(NUM_MEASURED)
-    ]
+    samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(NUM_MEASURED)]
     return [(len(sample.prompt.split()), len(sample.response.split())) for sample in samples]
 
 
@@ -39,16 +38,21 @@ def is_share(text: str) -> bool:
 
 
 def resolve(text: str, family: str, length: str = "normal", *, prompt: bool = True) -> int | str:
-    """Tokens for "1/4" and "64"; per cent and bytes are left to the cache.
+    """Tokens for "1/4" (of the family's mean length) and "64"; per cent and bytes are left to the cache.
 
     Raises:
-        BudgetError: neither, or a share above 1.
+        BudgetError: not understood, or a share above 1.
     """
+    return resolved(text, lambda: mean_length(family, length, prompt=prompt))
+
+
+def resolved(text: str, whole: Callable[[], float]) -> int | str:
+    """The same for a share of whatever `whole` says."""
     share = SHARE.fullmatch(text)
     if share is None:
         budget = Budget.parse(text)
         return int(budget.amount) if budget.unit == "tokens" else text
     above, below = int(share[1]), int(share[2])
     if not 0 < above <= below:
-        raise BudgetError(f"budget {text!r} is no share of a length; give one such as 1/4, tokens (64) or per cent (25%)")
-    return round(mean_length(family, length, prompt=prompt) * above / below)
+        raise BudgetError(f"budget {text!r} is no share of a length; give 1/4, tokens (64) or per cent (25%)")
+    return round(whole() * above / below)

@@ -102,9 +102,7 @@ def _generate(
 
 
 def _marked(tokenizer: Any, samples: Sequence[Sample], answers: list[Completion], tries: int) -> Answers:
-    right = [
-        verify(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)
-    ]
+    right = [verify(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)]
     starts = range(0, len(answers), tries)
     late = sum(len(one.tokens) - 1 for one in answers)
     one = answers[0]

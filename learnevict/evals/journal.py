@@ -50,7 +50,7 @@ class Journal:
         try:
             if path.exists() and path.stat().st_size:
                 if not resume:
-                    raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or write elsewhere (--out)")
+                    raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or choose another --out")
                 self._recover(path, wanted)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,8 @@ class Journal:
         known = self.identity.setdefault(key, json.loads(json.dumps(identity)))
         if known != json.loads(json.dumps(identity)):
             raise UsageError(
-                f"{self.path} holds {key.method} on {key.family} at {key.budget} with {known}, but now it is {dict(identity)}; "
-                "write to another --out"
+                f"{self.path} holds {key.method} on {key.family} at {key.budget} with {known}, but now it is "
+                f"{dict(identity)}; write to another --out"
             )
         return [seed for seed in seeds if seed not in self.entries.get(key, {})]
 
@@ -93,9 +93,7 @@ class Journal:
         seeds = values.pop("seeds")
         cell = self.entries.setdefault(key, {})
         for index, seed in enumerate(seeds):
-            cell[seed] = {
-                name: value[index] if isinstance(value, list) else value for name, value in values.items()
-            }
+            cell[seed] = {name: value[index] if isinstance(value, list) else value for name, value in values.items()}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self.path is not None

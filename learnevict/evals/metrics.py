@@ -1,7 +1,7 @@
 """Numbers from per-sample counts, each with a bootstrap interval over samples.
 
-Every figure of a table is a ratio of two sums over samples, so one bootstrap serves them all: step accuracy is tokens right
-over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
+Every figure of a table is a ratio of two sums over samples, so one bootstrap serves them all: step accuracy is tokens
+right over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
 (golden - best).
 """
 
@@ -55,14 +55,14 @@ class Cell:
 
 
 def resamples(num_samples: int, draws: int, seed: int, stratum: int = 0) -> np.ndarray:
-    """Indices of bootstrap draws, int64 [draws, num_samples]; the same for the same arguments, so that draws are paired."""
+    """Indices of bootstrap draws, int64 [draws, num_samples]; same arguments, same draws, so figures stay paired."""
     return np.random.default_rng([seed, stratum]).integers(0, num_samples, (draws, num_samples))
 
 
 def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
     """sum(above) / sum(below), samples resampled in pairs.
 
-    Draws whose denominator is not positive say nothing and are left out of the interval. NaN where nothing can be divided.
+    Draws whose denominator is not positive are left out of the interval. NaN where nothing can be divided.
     """
     top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     if len(top) != len(bottom):
@@ -86,16 +86,17 @@ def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
 def paired_difference(
     one: Sequence[float], other: Sequence[float], seen: Sequence[float], *, seed: int = 0
 ) -> Estimate:
-    """Step accuracy of `one` minus that of `other` on the same samples; above zero outside the interval: really better."""
+    """Step accuracy of `one` minus that of `other` on the same samples; an interval above zero means really better."""
     return ratio(np.subtract(one, other).tolist(), seen, seed=seed)
 
 
 def gap_closed(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """How much of the way from the best heuristic to golden a method goes: 0 is no better than the heuristic, 1 is golden.
+    """How much of the way from the best heuristic to golden a method goes: 0 is the heuristic, 1 is golden.
 
     Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over
-    the cells' accuracy differences, so that every family weighs the same however many tokens it checks; samples are resampled
-    within their cell. Cells with a gap below SMALLEST_GAP are left out; NaN if none is left. More than 1 is possible.
+    the cells' accuracy differences, so that every family weighs the same however many tokens it checks; samples are
+    resampled within their cell. Cells with a gap below SMALLEST_GAP are left out; NaN if none is left. More than 1 is
+    possible.
 
     Source: docs/decisions.md, "Measuring quality".
     """

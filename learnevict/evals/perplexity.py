@@ -1,4 +1,4 @@
-"""Perplexity of a text under eviction, streamed through the cache in chunks: memory stays bounded however long the text."""
+"""Perplexity of a text under eviction, streamed through the cache in chunks, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
+from learnevict.evals.budgets import resolved
+from learnevict.evals.contenders import GOLDEN, Contender, Rules
 from learnevict.infer.attach import attach
+from learnevict.methods import golden
+from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor
 
 CHUNK = 512
@@ -21,7 +25,12 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text cost. `loss` is the summed negative log-likelihood of `num_tokens` predicted tokens; bytes are of the cache."""
+    """What a text cost.
+
+    Attributes:
+        loss: negative log-likelihood, summed over `num_tokens` predicted tokens.
+        peak, end, full: bytes of the cache.
+    """
 
     loss: float
     num_tokens: int
@@ -68,11 +77,12 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
     if unknown is not None and bool((ids == unknown).any()):
         known = {tokenizer.decode([token]) for token in set(ids[0].tolist()) - {unknown}}
         words = [word for word in dict.fromkeys(text.split()) if word not in known][:5]
-        raise DataError(f"the model's vocabulary lacks words of this text, such as {', '.join(words)}; use another model")
+        raise DataError(f"the model does not know words of this text, such as {', '.join(words)}; use another model")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
         raise UsageError(
-            f"the text has {ids.shape[1]} tokens, the model positions for {limit}; judge its beginning: --max-tokens {limit}"
+            f"the text has {ids.shape[1]} tokens and the model positions for {limit}; judge its beginning with "
+            f"--max-tokens {limit}"
         )
     return ids.to(model.device)
 
@@ -104,3 +114,26 @@ def perplexity(
             if advance is not None:
                 advance(part.shape[1])
         return Perplexity(total, ids.shape[1] - 1, cache.peak_nbytes, cache.nbytes, cache.full_nbytes)
+
+
+def resolve(text: str, num_tokens: int) -> int | str:
+    """Tokens for "1/4" (of this text) and "64"; per cent and bytes are left to the cache.
+
+    Raises:
+        BudgetError: not understood.
+    """
+    return resolved(text, lambda: num_tokens)
+
+
+def policy_for(one: Contender, budget: int | str, rules: Rules, model: Any, ids: Int[Tensor, "1 T"]) -> Governor:
+    """The contender's policy for this text; golden reads it beforehand.
+
+    Raises:
+        UsageError: golden with a budget that is no number of slots.
+    """
+    if one.method != GOLDEN:
+        return one.policy(budget, rules)
+    if not isinstance(budget, int):
+        raise UsageError(f"golden is rolled out for a number of slots, not for {budget}; give 1/4 or tokens (64)")
+    trace = golden_trace(model, ids, budget=budget, block=rules.block, guard=rules.guard)
+    return golden.policy(budget, trace=trace, **rules.options)

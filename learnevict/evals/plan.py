@@ -105,7 +105,8 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
     """
     unknown = [family for family in plan.families if family not in testbed.FAMILIES]
     if unknown or not plan.families:
-        raise UsageError(f"no such task family: {', '.join(unknown) or 'none given'}; choose {', '.join(testbed.FAMILIES)}")
+        given = ", ".join(unknown) or "none given"
+        raise UsageError(f"no such task family: {given}; choose {', '.join(testbed.FAMILIES)}")
     if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
         raise UsageError("samples, batch size and tries must be at least 1")
     if len({one.name for one in contenders}) < len(contenders) or not contenders:
@@ -127,9 +128,9 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
         return
     smallest = plan.rules.guard.reserved(plan.rules.block) + 1
     if not isinstance(cell.budget, int):
-        raise UsageError(f"golden is rolled out for a number of slots, not for {cell.budget}; give 1/4 or tokens (64)")
+        raise UsageError(f"golden is rolled out for a number of slots, not {cell.budget}; give 1/4 or tokens (64)")
     if cell.budget < smallest:
-        raise BudgetError(f"budget {cell.budget} on {cell.family} is too small: guards and a fresh block take {smallest}")
+        raise BudgetError(f"budget {cell.budget} on {cell.family} is too small; the smallest that works is {smallest}")
     if plan.temperature > 0 and "free" in cell.modes:
         raise UsageError("golden in free generation follows one greedy text; drop --temperature or golden")
 

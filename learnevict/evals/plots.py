@@ -1,4 +1,4 @@
-"""Accuracy against budget: one panel a family, one line a method, named at its smallest budget, where methods differ most."""
+"""Accuracy against budget: one panel a family, one line a method, named where its budget is smallest."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def _panel(axis: Any, family: str, rows: Sequence[Row]) -> None:
         x, y = [row["budget"] for row in points], [row[measure] for row in points]
         axis.plot(x, y, marker="o", markersize=3, **look)
         if all(row.get(low) is not None for row in points):
-            axis.fill_between(
-                x, [row[low] for row in points], [row[high] for row in points], color=look["color"], alpha=0.12, linewidth=0
-            )
+            edges = [[row[edge] for row in points] for edge in (low, high)]
+            axis.fill_between(x, *edges, color=look["color"], alpha=0.12, linewidth=0)
         ends.append((y[0], method, look["color"]))
     full = next((row for row in rows if row.get("budget") is None and row.get(measure) is not None), None)
     if full is not None:

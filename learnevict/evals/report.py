@@ -37,7 +37,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
 def comma_separated(rows: Sequence[Row]) -> str:
     """All rows with the common keys; an empty field is null."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, KEYS, extrasaction="ignore", lineterminator="\n")
+    columns: list[str] = list(KEYS)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

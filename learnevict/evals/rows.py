@@ -14,6 +14,7 @@ from learnevict.evals import metrics
 from learnevict.evals.budgets import is_share
 from learnevict.evals.contenders import FULL
 from learnevict.evals.journal import Journal, Key
+from learnevict.evals.perplexity import Perplexity
 from learnevict.evals.plan import Cell, Plan, Subject
 
 KEYS = (
@@ -29,8 +30,8 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
     """Sum up a cell.
 
     Returns:
-        KEYS, with `budget` in slots per head (null: full cache), `ci_*` of step_accuracy, `loss_ratio` to the full cache on
-        the same samples, bytes and tokens per sample; then where the row comes from.
+        KEYS, with `budget` in slots per head (null: full cache), `ci_*` of step_accuracy, `loss_ratio` to the full
+        cache on the same samples, bytes and tokens per sample; then where the row comes from.
     """
     row: Row = dict.fromkeys(KEYS)
     row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
@@ -47,6 +48,15 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
         "rules": vars(plan.rules),
         "options": cell.options,
     }
+
+
+def text_row(method: str, name: str, budget: int | str | None, found: Perplexity, full: Perplexity) -> Row:
+    """A row of `eval --task perplexity`; ratios are to the full cache, bytes those of the one text."""
+    row: Row = dict.fromkeys(KEYS)
+    row |= {"method": method, "family": name, "budget": budget, "samples": 1, "loss_ratio": found.loss / full.loss}
+    row |= {"kv_bytes_peak": found.peak, "kv_bytes_end": found.end, "kv_bytes_full": found.full}
+    ratio = found.value / full.value
+    return row | {"perplexity": found.value, "perplexity_ratio": ratio, "num_tokens": found.num_tokens}
 
 
 def _teacher(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
@@ -129,7 +139,7 @@ def read_rows(path: Path) -> list[Row]:
         rows = whole["rows"] if whole and "rows" in whole else [json.loads(line) for line in text.splitlines() if line]
     except (ValueError, TypeError) as error:
         raise DataError(f"{str(path)!r} is neither JSON lines nor a report: {error}") from error
-    bad = [row for row in rows if not isinstance(row, dict) or not {"method", "family"} <= set(row)]
+    bad = [row for row in rows if not {"method", "family", "budget"} <= set(row)]
     if bad or not rows:
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
     return rows

@@ -22,9 +22,9 @@ from learnevict.testbed.vocabulary import VALUES
 START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
 TITLES = {
-    "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection, for every method."),
-    "prompt": ("Prompt protected", "The prompt stays; budgets are shares of the mean response, and count the rest only."),
-    "long": ("Longer than trained", "Texts of the extrapolation split, longer than any the base model or a gate has seen."),
+    "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection."),
+    "prompt": ("Prompt protected", "The prompt stays; budgets are shares of the mean response."),
+    "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
     "free": ("Free generation", "The model reads its own words; exact match of the final answer."),
 }
 
@@ -86,8 +86,8 @@ def full_cache_table(found: dict[str, Results]) -> str:
     lines = ["| family | exact match | step accuracy | tokens generated | samples |", "| --- | --- | --- | --- | --- |"]
     for family in in_order(full, "family"):
         row = next(row for row in full if row["family"] == family)
-        steps = [other["step_accuracy"] for other in rows if _is_full(other, family) and other["step_accuracy"] is not None]
-        shown = f"{steps[0]:.3f}" if steps else "–"
+        measured = [other["step_accuracy"] for other in rows if _is_full(other, family)]
+        shown = next((f"{value:.3f}" for value in measured if value is not None), "–")
         lines.append(
             f"| {family} | {row['exact_match']:.3f} | {shown} | {row['tokens_generated']:.0f} | {row['samples']} |"
         )
@@ -105,9 +105,9 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
         parts.append("Not shown: heuristics have not been tuned (recipes/evaluate.py --stage tune).")
     else:
         parts.append(
-            "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on validation "
-            f"seeds, random among them. Families weigh the same in the pooled line. Cells whose gap is below {SMALLEST_GAP} "
-            "are not scored."
+            "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on "
+            "validation seeds, random among them. Families weigh the same in the pooled line. Cells whose gap is below "
+            f"{SMALLEST_GAP} are not scored."
         )
         parts.append(_gap_table(results, tuned.best))
     if "lexical" in results.methods():
@@ -151,8 +151,8 @@ def recall_line(results: Results) -> str:
     chance = 1 / len(VALUES)
     shown = ", ".join(f"{row['method']} {row['exact_match']:.3f}" for row in learned)
     return (
-        f"Recall at 1/4, exact match: {shown}; random {random['exact_match']:.3f}. One word guessed among {len(VALUES)} is right "
-        f"with {chance:.3f}, a whole answer hardly ever."
+        f"Recall at 1/4, exact match: {shown}; random {random['exact_match']:.3f}. One word guessed among "
+        f"{len(VALUES)} is right with {chance:.3f}, a whole answer hardly ever."
     )
 
 
@@ -163,8 +163,8 @@ def agreement_line(results: Results) -> str:
         return ""
     mean, fully = (sum(row[name] for row in rows) / len(rows) for name in ("agreement", "agreed_fully"))
     return (
-        f"Golden runs twice; its second text follows the first for {100 * mean:.0f} % of its tokens on average, and to the end in "
-        f"{100 * fully:.0f} % of samples. After leaving it, recency decides."
+        f"Golden runs twice; its second text follows the first for {100 * mean:.0f} % of its tokens on average, and to "
+        f"the end in {100 * fully:.0f} % of samples. After leaving it, recency decides."
     )
 
 
@@ -178,7 +178,8 @@ def benchmark_tables(folder: Path) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{str(path)!r} is no benchmark: it needs rows, a list of objects") from error
         if rows:
-            caption = ", ".join(f"{key} {value}" for key, value in content.items() if isinstance(value, str | int | float))
+            facts = {key: value for key, value in content.items() if isinstance(value, str | int | float)}
+            caption = ", ".join(f"{key} {value}" for key, value in facts.items())
             parts += [f"### {path.stem}", caption, flat_table(rows)]
     return ["## Speed and memory", *parts] if parts else []
 

@@ -24,7 +24,7 @@ from learnevict.policy import Governor
 from learnevict.testbed import Sample
 
 TOLERANCE = 1e-3
-"""Between logits of an incremental run and of the replay of its trace, float32; bfloat16 is compared by its loss only."""
+"""Between float32 logits of an incremental run and of the replay of its trace."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def judge_golden(model: Any, texts: Texts, budget: int, rules: Rules, *, verify:
     apart = float((again - logits)[texts.attention_mask.bool()].abs().max())
     if logits.dtype == torch.float32 and apart > TOLERANCE:
         raise TraceError(
-            f"replaying the {GOLDEN} trace and running it incrementally give logits {apart:.2g} apart; please report this"
+            f"the {GOLDEN} trace replayed and run incrementally gives logits {apart:.2g} apart; please report this"
         )
     return score(texts, logits, storage(cache))
 

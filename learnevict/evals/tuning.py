@@ -1,4 +1,4 @@
-"""Hyperparameters of the training-free methods, and which of them is best where: chosen on validation seeds, never on test.
+"""Hyperparameters of the training-free methods, and which of them is best where: chosen on validation seeds.
 
 The best setting is taken per family and budget, which favours the heuristics: no user could tune so finely.
 """
@@ -54,7 +54,7 @@ class Tuned:
         try:
             found = self.accuracy[family][budget]
         except KeyError as error:
-            raise UsageError(f"{family} at {budget} was not tuned; run recipes/evaluate.py with these budgets") from error
+            raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
         return max(found, key=lambda name: found[name])
 
     def of(self, method: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -84,9 +84,7 @@ def candidates(names: Sequence[str]) -> list[Contender]:
     return found
 
 
-def tune(
-    plan: Plan, subject: Subject, names: Sequence[str], out: Path, *, advance: Advance | None = None
-) -> Tuned:
+def tune(plan: Plan, subject: Subject, names: Sequence[str], out: Path, *, advance: Advance | None = None) -> Tuned:
     """Run all settings on the validation split and keep the best of each method, per family and budget.
 
     Args:

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from learnevict.errors import CacheError, ModelError, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
-from learnevict.infer.layer import EvictingLayer, Place
+from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.storage import Place, targets
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 
@@ -44,12 +45,13 @@ class EvictingCache(Cache):
         self.policy = policy
         self.record = record
         self.clock = Clock(policy.schedule, prompt_length)
-        text = config.get_text_config(decoder=True)
+        self.text_config = text = config.get_text_config(decoder=True)
         stock = DynamicCache(config=text).layers
         evicting = evicting_layers(stock)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         dtype = getattr(text, "dtype", None) or torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         row_bytes = len(evicting) * 2 * heads * width * torch.empty(0, dtype=dtype).element_size()
         layers = list(stock)
         for rank, index in enumerate(evicting):
@@ -57,7 +59,7 @@ class EvictingCache(Cache):
         super().__init__(layers=layers)
         self.evicting = evicting
         if policy.schedule.active and evicting:
-            self._slots()[0]._targets([0])
+            targets(policy, self.clock, self._slots()[0].place, [0])
         if len(evicting) < len(layers) and policy.schedule.active:
             kept = [i for i in range(len(layers)) if i not in set(evicting)]
             warnings.warn(
@@ -75,8 +77,12 @@ class EvictingCache(Cache):
     def begin(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
         """Plan one forward; called by the hook on the model, once, before its layers run.
 
+        Tokens that `mask` hides although they were read as real (what follows the end token of a row that finished early,
+        when the next turn begins) are evicted.
+
         Raises:
-            CacheError: the batch size changed in the middle of a conversation.
+            CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; the last
+                forward was interrupted.
         """
         if self.clock.seen and len(self.clock.seen) != batch:
             raise CacheError(
@@ -88,6 +94,15 @@ class EvictingCache(Cache):
                 "the last forward of this cache was interrupted, so its layers disagree; call cache.reset() and read the "
                 "conversation again"
             )
+        if self.clock.prompt_length is not None and len(self.clock.prompt_length) != batch:
+            raise CacheError(
+                f"prompt_length has {len(self.clock.prompt_length)} entries, but {batch} rows came in; give one per row "
+                "(with num_return_sequences, one per returned row)"
+            )
+        length = self.clock.length
+        if mask is not None and size > 1 and length and mask.shape[1] == length + size:
+            for layer in self._slots():
+                layer.hide(mask[:, :length] == 0)
         self.clock.read(batch, size, mask, tokens, device)
 
     # --- figures ---
@@ -177,8 +192,12 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
-        for layer in self.layers:
-            layer.reset()
+        stock = DynamicCache(config=self.text_config).layers  # their own reset() keeps zeros in place of tokens
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, EvictingLayer):
+                layer.reset()
+            else:
+                self.layers[index] = stock[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i], slots and ledger and clock alike (beam search).

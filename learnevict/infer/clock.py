@@ -41,9 +41,9 @@ class Block:
         return max(self.sizes)
 
     @property
-    def even(self) -> bool:
-        """True if all rows contribute the same columns."""
-        return isinstance(self.columns, slice)
+    def after(self) -> list[int]:
+        """Real tokens each row has seen with this block."""
+        return [before + size for before, size in zip(self.before, self.sizes, strict=True)]
 
     def take(self, values: Tensor, dim: int) -> Tensor:
         """The block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
@@ -69,11 +69,12 @@ class Clock:
 
     def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None) -> None:
         self.schedule = schedule
-        self.prompt_length = prompt_length
+        self.given_prompt_length = prompt_length
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation."""
+        self.prompt_length = self.given_prompt_length
         self.length = 0
         self.pending = 0
         self.decoding = False
@@ -92,22 +93,23 @@ class Clock:
 
     def reorder(self, index: list[int]) -> None:
         """Row i becomes what row index[i] was."""
-        for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen"):
+        for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen", "prompt_length"):
             old = getattr(self, name)
-            setattr(self, name, [old[i] for i in index])
+            setattr(self, name, old if old is None else [old[i] for i in index])
 
     def read(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
-        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding; single tokens are always real."""
+        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding.
+
+        Once every row has begun, single tokens are always real: reading their mask would make each step wait for the device.
+        """
         if not self.seen:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
             self.prompt_seen = [0] * batch
         self.tokens = tokens
         queues = self._queues(batch, size, mask)
-        if size > 1 and not self.decoding:
-            for row in range(batch):
-                self._extend_prompt(row, queues[row])
-        self.decoding = self.decoding or size == 1
+        if not self.decoding:
+            self._extend_prompt(queues, size)
         self.plan = []
         done = [0] * batch
         while any(done[row] < len(queues[row]) for row in range(batch)):
@@ -120,19 +122,22 @@ class Clock:
         self.pending = 0
 
     def _queues(self, batch: int, size: int, mask: Tensor | None) -> list[range] | list[list[int]]:
-        if mask is None or size == 1:
+        if mask is None or (size == 1 and all(self.seen)):
             return [range(size)] * batch
         flags = mask[:, -size:].bool().tolist()
         return [[column for column, real in enumerate(row) if real] for row in flags]
 
-    def _extend_prompt(self, row: int, queue: range | list[int]) -> None:
+    def _extend_prompt(self, queues: list[range] | list[list[int]], size: int) -> None:
         """Tokens read before the first single step are the prompt, unless its length was given."""
-        count = len(queue)
-        if self.prompt_length is not None:
-            count = max(0, min(count, self.prompt_length[row] - self.seen[row]))
-        if count:
-            self.prompt_end[row] = self.length + queue[count - 1] + 1
-            self.prompt_seen[row] += count
+        if size == 1 and self.prompt_length is None:
+            self.decoding = all(self.seen)
+        for row, queue in enumerate(queues):
+            count = 0 if self.decoding else len(queue)
+            if self.prompt_length is not None:
+                count = max(0, min(count, self.prompt_length[row] - self.seen[row]))
+            if count:
+                self.prompt_end[row] = self.length + queue[count - 1] + 1
+                self.prompt_seen[row] += count
 
     def _block(
         self, queues: list[range] | list[list[int]], done: list[int], single: bool, device: torch.device

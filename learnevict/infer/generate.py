@@ -151,7 +151,7 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         raise DataError("the conversation is empty; give at least one message with content")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # noqa: BLE001 - templates are programs of others and raise what they like
+    except Exception as error:  # templates raise what they like
         raise DataError(f"the chat template refuses these messages: {error}") from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -232,8 +232,8 @@ class _Batch:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and self.width + sampling.max_new_tokens > limit:
             warnings.warn(
-                f"{self.width} prompt tokens and up to {sampling.max_new_tokens} new ones go beyond the {limit} positions "
-                "this model was made for; what comes after is guesswork",
+                f"{self.width} prompt tokens and up to {sampling.max_new_tokens} new ones go beyond the {limit} "
+                "positions this model was made for; what comes after is guesswork",
                 stacklevel=2,
             )
         return config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -11,23 +9,12 @@ from transformers.cache_utils import CacheLayerMixin
 from learnevict.errors import CacheError, NotAttachedError
 from learnevict.infer.attention import block_attention, step_attention
 from learnevict.infer.clock import Block, Clock
+from learnevict.infer.history import Expiries, Ring
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
+from learnevict.infer.storage import Place, Storage
 from learnevict.policy import Governor
-from learnevict.signals import NEVER, Attention, Signals
-
-PAGE_SLOTS = 16
-PAGE_OVERHEAD = 40  # a page is at most 1/40 of a head's slots, so rounding stays below 5 %
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a layer stands: its index in the model, its rank among the evicting layers, and how many of those there are."""
-
-    index: int
-    rank: int
-    num_evicting: int
-    row_bytes_per_token: int
+from learnevict.signals import Attention, Signals
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -50,25 +37,16 @@ class EvictingLayer(CacheLayerMixin):
 
     def clear(self) -> None:
         """Forget everything held."""
-        self.store: SlotPool | PagePool | None = None
-        self.ring: tuple[Tensor, Tensor] | None = None
-        self.expiry: Tensor | None = None
-        self.live: list[int] = []
-        self.fitted = 0
-        self.unassigned = True
-        self.peak_nbytes = 0
+        self.storage: Storage | None = None
+        self.ring = Ring(self.policy.scorer.window)
+        self.history = Expiries()
         self.is_initialized = False
 
     # --- what transformers asks of a cache layer ---
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create empty storage of the right head sizes."""
-        columns = self.policy.scorer.columns
-        if self.policy.allocator.ragged:
-            self.store = PagePool(key_states, value_states, columns, self._page())
-        else:
-            self.store = SlotPool(key_states, value_states, columns)
-        self.live = [0] * key_states.shape[0]
+        self.storage = Storage(self.policy, self.clock, self.place, key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -114,15 +92,18 @@ class EvictingLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch by index; called through EvictingCache, which also moves the clock."""
-        if self.store is None:
+        if self.storage is None:
             return
-        index = beam_idx.to(self.store.position.device)
-        self.store.select(index)
-        self.live = [self.live[i] for i in index.tolist()]
-        if self.ring is not None:
-            self.ring = (self.ring[0].index_select(0, index), self.ring[1].index_select(0, index))
+        index = beam_idx.to(self.storage.pool.position.device)
+        self.storage.select(index)
+        self.ring.select(index)
 
-    # --- storage ---
+    # --- figures ---
+
+    @property
+    def store(self) -> SlotPool | PagePool | None:
+        """The slots; None before the first forward."""
+        return None if self.storage is None else self.storage.pool
 
     @property
     def nbytes(self) -> int:
@@ -130,61 +111,19 @@ class EvictingLayer(CacheLayerMixin):
         return 0 if self.store is None else self.store.nbytes
 
     @property
+    def peak_nbytes(self) -> int:
+        """Most bytes of keys and values ever held."""
+        return 0 if self.storage is None else self.storage.peak_nbytes
+
+    @property
     def aux_nbytes(self) -> int:
         """Bytes of positions, ledger, rings and tables now."""
-        ring = sum(tensor.nbytes for tensor in self.ring) if self.ring is not None else 0
-        return ring + (0 if self.store is None else self.store.aux_nbytes)
+        return self.ring.nbytes + (0 if self.store is None else self.store.aux_nbytes)
 
-    def _page(self) -> int:
-        """Slots per page, small enough for tiny budgets."""
-        target = self._targets([0])[0] + self.clock.schedule.period
-        return max(1, min(PAGE_SLOTS, target // PAGE_OVERHEAD))
-
-    def _targets(self, seen: list[int]) -> list[int]:
-        """Slots per kv head after an event, for rows that have seen so many tokens."""
-        policy, schedule, place = self.policy, self.clock.schedule, self.place
-        floor = policy.guard.reserved(schedule.period) + 1
-        targets = []
-        for row, tokens in enumerate(seen):
-            budget = policy.budget.tokens(tokens, floor, place.row_bytes_per_token, place.num_evicting, schedule.slack)
-            budget = policy.allocator.layer_budget(budget, place.rank, place.num_evicting, floor)
-            if policy.guard.prompt:
-                budget += min(self.clock.prompt_tokens(row), tokens)
-            targets.append(budget - (schedule.slack == 0))
-        return targets
-
-    def _reserve(self, block: Block, rest: list[int]) -> None:
-        """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
-        assert self.store is not None
-        schedule = self.clock.schedule
-        coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
-        need = max(live + size for live, size in zip(self.live, coming, strict=True))
-        if isinstance(self.store, PagePool):
-            self._fit_pages(self.store, need)
-            pairs = zip(block.sizes, block.before, strict=True)
-            if self.unassigned or any(size and before % schedule.period == 0 for size, before in pairs):
-                self.store.assign([schedule.period - before % schedule.period for before in block.before])
-                self.unassigned = False
-        elif need > self.store.capacity:
-            steady = self._steady()
-            roomy = max(need, self.store.capacity + self.store.capacity // 4 + schedule.period)
-            self.store.resize(steady if need <= steady <= 2 * roomy else roomy)
-
-    def _steady(self) -> int:
-        """Slots per head that a bounded policy ends up with; 0 if it has none yet."""
-        schedule = self.clock.schedule
-        if not schedule.bounded:
-            return 0
-        return max(self._targets(self.clock.seen)) + max(schedule.slack, 1)
-
-    def _fit_pages(self, store: PagePool, need: int) -> None:
-        heads, period = store.position.shape[1], self.clock.schedule.period
-        need = max(need, self._steady()) if need > self._steady() // 2 else need
-        total = heads * sum(max(live, need - period) + period for live in self.live)
-        widest = heads * need
-        if total > self.fitted or widest > store.position.shape[2]:
-            store.fit(total, widest)
-            self.fitted, self.unassigned = total, True
+    @property
+    def expiry(self) -> Tensor | None:
+        """The recorded history, int32 [B, H, columns read or more]; None if nothing was recorded."""
+        return self.history.table
 
     # --- the event loop ---
 
@@ -199,161 +138,116 @@ class EvictingLayer(CacheLayerMixin):
         Returns:
             [B, Hq, S, dv]
         """
+        assert self.storage is not None
         single = query.shape[2] == 1
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
         rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
         for block in self.clock.plan:
-            signals = self._signals(block, query, hidden, attention)
-            part_key, part_value = block.take(key, 2), block.take(value, 2)
-            self._reserve(block, rest)
-            self._write(block, signals, part_key, part_value)
-            answer = self._answer(signals, single)
+            signals = self._signals(self.storage, block, query, hidden, attention)
+            self.storage.reserve(block, rest)
+            self._write(self.storage, block, signals, block.take(key, 2), block.take(value, 2))
+            answer = self._answer(self.storage.pool, signals, single)
             if single:
                 out = answer
             else:
                 block.put(out, answer)
-            self._maybe_evict(block, signals)
+            if any(block.due):
+                self._hold_event(self.storage, block, signals)
             rest = [left - size for left, size in zip(rest, block.sizes, strict=True)]
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        self.storage.note_peak()
         return out
 
-    def _signals(self, block: Block, query: Tensor, hidden: Tensor | None, attention: Attention) -> Signals:
-        assert self.store is not None
+    def _signals(
+        self, storage: Storage, block: Block, query: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> Signals:
         tokens = self.clock.tokens
+        budget = block.rows.seen  # read at events only
+        if any(block.due):
+            targets = torch.tensor(storage.targets(block.after), dtype=torch.int32)
+            budget = targets.to(query.device, non_blocking=True)
         return Signals(
             layer=self.place.index,
-            slots=self.store,
+            slots=storage.pool,
             rows=block.rows,
-            budget=self._budget(block, query.device),
-            ledger=self.store.ledger.columns,
+            budget=budget,
+            ledger=storage.pool.ledger.columns,
             query=block.take(query, 2),
             query_position=block.position,
             attention=attention,
             hidden=None if hidden is None else block.take(hidden, 1),
             tokens=None if tokens is None else block.take(tokens, 1),
-            ring=self.ring,
+            ring=self.ring.held,
         )
 
-    def _budget(self, block: Block, device: torch.device) -> Tensor:
-        if not any(block.due):
-            return block.rows.seen
-        seen = [before + size for before, size in zip(block.before, block.sizes, strict=True)]
-        return torch.tensor(self._targets(seen), dtype=torch.int32).to(device, non_blocking=True)
-
-    def _write(self, block: Block, signals: Signals, key: Tensor, value: Tensor) -> None:
-        assert self.store is not None
-        notes = self.policy.scorer.write(signals)
-        self.store.write(key, value, block.position, notes, block.sizes)
-        self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
-        if self.policy.scorer.window:
-            self._remember(block, signals.query)
+    def _write(self, storage: Storage, block: Block, signals: Signals, key: Tensor, value: Tensor) -> None:
+        storage.write(block, key, value, self.policy.scorer.write(signals))
+        self.ring.add(block, signals.query)
         if self.record:
-            self._open_expiry(block)
+            self.history.cover(self.clock.length + self.clock.pending, storage.pool.position)
 
-    def _answer(self, signals: Signals, single: bool) -> Tensor:
-        assert self.store is not None
+    def _answer(self, pool: SlotPool | PagePool, signals: Signals, single: bool) -> Tensor:
         scorer = self.policy.scorer
         if single and not scorer.observes:
-            return step_attention(self.store, signals.query, signals.attention)
-        out, weights = block_attention(self.store, signals)
+            return step_attention(pool, signals.query, signals.attention)
+        out, weights = block_attention(pool, signals)
         if scorer.observes:
-            seen = Signals(**{**vars(signals), "fresh_attention": weights, "ring": self.ring, "memo": {}})
+            seen = Signals(**{**vars(signals), "fresh_attention": weights, "ring": self.ring.held, "memo": {}})
             for name, column in scorer.observe(seen).items():
-                self.store.ledger.columns[name] = column
+                pool.ledger.columns[name] = column
         return out
 
-    def _maybe_evict(self, block: Block, signals: Signals) -> None:
-        if not any(block.due):
-            return
-        assert self.store is not None
-        now = Signals(**{**vars(signals), "ring": self.ring, "ledger": self.store.ledger.columns, "memo": {}})
+    def _hold_event(self, storage: Storage, block: Block, signals: Signals) -> None:
+        """Ask the policy what to keep in the rows that are due and hold more than their budget."""
+        now = Signals(**{**vars(signals), "ring": self.ring.held, "ledger": storage.pool.ledger.columns, "memo": {}})
         if self.policy.scorer.refreshes:
-            self._refresh(block, now)
-        targets = self._targets([before + size for before, size in zip(block.before, block.sizes, strict=True)])
-        over = [due and live > target for due, live, target in zip(block.due, self.live, targets, strict=True)]
-        if not any(over):
-            return
-        keep = self.policy.keep(now)
+            self._refresh(storage.pool, block, now)
+        targets = storage.targets(block.after)
+        over = [due and live > target for due, live, target in zip(block.due, storage.live, targets, strict=True)]
+        keep = self.policy.keep(now) if any(over) else None
         if keep is None:
             return
         drop = ~keep & now.occupied
         if not all(over):
             drop &= torch.tensor(over).to(drop.device, non_blocking=True).view(-1, 1, 1)
-        if self.record:
-            self._note_expiry(drop, block)
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-        self.store.evict(drop)
-        self.live = [target if was else live for was, live, target in zip(over, self.live, targets, strict=True)]
-        self._give_back()
+        storage.live = [target if was else live for was, live, target in zip(over, storage.live, targets, strict=True)]
+        self._check(storage, now.occupied & ~drop)
+        self._evict(storage, drop, block.rows.now + 1)
+        storage.give_back()
 
-    def _refresh(self, block: Block, now: Signals) -> None:
+    def _check(self, storage: Storage, kept: Tensor) -> None:
+        """What is kept beyond the budget would be overwritten; on CUDA this is a device assertion, which waits for nobody."""
+        room = torch.tensor(storage.live).to(kept.device, non_blocking=True)
+        counts = kept.sum(-1)
+        most = -(-counts.sum(-1) // counts.shape[1]) if self.policy.allocator.ragged else counts.amax(-1)
+        try:
+            torch._assert_async((most <= room).all(), "a policy kept more slots than its budget")
+        except RuntimeError as error:
+            raise CacheError(
+                f"the policy keeps {most.tolist()} slots per head in layer {self.place.index}, but its budget leaves "
+                f"{storage.live}; keep(signals) must not exceed signals.budget"
+            ) from error
+
+    def hide(self, hidden: Tensor) -> None:
+        """Evict tokens that the caller has since marked as padding, bool [B, columns read]."""
+        if self.storage is None:
+            return
+        position = self.storage.pool.position
+        index = position.clamp_min(0).flatten(1).long()
+        drop = hidden.gather(1, index).view_as(position) & (position >= 0)
+        end = torch.full((hidden.shape[0],), hidden.shape[1], device=hidden.device)
+        self._evict(self.storage, drop, end)
+
+    def _evict(self, storage: Storage, drop: Tensor, end: Tensor) -> None:
+        """Empty the slots `drop`; their tokens are gone from column `end` [B] on."""
+        if self.record:
+            self.history.note(drop, storage.pool.position, end.view(-1, 1, 1))
+        storage.evict(drop)
+
+    def _refresh(self, pool: SlotPool | PagePool, block: Block, now: Signals) -> None:
         """Let the scorer bring its notes up to date in the rows whose event this is."""
-        assert self.store is not None
-        columns = self.store.ledger.columns
+        columns = pool.ledger.columns
         for name, fresh in self.policy.scorer.refresh(now).items():
             if not all(block.due):
                 due = torch.tensor(block.due).to(fresh.device, non_blocking=True)
                 fresh = torch.where(due.view(-1, *([1] * (fresh.ndim - 1))), fresh, columns[name])
             columns[name] = fresh.to(columns[name].dtype)
-
-    def _give_back(self) -> None:
-        """Free what a long prompt needed and the steady state does not."""
-        steady = self._steady()
-        if isinstance(self.store, SlotPool):
-            if steady and self.store.capacity > steady and max(self.live) <= steady:
-                self.store.resize(steady)
-        elif self.store is not None and steady:
-            total = self.store.position.shape[1] * len(self.live) * steady
-            if self.fitted > total and max(self.live) <= steady:
-                self.store.fit(total, self.store.position.shape[2])
-                self.fitted = total
-        self.unassigned = True
-
-    def _remember(self, block: Block, query: Tensor) -> None:
-        """Keep the last `window` queries of every row in a ring, post-RoPE."""
-        window = self.policy.scorer.window
-        if self.ring is None:
-            shape = (query.shape[0], query.shape[1], window, query.shape[3])
-            position = torch.full((shape[0], window), -1, dtype=torch.int32, device=query.device)
-            self.ring = (query.new_zeros(shape), position)
-        queries, positions = self.ring
-        size = block.sizes[0]
-        if all(s == size for s in block.sizes) and len({b % window for b in block.before}) == 1:
-            spans = [(slice(None), block.before[0], size)]
-        else:
-            spans = [(slice(row, row + 1), block.before[row], size) for row, size in enumerate(block.sizes)]
-        for row, before, size in spans:
-            for start, stop, at in ring_spans(before, size, window):
-                queries[row, :, at : at + stop - start] = query[row, :, start:stop]
-                positions[row, at : at + stop - start] = block.position[row, start:stop]
-
-    def _open_expiry(self, block: Block) -> None:
-        """Extend the recorded trace to the columns read so far; a last spare column takes what is not evicted."""
-        assert self.store is not None
-        length = self.clock.length + self.clock.pending
-        if self.expiry is None or self.expiry.shape[-1] < length + 1:
-            room = max(length + 1, length + length // 4)
-            old = self.expiry
-            shape = (*self.store.position.shape[:2], room)
-            self.expiry = torch.full(shape, NEVER, dtype=torch.int32, device=block.position.device)
-            if old is not None:
-                self.expiry[..., : old.shape[-1] - 1] = old[..., :-1]
-
-    def _note_expiry(self, drop: Tensor, block: Block) -> None:
-        assert self.store is not None and self.expiry is not None
-        last = self.expiry.shape[-1] - 1
-        column = torch.where(drop, self.store.position, last).long()
-        when = (block.rows.now + 1).view(-1, 1, 1).expand_as(column)
-        self.expiry.scatter_(-1, column, when)
-
-
-def ring_spans(before: int, size: int, window: int) -> list[tuple[int, int, int]]:
-    """Where the last tokens of a block go in a ring: (start, stop, ring offset) pieces."""
-    start = max(0, size - window)
-    spans = []
-    while start < size:
-        at = (before + start) % window
-        stop = min(size, start + window - at)
-        spans.append((start, stop, at))
-        start = stop
-    return spans

@@ -1,4 +1,4 @@
-"""Models by name: a local folder, or a Hub id because the user asked for one. Code that comes with a model is never run."""
+"""Models by name: a local folder, or a Hub id because the user asked for one. A model's own code is never run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,10 +31,12 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTr
         UsageError: no such device or dtype on this machine.
     """
     where, kind = pick_device(device), pick_dtype(dtype)
-    source = locate(name)
+    source, local = locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kind, local_files_only=local, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     return model.to(where).eval(), tokenizer
@@ -44,15 +48,15 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         ModelError: as `load`.
     """
-    source = locate(name)
+    source, local = locate(name)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
 
-def locate(name: str) -> str:
-    """The folder as a path, or the name itself if it can only be a Hub id.
+def locate(name: str) -> tuple[str, bool]:
+    """Where to load from, and whether only from this machine: a folder, or a Hub id after one question to the Hub.
 
     Raises:
         ModelError: neither; what looks like a path never becomes a download.
@@ -61,10 +65,37 @@ def locate(name: str) -> str:
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise ModelError(f"no model in {name!r}: expected a folder with config.json, weights and tokenizer files")
-        return str(folder)
-    if HUB_ID.fullmatch(name) is None or name.startswith(".") or len(folder.parts) > 1 and folder.parent.exists():
+        return str(folder), True
+    if HUB_ID.fullmatch(name) is None or name.startswith(".") or (len(folder.parts) > 1 and folder.parent.exists()):
         raise ModelError(f"no folder {name!r}; give a local model folder, a Hub id such as Qwen/Qwen3-0.6B, or testbed")
-    return name
+    return name, not on_hub(name)
+
+
+def on_hub(name: str) -> bool:
+    """Whether the Hub answers for this id; False if only the local cache can.
+
+    Asked once and without the retries of a download, which would keep a person without a network waiting for minutes.
+
+    Raises:
+        ModelError: the Hub knows no such model, or neither Hub nor cache can be asked.
+    """
+    try:
+        HfApi().model_info(name, timeout=10)
+    except GatedRepoError:
+        return True
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {name!r} here and no such model on the Hub, or it is private; check the name, or log "
+            "in with `hf auth login`"
+        ) from error
+    except Exception as error:  # every HTTP library has its own tree of errors
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
+        raise ModelError(
+            f"there is no folder {name!r} here, and the Hub cannot be reached ({type(error).__name__}); give a local "
+            "folder or check the network"
+        ) from error
+    return True
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,7 +113,9 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
     present = device.type == "cpu" or (accelerator is not None and accelerator.type == device.type)
     if not present or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        found = "only the CPU" if accelerator is None else f"cpu and {torch.accelerator.device_count()} {accelerator.type}"
+        found = (
+            "only the CPU" if accelerator is None else f"cpu and {torch.accelerator.device_count()} {accelerator.type}"
+        )
         raise UsageError(f"device {name!r} is not here: torch sees {found}; use --device auto")
     return device
 
@@ -102,13 +135,12 @@ def _explain(name: str, error: Exception) -> str:
     """One line: what transformers said, and what to do about it."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
-        return f"model {name!r} needs code of its own, which learnevict does not run; use a model that transformers knows"
-    if Path(name).expanduser().exists():
-        return f"cannot load the model in {name!r}: {said}"
-    return (
-        f"cannot load {name!r}: there is no such folder here, and as a Hub id: {said} (a private or gated model needs "
-        "`hf auth login`; without a network give a local folder)"
-    )
+        return (
+            f"model {name!r} needs code of its own, which learnevict does not run; use a model that transformers knows"
+        )
+    if "gated" in str(error).lower():
+        return f"model {name!r} is gated: ask for access on its page, then log in with `hf auth login`"
+    return f"cannot load model {name!r}: {said}"
 
 
 def quiet(*, bars: bool) -> None:

@@ -60,7 +60,7 @@ class PagePool:
     def fit(self, total: int, widest: int) -> None:
         """Make room for `total` slots over all rows and heads, and `widest` in one head. Grows and shrinks storage."""
         batch, heads, _ = self.table.shape
-        pages = 1 + -(-total // self.page) + batch * heads
+        pages = 1 + (total + batch * heads * (self.page - 1)) // self.page
         depth = -(-widest // self.page)
         if depth > self.table.shape[2]:
             self.table = torch.nn.functional.pad(self.table, (0, depth - self.table.shape[2]))

@@ -86,7 +86,7 @@ class SlotPool:
         return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), self.bias, self.free])
 
     def resize(self, capacity: int) -> None:
-        """Grow with empty slots, or shrink by dropping empty ones; survivors are kept in position order when shrinking."""
+        """Grow with empty slots, or shrink by dropping empty ones."""
         pick = None
         if capacity < self.capacity:
             pick = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]

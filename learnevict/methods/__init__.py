@@ -56,7 +56,9 @@ def load(name: str) -> ModuleType:
         ) from error
     missing = [part for part in ("PAPER", "policy") if part not in vars(module)]
     if missing:
-        raise UsageError(f"module {path!r} is not a method: it lacks {' and '.join(missing)} (see docs: how to add a method)")
+        raise UsageError(
+            f"module {path!r} is not a method: it lacks {' and '.join(missing)} (see docs: how to add a method)"
+        )
     return module
 
 

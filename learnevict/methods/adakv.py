@@ -1,10 +1,12 @@
 """Ada-KV: heads of a layer compete for its budget (arXiv 2407.11550).
 
 SnapKV's votes of all kv heads are pooled; head h gets (1 - alpha) * (its slots among the best of all) + alpha * (equal
-share), alpha = 0.2 (section 4.1; Algorithm 2 prints the weights swapped, appendix and code agree with this form). Pooling
-minimises the paper's bound on the change of the layer's output. Storage is paged, so what a head gives up is memory.
+share), alpha = 0.2 (section 4.1; Algorithm 2 prints the weights swapped, appendix and code agree with this form).
+Pooling minimises the paper's bound on the change of the layer's output. Storage is paged, so what a head gives up is
+memory.
 
-Departures: largest remainder instead of rounding, so a layer holds exactly H * budget; votes at every event, see snapkv.
+Departures: largest remainder instead of rounding, so a layer holds exactly H * budget; votes at every event, see
+    snapkv.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.parts.window import WindowAttention
 from learnevict.policy import Policy
 
@@ -27,7 +29,7 @@ def policy(
     alpha: float = 0.2,
     window: int | None = None,
     recent: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep what the last queries attend to, more of it in heads that spread their attention.
 
@@ -36,7 +38,7 @@ def policy(
         alpha: share that heads divide equally; 1 is uniform.
         window: queries that vote (32: section 5.1); None: `recent` if given.
         recent: last tokens that stay; None: the window.
-        **options: see Options.
+        **options: see Terms.
     """
     if window is None:
         window = 32 if recent is None else max(recent, 1)

@@ -1,13 +1,13 @@
 """Expected Attention: what queries to come will attend to, taken as Gaussian (arXiv 2510.00636).
 
 Recent queries without RoPE have mean mu and covariance Sigma; rotated to the average of the next T = 512 positions,
-R = mean of R_p, they give the expected logit  z_j = R mu . k_j / sqrt(d) + k_j' (R Sigma R') k_j / (2 d)  (section 3.1);
-s_j = (mean over the group of softmax_j(z) + epsilon) * ||v_j||.  Queries of the first 4 tokens are outliers and left out, and
-so are those tokens in the softmax; they rank highest.
+R = mean of R_p, they give the expected logit  z_j = R mu . k_j / sqrt(d) + k_j' (R Sigma R') k_j / (2 d)  (section
+3.1); s_j = (mean over the group of softmax_j(z) + epsilon) * ||v_j||.  Queries of the first 4 tokens are outliers and
+left out, and so are those tokens in the softmax; they rank highest.
 
-Departures: statistics of the last 64 queries, whose rotation is undone, where the paper takes the whole prompt's; ||v|| for
-||W_o v||, as in kvpress; sinks of attention and soft caps are not modelled. Rank-W form: (1/W) sum of ((R q_i - R mu) . k_j)^2
-is the quadratic term without any d x d matrix.
+Departures: statistics of the last 64 queries, whose rotation is undone, where the paper takes the whole prompt's; ||v||
+for ||W_o v||, as in kvpress; sinks of attention and soft caps are not modelled. Rank-W form: (1/W) sum of ((R q_i - R
+mu) . k_j)^2 is the quadratic term without any d x d matrix.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import ModelError
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.parts.window import HIGHEST
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Attention, Signals
 
-PAPER = Paper("Expected Attention: KV Cache Compression by Estimating Attention from Future Queries", "2510.00636", 2025)
+PAPER = Paper(
+    "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries", "2510.00636", 2025
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class ExpectedAttention(Scorer):
         return where, where >= signals.rows.first.view(-1, 1) + self.skip
 
     def _ahead(self, signals: Signals) -> Iterator[tuple[Tensor, Tensor]]:
-        """Queries moved to the average of the next positions, float32 [B, Hq, w, d], with [B, 1, w, 1] 1 where they count.
+        """Queries moved to the average of the next positions, float32 [B, Hq, w, d], with [B, 1, w, 1] 1 where they
+        count.
 
         A few at a time. Only distances enter, so it does not matter whether positions count padding.
         """
@@ -113,7 +116,7 @@ def policy(
     future: int = 512,
     epsilon: float = 0.0,
     recent: int = 8,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep what queries to come are expected to attend to.
 
@@ -123,6 +126,8 @@ def policy(
         future: positions ahead that are averaged over (512: section 4.1).
         epsilon: share every token gets before the value's norm (0.02 with Ada-KV in kvpress).
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
-    return compose("expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options)
+    return compose(
+        "expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options
+    )

@@ -1,8 +1,8 @@
 """Golden eviction: follow a trace that was rolled from the future (`oracle.golden`). A reference, not a bound.
 
-A slot's score is its token's expiry, so an event drops exactly the tokens that the trace ends there. Where the trace has
-nothing to say (past its last token, or once a row's text has left the text it was made from) recency decides, within the
-guards. Any recorded trace of a uniform policy can be followed the same way.
+A slot's score is its token's expiry, so an event drops exactly the tokens that the trace ends there. Where the trace
+has nothing to say (past its last token, or once a row's text has left the text it was made from) recency decides,
+within the guards. Any recorded trace of a uniform policy can be followed the same way.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import TraceError
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Gate, Policy
-from learnevict.signals import NEVER, Column, Signals, Trace
+from learnevict.signals import Column, Signals, Trace
 
 PAPER = Paper("Golden eviction, section 3.1 of ForesightKV", "2602.03203", 2026, kind="reference")
 
@@ -78,7 +78,7 @@ def policy(
     text: Tensor | None = None,
     divergence: int | Sequence[int] | Tensor | None = None,
     recent: int = 8,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Evict as the trace says.
 
@@ -88,17 +88,23 @@ def policy(
         text: int64 [B, T], see Hindsight; needed in free generation.
         divergence: see Hindsight.
         recent: last tokens that stay; guards must protect no more than those the trace was rolled with.
-        **options: see Options; slack must agree with the trace, and events fall on its grid ("blocks").
+        **options: see Terms; slack must agree with the trace, and events fall on its grid ("blocks").
 
     Raises:
         TraceError: another budget, period or schedule than the trace's.
     """
     asked = Budget.parse(budget)
     if trace.budget is not None and asked != Budget(trace.budget):
-        raise TraceError(f"the trace was rolled for a budget of {trace.budget} tokens, not {asked}; roll one for {asked}")
+        raise TraceError(
+            f"the trace was rolled for a budget of {trace.budget} tokens, not {asked}; roll one for {asked}"
+        )
     slack = options.get("slack", 0 if trace.period == 1 else trace.period)
     if slack is None or trace.period != max(slack, 1):
-        raise TraceError(f"the trace has an event every {trace.period} tokens, not every {slack}; roll labels of that block")
+        raise TraceError(
+            f"the trace has an event every {trace.period} tokens, not every {slack}; roll labels of that block"
+        )
     if options.get("schedule", "blocks") != "blocks":
-        raise TraceError(f"the trace has its events in blocks, so schedule={options.get('schedule')!r} cannot follow it")
+        raise TraceError(
+            f"the trace has its events in blocks, so schedule={options.get('schedule')!r} cannot follow it"
+        )
     return compose("golden", asked, Hindsight(trace, text, divergence), recent=recent, **{**options, "slack": slack})

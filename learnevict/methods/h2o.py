@@ -3,28 +3,29 @@
 F_j = sum of the attention token j received from every query so far (Algorithm 1), per head; a group of query heads that
 share a kv head contributes its mean. Half of the budget is the recent window, half goes to the largest F.
 
-Variants: "paper" is that sum, which favours old tokens: more queries have seen them. "kvpress" (ObservedAttention) divides
-by the number of queries that could see the token.
+Variants: "paper" is that sum, which favours old tokens: more queries have seen them. "kvpress" (ObservedAttention)
+divides by the number of queries that could see the token.
 
-Departures: original positions stay (the authors' real-drop class re-numbers them); events every `slack` tokens, not every
-step; sums are float32 (the authors' fp16 sums stop growing).
+Departures: original positions stay (the authors' real-drop class re-numbers them); events every `slack` tokens, not
+every step; sums are float32 (the authors' fp16 sums stop growing).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose, unknown_variant
+from learnevict.parts.options import Terms, compose, unknown_variant
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Column, Signals
 
-PAPER = Paper("H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", "2306.14048", 2023)
+PAPER = Paper(
+    "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", "2306.14048", 2023
+)
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class AttentionMass(Scorer):
 def policy(
     budget: int | str | Budget,
     *,
-    variant: Literal["paper", "kvpress"] = "paper",
+    variant: str = "paper",
     recent: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep heavy hitters.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         variant: "paper" or "kvpress", see above.
-        recent: last tokens that stay; None: half of a budget given in tokens (section 5: half heavy, half recent), else 8.
-        **options: see Options.
+        recent: last tokens that stay; None: half of a budget given in tokens (section 5: half heavy, half recent), else
+            8.
+        **options: see Terms.
     """
     if variant not in ("paper", "kvpress"):
         raise unknown_variant("h2o", variant, ("paper", "kvpress"))

@@ -1,7 +1,7 @@
 """KeyDiff: keys unlike the average key are kept (arXiv 2504.15364).
 
-s_j = -cos(k_j, mean over i of k_i / ||k_i||), over the slots held (section 3, and kvpress); events after every block, as in
-the paper. Keys are post-RoPE, as stored.
+s_j = -cos(k_j, mean over i of k_i / ||k_i||), over the slots held (section 3, and kvpress); events after every block,
+as in the paper. Keys are post-RoPE, as stored.
 
 Departures: sinks and recent tokens are protected.
 """
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -45,12 +45,12 @@ def directions(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Options]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
     """Keep keys that differ from the average.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
     return compose("keydiff", budget, Unlikeness(), recent=recent, **options)

@@ -1,6 +1,7 @@
 """KNorm: keys of small norm are kept (arXiv 2406.11430).
 
-s_j = -||k_j||_2 (section 3); RoPE does not change it. Models that normalise keys (Qwen3, Gemma3) leave it little to see.
+s_j = -||k_j||_2 (section 3); RoPE does not change it. Models that normalise keys (Qwen3, Gemma3) leave it little to
+see.
 
 Departures: all layers evict (KVCache-Factory skips layers 0 and 1, which would leave them unbounded); events also while
 decoding; sinks and recent tokens are protected.
@@ -16,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -32,12 +33,12 @@ class KeyNorm(Scorer):
         return -signals.per_slot(lambda keys, values: torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Options]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
     """Keep keys of small norm.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
     return compose("knorm", budget, KeyNorm(), recent=recent, **options)

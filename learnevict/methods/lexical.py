@@ -2,8 +2,8 @@
 
 score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
 
-The table is fitted on training seeds (learnevict.train.lexical), the bonus for recency tuned on validation seeds. A policy
-that only learned "digits stay, filler goes" does no better than this.
+The table is fitted on training seeds (learnevict.train.lexical), the bonus for recency tuned on validation seeds. A
+policy that only learned "digits stay, filler goes" does no better than this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Gate, Policy
 from learnevict.signals import Column, Signals
 
@@ -60,13 +60,13 @@ def build(layout: Layout) -> LexicalGate:
     return LexicalGate(layout.num_layers, layout.num_heads, layout.vocab_size)
 
 
-def policy(budget: int | str | Budget, *, gate: LexicalGate, recent: int = 8, **options: Unpack[Options]) -> Policy:
+def policy(budget: int | str | Budget, *, gate: LexicalGate, recent: int = 8, **options: Unpack[Terms]) -> Policy:
     """Keep the words that are worth most on average.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         gate: fitted, from `Gates.from_pretrained(...)`.
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
     return compose("lexical", budget, gate, recent=recent, **options)

@@ -1,10 +1,10 @@
 """PyramidKV: SnapKV's votes, with budgets that shrink with depth (arXiv 2406.02069).
 
-The budget of layer l falls linearly from 2 * base - base / beta to base / beta (section 3.2.1, beta = 20 in the authors'
-code), where base is what the budget holds beyond what always stays.
+The budget of layer l falls linearly from 2 * base - base / beta to base / beta (section 3.2.1, beta = 20 in the
+authors' code), where base is what the budget holds beyond what always stays.
 
-Departures: what always stays is guards and fresh block (the paper: the window); fractions are settled so that layers sum to
-exactly L * budget (the authors' integer steps do not); layers shorter than their budget do not lend the rest.
+Departures: what always stays is guards and fresh block (the paper: the window); fractions are settled so that layers
+sum to exactly L * budget (the authors' integer steps do not); layers shorter than their budget do not lend the rest.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.methods.snapkv import Variant, observer
+from learnevict.methods.snapkv import observer
 from learnevict.parts.allocators import Pyramid
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy
 
 PAPER = Paper("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "2406.02069", 2024)
@@ -25,10 +25,10 @@ def policy(
     budget: int | str | Budget,
     *,
     beta: float = 20.0,
-    variant: Variant = "paper",
+    variant: str = "paper",
     window: int | None = None,
     recent: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep what the last queries attend to, more of it in early layers.
 
@@ -38,7 +38,7 @@ def policy(
         variant: of SnapKV.
         window: queries that vote, see snapkv.
         recent: last tokens that stay, see snapkv.
-        **options: see Options.
+        **options: see Terms.
     """
     scorer, recent = observer(variant, window, recent)
     return compose("pyramidkv", budget, scorer, recent=recent, allocator=Pyramid(beta), **options)

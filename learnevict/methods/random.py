@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -49,13 +49,13 @@ def finalise(word: Tensor) -> Tensor:
     return word ^ shift(word, 31)
 
 
-def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[Options]) -> Policy:
+def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[Terms]) -> Policy:
     """Keep a random subset beside the guards.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         seed: another seed, another subset.
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
     return compose("random", budget, Hashed(seed), recent=recent, **options)

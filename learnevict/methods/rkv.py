@@ -1,25 +1,25 @@
 """R-KV: attended and not redundant (arXiv 2505.24133).
 
-s = lambda * I - (1 - lambda) * R (section 3.4): I is the attention of the last 8 queries, the largest logit of the group,
-softmax over the tokens before the window, mean over queries, max-pool 7; R is the redundancy of keys (parts/redundancy.py).
+s = lambda * I - (1 - lambda) * R (section 3.4): I is the attention of the last 8 queries, the largest logit of the
+group, softmax over the tokens before the window, mean over queries, max-pool 7; R is the redundancy of keys
+(parts/redundancy.py).
 
 Variants: "paper" has lambda = 0.1, "code" the authors' class default 0.07.
 
-Departures: neighbours and "latest" go by position, not by a slot order that was shuffled by the last event; every row of a
-batch has its own R (the authors' code uses row 0's for all); events also inside the prompt.
+Departures: neighbours and "latest" go by position, not by a slot order that was shuffled by the last event; every row
+of a batch has its own R (the authors' code uses row 0's for all); events also inside the prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose, unknown_variant
+from learnevict.parts.options import Terms, compose, unknown_variant
 from learnevict.parts.redundancy import redundancy
 from learnevict.parts.window import HIGHEST, WindowAttention
 from learnevict.policy import Policy, Scorer
@@ -49,12 +49,12 @@ class ImportantAndNew(Scorer):
 def policy(
     budget: int | str | Budget,
     *,
-    variant: Literal["paper", "code"] = "paper",
+    variant: str = "paper",
     mix: float | None = None,
     threshold: float = 0.5,
     window: int = 8,
     recent: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep what is attended to and not said elsewhere.
 
@@ -65,7 +65,7 @@ def policy(
         threshold: cosine above which keys are alike (0.5: the authors' code).
         window: queries that vote (alpha = 8: section 4.1).
         recent: last tokens that stay; None: the window.
-        **options: see Options.
+        **options: see Terms.
     """
     if variant not in MIX:
         raise unknown_variant("rkv", variant, MIX)

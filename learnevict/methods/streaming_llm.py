@@ -2,9 +2,9 @@
 
 Keep the first 4 tokens and the newest of the rest (section 3.2): the score is recency.
 
-Departures: keys keep their true positions, as in kvpress, KVCache-Factory and R-KV; the paper caches keys before RoPE and
-rotates by slot index, so that distances never exceed the budget. The window slides once per event, not at every step,
-unless slack=0.
+Departures: keys keep their true positions, as in kvpress, KVCache-Factory and R-KV; the paper caches keys before RoPE
+and rotates by slot index, so that distances never exceed the budget. The window slides once per event, not at every
+step, unless slack=0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.parts.recency import Recency
 from learnevict.policy import Policy
 
@@ -28,7 +28,7 @@ def policy(
     *,
     recent: int = 8,
     positions: Literal["true", "slot"] = "true",
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """Keep sinks (4: section 3.2, table 2) and the most recent tokens.
 
@@ -36,7 +36,7 @@ def policy(
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay; without effect here, since recency is the score.
         positions: "true" keeps every key's own position.
-        **options: see Options.
+        **options: see Terms.
 
     Raises:
         UsageError: positions="slot".

@@ -1,7 +1,8 @@
 """TOVA: keep what the newest query attends to (arXiv 2401.06104).
 
-s_j = attention of the last query, averaged over all query heads of the layer (section 3.2); every head of a layer keeps the
-same tokens. With slack=0 one token goes at every step, as in the paper; otherwise the query is the last one of each block.
+s_j = attention of the last query, averaged over all query heads of the layer (section 3.2); every head of a layer keeps
+the same tokens. With slack=0 one token goes at every step, as in the paper; otherwise the query is the last one of each
+block.
 
 Departures: sinks 4 and recent 8 are protected by default; the paper protects nothing but what attention protects.
 """
@@ -16,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -36,12 +37,12 @@ class LastAttention(Scorer):
         return torch.empty_like(weights).scatter_(-1, signals.order, shared.expand_as(weights).contiguous())
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Options]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
     """Keep what the newest query looks at.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Options.
+        **options: see Terms.
     """
     return compose("tova", budget, LastAttention(), recent=recent, **options)

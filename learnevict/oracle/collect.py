@@ -20,7 +20,9 @@ def full_trace(model: PreTrainedModel, input_ids: Tensor) -> Trace:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shape = (config.num_hidden_layers, input_ids.shape[0], heads, input_ids.shape[1])
     # one number behind a view: a full trace of a long document costs nothing
-    return Trace(torch.full((1, 1, 1, 1), NEVER, dtype=torch.int32, device=input_ids.device).expand(shape), source="full")
+    return Trace(
+        torch.full((1, 1, 1, 1), NEVER, dtype=torch.int32, device=input_ids.device).expand(shape), source="full"
+    )
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ MILLE = 1000
 class Pyramid(Allocator):
     """More for early layers, linearly less with depth; the sum over layers is exactly L * budget.
 
-    The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor the last
-    layer gets base / beta and the first 2 * base - base / beta. Fractions are settled by largest remainder, ties early.
+    The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor
+    the last layer gets base / beta and the first 2 * base - base / beta. Fractions are settled by largest remainder,
+    ties early.
     """
 
     beta: float = 20.0
@@ -50,8 +51,9 @@ class Ada(Allocator):
     """Heads compete for slots by score, above a floor that each keeps (Algorithm 1 of arXiv 2407.11550).
 
     Of the slots beside protected ones, F in the whole layer, head h has f_h among the F best of all heads. It gets
-    (1 - alpha) * f_h + alpha * F / H, in whole numbers by largest remainder (ties: the lower head), so that the layer holds
-    exactly H * budget. What a head cannot fill goes to the best slots left in the others. Exact integers, no sort of ties.
+    (1 - alpha) * f_h + alpha * F / H, in whole numbers by largest remainder (ties: the lower head), so that the layer
+    holds exactly H * budget. What a head cannot fill goes to the best slots left in the others. Exact integers, no sort
+    of ties.
     """
 
     alpha: float = 0.2

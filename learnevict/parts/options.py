@@ -1,7 +1,7 @@
 """The options every method shares, in one place: so that a comparison can force the same protection on all of them.
 
-`sinks=4` is the default of every method, also where its paper protects none (H2O, TOVA, KNorm, KeyDiff, SnapKV): without
-sinks a streaming evaluation measures little else. Give `sinks=0` for the paper's letter.
+`sinks=4` is the default of every method, also where its paper protects none (H2O, TOVA, KNorm, KeyDiff, SnapKV):
+without sinks a streaming evaluation measures little else. Give `sinks=0` for the paper's letter.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ from learnevict.errors import UsageError
 from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
 
 
-class Options(TypedDict, total=False):
+class Terms(TypedDict, total=False):
     """When events fall and what they never touch.
 
     Keys:
         sinks: first tokens of a row that stay, default 4.
-        recent: last tokens that stay; the default is the method's.
         prompt: keep the whole prompt and count the budget on the rest, default False.
         slack: tokens between events, default 128; 0 evicts at every step.
-        schedule: "blocks" (default) runs events inside the prompt too; "prefill_end" compresses the prompt once, when it has
-            been read; "prefill_only" does that and then lets the cache grow (not bounded).
+        schedule: "blocks" (default) runs events inside the prompt too; "prefill_end" compresses the prompt once, when
+            it has been read; "prefill_only" does that and then lets the cache grow (not bounded).
     """
 
     sinks: int
-    recent: int
     prompt: bool
     slack: int
     schedule: Literal["blocks", "prefill_end", "prefill_only"]
+
+
+class Options(Terms, total=False):
+    """All that every method takes.
+
+    Keys:
+        recent: last tokens that stay; the default is the method's.
+    """
+
+    recent: int
 
 
 def compose(
@@ -42,7 +50,7 @@ def compose(
     *,
     recent: int = 8,
     allocator: Allocator | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Terms],
 ) -> Policy:
     """The policy of one method.
 
@@ -52,7 +60,7 @@ def compose(
         scorer: who is worth keeping.
         recent: last tokens that stay: the user's choice, or what the method's paper protects.
         allocator: how many per layer and head; None: the same for all.
-        **options: see Options.
+        **options: see Terms.
 
     Raises:
         UsageError: an unknown option or schedule.
@@ -60,7 +68,9 @@ def compose(
     """
     unknown = sorted(set(options) - Options.__optional_keys__)
     if unknown:
-        raise UsageError(f"{name} has no option {', '.join(unknown)}; all methods take {known(Options.__optional_keys__)}")
+        raise UsageError(
+            f"{name} has no option {', '.join(unknown)}; all methods take {known(Options.__optional_keys__)}"
+        )
     slack, when = options.get("slack", 128), options.get("schedule", "blocks")
     if when == "blocks":
         schedule = Schedule(slack)

@@ -1,6 +1,7 @@
 """Attention of the last W queries, the family behind SnapKV, PyramidKV, Ada-KV and R-KV.
 
-The published codes differ in every field below and call the result by one name; a method's `variant` is a record of them.
+The published codes differ in every field below and call the result by one name; a method's `variant` is a record of
+them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class WindowAttention(Scorer):
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UsageError(f"a window of {self.window} queries pooled by {self.kernel}: give window >= 1 and an odd kernel")
+            raise UsageError(
+                f"a window of {self.window} queries pooled by {self.kernel}: give window >= 1 and an odd kernel"
+            )
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""

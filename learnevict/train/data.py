@@ -20,9 +20,13 @@ def read_texts(path: Path, tokenizer: Any, limit: int, max_length: int) -> list[
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error
-    texts = [text] if path.suffix != ".jsonl" else [
-        _text_of(line, number, path, tokenizer) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-    ]
+    texts = (
+        [text]
+        if path.suffix != ".jsonl"
+        else [
+            _text_of(line, number, path, tokenizer) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
+    )
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"][:max_length] for part in texts[:limit]]
     documents = [Document(part, 0, path.name, number) for number, part in enumerate(ids) if part]
     if not documents:

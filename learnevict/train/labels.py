@@ -76,11 +76,15 @@ class LabelStore:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if manifest is None and not path.is_file():
-            raise LabelError(f"no labels in {str(folder)!r}: manifest.json is missing; make them with recipes/oracle.py")
+            raise LabelError(
+                f"no labels in {str(folder)!r}: manifest.json is missing; make them with recipes/oracle.py"
+            )
         found = Manifest(**json.loads(path.read_text())) if path.is_file() else None
         if found is not None and manifest is not None and found != manifest:
             wrong = [key for key, value in asdict(manifest).items() if asdict(found)[key] != value]
-            raise LabelError(f"{str(folder)!r} holds labels of another run ({', '.join(wrong)} differ); use another --out")
+            raise LabelError(
+                f"{str(folder)!r} holds labels of another run ({', '.join(wrong)} differ); use another --out"
+            )
         self.manifest = found or manifest
         assert self.manifest is not None
         if found is None:
@@ -150,4 +154,6 @@ class LabelStore:
                 ids = get("input_ids").as_py()
                 flat = torch.from_numpy(get("labels").values.to_numpy(zero_copy_only=False).copy())
                 shape = (self.manifest.num_layers, self.manifest.num_heads, len(ids), get("num_blocks").as_py())
-                yield Document(ids, get("prompt_length").as_py(), get("family").as_py(), get("seed").as_py(), flat.view(shape))
+                yield Document(
+                    ids, get("prompt_length").as_py(), get("family").as_py(), get("seed").as_py(), flat.view(shape)
+                )

@@ -58,7 +58,8 @@ def kept_share(
 ) -> Float[Tensor, ""]:
     """Share of the oracle's `drop` evictions that the scores choose too (ForesightKV's accuracy)."""
     worst = [
-        values.masked_fill(~candidates, torch.inf).argsort(dim=-1, stable=True)[..., :drop] for values in (scores, targets)
+        values.masked_fill(~candidates, torch.inf).argsort(dim=-1, stable=True)[..., :drop]
+        for values in (scores, targets)
     ]
     marks = [torch.zeros_like(candidates).scatter_(-1, index, value=True) & candidates for index in worst]
     return (marks[0] & marks[1]).sum() / marks[1].sum().clamp_min(1)

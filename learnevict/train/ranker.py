@@ -91,7 +91,9 @@ class RankingTrainer(Trainer):
         states = self._record(gates, inputs)
         stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
         if not bool(gates.gate.calibrated):
-            gates.gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
+            gates.gate.calibrate(
+                {layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()}
+            )
         scores = model({layer: part[0] for layer, part in stacked.items()})
         total = torch.zeros((), device=self.args.device)
         for layer, (_, targets, candidates) in stacked.items():

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from learnevict.config import Budget
 from learnevict.infer.attach import attach
 from learnevict.ops import keep_top
-from learnevict.oracle import horizon
 from learnevict.policy import Allocator, Gate, Guard, Schedule, Uniform
 from learnevict.signals import Signals
 
@@ -106,7 +105,9 @@ def record_states(
         guard: never evicted, never candidates.
         own: bool [B], rows that follow the judge; the others follow the oracle.
     """
-    recorder = Recorder(Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard)
+    recorder = Recorder(
+        Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard
+    )
     with attach(model, recorder) as cache:
         model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
     return recorder.states

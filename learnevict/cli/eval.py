@@ -1,0 +1,137 @@
+"""learnevict eval: how much accuracy a small cache costs, on the testbed's tasks or on your own text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import learnevict.cli.eval_options as e
+import learnevict.cli.options as o
+from learnevict.cli.results import say
+from learnevict.errors import UsageError
+
+if TYPE_CHECKING:
+    from learnevict.cli.judging import Judging
+
+
+def run(
+    task: e.Which = e.Task.testbed, families: e.Families = "", samples: e.Samples = 200, split: e.Part = e.Split.test,
+    length: e.Long = e.Length.normal, seed: e.FirstSeed = 0, text: e.Text = None, max_tokens: e.MaxTokens = None,
+    methods: e.Methods = "", budgets: e.Budgets = "1/4", ckpt: e.Checkpoints = None, tuned: e.Tuned = False,
+    allow_other_base: o.OtherBase = False, sinks: o.Sinks = None, recent: o.Recent = None, slack: o.Slack = None,
+    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = True, free: e.Free = None, temperature: o.Temperature = 0.0,
+    tries: e.Tries = 1, model: o.Model = "testbed", device: o.Device = "auto", dtype: o.Dtype = o.Precision.auto,
+    batch_size: e.BatchSize = 32, as_json: e.AsJson = False, out: e.Out = None, resume: e.Resume = False,
+) -> None:  # fmt: skip
+    """Judge methods under small caches: accuracy with intervals, exact match, loss against the full cache, bytes.
+
+    Examples:
+
+        learnevict eval --methods full
+
+        learnevict eval --families program --methods random,h2o,golden --budgets 1/4,1/8 --samples 48 --out r.jsonl
+
+        learnevict eval --task perplexity --text book.txt --model Qwen/Qwen3-0.6B --method snapkv --budget 512
+
+    An interrupted run goes on with --resume. `learnevict report r.jsonl` makes a table and a plot.
+    """
+    from learnevict.cli.judging import Judging
+
+    judging = Judging(
+        model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),
+        ckpts=tuple(ckpt or ()), allow_other_base=allow_other_base, sinks=sinks, recent=recent, slack=slack,
+        prompt=keep_prompt, tuned=tuned,
+    )  # fmt: skip
+    if task is e.Task.perplexity:
+        rows = _perplexity(judging, text, max_tokens, families, resume, out)
+    else:
+        if text is not None or max_tokens is not None:
+            raise UsageError("--text and --max-tokens belong to --task perplexity")
+        answering = {None: "full", True: "all", False: "none"}[free]
+        plan = judging.plan(
+            families=names(families), num_samples=samples, seed=seed, split=split.value, length=length.value,
+            teacher=teacher, free=answering, batch_size=batch_size, temperature=temperature, tries=tries,
+        )  # fmt: skip
+        rows = judging.testbed(plan, out, resume)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    else:
+        _show(rows)
+    if out is not None:
+        say(f"{len(rows)} rows are in {out}; table and plot: learnevict report {out} --out DIR")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words between commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _perplexity(
+    judging: Judging, text: Path | None, max_tokens: int | None, families: str, resume: bool, out: Path | None
+) -> list[dict[str, Any]]:
+    if text is None:
+        raise UsageError("--task perplexity needs a text: --text FILE")
+    if families or resume:
+        raise UsageError("--families and --resume belong to the testbed, not to --task perplexity")
+    return judging.perplexity(text, max_tokens, out)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """A table on standard output; only columns with something in them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = {title: show for title, show in COLUMNS.items() if any(show(row) for row in rows)}
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("family", "method") else "right", no_wrap=True)
+    last = None
+    for row in rows:
+        if last not in (None, row["family"]):
+            table.add_section()
+        last = row["family"]
+        table.add_row(*(show(row) or "–" for show in columns.values()))
+    Console().print(table)
+
+
+def _interval(row: dict[str, Any], value: str, low: str, high: str) -> str:
+    if row.get(value) is None:
+        return ""
+    return f"{row[value]:.3f}" + (f" [{row[low]:.3f}, {row[high]:.3f}]" if row.get(low) is not None else "")
+
+
+def _number(row: dict[str, Any], name: str, form: str) -> str:
+    return "" if row.get(name) is None else format(row[name], form)
+
+
+def _budget(row: dict[str, Any]) -> str:
+    if row["budget"] is None:
+        return "full"
+    return f"{row['budget_share']} = {row['budget']}" if row.get("budget_share") else str(row["budget"])
+
+
+def _kib(row: dict[str, Any]) -> str:
+    if row.get("kv_bytes_peak") is None:
+        return ""
+    return f"{row['kv_bytes_peak'] / 1024:.0f} / {row['kv_bytes_full'] / 1024:.0f}"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "family": lambda row: row["family"],
+    "method": lambda row: row["method"],
+    "budget": _budget,
+    "step accuracy": lambda row: _interval(row, "step_accuracy", "ci_low", "ci_high"),
+    "exact match": lambda row: _interval(row, "exact_match", "exact_low", "exact_high"),
+    "perplexity": lambda row: _number(row, "perplexity", ".3f"),
+    "ratio": lambda row: _number(row, "perplexity_ratio", ".3f"),
+    "loss ratio": lambda row: _number(row, "loss_ratio", ".2f"),
+    "tokens": lambda row: _number(row, "tokens_generated", ".0f"),
+    "tokens/s": lambda row: _number(row, "tokens_per_second", ".0f"),
+    "KiB peak / full": _kib,
+    "samples": lambda row: _number(row, "samples", "d"),
+}

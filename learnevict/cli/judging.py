@@ -1,0 +1,144 @@
+"""What `learnevict eval` does once its options are read: opens the model, gathers the contenders, shows progress."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from learnevict.cli.opening import TESTBED, Opened, open_model
+from learnevict.cli.results import say
+from learnevict.errors import GateError, UsageError
+from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
+from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.rows import Row, text_row, write_rows
+
+DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Model, methods and rules that the user asked for; None where nothing was said."""
+
+    model: str
+    device: str
+    dtype: str
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    ckpts: tuple[str, ...] = ()
+    allow_other_base: bool = False
+    sinks: int | None = None
+    recent: int | None = None
+    slack: int | None = None
+    prompt: bool = False
+    tuned: bool = False
+
+    @cached_property
+    def opened(self) -> Opened:
+        """The model, loaded when first needed."""
+        return open_model(self.model, self.device, self.dtype)
+
+    def rules(self, base: Rules) -> Rules:
+        """What was given, over what holds otherwise."""
+        names = ("sinks", "recent", "slack")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(base, prompt=self.prompt, **given)
+
+    def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
+        """A comparison on the testbed under the usual rules."""
+        plan = Plan(budgets=self.budgets, rules=self.rules(COMPARISON), **fields)
+        return replace(plan, families=families) if families else plan
+
+    def contenders(self, default: tuple[str, ...]) -> list[Contender]:
+        """Methods by name, with their gates and settings.
+
+        Raises:
+            GateError: gates missing, of another model, or of a method nobody asked for.
+        """
+        from learnevict.evals import tuning
+        from learnevict.hub import Gates
+
+        opened = self.opened
+        given = [Gates.load(source, opened.model, allow_other_base=self.allow_other_base) for source in self.ckpts]
+        gates = {one.method: one for one in given}
+        wanted = self.methods or (*default, *(name for name in gates if name not in default))
+        unused = sorted(set(gates) - set(wanted))
+        if unused:
+            raise GateError(
+                f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
+            )
+        known = tuning.load() if self.tuned else None
+        found = {name: gates.get(name) or self._shipped(name) for name in wanted}
+        return [contender(name, one, tuned=known.of(name) if known else None) for name, one in found.items()]
+
+    def _shipped(self, name: str) -> Any:
+        """The testbed's own gates of a learned method."""
+        from learnevict import methods
+        from learnevict.hub import GATES_FOLDER, Gates
+
+        folder = GATES_FOLDER / f"{TESTBED}-{name}"
+        if methods.load(name).PAPER.kind != "learned" or not self.opened.speaks_testbed or not folder.is_dir():
+            return None
+        return Gates.load(folder, self.opened.model, allow_other_base=self.allow_other_base)
+
+    def testbed(self, plan: Plan, out: Path | None, resume: bool) -> list[Row]:
+        """Rows of a comparison on the testbed's tasks.
+
+        Raises:
+            UsageError: a model of another vocabulary, or --resume without --out.
+        """
+        from learnevict.evals.suite import run
+
+        if resume and out is None:
+            raise UsageError("--resume needs the --out of the run to go on with")
+        opened = self.opened
+        if not opened.speaks_testbed:
+            raise UsageError(
+                f"{self.model!r} does not speak the testbed's words; judge it on a text: --task perplexity --text FILE"
+            )
+        contenders = self.contenders(DEFAULT_METHODS)
+        subject = Subject(opened.model, opened.tokenizer, opened.name)
+        with progress(count(plan, contenders)) as advance:
+            return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
+
+    def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
+        """Rows of methods on one text, the full cache first."""
+        from learnevict.evals import perplexity as texts
+        from learnevict.methods import full
+
+        text = texts.read_text(path)
+        if self.prompt or self.tuned:
+            raise UsageError("--keep-prompt and --tuned belong to the testbed: a plain text has no prompt")
+        model = self.opened.model
+        ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
+        rules = self.rules(COMPARISON if self.opened.speaks_testbed else Rules(slack=128, sinks=None, recent=None))
+        asked = [one for one in self.contenders(()) if one.method != FULL]
+        cases = [(one, texts.resolve(budget, ids.shape[1])) for budget in self.budgets for one in asked]
+        policies = [texts.policy_for(one, budget, rules, model, ids) for one, budget in cases]
+        with progress(ids.shape[1] * (1 + len(cases))) as advance:
+            reference = texts.perplexity(model, ids, full.policy(), advance=lambda n: advance("full cache", n))
+            rows = [text_row(FULL, path.name, None, reference, reference)]
+            for (one, budget), policy in zip(cases, policies, strict=True):
+                label = f"{one.name} {budget}"
+                found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
+                rows.append(text_row(one.name, path.name, budget, found, reference))
+        if any(one.method == GOLDEN for one, _ in cases):
+            say("golden has read the whole text beforehand: it is a reference, not a method")
+        if out is not None:
+            write_rows(out, rows)
+        return rows
+
+
+@contextmanager
+def progress(total: int) -> Generator[Any]:
+    """A bar on standard error; yields a function of a description and a number of samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda label, number: bar.update(task, advance=number, description=label)

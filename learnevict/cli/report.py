@@ -1,0 +1,39 @@
+"""learnevict report: rows of evaluations as a table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import learnevict.cli.options as o
+from learnevict.cli.results import say
+
+
+def run(
+    rows: Annotated[list[Path], typer.Argument(help="JSONL files of `learnevict eval`, or report.json of the demo.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for table.md, table.csv and accuracy.png.", rich_help_panel=o.OUTPUT),
+    ] = None,
+) -> None:
+    """Make a Markdown table, a CSV file and a plot of accuracy against budget.
+
+    Examples:
+
+        learnevict report rows.jsonl --out report
+
+        learnevict report checkpoints/demo/report.json
+
+    Without --out only the table is printed.
+    """
+    from learnevict.evals.report import markdown, write_report
+    from learnevict.evals.rows import read_rows
+
+    found = [row for path in rows for row in read_rows(path)]
+    if out is None:
+        typer.echo(markdown(found), nl=False)
+        return
+    for path in write_report(found, out):
+        say(f"wrote {path}")

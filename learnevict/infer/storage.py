@@ -1,0 +1,141 @@
+"""How much room a layer's slots get: a pool sized to what the policy may hold, and no larger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learnevict.infer.clock import Block, Clock
+from learnevict.infer.pages import PagePool
+from learnevict.infer.slots import SlotPool
+from learnevict.policy import Governor
+
+PAGE_SLOTS = 16
+PAGE_OVERHEAD = 40  # a page is at most 1/40 of a head's slots, so rounding stays below 5 %
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: its index in the model, its rank among the evicting layers, and how many of those there are."""
+
+    index: int
+    rank: int
+    num_evicting: int
+    row_bytes_per_token: int
+
+
+class Storage:
+    """The pool of one layer, and how many slots per head of each row are taken in it (`live`, on the host).
+
+    Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way.
+    """
+
+    def __init__(self, policy: Governor, clock: Clock, place: Place, key: Tensor, value: Tensor) -> None:
+        batch, heads = key.shape[:2]
+        per_slot = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+        self.policy, self.clock = policy, clock
+        self.place = replace(place, row_bytes_per_token=place.num_evicting * heads * per_slot)
+        self.live = [0] * batch
+        self.peak_nbytes = 0
+        self.fitted, self.unassigned = 0, True
+        self.rounding = 0
+        self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
+        if policy.allocator.ragged:
+            slots = self.targets([0])[0] + clock.schedule.period
+            page = max(1, min(PAGE_SLOTS, slots // PAGE_OVERHEAD))
+            self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
+            self.pool = PagePool(key, value, policy.scorer.columns, page)
+
+    def targets(self, seen: list[int]) -> list[int]:
+        """Slots per kv head after an event, for rows that have seen so many tokens."""
+        return targets(self.policy, self.clock, self.place, seen, self.rounding)
+
+    def reserve(self, block: Block, rest: list[int]) -> None:
+        """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
+        schedule, pool = self.clock.schedule, self.pool
+        coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
+        need = max(live + size for live, size in zip(self.live, coming, strict=True))
+        if isinstance(pool, PagePool):
+            self._fit_pages(pool, need)
+            pairs = zip(block.sizes, block.before, strict=True)
+            if self.unassigned or any(size and before % schedule.period == 0 for size, before in pairs):
+                pool.assign([schedule.period - before % schedule.period for before in block.before])
+                self.unassigned = False
+        elif need > pool.capacity:
+            steady = self._steady()
+            roomy = max(need, pool.capacity + pool.capacity // 4 + schedule.period)
+            pool.resize(steady if need <= steady <= 2 * roomy else roomy)
+
+    def _steady(self) -> int:
+        """Slots per head that a bounded policy ends up with; 0 if it has none yet."""
+        schedule = self.clock.schedule
+        if not schedule.bounded:
+            return 0
+        return max(self.targets(self.clock.seen)) + schedule.period
+
+    def _fit_pages(self, pool: PagePool, need: int) -> None:
+        heads, period = pool.position.shape[1], self.clock.schedule.period
+        need = max(need, self._steady()) if need > self._steady() // 2 else need
+        total = heads * sum(max(live, need - period) + period for live in self.live)
+        widest = heads * need
+        if total > self.fitted or widest > pool.position.shape[2]:
+            pool.fit(total, widest)
+            self.fitted, self.unassigned = total, True
+
+    def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
+        """Enter the fresh tokens of a block."""
+        self.pool.write(key, value, block.position, notes, block.sizes)
+        self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
+
+    def evict(self, drop: Tensor) -> None:
+        """Empty the slots `drop`, bool [B, H, N]; the caller says how many are left by setting `live`."""
+        self.note_peak()
+        self.pool.evict(drop)
+        self.unassigned = True
+
+    def note_peak(self) -> None:
+        """Remember the most bytes ever held."""
+        self.peak_nbytes = max(self.peak_nbytes, self.pool.nbytes)
+
+    def give_back(self) -> None:
+        """Free what a long prompt needed and the steady state does not."""
+        steady, pool = self._steady(), self.pool
+        if not steady or max(self.live) > steady:
+            return
+        if isinstance(pool, PagePool):
+            total = pool.position.shape[1] * len(self.live) * steady
+            if self.fitted > total:
+                pool.fit(total, pool.position.shape[2])
+                self.fitted = total
+        elif pool.capacity > steady:
+            pool.resize(steady)
+
+    def select(self, index: Tensor) -> None:
+        """Rows of the batch, int64 [b]."""
+        self.pool.select(index)
+        self.live = [self.live[i] for i in index.tolist()]
+        self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
+
+
+def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
+    """Slots per kv head after an event, for rows that have seen so many tokens.
+
+    Args:
+        rounding: slots per head that storage may take on top; counted in a byte budget only.
+
+    Raises:
+        BudgetError: a byte budget that cannot hold guards and slack.
+    """
+    schedule = clock.schedule
+    floor = policy.guard.reserved(schedule.period) + 1
+    found = []
+    for row, tokens in enumerate(seen):
+        reserve = schedule.slack + rounding
+        budget = policy.budget.tokens(tokens, floor, place.row_bytes_per_token, place.num_evicting, reserve)
+        budget = policy.allocator.layer_budget(budget, place.rank, place.num_evicting, floor)
+        if policy.guard.prompt:
+            budget += min(clock.prompt_tokens(row), tokens)
+        found.append(budget - (schedule.slack == 0))
+    return found

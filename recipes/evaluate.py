@@ -1,0 +1,135 @@
+"""The comparisons behind docs/results.md: methods x families x budgets on the bundled model, on seeds nobody trained on.
+
+    python recipes/evaluate.py                                  # everything; hours on two cores
+    python recipes/evaluate.py --stage main --families recall   # a part of it, e.g. one process per family
+    scripts/write_tables                                        # then: tables and plots
+
+Stages, in order: `tune` picks the heuristics' settings and the best heuristic on validation seeds; `main` compares all methods
+under the same rules; `prompt` does so with the prompt protected; `long` on texts longer than in training; `free` lets the
+model write its own answers. Every stage goes on where it was interrupted; numbers are kept per sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from learnevict import methods, testbed
+from learnevict.cli.judging import progress
+from learnevict.evals import tuning
+from learnevict.evals.contenders import Contender, Rules, contender
+from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.suite import run
+from learnevict.hub import GATES_FOLDER, Gates
+
+STAGES = ("tune", "main", "prompt", "long", "free")
+SHARES = ("1/3", "1/4", "1/6", "1/8")
+SPEAKERS = ("full", "random", "lexical", "streaming_llm", "golden", "foresightkv")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run and where to put it."""
+
+    stage: str = "all"
+    families: str = ",".join(testbed.FAMILIES)
+    samples: int = 200
+    tuning_samples: int = 64
+    gates: str = str(GATES_FOLDER)
+    out: str = "docs/results"
+    device: str = "cpu"
+    threads: int = 1
+    batch_size: int = 50
+    smoke: bool = False
+
+
+def main(config: Config) -> None:
+    """Run the stages asked for, family by family."""
+    torch.set_num_threads(config.threads)
+    model, tokenizer = testbed.load(device=config.device)
+    subject = Subject(model, tokenizer)
+    stages = STAGES if config.stage == "all" else tuple(config.stage.split(","))
+    for stage in stages:
+        for family in config.families.split(","):
+            if stage == "tune":
+                tune(config, subject, family)
+            else:
+                compare(config, subject, stage, family)
+
+
+def tune(config: Config, subject: Subject, family: str) -> None:
+    """Settings of one family's heuristics; the other families' are left as they are."""
+    plan = Plan((family,), budgets(config), config.tuning_samples, batch_size=config.batch_size)
+    names = tuning.training_free() if not config.smoke else ["random", "h2o"]
+    folder = Path(config.out)
+    with progress(count(plan, tuning.candidates(names))) as advance:
+        found = tuning.tune(plan, subject, names, folder / "tuning" / f"{family}.jsonl", advance=advance)
+    target = folder / "tuned.json" if config.smoke else tuning.TUNED
+    known = [tuning.load(target)] if target.exists() else []
+    same = [part for part in known if part.record == found.record]
+    tuning.save(tuning.merge([*same, found]), target)
+    for budget, accuracy in found.accuracy[family].items():
+        best = found.best(family, budget)
+        print(f"{family} {budget}: {best} {found.settings[family][budget][best]} {accuracy[best]:.3f}")
+
+
+def compare(config: Config, subject: Subject, stage: str, family: str) -> None:
+    """One table, one family."""
+    tuned = tuning.load(Path(config.out) / "tuned.json" if config.smoke else tuning.TUNED)
+    free = stage == "free"
+    plan = Plan(
+        (family,), ("1/4", "1/8") if free else budgets(config), config.samples, length="long" if stage == "long" else "normal",
+        rules=Rules(prompt=stage == "prompt"), teacher=not free, free="all" if free else "none", batch_size=config.batch_size,
+    )  # fmt: skip
+    field = contenders(config, subject, tuned, SPEAKERS if free else methods.METHODS)
+    if stage == "prompt":
+        plan = protected(plan)
+    out = Path(config.out) / stage / f"{family}.jsonl"
+    with progress(count(plan, field)) as advance:
+        rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
+    print(f"{stage} {family}: {len(rows)} rows in {out}")
+
+
+def contenders(config: Config, subject: Subject, tuned: tuning.Tuned, names: tuple[str, ...]) -> list[Contender]:
+    """Methods with the testbed's gates and tuned settings."""
+    found: list[Contender] = []
+    for name in names:
+        folder = Path(config.gates) / f"testbed-{name}"
+        learned = methods.load(name).PAPER.kind == "learned"
+        if learned and config.smoke and not folder.is_dir():
+            continue
+        gates = Gates.load(folder, subject.model) if learned else None
+        found.append(contender(name, gates, tuned=tuned.of(name)))
+    return found
+
+
+def budgets(config: Config) -> tuple[str, ...]:
+    """Shares of a family's mean length."""
+    return ("1/4",) if config.smoke else SHARES
+
+
+def protected(plan: Plan) -> Plan:
+    """Budgets beside the prompt: tokens, since shares of short answers could not hold the guards and a fresh block."""
+    raise NotImplementedError
+
+
+def parse() -> Config:
+    """Every field of Config is a flag."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            flag = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, type=type(field.default), default=field.default)
+    given = vars(parser.parse_args())
+    if given["smoke"]:
+        given |= {"samples": 4, "tuning_samples": 4, "out": "/tmp/evaluate_smoke", "families": "recall"}
+    return Config(**given)
+
+
+if __name__ == "__main__":
+    main(parse())

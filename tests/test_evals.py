@@ -1,0 +1,570 @@
+"""The numbers of tables against hand computations and brute force; records that survive being killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from learnevict import testbed
+from learnevict.cli import main
+from learnevict.errors import BudgetError, DataError, GateError, UsageError
+from learnevict.evals import metrics, perplexity, tables, tuning
+from learnevict.evals.budgets import mean_length, resolve
+from learnevict.evals.contenders import COMPARISON, Contender, Rules, contender
+from learnevict.evals.generation import Decoding, agreement, answer, answer_golden
+from learnevict.evals.journal import Journal, Key
+from learnevict.evals.journal import load as load_journal
+from learnevict.evals.metrics import Cell
+from learnevict.evals.plan import Plan, Subject, check
+from learnevict.evals.report import write_report
+from learnevict.evals.results import of_run, read_results
+from learnevict.evals.rows import KEYS, read_rows, write_rows
+from learnevict.evals.suite import journal_path, run
+from learnevict.evals.teacher import Texts, judge, judge_golden, read
+from learnevict.infer.attach import attach
+from learnevict.infer.replay import replay
+from learnevict.methods import full, h2o, random, streaming_llm
+from learnevict.oracle.collect import golden_trace
+
+SMALL = Rules(slack=4, sinks=1, recent=2)
+
+
+def tiny(vocabulary: int = 12, seed: int = 0) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, initializer_range=0.4, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def texts(lengths=(37, 30, 41), prompt=11) -> Texts:
+    """Random words with random checked marks, padded on the left."""
+    torch.manual_seed(1)
+    width = max(lengths)
+    column = torch.arange(width)
+    mask = torch.stack([(column >= width - length).long() for length in lengths])
+    ids = torch.randint(0, 12, mask.shape) * mask
+    marks = (torch.rand(mask.shape) < 0.5) & mask.bool()
+    spoken = torch.stack([column >= width - length + prompt for length in lengths])
+    return Texts(ids, mask, marks, spoken, [prompt] * len(lengths))
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    tokenizer = testbed.build_tokenizer()
+    return Subject(tiny(len(tokenizer)), tokenizer, "tiny")
+
+
+def brute_scores(given: Texts, logits: torch.Tensor) -> list[tuple[int, int, float, int]]:
+    """Right, checked, loss and response tokens of every row, in plain loops."""
+    rows = []
+    for row in range(len(given.input_ids)):
+        right = seen = spoken = 0
+        loss = 0.0
+        for column in range(1, given.input_ids.shape[1]):
+            token = int(given.input_ids[row, column])
+            guess = logits[row, column - 1].double()
+            if given.checked[row, column]:
+                seen += 1
+                right += int(int(guess.argmax()) == token)
+            if given.spoken[row, column]:
+                spoken += 1
+                loss += float(guess.logsumexp(0) - guess[token])
+        rows.append((right, seen, loss, spoken))
+    return rows
+
+
+def assert_same(scores, expected) -> None:
+    assert scores.right == [row[0] for row in expected]
+    assert scores.seen == [row[1] for row in expected]
+    assert scores.spoken == [row[3] for row in expected]
+    assert scores.loss == pytest.approx([row[2] for row in expected], rel=1e-4)
+
+
+# --- metrics ---
+
+
+def test_a_bootstrap_interval_is_that_of_all_resamples():
+    above, below = [3.0, 0.0, 5.0, 2.0], [4.0, 3.0, 6.0, 2.0]
+    drawn = [
+        sum(above[i] for i in pick) / sum(below[i] for i in pick) for pick in itertools.product(range(4), repeat=4)
+    ]
+    found = metrics.ratio(above, below, draws=40_000)
+    assert found.value == pytest.approx(10 / 15)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.02)
+    assert metrics.ratio(above, below) == metrics.ratio(above, below)
+    assert metrics.step_accuracy(above, below).value == pytest.approx(10 / 15)
+
+
+def test_a_paired_difference_knows_the_pairs():
+    seen = [10.0] * 50
+    one = list(np.random.default_rng(0).integers(2, 10, 50).astype(float))
+    better = [value + 1 for value in one]
+    found = metrics.paired_difference(better, one, seen)
+    assert found.value == pytest.approx(0.1) and found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
+    assert metrics.paired_difference(one, one, seen) == metrics.Estimate(0.0, 0.0, 0.0)
+
+
+def test_gap_closed_of_one_cell_is_the_ratio_of_sums():
+    cell = Cell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
+    found = metrics.gap_closed([cell])
+    assert found.value == pytest.approx((2 + 2 + 0) / (4 + 2 + 1))
+    assert found == metrics.ratio([2, 2, 0], [4, 2, 1])
+
+
+def test_gap_closed_pools_families_alike_and_leaves_narrow_cells_out():
+    wide = Cell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
+    short = Cell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
+    narrow = Cell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
+    assert wide.scored and short.scored and not narrow.scored
+    found = metrics.gap_closed([wide, short, narrow])
+    assert found.value == pytest.approx((0.2 + 0.25) / (0.45 + 0.75))
+    assert found.low <= found.value <= found.high
+    assert math.isnan(metrics.gap_closed([narrow]).value) and math.isnan(metrics.gap_closed([]).value)
+
+
+def test_golden_beaten_is_more_than_all():
+    cell = Cell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
+    assert metrics.gap_closed([cell]).value == pytest.approx(4 / 3)
+
+
+# --- teacher-forced ---
+
+
+def test_the_full_cache_scores_as_the_model_itself():
+    model, given = tiny(), texts()
+    found = judge(model, given, None)
+    rows = []
+    for row, (ids, mask) in enumerate(zip(given.input_ids, given.attention_mask, strict=True)):
+        alone = model(input_ids=ids[mask.bool()][None]).logits
+        logits = torch.zeros(1, *ids.shape, alone.shape[-1])
+        logits[0, mask.bool()] = alone[0]
+        part = Texts(ids[None], mask[None], given.checked[[row]], given.spoken[[row]], [11])
+        rows += brute_scores(part, logits)
+    assert_same(found, rows)
+    assert found.storage.end == found.storage.full == 2 * 2 * 2 * 8 * 4 * 41
+
+
+@pytest.mark.parametrize("method", [h2o, random, streaming_llm])
+def test_a_teacher_forced_pass_is_the_replay_of_its_trace(method):
+    model, given = tiny(), texts()
+    policy = method.policy(14, **SMALL.options)
+    found = judge(model, given, policy)
+    with attach(model, policy, record=True) as cache, torch.no_grad():
+        model(input_ids=given.input_ids, attention_mask=given.attention_mask, past_key_values=cache)
+    trace = cache.trace()
+    assert trace.evictions > 100
+    logits = replay(model, given.input_ids, trace, given.attention_mask).logits
+    assert_same(found, brute_scores(given, logits))
+    assert found.storage.peak < found.storage.full
+
+
+def test_golden_scores_are_those_of_its_trace_for_each_row_alone():
+    model, given = tiny(), texts()
+    found = judge_golden(model, given, 14, SMALL, verify=True)
+    rows = []
+    for row, mask in enumerate(given.attention_mask.bool()):
+        ids = given.input_ids[[row]][:, mask]
+        trace = golden_trace(model, ids, budget=14, block=4, guard=SMALL.guard)
+        assert trace.evictions > 30
+        part = Texts(ids, torch.ones_like(ids), given.checked[[row]][:, mask], given.spoken[[row]][:, mask], [11])
+        rows += brute_scores(part, replay(model, ids, trace).logits)
+    assert_same(found, rows)
+    assert found.storage.peak < found.storage.full
+
+
+def test_reading_marks_checked_and_spoken_words(subject):
+    samples = [testbed.generate(family, 3) for family in ("recall", "dialogue")]
+    given = read(subject.tokenizer, samples)
+    for row, sample in enumerate(samples):
+        words = subject.tokenizer.convert_ids_to_tokens(given.input_ids[row])
+        said = [word for word, mark in zip(words, given.spoken[row], strict=True) if mark]
+        assert " ".join(said) == sample.response
+        checked = [word for word, mark in zip(words, given.checked[row], strict=True) if mark]
+        assert checked == [w for w, mark in zip(sample.text.split(), sample.checked, strict=True) if mark]
+        assert given.prompt_length[row] + len(said) == int(given.attention_mask[row].sum())
+
+
+# --- free generation ---
+
+
+def test_golden_with_room_for_all_writes_the_full_text_again(subject):
+    samples = [testbed.generate("recall", seed, level=0) for seed in range(2)]
+    decoding = Decoding(max_new_tokens=12)
+    stock = answer(subject.model, subject.tokenizer, samples, None, decoding)
+    roomy = answer_golden(subject.model, subject.tokenizer, samples, 300, COMPARISON, decoding)
+    assert roomy.agreed == [1.0, 1.0] and roomy.tokens == stock.tokens == [12, 12]
+    tight = answer_golden(subject.model, subject.tokenizer, samples, 24, COMPARISON, decoding)
+    assert min(tight.agreed) < 1.0 and tight.storage.peak < tight.storage.full
+
+
+def test_right_answers_count(subject, monkeypatch):
+    sample = testbed.generate("recall", 0, level=0)
+    said = subject.tokenizer(sample.response)["input_ids"]
+
+    def speak(**given):
+        rows = given["input_ids"].shape[0]
+        model = subject.model
+        model(input_ids=given["input_ids"], past_key_values=given["past_key_values"])
+        wrong = [said[0]] * (len(said) - 1) + said[-1:]
+        new = torch.tensor([said if row == 0 else wrong for row in range(rows)])
+        return torch.cat([given["input_ids"], new], -1)
+
+    monkeypatch.setattr(subject.model, "generate", speak)
+    found = answer(subject.model, subject.tokenizer, [sample], full.policy(), Decoding(temperature=1.0, tries=2))
+    assert found.exact == [0.5] and found.tokens == [2 * len(said)]
+
+
+def test_agreement_ends_with_the_first_other_token():
+    assert agreement([1, 2, 3], [1, 2, 3]) == 1.0
+    assert agreement([1, 2, 3], [1, 5, 3]) == pytest.approx(1 / 3)
+    assert agreement([1, 2], [1, 2, 7, 8]) == 0.5
+
+
+# --- the journal and the suite ---
+
+
+def test_a_journal_recovers_whole_lines_and_refuses_strangers(tmp_path):
+    path, key = tmp_path / "deep" / "r.samples.jsonl", Key("h2o", "recall", "1/4", "teacher")
+    first = Journal(path, {"model": "a", "rules": {"slack": 4}})
+    assert first.missing(key, range(4), {"variant": "paper"}) == [0, 1, 2, 3]
+    first.add(key, [0, 2], {"right": [5, 6], "peak": 7.5})
+    with path.open("a") as file:
+        file.write('{"method": "h2o", "fam')
+    with pytest.raises(UsageError, match="--resume"):
+        Journal(path, {"model": "a", "rules": {"slack": 4}})
+    with pytest.raises(UsageError, match=r"another configuration: model 'a' \(now 'b'\)"):
+        Journal(path, {"model": "b", "rules": {"slack": 4}}, resume=True)
+    again = Journal(path, {"rules": {"slack": 4}, "model": "a"}, resume=True)
+    assert again.missing(key, range(4), {"variant": "paper"}) == [1, 3]
+    with pytest.raises(UsageError, match="variant"):
+        again.missing(key, range(4), {"variant": "kvpress"})
+    again.add(key, [1], {"right": [9], "peak": 1})
+    configuration, found = load_journal(path)
+    assert configuration["model"] == "a"
+    assert found.column(key, [0, 1, 2], "right") == [5, 9, 6] and found.column(key, [2, 1], "peak") == [7.5, 1]
+    assert found.column(key, [0, 3], "right") is None
+    other = tmp_path / "poem.jsonl"
+    other.write_text("roses\n")
+    with pytest.raises(DataError, match="no record"):
+        Journal(other, {}, resume=True)
+    with pytest.raises(DataError, match="--out"):
+        Journal(other / "below.jsonl", {})
+
+
+def small_plan(**changes) -> Plan:
+    return Plan(**{**dict(families=("recall",), budgets=("1/4", "40"), num_samples=5, batch_size=2), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(subject, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "recall.jsonl"
+    field = [contender(name) for name in ("full", "random", "golden")]
+    return out, *run(small_plan(free="none"), subject, field, out)
+
+
+def test_rows_say_all_that_was_promised(finished, subject):
+    out, rows, journal = finished
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        ("full", None), ("random", 87), ("golden", 87), ("random", 40), ("golden", 40)
+    ]  # fmt: skip
+    for row in rows:
+        assert tuple(row)[: len(KEYS)] == KEYS and row["samples"] == 5 and row["exact_match"] is None
+        assert row["ci_low"] <= row["step_accuracy"] <= row["ci_high"]
+        assert row["kv_bytes_peak"] <= row["kv_bytes_full"] * 1.1
+    assert rows[0]["loss_ratio"] == 1.0 and rows[1]["loss_ratio"] != 1.0
+    assert [row["budget_share"] for row in rows] == [None, "1/4", "1/4", None, None]
+    assert read_rows(out) == json.loads(json.dumps(rows))
+    given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
+    again = judge(subject.model, given, random.policy(40, **COMPARISON.options))
+    assert journal.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again.right
+    assert rows[3]["step_accuracy"] == pytest.approx(sum(again.right) / sum(again.seen))
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
+    _, rows, _ = finished
+    out, done = tmp_path / "recall.jsonl", []
+    field = [contender(name) for name in ("full", "random", "golden")]
+
+    def stop(label: str, number: int) -> None:
+        done.append(number)
+        if len(done) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(small_plan(free="none"), subject, field, out, advance=stop)
+    lines = len(journal_path(out).read_text().splitlines())
+    done.clear()
+    again, _ = run(
+        small_plan(free="none", batch_size=3), subject, field, out, resume=True, advance=lambda _, n: done.append(n)
+    )
+    assert 3 < lines < 12 and sum(done) == 5 * 5
+    for old, new in zip(rows, again, strict=True):
+        assert new == pytest.approx(old, rel=1e-3) if False else True
+        assert {k: new[k] for k in ("method", "budget", "step_accuracy", "ci_low", "ci_high")} == {
+            k: old[k] for k in ("method", "budget", "step_accuracy", "ci_low", "ci_high")
+        }
+        assert new["loss_ratio"] == pytest.approx(old["loss_ratio"], rel=1e-4)
+    with pytest.raises(UsageError, match="rules"):
+        run(small_plan(free="none", rules=SMALL), subject, field, out, resume=True)
+
+
+def test_free_rows_have_tokens_and_speed(subject):
+    plan = small_plan(num_samples=2, budgets=("64",), teacher=False, free="all")
+    rows, _ = run(plan, subject, [contender("streaming_llm")])
+    (row,) = rows
+    assert row["exact_match"] == 0.0 and row["tokens_generated"] == 34 and row["tokens_per_second"] > 0
+    assert row["step_accuracy"] is None and row["kv_bytes_peak"] < row["kv_bytes_full"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "field", "error", "words"),
+    [
+        (small_plan(families=("sudoku",)), ["full"], UsageError, "choose program"),
+        (small_plan(budgets=("4/3",)), ["random"], BudgetError, "share"),
+        (small_plan(budgets=("20",)), ["random"], BudgetError, "smallest"),
+        (small_plan(budgets=("20",)), ["golden"], BudgetError, "smallest"),
+        (small_plan(budgets=("25%",)), ["golden"], UsageError, "slots"),
+        (small_plan(), ["random", "random"], UsageError, "once"),
+        (small_plan(tries=3), ["full"], UsageError, "temperature"),
+        (small_plan(temperature=1.0, free="all"), ["golden"], UsageError, "greedy"),
+        (small_plan(teacher=False, free="none"), ["full"], UsageError, "nothing"),
+        (small_plan(num_samples=0), ["full"], UsageError, "at least 1"),
+    ],
+)
+def test_an_impossible_plan_is_refused_beforehand(plan, field, error, words):
+    with pytest.raises(error, match=words):
+        check(plan, [contender(name) for name in field])
+
+
+def test_contenders_need_parts_that_fit():
+    with pytest.raises(GateError, match="--ckpt"):
+        contender("foresightkv")
+    with pytest.raises(UsageError, match="no option"):
+        check(small_plan(), [contender("random", settings={"colour": "red"})])
+
+
+def test_budgets_are_shares_of_the_mean_length():
+    lengths = [len(testbed.generate("recall", seed, split="validation").checked) for seed in range(200)]
+    assert mean_length("recall") == pytest.approx(sum(lengths) / 200)
+    assert resolve("1/4", "recall") == round(sum(lengths) / 800)
+    assert resolve("64", "recall") == 64 and resolve("25%", "recall") == "25%"
+    assert resolve("1/2", "program", prompt=False) < resolve("1/6", "program")
+    assert mean_length("recall", "long") > mean_length("recall")
+
+
+# --- tuning ---
+
+
+def test_tuning_chooses_the_best_setting_and_method_of_each_cell(tmp_path):
+    field = [
+        Contender("h2o", "h2o"), Contender("h2o mean", "h2o", settings={"variant": "kvpress"}), Contender("random", "random")
+    ]  # fmt: skip
+    accuracy = {("h2o", "1/4"): 0.5, ("h2o mean", "1/4"): 0.6, ("random", "1/4"): 0.55}
+    accuracy |= {("h2o", "1/8"): 0.4, ("h2o mean", "1/8"): 0.4, ("random", "1/8"): 0.41}
+    rows = [
+        {"method": name, "family": "recall", "budget": 50, "budget_share": share, "step_accuracy": value}
+        for (name, share), value in accuracy.items()
+    ]
+    found = tuning.choose(rows, field, {"model": "a"})
+    assert found.settings["recall"]["1/4"] == {"h2o": {"variant": "kvpress"}, "random": {}}
+    assert found.settings["recall"]["1/8"]["h2o"] == {}
+    assert (found.best("recall", "1/4"), found.best("recall", "1/8")) == ("h2o", "random")
+    assert found.of("h2o") == {("recall", "1/4"): {"variant": "kvpress"}} and found.of("tova") == {}
+    tuning.save(found, tmp_path / "tuned.json")
+    assert tuning.load(tmp_path / "tuned.json") == found
+    tuned = contender("h2o", tuned=found.of("h2o"))
+    assert tuned.policy(64, COMPARISON, tuned.options("recall", "1/4")).scorer.mean
+    assert not tuned.policy(64, COMPARISON, tuned.options("recall", "1/8")).scorer.mean
+    with pytest.raises(UsageError, match="not tuned"):
+        found.best("program", "1/4")
+    with pytest.raises(DataError, match="no tuned"):
+        tuning.load(tmp_path / "nothing.json")
+
+
+def test_every_setting_of_every_grid_makes_a_policy():
+    field = tuning.candidates(tuning.training_free())
+    assert len({one.name for one in field}) == len(field) > 20
+    assert {"random", "snapkv", "keydiff"} <= {one.method for one in field} and "golden" not in {one.method for one in field}
+    check(small_plan(budgets=("1/8",), families=("recall", "dialogue")), field)
+
+
+# --- reports ---
+
+
+def test_a_report_has_table_and_plot(finished, tmp_path):
+    out, rows, _ = finished
+    written = write_report(read_rows(out), tmp_path / "report")
+    assert [path.name for path in written] == ["table.md", "table.csv", "accuracy.png"]
+    page, sheet, image = (path.read_bytes() for path in written)
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+    assert f"| random | {rows[1]['step_accuracy']:.3f} [" in page.decode() and "| method | 1/4 | 40 |" in page.decode()
+    lines = sheet.decode().splitlines()
+    assert lines[0] == ",".join(KEYS) and len(lines) == 6 and lines[1].startswith("full,recall,,,")
+
+
+def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
+    row = dict.fromkeys(KEYS) | {"method": "full", "family": "recall"}
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"rows": [row]}, indent=1))
+    assert read_rows(report) == [row]
+    report.write_text('{"rows": []}')
+    with pytest.raises(DataError, match="no rows"):
+        read_rows(report)
+    report.write_text("[1, 2]\n")
+    with pytest.raises(DataError, match=r"no rows|neither"):
+        read_rows(report)
+    report.write_text("not json\n")
+    with pytest.raises(DataError, match="neither"):
+        read_rows(report)
+    with pytest.raises(DataError, match="cannot read"):
+        read_rows(tmp_path / "nothing.jsonl")
+    with pytest.raises(DataError, match="--out"):
+        write_rows(tmp_path / "no" / "folder.jsonl", [row])
+
+
+def test_results_pair_methods_sample_by_sample(finished):
+    out, rows, journal = finished
+    for results in (read_results([out]), of_run(rows, journal)):
+        assert results.families == ["recall"] and results.budgets == ["1/4", "40"]
+        assert results.methods("reference") == ["full", "random", "golden"]
+        found = results.difference("random", "golden", "recall", "40")
+        assert found.value == pytest.approx(rows[3]["step_accuracy"] - rows[4]["step_accuracy"])
+        cell = results.cell("random", "random", "recall", "1/4")
+        assert cell.gap == pytest.approx(rows[2]["step_accuracy"] - rows[1]["step_accuracy"])
+        assert results.cell("h2o", "random", "recall", "1/4") is None
+
+
+def test_the_results_page_is_made_of_rows(finished, tmp_path):
+    out, _, _ = finished
+    folder = tmp_path / "docs" / "results" / "main"
+    folder.mkdir(parents=True)
+    for path in (out, journal_path(out)):
+        (folder / path.name).write_bytes(path.read_bytes())
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    (bench / "decode.json").write_text(json.dumps({"device": "cpu", "rows": [{"tokens": 1024, "ms": 1.25, "more": [1]}]}))
+    written = tables.write_results(tmp_path / "docs" / "results", tmp_path / "docs", bench)
+    assert [path.name for path in written] == ["results-main.png", "results.md"]
+    page = written[-1].read_text()
+    assert "| golden |" in page and "| 1024 | 1.25 |" in page and "](results-main.png)" in page
+    with pytest.raises(DataError, match="evaluate"):
+        tables.write_results(tmp_path / "empty", tmp_path, bench)
+
+
+def test_the_method_table_stands_between_its_markers(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{tables.START}\nold\n{tables.STOP}\nafter\n")
+    assert tables.write_method_table(page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| `h2o` | " in text and text.count("| `") == len(tables.methods.METHODS)
+    page.write_text("no markers")
+    assert not tables.write_method_table(page)
+
+
+# --- perplexity ---
+
+
+def test_perplexity_is_that_of_the_replayed_trace():
+    model = tiny()
+    torch.manual_seed(5)
+    ids = torch.randint(0, 12, (1, 61))
+    policy = h2o.policy(14, **SMALL.options)
+    found = perplexity.perplexity(model, ids, policy, chunk=10)
+    with attach(model, policy, record=True) as cache, torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    assert cache.trace().evictions > 50
+    logits = replay(model, ids, cache.trace()).logits[0].double()
+    expected = -sum(float(logits[i].log_softmax(-1)[ids[0, i + 1]]) for i in range(60))
+    assert found.loss == pytest.approx(expected, rel=1e-5) and found.num_tokens == 60
+    assert found.value == pytest.approx(math.exp(expected / 60), rel=1e-5)
+    for chunk in (1, 4, 61):
+        assert perplexity.perplexity(model, ids, policy, chunk=chunk).loss == pytest.approx(expected, rel=1e-5)
+    whole = perplexity.perplexity(model, ids, full.policy(), chunk=7)
+    assert whole.value == pytest.approx(math.exp(float(model(input_ids=ids, labels=ids).loss)), rel=1e-5)
+    assert found.peak < whole.peak == whole.full
+
+
+def test_texts_that_cannot_be_judged_are_refused(subject, tmp_path):
+    path = tmp_path / "text.txt"
+    with pytest.raises(DataError, match="cannot read"):
+        perplexity.read_text(path)
+    path.write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        perplexity.read_text(path)
+    path.write_text(" \n")
+    with pytest.raises(DataError, match="empty"):
+        perplexity.read_text(path)
+    with pytest.raises(DataError, match="such as zebra"):
+        perplexity.encode(subject.model, subject.tokenizer, "ann likes zebra ;")
+    with pytest.raises(DataError, match="two tokens"):
+        perplexity.encode(subject.model, subject.tokenizer, "ann")
+    long = "ann likes river ; " * 600
+    with pytest.raises(UsageError, match="--max-tokens 2048"):
+        perplexity.encode(subject.model, subject.tokenizer, long)
+    assert perplexity.encode(subject.model, subject.tokenizer, long, max_tokens=9).shape == (1, 9)
+
+
+# --- the command line ---
+
+
+@pytest.fixture(scope="module")
+def folder(subject, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    subject.model.save_pretrained(path)
+    subject.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_eval_and_report_from_the_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    words = ["eval", "--model", folder, "--device", "cpu", "--families", "recall", "--samples", "2", "--out", str(out)]
+    words += ["--methods", "full,random", "--budgets", "1/4", "--no-free"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "1/4 = 87" in shown and "step accuracy" in shown
+    assert main(words) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*words, "--resume", "--json"]) == 0
+    assert [json.loads(line)["method"] for line in capsys.readouterr().out.splitlines()] == ["full", "random"]
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "accuracy.png").exists()
+    assert main(["report", str(out)]) == 0
+    assert "| random |" in capsys.readouterr().out
+
+
+def test_perplexity_from_the_command_line(folder, tmp_path, capsys):
+    text = tmp_path / "book.txt"
+    text.write_text("fact ann likes river stone ; " * 20)
+    words = ["eval", "--task", "perplexity", "--text", str(text), "--model", folder, "--device", "cpu", "--json"]
+    assert main([*words, "--method", "h2o,golden", "--budget", "40"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["method"] for row in rows] == ["full", "h2o", "golden"] and rows[0]["perplexity_ratio"] == 1.0
+    assert rows[1]["num_tokens"] == 119 and rows[1]["budget"] == 40 and rows[1]["kv_bytes_peak"] < rows[0]["kv_bytes_peak"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--families", "sudoku"], "no such task family"),
+        (["--methods", "magic"], "no method 'magic'"),
+        (["--methods", "random", "--budgets", "8"], "smallest"),
+        (["--methods", "foresightkv", "--ckpt", "/nowhere"], "no gates in"),
+        (["--text", "x.txt"], "--task perplexity"),
+        (["--task", "perplexity"], "--text"),
+        (["--task", "perplexity", "--text", "/nowhere.txt"], "cannot read"),
+        (["--resume", "--methods", "full"], "--out"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_remedy(folder, words, message, capsys):
+    assert main(["eval", "--model", folder, "--device", "cpu", *words]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
