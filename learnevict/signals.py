@@ -35,6 +35,11 @@ class Slots(Protocol):
         """int32 [B, H, N]: the token each slot holds, -1 where empty."""
         ...
 
+    @property
+    def room(self) -> int:
+        """Slots of storage per row and head, on average; N may be larger where heads share storage."""
+        ...
+
     def logits(self, query: Tensor) -> Tensor:
         """[B, H, R, d] -> [B, H, R, N], unscaled products with every slot's key."""
         ...
@@ -166,7 +171,7 @@ class Signals:
     def pieces(self, width: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Slot ranges with keys and values [B, H, n, d], so short that `width` float32 numbers per slot stay small."""
         for part, keys, values in self.slots.chunks():
-            step = max(1, self.position.shape[-1] * keys.shape[-1] * keys.element_size() // (8 * width))
+            step = max(1, self.slots.room * keys.shape[-1] * keys.element_size() // (8 * width))
             for start in range(0, keys.shape[2], step):
                 stop = min(start + step, keys.shape[2])
                 yield slice(part.start + start, part.start + stop), keys[:, :, start:stop], values[:, :, start:stop]
@@ -195,7 +200,7 @@ class Signals:
         order = positions.argsort(-1)[:, max(width - size, 0) :]
         batch, heads, num = self.position.shape
         group = queries.shape[1] // heads
-        step = max(1, queries.shape[-1] // (2 * group))
+        step = max(1, queries.shape[-1] * self.slots.room // (2 * group * max(num, 1)))
         for start in range(0, order.shape[1], step):
             pick = order[:, start : start + step]
             index = pick.view(batch, 1, -1, 1).expand(-1, queries.shape[1], -1, queries.shape[3])

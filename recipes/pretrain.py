@@ -54,7 +54,8 @@ class Config:
     matrix_learning_rate: float = 0.01  # Muon: everything else
     tokens_per_step: int = 4000
     tokens_per_pass: int = 2500
-    promote_at: float = 0.93
+    promote_at: float = 0.9
+    evenness: float = 0.2  # of the draw over families: large is even, small favours those with many errors
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 4
@@ -141,9 +142,9 @@ class Curriculum:
         if state:
             self.level, self.accuracy, self.promoted = state["level"], state["accuracy"], state["promoted"]
 
-    def draw(self, rng: Random) -> tuple[str, int]:
+    def draw(self, rng: Random, evenness: float) -> tuple[str, int]:
         """A family, the lagging ones more often, and a level, mostly its highest."""
-        lag = [0.2 + (1 - self.accuracy[name]) + 0.15 * (TOP - self.level[name]) for name in testbed.FAMILIES]
+        lag = [evenness + (1 - self.accuracy[name]) + 0.15 * (TOP - self.level[name]) for name in testbed.FAMILIES]
         family = rng.choices(testbed.FAMILIES, lag)[0]
         level = self.level[family]
         return family, level if rng.random() < 0.8 else rng.randint(0, level)
@@ -179,7 +180,7 @@ def train_step(
     drawn: list[Sample] = []
     at_top: set[int] = set()
     while sum(len(sample.checked) for sample in drawn) < config.tokens_per_step / num_ranks():
-        family, level = curriculum.draw(rng)
+        family, level = curriculum.draw(rng, config.evenness)
         seed = rng.getrandbits(48)
         drawn.append(testbed.generate(family, seed, split="train", level=None if level == TOP else level))
         at_top |= {id(drawn[-1])} if level == curriculum.level[family] else set()
@@ -318,6 +319,11 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def stage(config: Config, begin: int) -> dict[str, Any]:
+    """What the record keeps of a run that begins at this step: a resumed run may change its flags."""
+    return {"from": begin, "fingerprint": testbed.fingerprint(), **asdict(replace(config, out="", data=""))}
+
+
 def train(
     config: Config, model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> None:
@@ -325,6 +331,7 @@ def train(
     for layer in model.model.layers if config.compiled else ():
         layer.compile(dynamic=True)
     curriculum, running, begin = Curriculum(state.get("curriculum")), 0.0, state["step"]
+    state["stages"] = [*state.get("stages", []), stage(config, begin)]
     bar = tqdm(range(begin, config.steps), mininterval=30, initial=begin, total=config.steps, disable=rank() > 0)
     for step in bar:
         began = time.perf_counter()

@@ -41,7 +41,7 @@ def tiny(vocabulary: int = 12, seed: int = 0) -> Qwen3ForCausalLM:
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, initializer_range=0.4, tie_word_embeddings=True,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
 
 
 def texts(lengths=(37, 30, 41), prompt=11) -> Texts:
@@ -51,7 +51,7 @@ def texts(lengths=(37, 30, 41), prompt=11) -> Texts:
     column = torch.arange(width)
     mask = torch.stack([(column >= width - length).long() for length in lengths])
     ids = torch.randint(0, 12, mask.shape) * mask
-    marks = (torch.rand(mask.shape) < 0.5) & mask.bool()
+    marks = (torch.rand(mask.shape) < 0.5) & (mask.cumsum(-1) > 1)
     spoken = torch.stack([column >= width - length + prompt for length in lengths])
     return Texts(ids, mask, marks, spoken, [prompt] * len(lengths))
 
@@ -201,6 +201,7 @@ def test_golden_with_room_for_all_writes_the_full_text_again(subject):
     stock = answer(subject.model, subject.tokenizer, samples, None, decoding)
     roomy = answer_golden(subject.model, subject.tokenizer, samples, 300, COMPARISON, decoding)
     assert roomy.agreed == [1.0, 1.0] and roomy.tokens == stock.tokens == [12, 12]
+    samples = [testbed.generate("recall", seed) for seed in range(2)]
     tight = answer_golden(subject.model, subject.tokenizer, samples, 24, COMPARISON, decoding)
     assert min(tight.agreed) < 1.0 and tight.storage.peak < tight.storage.full
 
@@ -307,7 +308,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
     )
     assert 3 < lines < 12 and sum(done) == 5 * 5
     for old, new in zip(rows, again, strict=True):
-        assert new == pytest.approx(old, rel=1e-3) if False else True
         assert {k: new[k] for k in ("method", "budget", "step_accuracy", "ci_low", "ci_high")} == {
             k: old[k] for k in ("method", "budget", "step_accuracy", "ci_low", "ci_high")
         }
@@ -356,8 +356,7 @@ def test_budgets_are_shares_of_the_mean_length():
     assert mean_length("recall") == pytest.approx(sum(lengths) / 200)
     assert resolve("1/4", "recall") == round(sum(lengths) / 800)
     assert resolve("64", "recall") == 64 and resolve("25%", "recall") == "25%"
-    assert resolve("1/2", "program", prompt=False) < resolve("1/6", "program")
-    assert mean_length("recall", "long") > mean_length("recall")
+    assert mean_length("recall", prompt=False) < 20
 
 
 # --- tuning ---
@@ -392,8 +391,9 @@ def test_tuning_chooses_the_best_setting_and_method_of_each_cell(tmp_path):
 def test_every_setting_of_every_grid_makes_a_policy():
     field = tuning.candidates(tuning.training_free())
     assert len({one.name for one in field}) == len(field) > 20
-    assert {"random", "snapkv", "keydiff"} <= {one.method for one in field} and "golden" not in {one.method for one in field}
-    check(small_plan(budgets=("1/8",), families=("recall", "dialogue")), field)
+    methods = {one.method for one in field}
+    assert {"random", "snapkv", "keydiff"} <= methods and not {"golden", "full", "lexical"} & methods
+    check(small_plan(budgets=("1/8",)), field)
 
 
 # --- reports ---
@@ -450,7 +450,9 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     bench = tmp_path / "bench"
     bench.mkdir()
-    (bench / "decode.json").write_text(json.dumps({"device": "cpu", "rows": [{"tokens": 1024, "ms": 1.25, "more": [1]}]}))
+    (bench / "decode.json").write_text(
+        json.dumps({"device": "cpu", "rows": [{"tokens": 1024, "ms": 1.25, "more": [1]}]})
+    )
     written = tables.write_results(tmp_path / "docs" / "results", tmp_path / "docs", bench)
     assert [path.name for path in written] == ["results-main.png", "results.md"]
     page = written[-1].read_text()
@@ -461,10 +463,10 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
 
 def test_the_method_table_stands_between_its_markers(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{tables.START}\nold\n{tables.STOP}\nafter\n")
+    page.write_text(f"before\n{tables.START}\nstale words\n{tables.STOP}\nafter\n")
     assert tables.write_method_table(page)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| `h2o` | " in text and text.count("| `") == len(tables.methods.METHODS)
     page.write_text("no markers")
     assert not tables.write_method_table(page)
@@ -486,11 +488,11 @@ def test_perplexity_is_that_of_the_replayed_trace():
     expected = -sum(float(logits[i].log_softmax(-1)[ids[0, i + 1]]) for i in range(60))
     assert found.loss == pytest.approx(expected, rel=1e-5) and found.num_tokens == 60
     assert found.value == pytest.approx(math.exp(expected / 60), rel=1e-5)
-    for chunk in (1, 4, 61):
+    for chunk in (4, 61):
         assert perplexity.perplexity(model, ids, policy, chunk=chunk).loss == pytest.approx(expected, rel=1e-5)
-    whole = perplexity.perplexity(model, ids, full.policy(), chunk=7)
+    whole = perplexity.perplexity(model, ids, None, chunk=7)
     assert whole.value == pytest.approx(math.exp(float(model(input_ids=ids, labels=ids).loss)), rel=1e-5)
-    assert found.peak < whole.peak == whole.full
+    assert found.peak < whole.peak == whole.end == whole.full == found.full == 2 * 2 * 2 * 8 * 4 * 61
 
 
 def test_texts_that_cannot_be_judged_are_refused(subject, tmp_path):
@@ -504,10 +506,10 @@ def test_texts_that_cannot_be_judged_are_refused(subject, tmp_path):
     with pytest.raises(DataError, match="empty"):
         perplexity.read_text(path)
     with pytest.raises(DataError, match="such as zebra"):
-        perplexity.encode(subject.model, subject.tokenizer, "ann likes zebra ;")
+        perplexity.encode(subject.model, subject.tokenizer, "fact ann zebra ;")
     with pytest.raises(DataError, match="two tokens"):
         perplexity.encode(subject.model, subject.tokenizer, "ann")
-    long = "ann likes river ; " * 600
+    long = "fact ann river ; " * 600
     with pytest.raises(UsageError, match="--max-tokens 2048"):
         perplexity.encode(subject.model, subject.tokenizer, long)
     assert perplexity.encode(subject.model, subject.tokenizer, long, max_tokens=9).shape == (1, 9)
@@ -543,12 +545,14 @@ def test_eval_and_report_from_the_command_line(folder, tmp_path, capsys):
 
 def test_perplexity_from_the_command_line(folder, tmp_path, capsys):
     text = tmp_path / "book.txt"
-    text.write_text("fact ann likes river stone ; " * 20)
+    text.write_text("fact ann river stone ; " * 24)
     words = ["eval", "--task", "perplexity", "--text", str(text), "--model", folder, "--device", "cpu", "--json"]
     assert main([*words, "--method", "h2o,golden", "--budget", "40"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["method"] for row in rows] == ["full", "h2o", "golden"] and rows[0]["perplexity_ratio"] == 1.0
-    assert rows[1]["num_tokens"] == 119 and rows[1]["budget"] == 40 and rows[1]["kv_bytes_peak"] < rows[0]["kv_bytes_peak"]
+    assert (
+        rows[1]["num_tokens"] == 119 and rows[1]["budget"] == 40 and rows[1]["kv_bytes_peak"] < rows[0]["kv_bytes_peak"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,10 @@ class Copied:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
         self.keys, self.values, self.position = keys, values, position
 
+    @property
+    def room(self) -> int:
+        return self.keys.shape[2]
+
     def logits(self, query: torch.Tensor) -> torch.Tensor:
         return query @ self.keys.mT
 

@@ -1,1 +1,5 @@
-"""Triton kernels behind the `learnevict::` custom ops; imported by `learnevict.ops.use_kernels()` alone."""
+"""Triton kernels behind the `learnevict::` operators; imported by `learnevict.ops.use_kernels()` alone."""
+
+from learnevict_kernels.decode import register
+
+__all__ = ["register"]

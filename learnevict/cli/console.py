@@ -16,7 +16,7 @@ import typer
 
 from learnevict import __version__
 from learnevict.cli.results import say
-from learnevict.errors import LearnevictError, UsageError
+from learnevict.errors import BudgetError, LearnevictError, UsageError
 
 COMMANDS = ("infer", "list", "eval", "report", "viz", "doctor", "demo")
 USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
@@ -34,10 +34,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"learnevict {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         try:
             return _invoke([word for word in words if word != "--debug"])
@@ -110,7 +112,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and not isinstance(error, LearnevictError):
         place = f" {error.filename!r}" if error.filename else ""
         return RUNTIME, f"{error.strerror or type(error).__name__}:{place}; choose a file or folder that can be used"
-    return USAGE if isinstance(error, UsageError) else RUNTIME, " ".join(str(error).split())
+    return USAGE if isinstance(error, UsageError | BudgetError) else RUNTIME, " ".join(str(error).split())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -89,14 +89,15 @@ def _show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = {title: show for title, show in COLUMNS.items() if any(show(row) for row in rows)}
     for title in columns:
-        table.add_column(title, justify="left" if title in ("family", "method") else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title in ("family", "method") else "right")
     last = None
     for row in rows:
         if last not in (None, row["family"]):
             table.add_section()
         last = row["family"]
         table.add_row(*(show(row) or "–" for show in columns.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
 
 
 def _interval(row: dict[str, Any], value: str, low: str, high: str) -> str:

@@ -13,7 +13,7 @@ from learnevict.cli.opening import TESTBED, Opened, open_model
 from learnevict.cli.results import say
 from learnevict.errors import GateError, UsageError
 from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
-from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.plan import Plan, Subject, check, check_families, count
 from learnevict.evals.rows import Row, text_row, write_rows
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
@@ -50,7 +50,9 @@ class Judging:
     def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
         """A comparison on the testbed under the usual rules."""
         plan = Plan(budgets=self.budgets, rules=self.rules(COMPARISON), **fields)
-        return replace(plan, families=families) if families else plan
+        plan = replace(plan, families=families) if families else plan
+        check_families(plan.families)
+        return plan
 
     def contenders(self, default: tuple[str, ...]) -> list[Contender]:
         """Methods by name, with their gates and settings.
@@ -100,6 +102,7 @@ class Judging:
                 f"{self.model!r} does not speak the testbed's words; judge it on a text: --task perplexity --text FILE"
             )
         contenders = self.contenders(DEFAULT_METHODS)
+        check(plan, contenders)
         subject = Subject(opened.model, opened.tokenizer, opened.name)
         with progress(count(plan, contenders)) as advance:
             return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
@@ -107,7 +110,6 @@ class Judging:
     def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
         """Rows of methods on one text, the full cache first."""
         from learnevict.evals import perplexity as texts
-        from learnevict.methods import full
 
         text = texts.read_text(path)
         if self.prompt or self.tuned:
@@ -119,7 +121,7 @@ class Judging:
         cases = [(one, texts.resolve(budget, ids.shape[1])) for budget in self.budgets for one in asked]
         policies = [texts.policy_for(one, budget, rules, model, ids) for one, budget in cases]
         with progress(ids.shape[1] * (1 + len(cases))) as advance:
-            reference = texts.perplexity(model, ids, full.policy(), advance=lambda n: advance("full cache", n))
+            reference = texts.perplexity(model, ids, None, advance=lambda n: advance("full cache", n))
             rows = [text_row(FULL, path.name, None, reference, reference)]
             for (one, budget), policy in zip(cases, policies, strict=True):
                 label = f"{one.name} {budget}"
@@ -134,11 +136,12 @@ class Judging:
 
 @contextmanager
 def progress(total: int) -> Generator[Any]:
-    """A bar on standard error; yields a function of a description and a number of samples."""
+    """A bar on standard error, if that is a terminal; yields a function of a description and a number of samples."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda label, number: bar.update(task, advance=number, description=label)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from learnevict.config import Budget
 from learnevict.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +30,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user said about eviction; None where nothing was said. `options` are the method's."""
+    """What the user said about eviction; None where nothing was said.
+
+    Raises:
+        BudgetError: a budget that cannot be parsed.
+    """
 
     method: str | None = None
     checkpoint: str | None = None
@@ -40,11 +47,19 @@ class Choice:
     prompt: bool | None = None
     variant: str | None = None
 
-    def options(self, opened: Opened) -> dict[str, Any]:
-        """Arguments for the method's `policy`: what was given, over what suits the model."""
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            Budget.parse(self.budget)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Arguments for the method's `policy` that the user gave."""
         names = ("sinks", "recent", "slack", "schedule", "prompt", "variant")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return {**(COMPARISON if opened.speaks_testbed else {}), **given}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def options(self, opened: Opened) -> dict[str, Any]:
+        """What was given, over what suits the model."""
+        return {**(COMPARISON if opened.speaks_testbed else {}), **self.given}
 
 
 def open_model(name: str, device: str = "auto", dtype: str = "auto", *, bars: bool = True) -> Opened:
@@ -57,7 +72,7 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto", *, bars: bo
     from learnevict import testbed
     from learnevict.infer.load import load, quiet
 
-    quiet(bars=bars and name != TESTBED)
+    quiet(bars=bars and name != TESTBED and sys.stderr.isatty())
     if name == TESTBED:
         model, tokenizer = load(str(testbed.path()), device=device, dtype="fp32" if dtype == "auto" else dtype)
     else:
@@ -111,23 +126,26 @@ def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
                 f"method {method!r} is learned and there are no gates for {opened.name!r}; give --ckpt with a folder "
                 "or Hub id, or train some: recipes/distill.py"
             )
-    options = choice.options(opened)
     if source is None:
         assert method is not None
-        return build(methods.load(method).policy, method, choice.budget, options)
+        return build(methods.load(method).policy, method, choice, opened)
     gates = Gates.load(source, opened.model, allow_other_base=choice.allow_other_base)
     if method is not None and gates.method != method:
         raise GateError(f"the gates in {str(source)!r} are of method {gates.method!r}, not {method!r}; drop --method")
-    return build(gates.policy, gates.method, choice.budget, options)
+    return build(gates.policy, gates.method, choice, opened)
 
 
-def build(make: Any, method: str, budget: str | None, options: dict[str, Any]) -> Policy:
-    """Call a method's `policy`, and say which options it does not know.
+def build(make: Any, method: str, choice: Choice, opened: Opened) -> Policy:
+    """Call a method's `policy`. What suits the model is left out where a method has no such option; what was given never.
 
     Raises:
         UsageError: an option that the method does not have.
     """
+    parameters = inspect.signature(make).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    options = choice.options(opened)
+    fitting = {name: options[name] for name in options if takes_all or name in parameters or name in choice.given}
     try:
-        return make(budget, **options)
+        return make(choice.budget, **fitting)
     except TypeError as error:
         raise UsageError(f"method {method!r} does not take these options: {error}") from error

@@ -131,8 +131,8 @@ def load(path: Path) -> tuple[dict[str, Any], Journal]:
         DataError: no such file, or no record.
     """
     try:
-        first = path.open(encoding="utf-8").readline()
-        configuration = json.loads(first)["configuration"]
+        with path.open(encoding="utf-8") as file:
+            configuration = json.loads(file.readline())["configuration"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{str(path)!r} is no record of an evaluation") from error
     return configuration, Journal(path, configuration, resume=True)

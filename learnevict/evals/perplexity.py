@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from learnevict.errors import DataError, UsageError
 from learnevict.evals.budgets import resolved
 from learnevict.evals.contenders import GOLDEN, Contender, Rules
 from learnevict.infer.attach import attach
+from learnevict.infer.cache import stored_bytes
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor
@@ -91,7 +93,7 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
 def perplexity(
     model: Any,
     ids: Int[Tensor, "1 T"],
-    policy: Governor,
+    policy: Governor | None,
     *,
     chunk: int = CHUNK,
     advance: Callable[[int], None] | None = None,
@@ -99,21 +101,24 @@ def perplexity(
     """Read the text once, chunk by chunk, each token predicted from what the cache still holds.
 
     Args:
-        policy: governs the cache; `full.policy()` for the reference.
+        policy: governs the cache; None: the model's own stock cache, the reference.
         chunk: tokens per forward; changes no number.
         advance: called with the number of tokens just read.
     """
-    total, last = 0.0, None
-    with attach(model, policy, prompt_length=[0]) as cache:
+    total, last, cache = 0.0, None, None
+    with nullcontext() if policy is None else attach(model, policy, prompt_length=[0]) as evicting:
         for part in ids.split(chunk, dim=1):
-            logits = model(input_ids=part, past_key_values=cache).logits[0].float()
+            output = model(input_ids=part, past_key_values=cache or evicting, use_cache=True)
+            logits, cache = output.logits[0].float(), output.past_key_values
             before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
             target = part[0, 1:] if last is None else part[0]
             total += float(torch.nn.functional.cross_entropy(before, target, reduction="sum"))
             last = logits[-1:]
             if advance is not None:
                 advance(part.shape[1])
-        return Perplexity(total, ids.shape[1] - 1, cache.peak_nbytes, cache.nbytes, cache.full_nbytes)
+    held = sum(map(stored_bytes, cache.layers))
+    peak, whole = (evicting.peak_nbytes, evicting.full_nbytes) if evicting is not None else (held, held)
+    return Perplexity(total, ids.shape[1] - 1, peak, held, whole)
 
 
 def resolve(text: str, num_tokens: int) -> int | str:

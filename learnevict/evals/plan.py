@@ -103,10 +103,7 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
         BudgetError: a budget that some method cannot be held to.
         UsageError: unknown families, nothing to do, or golden where it is not defined.
     """
-    unknown = [family for family in plan.families if family not in testbed.FAMILIES]
-    if unknown or not plan.families:
-        given = ", ".join(unknown) or "none given"
-        raise UsageError(f"no such task family: {given}; choose {', '.join(testbed.FAMILIES)}")
+    check_families(plan.families)
     if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
         raise UsageError("samples, batch size and tries must be at least 1")
     if len({one.name for one in contenders}) < len(contenders) or not contenders:
@@ -118,6 +115,18 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
     for family in plan.families:
         for cell in cells(plan, contenders, family):
             _check_cell(plan, cell)
+
+
+def check_families(families: Sequence[str]) -> None:
+    """Refuse families that do not exist.
+
+    Raises:
+        UsageError: naming those that do.
+    """
+    unknown = [family for family in families if family not in testbed.FAMILIES]
+    if unknown or not families:
+        given = ", ".join(unknown) or "none given"
+        raise UsageError(f"no such task family: {given}; choose {', '.join(testbed.FAMILIES)}")
 
 
 def _check_cell(plan: Plan, cell: Cell) -> None:

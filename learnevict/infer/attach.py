@@ -208,22 +208,29 @@ def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) ->
         cache.clock.commit()
 
 
-def rotary_of(decoder: nn.Module, module: nn.Module) -> nn.Module | None:
-    """The decoder's rotary embedding, if `module` rotates halves of the head dimension (not neighbouring dimensions)."""
+def rotary_of(decoder: nn.Module, module: nn.Module) -> tuple[nn.Module, str] | None:
+    """The decoder's rotary embedding and its buffer of frequencies, if `module` rotates halves of the head dimension.
+
+    None if it rotates neighbouring dimensions or nothing. The buffer is named, not held: dynamic RoPE replaces it.
+    """
     names = vars(sys.modules[type(module).__module__])
     if "rotate_half" in names:
         halves = names["rotate_half"](torch.arange(4)).tolist() == [-2, -3, 0, 1]
     else:
         halves = "_apply_rotary_emb" in names  # GPT-OSS
-    return getattr(decoder, "rotary_emb", None) if halves else None
+    rotary = getattr(decoder, "rotary_emb", None) if halves else None
+    own = f"{getattr(module, 'layer_type', None)}_inv_freq"  # Gemma3: one per kind of layer
+    name = next((name for name in (own, "inv_freq") if hasattr(rotary, name)), None)
+    return None if rotary is None or name is None else (rotary, name)
 
 
-def _hand_over(rotary: nn.Module | None, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _hand_over(
+    rotary: tuple[nn.Module, str] | None, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     cache, replay = kwargs.get("past_key_values"), REPLAY.get()
     index: Any = module.layer_idx
-    own = f"{getattr(module, 'layer_type', None)}_inv_freq"  # Gemma3: one per kind of layer
-    frequencies = getattr(rotary, own, getattr(rotary, "inv_freq", None))
+    frequencies = None if rotary is None else getattr(*rotary)
     if replay is not None and index in replay.expiry:
         return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies)}
     if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):

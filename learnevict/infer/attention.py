@@ -7,6 +7,7 @@ from torch import Tensor
 
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
+from learnevict.ops import slot_attention
 from learnevict.signals import NEVER, Attention, Signals
 
 
@@ -21,19 +22,24 @@ def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attenti
         [B, Hq, 1, dv]
     """
     batch, query_heads = query.shape[:2]
-    heads = store.position.shape[1]
-    grouped = query.view(batch, heads, query_heads // heads, -1)
-    bias = store.bias.unsqueeze(2)
     plain = attention.softcap is None and attention.sinks is None
-    if plain and isinstance(store, SlotPool):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            grouped, store.keys, store.values, attn_mask=bias, scale=attention.scaling
-        )
-    else:
-        logits = store.logits(grouped).unsqueeze(3)
-        weights = attention.probabilities(logits, (bias == 0).unsqueeze(3))
-        out = store.mix(weights.squeeze(3))
+    if not plain or isinstance(store, PagePool):
+        return observed_step(store, query, attention)[0]
+    grouped = query.view(batch, store.position.shape[1], -1, query.shape[3])
+    out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling)
     return out.reshape(batch, query_heads, 1, -1)
+
+
+def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+    """As `step_attention`, with probabilities float32 [B, H, G, 1, N]: every occupied slot is visible to the newest query."""
+    batch, query_heads = query.shape[:2]
+    logits = store.logits(query.view(batch, store.position.shape[1], -1, query.shape[3]))
+    bias = store.bias.unsqueeze(2)
+    if attention.sinks is None:
+        weights = (attention.scores(logits) + bias).softmax(-1)
+    else:
+        weights = attention.probabilities(logits.unsqueeze(3), (bias == 0).unsqueeze(3)).squeeze(3)
+    return store.mix(weights).reshape(batch, query_heads, 1, -1), weights.unsqueeze(3)
 
 
 def block_attention(store: SlotPool | PagePool, signals: Signals) -> tuple[Tensor, Tensor]:

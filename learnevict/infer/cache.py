@@ -192,7 +192,7 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
-        stock = DynamicCache(config=self.text_config).layers  # their own reset() keeps zeros in place of tokens
+        stock = DynamicCache(config=self.text_config).layers  # older releases keep zeros in place of tokens on reset()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, EvictingLayer):
                 layer.reset()

@@ -48,7 +48,8 @@ class Block:
     def take(self, values: Tensor, dim: int) -> Tensor:
         """The block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
         if isinstance(self.columns, slice):
-            return values[(slice(None),) * dim + (self.columns,)]
+            whole = self.columns.stop - self.columns.start == values.shape[dim]
+            return values if whole else values[(slice(None),) * dim + (self.columns,)]
         shape = [1] * values.ndim
         shape[0], shape[dim] = self.columns.shape
         target = list(values.shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from learnevict.errors import CacheError, NotAttachedError
-from learnevict.infer.attention import block_attention, step_attention
+from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.clock import Block, Clock
 from learnevict.infer.history import Expiries, Ring
 from learnevict.infer.pages import PagePool
@@ -139,7 +139,7 @@ class EvictingLayer(CacheLayerMixin):
             [B, Hq, S, dv]
         """
         assert self.storage is not None
-        single = query.shape[2] == 1
+        single = query.shape[2] == 1 and all(size == 1 for block in self.clock.plan for size in block.sizes)
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
         rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
         for block in self.clock.plan:
@@ -189,7 +189,10 @@ class EvictingLayer(CacheLayerMixin):
         scorer = self.policy.scorer
         if single and not scorer.observes:
             return step_attention(pool, signals.query, signals.attention)
-        out, weights = block_attention(pool, signals)
+        if single:
+            out, weights = observed_step(pool, signals.query, signals.attention)
+        else:
+            out, weights = block_attention(pool, signals)
         if scorer.observes:
             seen = Signals(**{**vars(signals), "fresh_attention": weights, "ring": self.ring.held, "memo": {}})
             for name, column in scorer.observe(seen).items():

@@ -42,6 +42,11 @@ class PagePool:
         return self.ledger.position
 
     @property
+    def room(self) -> int:
+        """See signals.Slots."""
+        return self.keys.shape[0] * self.page // (self.table.shape[0] * self.table.shape[1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
@@ -127,7 +132,7 @@ class PagePool:
                 self._store(where[one, :, :size], key[one, :, :size], value[one, :, :size])
                 part = {name: note[one, :, :size] for name, note in notes.items()}
                 self.ledger.write(slot[one, :, :size], position[one, :size], part, one)
-        self.count = self.count + torch.tensor(sizes, device=key.device).unsqueeze(-1)
+        self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
 
     def _store(self, where: Tensor, key: Tensor, value: Tensor) -> None:
         flat = where.flatten()

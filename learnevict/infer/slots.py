@@ -63,6 +63,7 @@ class SlotPool:
         self.ledger = Ledger(batch, heads, columns, key.device)
         self.bias = key.new_empty(batch, heads, 0)
         self.free = torch.empty(batch, heads, 0, dtype=torch.int64, device=key.device)
+        self.first = first_rows(self.free)
         self.cursor = [0] * batch
 
     @property
@@ -74,6 +75,11 @@ class SlotPool:
     def capacity(self) -> int:
         """Slots per head."""
         return self.keys.shape[2]
+
+    @property
+    def room(self) -> int:
+        """See signals.Slots."""
+        return self.capacity
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +100,7 @@ class SlotPool:
         self.values = resized(self.values, capacity, pick, 0.0)
         self.ledger.resize(capacity, pick)
         self._list_free()
+        self.first = first_rows(self.free)
 
     def write(
         self, key: Tensor, value: Tensor, position: Tensor, notes: dict[str, Tensor], sizes: tuple[int, ...]
@@ -114,15 +121,16 @@ class SlotPool:
         start = self.cursor[0]
         if all(cursor == start for cursor in self.cursor):
             return self.free[:, :, start : start + width]
-        offsets = torch.tensor(self.cursor, device=self.free.device).view(-1, 1, 1)
+        offsets = torch.tensor(self.cursor).to(self.free.device, non_blocking=True).view(-1, 1, 1)
         index = offsets + torch.arange(width, device=self.free.device)
         return self.free.gather(2, index.expand(-1, self.free.shape[1], -1))
 
     def _enter(self, row: slice, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, notes: dict) -> None:
-        wide = slot.unsqueeze(-1)
-        self.keys[row].scatter_(2, wide.expand(-1, -1, -1, key.shape[-1]), key)
-        self.values[row].scatter_(2, wide.expand(-1, -1, -1, value.shape[-1]), value)
-        self.bias[row].scatter_(2, slot, 0.0)
+        # By row of the flattened pool: scatter_ of bf16 on a CPU takes time in proportion to the pool.
+        index = (slot + self.first[row]).flatten()
+        self.keys.view(-1, key.shape[-1]).index_copy_(0, index, key.reshape(-1, key.shape[-1]))
+        self.values.view(-1, value.shape[-1]).index_copy_(0, index, value.reshape(-1, value.shape[-1]))
+        self.bias.view(-1).index_fill_(0, index, 0.0)
         self.ledger.write(slot, position, notes, row)
 
     def evict(self, drop: Tensor) -> None:
@@ -155,8 +163,15 @@ class SlotPool:
         """Rows of the batch, int64 [b] (beam search, batch selection, repetition)."""
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.bias, self.free = self.bias.index_select(0, index), self.free.index_select(0, index)
+        self.first = first_rows(self.free)
         self.ledger.select(index)
         self.cursor = [self.cursor[i] for i in index.tolist()]
+
+
+def first_rows(slots: Tensor) -> Tensor:
+    """Where each head of [B, H, N] starts once the three are flattened, int64 [B, H, 1]."""
+    batch, heads, capacity = slots.shape
+    return torch.arange(batch * heads, device=slots.device).view(batch, heads, 1) * capacity
 
 
 def resized(values: Tensor, capacity: int, pick: Tensor | None, fill: float) -> Tensor:

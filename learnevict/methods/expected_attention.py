@@ -95,7 +95,8 @@ class ExpectedAttention(Scorer):
         where, real = self._ring(signals)
         queries, half = signals.ring[0], frequency.shape[0]
         group = queries.shape[1] // signals.position.shape[1]
-        size = max(1, min(signals.position.shape[-1], queries.shape[-1]) // (4 * group))
+        room = signals.slots.room
+        size = max(1, min(room, queries.shape[-1] * room // signals.position.shape[-1]) // (4 * group))
         for start in range(0, where.shape[1], size):
             part = slice(start, start + size)
             angle = (signals.rows.now.view(-1, 1) - where[:, part]).unsqueeze(-1) * frequency

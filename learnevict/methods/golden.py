@@ -59,11 +59,11 @@ class Hindsight(Gate):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        batch, heads, num = signals.position.shape
+        batch, heads = signals.position.shape[:2]
         if (batch, heads) != self.expiry.shape[1:3] or signals.layer >= self.expiry.shape[0]:
             raise TraceError(
-                f"the trace covers (layers, rows, kv heads) = {tuple(self.expiry.shape[:3])}, but layer {signals.layer} of this "
-                f"run has {batch} rows and {heads} kv heads; make a trace for this batch and model"
+                f"the trace covers (layers, rows, kv heads) = {tuple(self.expiry.shape[:3])}, but layer {signals.layer} of "
+                f"this run has {batch} rows and {heads} kv heads; make a trace for this batch and model"
             )
         table = self.expiry[signals.layer]
         ends = table.gather(-1, signals.position.clamp(0, table.shape[-1] - 1).long())

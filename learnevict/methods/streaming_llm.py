@@ -43,7 +43,7 @@ def policy(
     """
     if positions != "true":
         raise UsageError(
-            f"streaming_llm keeps true positions; positions={positions!r} (the paper's re-numbering by slot) would rotate every "
-            "stored key at every event and is not available: drop the option"
+            f"streaming_llm keeps true positions; positions={positions!r} (the paper's re-numbering by slot) would rotate "
+            "every stored key at every event and is not available: drop the option"
         )
     return compose("streaming_llm", budget, Recency(), recent=recent, **options)

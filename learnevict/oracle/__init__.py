@@ -28,7 +28,8 @@ from learnevict.oracle.reducers import (
 from learnevict.oracle.roll import Protection, RollRule, golden
 
 __all__ = [
-    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "horizon", "pool_groups", "target", "per_head_output_weight",
+    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace",
+    "horizon", "pool_groups", "target", "per_head_output_weight",
     "Reducers", "LayerInputs", "RollRule", "Protection", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
 ]  # fmt: skip

@@ -52,8 +52,16 @@ def golden_labels(
     def observe(
         layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> None:
-        given = {"scaling": attention.scaling, "softcap": attention.softcap, "sinks": attention.sinks}
-        labels[layer] = future_attention(query, key, block=block, valid=valid, reduce=reduce, **given)
+        labels[layer] = future_attention(
+            query,
+            key,
+            block=block,
+            valid=valid,
+            reduce=reduce,
+            scaling=attention.scaling,
+            softcap=attention.softcap,
+            sinks=attention.sinks,
+        )
 
     logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe).logits
     return labels, logits

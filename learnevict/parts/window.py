@@ -76,10 +76,8 @@ class WindowAttention(Scorer):
         for logits, where in signals.window_logits(self.window):
             weights = self._probabilities(signals, logits, where, candidates)
             part = weights.amax(3) if self.reduce == "max" else weights.sum(3)
-            if total is None:
-                total = part
-            else:
-                total = torch.maximum(total, part) if self.reduce == "max" else total + part
+            both = torch.maximum if self.reduce == "max" else torch.add
+            total = part if total is None else both(total, part)
             num_queries = num_queries + (where >= 0).sum(-1)
         assert total is not None
         return total, num_queries

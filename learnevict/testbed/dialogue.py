@@ -9,7 +9,7 @@ from __future__ import annotations
 from random import Random
 
 from learnevict.testbed.clauses import Level, filler, scatter
-from learnevict.testbed.recall import marked, taste
+from learnevict.testbed.recall import marked, tastes
 from learnevict.testbed.vocabulary import FALSE_FACT, NAMES, TRUE_FACT
 
 LEVELS = (
@@ -30,7 +30,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     names = rng.sample(NAMES, num_told - num_renewed + 1)
     order = names[:-1] + rng.sample(names[:-1], num_renewed)
     rng.shuffle(order)
-    told = [(name, taste(rng)) for name in order]
+    told = list(zip(order, tastes(rng, num_told), strict=True))
     cuts = sorted(rng.sample(range(1, num_told), num_turns - 1))
     parts = [told[start:stop] for start, stop in zip([0, *cuts], [*cuts, num_told], strict=True)]
     decoys = [0] * num_turns
@@ -58,7 +58,7 @@ def _num_asked(rng: Random, num_known: int, last: bool) -> int:
 def _turn(rng: Random, facts: list[tuple[str, str]], num_decoys: int, names: list[str], num_filler: int) -> list[str]:
     """One user turn: facts in their order, jokes about the same people and filler between."""
     told = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in facts]
-    jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {taste(rng)} ;" for _ in range(num_decoys)]
+    jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {tastes(rng, 1)[0]} ;" for _ in range(num_decoys)]
     mixed = scatter(rng, told, jokes)
     words = [word for clause in mixed for word in clause.split()[2:4]]
     noise = filler(rng, ("person", "person", "number"), num_filler, {"%": names, "$": words})

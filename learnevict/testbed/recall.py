@@ -21,9 +21,10 @@ LEVELS = (
 LONG = Level((6, 7), 3.4, (280, 340))
 
 
-def taste(rng: Random) -> str:
-    """A value: two different words."""
-    return " ".join(rng.sample(VALUES, 2))
+def tastes(rng: Random, num: int) -> list[str]:
+    """So many values of two words, no word twice: else the second word would not follow from the first."""
+    drawn = rng.sample(VALUES, 2 * num)
+    return [f"{first} {second}" for first, second in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
 def marked(value: str) -> str:
@@ -35,10 +36,10 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     """Facts, rumours and questions as chat turns; checked words carry a mark. One fact may stay unasked."""
     num_facts = level.num_items(rng)
     names = rng.sample(NAMES, num_facts + 1)
-    facts = {name: taste(rng) for name in names[:num_facts]}
+    facts = dict(zip(names, tastes(rng, num_facts), strict=False))
     told = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in facts.items()]
     for _ in range(level.num_decoys(rng, num_facts)):
-        told.append(f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {taste(rng)} ;")
+        told.append(f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {tastes(rng, 1)[0]} ;")
     rng.shuffle(told)
     words = [word for clause in told for word in clause.split() if word in VALUES]
     noise = filler(rng, ("person", "person", "number"), rng.randint(*level.filler), {"%": names, "$": words})

@@ -18,14 +18,15 @@ FORGOTTEN: dict[int, Tensor] = {}
 
 
 def told_attention(module, query, key, value, attention_mask, *, scaling, softcap=None, s_aux=None, **kwargs):
-    """Query head j uses key head j // G; `FORGOTTEN[layer]` is bool [B, H, T, T], True where a token is gone."""
+    """Query head j uses key head j // G; `FORGOTTEN[layer]` is bool [B or 1, H, >= T, >= T], True where a token is gone."""
     group = query.shape[1] // key.shape[1]
     logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     hidden = attention_mask < 0
     if module.layer_idx in FORGOTTEN:
-        hidden = hidden | FORGOTTEN[module.layer_idx].repeat_interleave(group, 1)
+        told = FORGOTTEN[module.layer_idx][:, :, : query.shape[2], : key.shape[2]]
+        hidden = hidden | told.repeat_interleave(group, 1)
     # A padded query sees nothing: uniform weights, as eager attention has them; nobody reads its answer.
     logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
     if s_aux is not None:
@@ -57,13 +58,15 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+def forgetting(expiry: Tensor) -> dict[int, Tensor]:
+    """By layer, bool [B, H, T, T]: token i (last) is hidden from query t >= expiry[layer, b, h, i]."""
+    query = torch.arange(expiry.shape[-1], device=expiry.device).view(1, 1, -1, 1)
+    return {layer: query >= until.unsqueeze(2) for layer, until in enumerate(expiry)}
+
+
 def judge(model: PreTrainedModel, ids: Tensor, mask: Tensor, expiry: Tensor | None) -> Tensor:
     """Logits [B, T, V] of one full pass in which token i is hidden from query t >= expiry[layer, b, h, i]."""
-    forgotten = {}
-    if expiry is not None:
-        query = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1, 1)
-        forgotten = {layer: query >= until.unsqueeze(2) for layer, until in enumerate(expiry)}
-    with judging(model, forgotten), torch.no_grad():
+    with judging(model, {} if expiry is None else forgetting(expiry)), torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
 
 

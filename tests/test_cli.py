@@ -1,0 +1,496 @@
+"""The command line, tried as a new user would: what works, and every mistake as one line with its remedy."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from learnevict import methods, testbed
+from learnevict.cli import app, main
+from learnevict.config import Budget
+from learnevict.hub import GATES_FOLDER, Gates
+from learnevict.infer.generate import generate, read_text
+from learnevict.infer.load import load, load_config
+from learnevict.infer.memory import estimate
+from learnevict.infer.viz import page
+from learnevict.policy import Guard, Schedule
+from learnevict.signals import NEVER, Trace
+
+WORDS = "fact ann likes river stone ; ask ann ;"
+
+
+def tiny(num_heads: int = 2, seed: int = 0) -> Qwen3ForCausalLM:
+    """A random model that speaks the testbed's language and never stops early."""
+    torch.manual_seed(seed)
+    tokenizer = testbed.build_tokenizer()
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2 * num_heads, num_key_value_heads=num_heads, max_position_embeddings=2048,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=None,
+        )
+    )  # fmt: skip
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on disk."""
+    path = tmp_path_factory.mktemp("model")
+    tiny().save_pretrained(path)
+    testbed.build_tokenizer().save_pretrained(path)
+    return path
+
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def learnevict(capsys: pytest.CaptureFixture[str], folder: Path) -> Callable[..., Outcome]:
+    """Runs a command line in this process; MODEL stands for the model on disk."""
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(folder) if word == "MODEL" else str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+# --- help ---
+
+
+def test_every_command_teaches_with_an_example(learnevict):
+    names = [command.name for command in app.registered_commands]
+    assert set(names) >= {"infer", "list", "eval", "report", "viz", "doctor", "demo"}
+    for name in names:
+        code, out, _ = learnevict(name, "--help")
+        assert code == 0
+        assert f"learnevict {name}" in out.split("Example", 1)[1], f"{name} --help shows no example"
+
+
+def test_version_and_bare_call(learnevict):
+    assert learnevict("--version")[:2] == (0, "learnevict 0.1.0\n")
+    code, out, err = learnevict()
+    assert code in (0, 2)
+    assert "infer" in out + err
+
+
+def test_list_is_the_table_of_methods(learnevict):
+    code, out, _ = learnevict("list", "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == list(methods.METHODS)
+    code, out, _ = learnevict("list")
+    assert all(name in out for name in methods.METHODS)
+
+
+# --- infer ---
+
+
+def infer(learnevict: Callable[..., Outcome], *words: object) -> dict:
+    code, out, err = learnevict("infer", "--model", "MODEL", "-n", "24", "--json", *words)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_full_cache_and_a_small_one(learnevict):
+    full = infer(learnevict, "--task", "recall", "--seed", 2)
+    assert (full["method"], full["budget"], full["tokens_generated"]) == ("full", None, 24)
+    assert full["kv_bytes_peak"] == full["kv_bytes_full"] == full["kept"]["mean"] * 2 * 2 * 2 * 16 * 4
+    small = infer(learnevict, "--task", "recall", "--seed", 2, "--method", "h2o", "--budget", 48)
+    assert small["kept"]["max"] <= 48 + 16
+    assert small["kv_bytes_full"] == full["kv_bytes_full"] > 4 * small["kv_bytes_peak"]
+    assert small["expected"] == full["expected"] == testbed.generate("recall", 2).answer
+    assert small["correct"] is False
+
+
+def test_text_streams_and_figures_follow(learnevict):
+    words = ("--task", "program", "--method", "streaming_llm", "--budget", "25%")
+    record = infer(learnevict, *words)
+    code, out, err = learnevict("infer", "--model", "MODEL", "-n", "24", *words)
+    assert code == 0
+    assert out.strip() == record["text"].strip()
+    assert f"budget {record['budget_tokens']} = 25%" in err
+    for said in ("tokens/s", "kept per head", "now ", "peak ", "full cache ", "answer: wrong, expected"):
+        assert said in err
+    assert record["budget_tokens"] == -(-(record["prompt_tokens"] + 23) // 4)
+
+
+def test_a_budget_in_bytes(learnevict):
+    record = infer(learnevict, "--task", "program", "--method", "knorm", "--budget", "64KiB")
+    assert record["budget_tokens"] == 64 * 1024 // (2 * 2 * 2 * 16 * 4) - 16
+    assert record["kv_bytes_peak"] <= 64 * 1024
+
+
+def test_a_prompt_shorter_than_every_window(learnevict):
+    record = infer(learnevict, "--prompt", WORDS, "--method", "snapkv", "--budget", 32)
+    assert record["prompt_tokens"] == len(WORDS.split()) + 4  # as a user's turn
+    assert infer(learnevict, "--prompt", f"<bos> {WORDS}")["prompt_tokens"] == len(WORDS.split()) + 1
+
+
+def test_golden_says_that_it_runs_twice(learnevict):
+    record = infer(learnevict, "--task", "ledger", "--method", "golden", "--budget", 48)
+    assert record["runs"] == 2
+    assert 0 <= record["agreement"] <= 1
+    assert record["kept"]["max"] <= 64
+    _, _, err = learnevict("infer", "--model", "MODEL", "-n", 4, "--task", "ledger", "--method", "golden", "-b", 48)
+    assert "golden runs twice" in err
+
+
+def test_gates_from_a_folder(learnevict, folder, tmp_path):
+    base, _ = load(str(folder))
+    Gates.make("foresightkv", base).save_pretrained(tmp_path / "gates")
+    record = infer(learnevict, "--task", "recall", "--ckpt", tmp_path / "gates", "--budget", 48)
+    assert record["method"] == "foresightkv"
+    assert record["kept"]["max"] <= 64
+
+
+def test_a_method_of_ones_own(learnevict, tmp_path, monkeypatch):
+    """Any importable module will do, and what suits the testbed is not forced on it."""
+    (tmp_path / "my_method.py").write_text(
+        "from learnevict.methods import Paper, streaming_llm\n"
+        "PAPER = Paper('mine', None, 2026)\n"
+        "def policy(budget, *, slack=16):\n    return streaming_llm.policy(budget, slack=slack, recent=8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert infer(learnevict, "--task", "recall", "--method", "my_method", "--budget", 48)["kept"]["max"] <= 64
+    code, _, err = learnevict(
+        "infer", "--model", "MODEL", "--task", "recall", "--method", "my_method", "-b", 48, "--sinks", 2
+    )
+    assert code == 2
+    assert "sinks" in err
+
+
+# --- infer --batch ---
+
+BATCH = [
+    {"id": "a", "prompt": WORDS},
+    "this is no JSON",
+    {"id": "b", "messages": [{"role": "user", "content": "set A 3 ; ask A ;"}]},
+    {"id": "c", "prompt": "what is the weather"},
+    {"id": "d", "task": "recall", "seed": 5},
+    {"id": "a", "prompt": "hello"},
+    {"id": "e", "prompt": "   "},
+    {"id": "f", "question": "hello"},
+    {"id": "g", "task": "poetry"},
+]
+
+
+def test_bad_rows_are_named_and_good_ones_finish(learnevict, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", *BATCH), tmp_path / "out.jsonl"
+    words = ("infer", "--model", "MODEL", "-n", 8, "--batch", rows, "--out", out, "--method", "h2o", "--budget", 48)
+    code, _, err = learnevict(*words, "--batch-size", 2)
+    assert code == 1
+    complaints = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert [int(re.findall(r"line (\d+)", line)[0]) for line in complaints] == [2, 4, 6, 7, 8, 9]
+    assert "'what', 'is', 'weather'" in complaints[1]
+    assert [row["id"] for row in rows_of(out)] == ["a", "b", "d"]
+    assert rows_of(out)[2]["task"] == "recall"
+    before = out.read_text()
+    code, _, err = learnevict(*words, "--batch-size", 2)
+    assert "3 rows are finished" in err
+    assert out.read_text() == before
+
+
+def test_rows_of_a_batch_equal_single_runs(learnevict, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *({"task": family, "seed": 1} for family in ("recall", "program")))
+    words = ("infer", "--model", "MODEL", "-n", 12, "--method", "snapkv", "--budget", 48)
+    code, out, _ = learnevict(*words, "--batch", rows)
+    assert code == 0
+    together = [json.loads(line)["text"] for line in out.splitlines()]
+    alone = [
+        json.loads(learnevict(*words, "--task", f, "--seed", 1, "--json")[1])["text"] for f in ("recall", "program")
+    ]
+    assert together == alone
+
+
+def test_a_result_file_belongs_to_its_settings(learnevict, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS}), tmp_path / "out.jsonl"
+    words = ("infer", "--model", "MODEL", "-n", 4, "--batch", rows, "--out", out)
+    assert learnevict(*words)[0] == 0
+    with out.open("a") as file:
+        file.write('{"id": "half a ro')
+    code, _, err = learnevict(*words, "--temperature", 1)
+    assert code == 2
+    assert "other settings" in err
+    assert learnevict(*words)[0] == 0
+    assert [row["id"] for row in rows_of(out)] == ["1"]
+
+
+def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *({"prompt": WORDS} for _ in range(12)))
+    out = tmp_path / "out.jsonl"
+    words = ("infer", "--model", "MODEL", "-n", 40, "--batch", rows, "--out", out, "--batch-size", 1)
+
+    def stop() -> None:
+        while not (out.exists() and out.read_text().count("\n") >= 2):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=stop, daemon=True)
+    watcher.start()
+    code, _, err = learnevict(*words)
+    watcher.join()
+    finished = len(rows_of(out))
+    assert code == 130
+    assert 2 <= finished < 12
+    assert f"interrupted: {finished} finished rows are kept in {out}" in err
+    assert learnevict(*words)[0] == 0
+    assert [row["id"] for row in rows_of(out)] == [str(number) for number in range(1, 13)]
+
+
+# --- mistakes ---
+
+TASK = ("infer", "--model", "MODEL", "--task", "recall")
+MISTAKES = {
+    "nothing to read": (("infer", "--model", "MODEL"), 2, "give one of --prompt TEXT, --task FAMILY"),
+    "two things to read": ((*TASK, "--prompt", "hello"), 2, "not --prompt and --task"),
+    "unknown option": ((*TASK, "--budgets", "3"), 2, "see `learnevict infer --help`"),
+    "unknown command": (("infr",), 2, "Did you mean 'infer'"),
+    "budget that is no budget": ((*TASK, "--method", "h2o", "--budget", "lots"), 2, '"25%"'),
+    "budget too small": ((*TASK, "--method", "h2o", "--budget", "8"), 2, "the smallest that works is 21"),
+    "bytes too few": ((*TASK, "--method", "h2o", "--budget", "1KiB"), 2, "give at least"),
+    "method without budget": ((*TASK, "--method", "h2o"), 2, "--budget 512"),
+    "budget for a full cache": ((*TASK, "--method", "full", "--budget", "48"), 2, "drop --budget"),
+    "unknown method": ((*TASK, "--method", "h3o", "--budget", "48"), 2, "known: full, random"),
+    "unknown variant": ((*TASK, "--method", "snapkv", "--budget", "48", "--variant", "x"), 2, "has no variant"),
+    "unknown schedule": ((*TASK, "--method", "h2o", "-b", "48", "--schedule", "never"), 2, "prefill_end"),
+    "golden by share": ((*TASK, "--method", "golden", "--budget", "25%"), 2, "budget in tokens"),
+    "missing checkpoint": ((*TASK, "--ckpt", "./nowhere", "--budget", "48"), 1, "config.json and model.safetensors"),
+    "unknown task": (("infer", "--model", "MODEL", "--task", "poetry"), 2, "families are"),
+    "empty prompt": (("infer", "--model", "MODEL", "--prompt", " "), 1, "the prompt is empty"),
+    "unknown words": (("infer", "--model", "MODEL", "--prompt", "ann likes zebras"), 2, "does not know 'zebras'"),
+    "missing model": (("infer", "--model", "./nowhere", "--prompt", "hello"), 1, "no folder './nowhere'"),
+    "device that is not here": ((*TASK, "--device", "cuda:7"), 2, "--device auto"),
+    "no tokens": ((*TASK, "--max-new-tokens", "0"), 2, "at least 1"),
+    "negative temperature": ((*TASK, "--temperature", "-1"), 2, "0 (greedy) or more"),
+    "out without batch": ((*TASK, "--out", "x.jsonl"), 2, "--out belongs to --batch"),
+    "missing batch": (("infer", "--model", "MODEL", "--batch", "nowhere.jsonl"), 1, "cannot read 'nowhere.jsonl'"),
+    "viz of a full cache": (("viz", "--model", "MODEL", "--task", "recall", "--out", "OUT"), 2, "give --budget"),
+    "viz out of reach": (("viz", "--task", "recall", "-b", "48", "--out", "no/where.html"), 1, "choose another --out"),
+    "doctor's model": (("doctor", "--model", "./nowhere"), 1, "no folder './nowhere'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_its_remedy(name, learnevict, tmp_path):
+    words, expected, remedy = MISTAKES[name]
+    code, out, err = learnevict(*(tmp_path / "x.html" if word == "OUT" else word for word in words))
+    assert code == expected
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert remedy in err
+
+
+def test_gates_of_another_model(learnevict, tmp_path):
+    Gates.make("foresightkv", tiny(num_heads=1)).save_pretrained(tmp_path / "shape")
+    code, _, err = learnevict(*TASK, "--ckpt", tmp_path / "shape", "--budget", 48)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "made for another model" in err
+    Gates.make("foresightkv", tiny(seed=1)).save_pretrained(tmp_path / "weights")
+    code, _, err = learnevict(*TASK, "--ckpt", tmp_path / "weights", "--budget", 48)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "--allow-other-base" in err
+    words = (*TASK, "-n", 4, "--ckpt", tmp_path / "weights", "--budget", 48, "--allow-other-base")
+    assert learnevict(*words)[0] == 0
+
+
+def test_a_batch_file_in_another_encoding(learnevict, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes('{"prompt": "hello"}\n{"prompt": "café"}\n'.encode("latin1"))
+    code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "not UTF-8 (byte 0xe9 in line 2)" in err
+    assert "iconv" in err
+
+
+def test_an_output_that_cannot_be_written(learnevict, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS})
+    for out in (tmp_path, tmp_path / "missing" / "out.jsonl", rows):
+        code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows, "--out", out)
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert "choose another --out" in err
+
+
+def test_debug_shows_where(learnevict):
+    code, _, err = learnevict("infer", "--model", "./nowhere", "--prompt", "hello", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "ModelError" in err
+
+
+# --- generation ---
+
+
+def test_a_row_keeps_its_own_trace_in_a_batch(folder):
+    model, tokenizer = load(str(folder))
+    policy = methods.h2o.policy(40, slack=16, recent=8)
+    prompts = [testbed.generate(family, 0).prompt for family in ("recall", "program")]
+    together = generate(model, tokenizer, policy, prompts, batch_size=2, record=True, max_new_tokens=20)
+    for prompt, one in zip(prompts, together, strict=True):
+        (alone,) = generate(model, tokenizer, policy, [prompt], record=True, max_new_tokens=20)
+        assert one.tokens == alone.tokens
+        assert one.trace.evictions > 0
+        assert one.trace.expiry.shape[-1] == len(one.prompt) + len(one.tokens) - 1
+        assert torch.equal(one.trace.expiry, alone.trace.expiry)
+
+
+def test_sampling_follows_its_seed_and_leaves_the_callers_alone(folder):
+    model, tokenizer = load(str(folder))
+
+    def draw(seed: int) -> str:
+        return generate(model, tokenizer, None, [WORDS], temperature=1.0, seed=seed, max_new_tokens=12)[0].text
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert draw(1) == draw(1) != draw(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("budget", ["48", "25%", "32KiB"])
+def test_the_calculator_agrees_with_real_storage(folder, budget):
+    model, tokenizer = load(str(folder))
+    slots = Budget.parse(budget)
+    policy = methods.streaming_llm.policy(slots, slack=16, recent=8)
+    prompt = testbed.generate("recall", 0).prompt
+    length = len(read_text(tokenizer, prompt)) + 23
+    reckoned = estimate(load_config(str(folder)), slots, tokens=length, schedule=Schedule(16), guard=Guard())
+    (run,) = generate(model, tokenizer, policy, [prompt], max_new_tokens=24)
+    assert reckoned.full == run.kv_bytes_full
+    assert reckoned.budget == run.budget
+    assert run.kv_bytes <= reckoned.evicted if budget == "25%" else run.kv_bytes_peak == reckoned.evicted
+    assert reckoned.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- viz ---
+
+
+class Elements(HTMLParser):
+    """Elements of a page with their attributes, and the text inside scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.found and self.found[-1][0] == "script":
+            self.scripts[-1] += data
+
+
+def check_page(text: str) -> dict:
+    """The data of a page, after a look at its safety."""
+    elements = Elements(text)
+    assert [tag for tag, _ in elements.found if tag == "script"] == ["script", "script"]
+    assert not any({"src", "href", "onload", "onerror"} & set(attributes) for _, attributes in elements.found)
+    assert "http" not in text.replace("http-equiv", "")
+    data, script = elements.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "innerHTML" not in script
+    return json.loads(data)
+
+
+def test_viz_shows_what_was_kept(learnevict, tmp_path):
+    out = tmp_path / "h2o.html"
+    words = (
+        "viz",
+        "--model",
+        "MODEL",
+        "--task",
+        "recall",
+        "--seed",
+        1,
+        "--method",
+        "h2o",
+        "--budget",
+        48,
+        "--out",
+        out,
+    )
+    code, _, err = learnevict(*words)
+    assert code == 0, err
+    data = check_page(out.read_text(encoding="utf-8"))
+    sample = testbed.generate("recall", 1)
+    assert "".join(data["tokens"]) == sample.text
+    ends = torch.frombuffer(bytearray(base64.b64decode(data["expiry"])), dtype=torch.int32).view(2, 2, -1)
+    length = len(sample.text.split())
+    assert ends.shape[-1] == length
+    held = (ends == -1) | (ends > length - 1)
+    assert held.sum(-1).eq(48 + length % 16).all()
+
+
+def test_viz_of_an_answer_and_of_golden(learnevict, tmp_path):
+    out = tmp_path / "page.html"
+    words = ("viz", "--model", "MODEL", "--budget", 48, "--out", out)
+    assert learnevict(*words, "--prompt", WORDS, "--method", "tova", "-n", 60)[0] == 0
+    assert len(check_page(out.read_text(encoding="utf-8"))["tokens"]) == len(WORDS.split()) + 4 + 59
+    assert learnevict(*words, "--task", "program", "--method", "golden")[0] == 0
+    assert "golden" in check_page(out.read_text(encoding="utf-8"))["title"]
+
+
+def test_a_page_stays_inert_whatever_the_text_says():
+    tokens = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;", "\u2028", "@DATA@", "'\"`"]
+    expiry = torch.full((1, 1, 1, len(tokens)), NEVER, dtype=torch.int32)
+    data = check_page(page(Trace(expiry), tokens, "<b>title</b>", "</script>"))
+    assert data["tokens"] == tokens
+    assert data["title"] == "<b>title</b>"
+
+
+# --- doctor and demo ---
+
+
+def test_doctor(learnevict):
+    code, out, _ = learnevict("doctor", "--json", "--model", "MODEL", "--budget", 512, "--context", 4096, "--batch", 2)
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["memory"]["full"] == 2 * 4096 * (2 * 2 * 2 * 16 * 4)
+    assert found["memory"]["evicted"] == 2 * (512 + 128) * (2 * 2 * 2 * 16 * 4)
+    code, out, _ = learnevict("doctor", "--model", "MODEL")
+    assert "evicting" in out
+    assert "Everything that learnevict needs is here." in out
+
+
+def test_demo(learnevict):
+    code, out, err = learnevict("demo", "--json")
+    if not (GATES_FOLDER / "testbed-foresightkv").is_dir():
+        assert (code, len(err.splitlines())) == (1, 1)
+        return
+    assert code == 0, err
+    full, window, learned = json.loads(out)
+    assert (full["method"], window["method"], learned["method"]) == ("full", "streaming_llm", "foresightkv")
+    assert all(full["correct"].values())
+    assert sum(learned["correct"].values()) > sum(window["correct"].values())
+    assert learned["kept"] <= 64

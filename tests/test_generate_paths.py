@@ -1,0 +1,259 @@
+"""Every way of generating, under eviction, against a stock model that is told what each head may still see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from learnevict import EvictingCache, attach, methods
+from learnevict.errors import CacheError
+from learnevict.signals import NEVER
+from learnevict.testbed import build_tokenizer
+from tests.laws import zoo
+from tests.laws.judge import forgetting, judge, judging
+from tests.laws.policies import hashed
+from tests.laws.run import batch, read
+
+CLOSE = 1e-4
+PROMPT, NEW = 30, 16
+PADS = (0, 4, 11)
+pytestmark = pytest.mark.filterwarnings("ignore::learnevict.errors.StockLayersWarning")
+
+
+def prompt(model: Any, seed: int = 3, length: int = PROMPT) -> dict[str, Tensor]:
+    ids, mask = batch(zoo.tokens(model, len(PADS), length, seed), PADS)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def answer(model: Any, inputs: dict[str, Tensor], cache: Any = None, **how: Any) -> Any:
+    """generate() with logits, of exactly NEW tokens unless told otherwise."""
+    how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None} | how
+    return model.generate(
+        **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **how
+    )
+
+
+def longer(mask: Tensor, length: int) -> Tensor:
+    """The mask of a prompt and its answer."""
+    return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
+
+
+def agree_with_judge(model: Any, inputs: dict[str, Tensor], out: Any, cache: EvictingCache, returned: int = 1) -> None:
+    """The logits of every generated token are those of one stock pass that obeys the recorded trace."""
+    read_ids = out.sequences[:, :-1]
+    mask = longer(inputs["attention_mask"].repeat_interleave(returned, 0), read_ids.shape[1])
+    trace = cache.trace()
+    assert trace.evictions > 0
+    assert bool((trace.expiry[trace.expiry != NEVER] > inputs["input_ids"].shape[1]).any()), "nothing went while decoding"
+    expected = judge(model, read_ids, mask, trace.expiry)[:, -len(out.logits) :]
+    assert (torch.stack(out.logits, 1) - expected).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.7, "top_k": 0},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+        {"prefill_chunk_size": 8},
+    ],
+    ids=["greedy", "sampling", "returning two", "chunked"],
+)
+def test_generate(how, ragged):
+    model = zoo.build("llama")
+    inputs = prompt(model)
+    torch.manual_seed(0)
+    with attach(model, hashed(ragged=ragged), record=True) as cache:
+        out = answer(model, inputs, cache, **how)
+    agree_with_judge(model, inputs, out, cache, how.get("num_return_sequences", 1))
+
+
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "adakv", "tova"])
+@pytest.mark.parametrize("chunk", [1, 5, 29, 64])
+def test_chunks_change_nothing(method, chunk):
+    """29 leaves a last chunk of one token; with chunks of 1 some rows begin later than others."""
+    model = zoo.build("qwen3")
+    inputs = prompt(model)
+    policy = methods.load(method).policy(16, slack=4, sinks=2, recent=3)
+    found = []
+    for size in (None, chunk):
+        with attach(model, policy, record=True) as cache:
+            out = answer(model, inputs, cache, prefill_chunk_size=size)
+        found.append((out.sequences, cache.trace().expiry, torch.stack(out.logits, 1)))
+    (sequences, expiry, logits), (other_sequences, other_expiry, other_logits) = found
+    assert torch.equal(sequences, other_sequences)
+    assert torch.equal(expiry, other_expiry)
+    assert (logits - other_logits).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_prompt_protection_with_chunks(ragged):
+    """With prompt_length it does not matter how the prompt is cut."""
+    model = zoo.build("llama")
+    inputs = prompt(model)
+    lengths = [PROMPT - pad for pad in PADS]
+    found = []
+    for chunk in (None, 1, 29):
+        policy = hashed(12, ragged=ragged, protect=True)
+        with attach(model, policy, record=True, prompt_length=lengths) as cache:
+            out = answer(model, inputs, cache, prefill_chunk_size=chunk)
+        expiry = cache.trace().expiry
+        assert bool((expiry[..., :PROMPT] == NEVER).all())
+        assert bool((expiry[..., PROMPT:] != NEVER).any())
+        found.append((out.sequences, expiry))
+    for sequences, expiry in found[1:]:
+        assert torch.equal(sequences, found[0][0])
+        assert torch.equal(expiry, found[0][1])
+
+
+def beams(model: Any, inputs: dict[str, Tensor], cache: Any = None, **how: Any) -> tuple[Tensor, Tensor]:
+    out = answer(model, inputs, cache, num_beams=3, num_return_sequences=2, output_scores=True, **how)
+    return out.sequences, out.sequences_scores
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_beams_with_room_for_all(name):
+    model = zoo.build(name)
+    inputs = prompt(model)
+    expected = beams(model, inputs)
+    with attach(model, hashed(200)) as cache:
+        found = beams(model, inputs, cache)
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("slack", [4, 0])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_beams_under_eviction(name, slack, ragged):
+    """What goes depends on positions alone, so a stock beam search without cache can be told beforehand."""
+    model = zoo.build(name)
+    inputs = {"input_ids": zoo.tokens(model, 2, PROMPT, 5)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    policy = hashed(20, slack=slack, ragged=ragged)
+    ids = zoo.tokens(model, 1, PROMPT + NEW, 9)
+    told = forgetting(read(model, policy, ids, torch.ones_like(ids)).trace.expiry)
+    with judging(model, told):
+        expected = beams(model, inputs, use_cache=False)
+    with attach(model, policy) as cache:
+        found = beams(model, inputs, cache)
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).abs().max() <= CLOSE
+    assert cache.positions(cache.evicting[0]).shape[0] == 6
+
+
+def test_beams_record_no_trace():
+    model = zoo.build("llama")
+    with attach(model, hashed(), record=True) as cache, pytest.raises(CacheError, match="record=False"):
+        beams(model, prompt(model), cache)
+
+
+class Collector(BaseStreamer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.told.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming(capsys):
+    model = zoo.build("llama")
+    inputs = {name: part[:1] for name, part in prompt(model).items()}
+    streamer, text = Collector(), TextStreamer(build_tokenizer(), skip_prompt=True)
+    with attach(model, hashed()) as cache:
+        out = answer(model, inputs, cache, streamer=streamer)
+        cache.reset()
+        answer(model, inputs, cache, streamer=text)
+    new = out.sequences[0, PROMPT:].tolist()
+    assert streamer.told[1:] == [[token] for token in new]
+    assert streamer.ended
+    assert capsys.readouterr().out.split() == build_tokenizer().decode(new).split()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_later_turns_evict_too(name, ragged):
+    """Three turns through one cache; every turn's answer is that of one stock pass over the whole conversation."""
+    model = zoo.build(name)
+    inputs, turns = prompt(model), 3
+    with attach(model, hashed(18, ragged=ragged), record=True) as cache:
+        for turn in range(turns):
+            out = answer(model, inputs, cache)
+            agree_with_judge(model, inputs, out, cache)
+            ends = cache.trace().expiry
+            begin = inputs["input_ids"].shape[1] - (PROMPT if turn else 0)
+            assert bool(((ends >= begin) & (ends != NEVER)).any())
+            user = zoo.tokens(model, len(PADS), 11, 20 + turn)
+            ids = torch.cat([out.sequences, user], 1)
+            inputs = {"input_ids": ids, "attention_mask": longer(inputs["attention_mask"], ids.shape[1])}
+    for index in cache.evicting:
+        assert int((cache.positions(index) >= 0).sum((1, 2)).max()) <= 2 * (18 + 4)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_tokens_masked_between_turns_are_gone(name, ragged):
+    """A row that ended early is filled with padding; when the next turn's mask says so, nobody sees it any more."""
+    model = zoo.build(name)
+    inputs = prompt(model)
+    with attach(model, hashed(18, ragged=ragged), record=True) as cache:
+        first = answer(model, inputs, cache)
+        ids = torch.cat([first.sequences, zoo.tokens(model, len(PADS), 7, 21)], 1)
+        mask = longer(inputs["attention_mask"], ids.shape[1])
+        mask[1, PROMPT + 5 : PROMPT + NEW] = 0
+        second = answer(model, {"input_ids": ids, "attention_mask": mask}, cache)
+    read_ids = second.sequences[:, :-1]
+    expected = judge(model, read_ids, longer(mask, read_ids.shape[1]), cache.trace().expiry)[:, -NEW:]
+    assert (torch.stack(second.logits, 1) - expected).abs().max() <= CLOSE
+    now = cache.trace().expiry
+    assert bool((now[cache.evicting, 1, :, PROMPT + 5 : PROMPT + NEW - 1] <= PROMPT + NEW - 1).all())
+
+
+def test_a_prompt_of_one_token_and_embeddings():
+    model = zoo.build("llama")
+    ids = zoo.tokens(model, 2, 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with attach(model, hashed(), record=True) as cache:
+        out = answer(model, inputs, cache, max_new_tokens=32)
+    agree_with_judge(model, inputs, out, cache)
+    inputs = prompt(model)
+    with attach(model, hashed(), record=True) as cache:
+        out = answer(model, inputs, cache)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    with attach(model, hashed(), record=True) as other:
+        again = answer(model, embedded | {"attention_mask": inputs["attention_mask"]}, other)
+    assert torch.equal(again.sequences, out.sequences[:, PROMPT:])
+    assert torch.equal(other.trace().expiry, cache.trace().expiry)
+
+
+def test_assisted_decoding_is_refused():
+    model, helper = zoo.build("llama"), zoo.fresh("llama")
+    inputs = {name: part[:1] for name, part in prompt(model).items()}
+    for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": helper}):
+        with attach(model, hashed()) as cache, pytest.raises(CacheError, match="assisted and prompt-lookup"):
+            answer(model, inputs, cache, **how)
+
+
+def test_the_model_and_its_config_come_back_unchanged():
+    model = zoo.fresh("gemma2")
+    before = model.config.to_dict()
+    inputs = prompt(model)
+    expected = answer(model, inputs)
+    with attach(model, hashed()) as cache:
+        answer(model, inputs, cache)
+    assert model.config.to_dict() == before
+    assert model.config._attn_implementation == "eager"
+    after = answer(model, inputs)
+    assert torch.equal(torch.stack(after.logits), torch.stack(expected.logits))

@@ -1,0 +1,53 @@
+"""Kernels against their references, in Triton's interpreter (one mode per process, so each test starts one)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from learnevict.errors import ModelError
+from learnevict.ops import slot_attention_reference, use_kernels
+
+COMPARE = """
+import torch
+from learnevict import ops
+ops.use_kernels()
+torch.manual_seed(0)
+for batch, heads, group, num, width in [(1, 1, 1, 1, 16), (2, 2, 4, 63, 32), (1, 3, 2, 200, 48), (1, 2, 7, 130, 64)]:
+    query = torch.randn(batch, heads, group, width)
+    pool = torch.full((batch, heads, num + 5, width), torch.nan)  # unused capacity must never be read
+    keys, values = pool.clone()[:, :, :num], pool.clone()[:, :, :num]
+    keys.normal_(), values.normal_()
+    bias = torch.zeros(batch, heads, num).masked_fill(torch.rand(batch, heads, num) < 0.4, -torch.inf)
+    bias[..., 0] = 0.0
+    got = ops.slot_attention(query, keys, values, bias, width**-0.5)
+    want = ops.slot_attention_reference(query, keys, values, bias, width**-0.5)
+    error = float((got - want).abs().max())
+    assert error < 2e-6, (num, error)
+print("equal")
+"""
+
+
+def test_decode_kernel_equals_its_reference():
+    """Odd lengths, empty slots, strided pools, groups that are no power of two; float32, ieee products: 2e-6."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_reference_by_hand():
+    query, keys = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[2.0, 0.0], [0.0, 5.0], [9.0, 9.0]]]])
+    values, bias = torch.tensor([[[[1.0], [3.0], [100.0]]]]), torch.tensor([[[0.0, 0.0, -torch.inf]]])
+    share = torch.tensor([2.0, 0.0]).softmax(0)
+    want = float(share @ torch.tensor([1.0, 3.0]))
+    assert float(slot_attention_reference(query, keys, values, bias, 1.0)) == pytest.approx(want, rel=1e-6)
+
+
+def test_kernels_without_a_device_say_so():
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(ModelError, match="CUDA"):
+            use_kernels()
