@@ -59,7 +59,7 @@ def join_kernel(part_ptr, top_ptr, sum_ptr, out_ptr, G, S, DV, DVP: tl.constexpr
     dv = tl.arange(0, DVP)
     top, total = tl.full([1], -1.0e30, tl.float32), tl.zeros([1], tl.float32)
     out = tl.zeros([DVP], tl.float32)
-    for split in range(0, S):
+    for split in range(S):
         flat = (head * S + split) * G + row + tl.arange(0, 1)
         part_top, part_sum = tl.load(top_ptr + flat), tl.load(sum_ptr + flat)
         part = tl.load(part_ptr + ((head * S + split) * G + row) * DV + dv, dv < DV, other=0.0)
@@ -74,7 +74,9 @@ def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
     """Launcher; see learnevict.ops.slot_attention_reference. Rows of keys and values must be contiguous."""
     batch, heads, group, width = query.shape
     num, out_width = keys.shape[2], values.shape[-1]
-    assert group <= ROWS and keys.stride(-1) == 1 and values.stride(-1) == 1
+    assert group <= ROWS
+    assert keys.stride(-1) == 1
+    assert values.stride(-1) == 1
     splits = max(1, min(-(-num // BLOCK), 256 // max(batch * heads, 1)))
     per_split = -(-num // splits)
     shape = (batch * heads, splits, group)

@@ -53,7 +53,7 @@ def use_kernels() -> None:
     Raises:
         ModelError: Triton is not installed, or there is neither a CUDA device nor the interpreter.
     """
-    global _enabled  # noqa: PLW0603
+    global _enabled
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         raise ModelError("kernels need a CUDA device; without one the plain torch path is the one to use")
