@@ -2,13 +2,14 @@
 
     python benchmarks/decode.py [--profile] [--device cuda] [--smoke] [--out FILE]
 
-(a) Latency of a step at 1k, 8k and 32k tokens seen: amortised over one period (127 plain steps and one event), plain steps
-and event steps apart; and the ratio to a stock DynamicCache that holds all 32k tokens.
+(a) Latency of a step at 1k, 8k and 32k tokens seen: amortised over one period (127 plain steps and one event), plain
+steps and event steps apart; and the ratio to a stock DynamicCache that holds all 32k tokens.
 (b) Overhead over a stock model with sdpa that attends to as many cached tokens: budget ... budget + period.
 
-A repetition is one period of every cell. Cells take turns every few steps, in an order that rotates, so that a busy moment
-of the machine hits all of them; ratios are taken within a repetition, then medians and quartiles over repetitions. Prompts
-are read in chunks; stock caches of a given length are filled with random keys and values, which costs the same.
+A repetition is one period of every cell. Cells take turns every few steps, in an order that rotates, so that a busy
+moment of the machine hits all of them; ratios are taken within a repetition, then medians and quartiles over
+repetitions. Prompts are read in chunks; stock caches of a given length are filled with random keys and values, which
+costs the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from learnevict import EvictingCache, Gates, attach, methods
+from learnevict.ops import use_kernels
 from learnevict.policy import Policy
 
 
@@ -35,7 +37,7 @@ from learnevict.policy import Policy
 class Config:
     """What is measured; fixed, so that figures of different commits compare."""
 
-    shape: Shape = Shape()
+    shape: Shape
     policies: tuple[str, ...] = ("streaming_llm", "h2o", "snapkv", "foresightkv")
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     budget: int = 512
@@ -48,15 +50,16 @@ class Config:
     overhead: float = 0.15
 
 
-CONFIG = Config()
+CONFIG = Config(Shape())
 SMOKE = Config(
-    shape=Shape(hidden=64, layers=2, intermediate=64, head_dim=16, vocabulary=64),
-    contexts=(64, 128, 256),
-    budget=48,
-    period=16,
-    chunk=64,
-    turn=8,
-    repetitions=2,
+    Shape(hidden=64, layers=2, intermediate=64, head_dim=16, vocabulary=64),
+    contexts=(32, 64),
+    budget=24,
+    period=8,
+    chunk=32,
+    turn=4,
+    repetitions=1,
+    warmup=0,
 )
 
 
@@ -120,7 +123,9 @@ def filled(cache: Any, model: PreTrainedModel, length: int) -> Any:
 
 def make_policy(name: str, config: Config, model: PreTrainedModel) -> Policy:
     """The policy with its published defaults; a learned method gets untrained gates, which cost the same."""
-    options = {"budget": config.budget, "slack": config.period}
+    options: dict[str, Any] = {"budget": config.budget, "slack": config.period}
+    if config.budget < CONFIG.budget:
+        options["recent"] = 2  # published windows do not fit the smoke run
     if name == "foresightkv":
         policy = Gates.make(name, model).policy(**options)
         policy.scorer.to(model.device)
@@ -210,10 +215,13 @@ def compare(cells: list[Cell], config: Config) -> tuple[list[dict[str, Any]], li
             "amortised, over stock dynamic of the budget": ratio(here.amortised(), dynamic.amortised()),
             "plain step, over stock dynamic of the budget": ratio(here.plain(), dynamic.plain()),
             "amortised, over stock static of the budget": ratio(here.amortised(), static.amortised()),
-            "amortised cpu time, over stock dynamic of the budget": ratio(here.amortised("cpu"), dynamic.amortised("cpu")),
+            "amortised cpu time, over stock dynamic of the budget": ratio(
+                here.amortised("cpu"), dynamic.amortised("cpu")
+            ),
         }
         ratios.append(row)
-        flat, slower = row[f"amortised, {longest} over {shortest} seen"], row["amortised, over stock dynamic of the budget"]
+        flat = row[f"amortised, {longest} over {shortest} seen"]
+        slower = row["amortised, over stock dynamic of the budget"]
         goals.append(goal(f"{name}: flat from {shortest} to {longest} tokens seen", flat["median"] - 1, config.flat))
         goals.append(goal(f"{name}: overhead at equal cached tokens", slower["median"] - 1, config.overhead))
     return ratios, goals
@@ -259,7 +267,8 @@ def show(results: Results, console: Console) -> None:
         console.print(table(f"{row['cache']}: ratios", ["ratio", "median (quartiles)"], lines))
     for name, part in content.get("profile", {}).items():
         lines = [[line["operator"], f"{line['calls']:.1f}", f"{line['ms']:.4f}"] for line in part["top"]]
-        title = f"{name}: {part['step_ms_while_profiled']:.2f} ms a step profiled, {part['operators_ms']:.2f} in operators"
+        step, inside = part["step_ms_while_profiled"], part["operators_ms"]
+        title = f"{name}: {step:.2f} ms a step profiled, {inside:.2f} in operators"
         console.print(table(title, ["operator", "calls a step", "self ms a step"], lines))
 
 
@@ -268,12 +277,16 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--profile", action="store_true", help="profile the policies that miss a goal")
     options.add_argument("--repetitions", type=int, help="timed periods of every cell")
+    options.add_argument("--kernels", action="store_true", help="decode through the Triton kernels (CUDA)")
     options = options.parse_args()
     begin(options)
+    if options.kernels:
+        use_kernels()
     config = SMOKE if options.smoke else CONFIG
     config = replace(config, repetitions=options.repetitions or config.repetitions)
     console = Console()
     results = Results("decode", options, config)
+    results.save(kernels=options.kernels)
     cells, prompts = make_cells(config, options.device, console)
     results.save(prompts=prompts)
     measure(cells, config, options.device, results, console)

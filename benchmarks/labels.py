@@ -4,8 +4,8 @@
 
 One layer of 8 query and 2 kv heads, head size 64, in float32. The rival is the obvious program, which is also the published
 one (ForesightKV): softmax of all scores, then means over blocks of queries; all heads at once where that fits (T < 6,000),
-one head at a time above. Every run is a process of its own; the two take turns. Memory is the peak above what was resident
-once the inputs existed: labels included.
+one head at a time above. On a CPU every run is a process of its own; the two take turns. Memory is the peak above what was
+resident (on a card: allocated) once the inputs existed: labels included.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Config:
 
 
 CONFIG = Config()
-SMOKE = Config(lengths=(256, 512), warmup=128, repetitions=2)
+SMOKE = Config(lengths=(256,), warmup=128, repetitions=1)
 
 
 def square(query: Tensor, key: Tensor, config: Config) -> Tensor:
@@ -76,8 +76,8 @@ def inputs(length: int, config: Config, device: str) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def child(name: str, length: int, config: Config, device: str) -> None:
-    """One timed run; prints seconds, peak bytes and a checksum of the labels."""
+def one_run(name: str, length: int, config: Config, device: str) -> dict[str, float]:
+    """Seconds, peak bytes and a checksum of the labels of one run in this process."""
     program = PROGRAMS[name]
     program(*inputs(config.warmup, config, device), config)
     query, key = inputs(length, config, device)
@@ -87,7 +87,7 @@ def child(name: str, length: int, config: Config, device: str) -> None:
     peak = watermark.peak
     flat = labels[0].flatten()
     checksum = float((flat * torch.linspace(-1, 1, len(flat), device=flat.device)).sum(dtype=torch.float64))
-    print(json.dumps({"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak, "checksum": checksum}))
+    return {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak, "checksum": checksum}
 
 
 def row(name: str, length: int, runs: list[dict[str, float]]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def compare(runs: dict[tuple[str, int], list[dict[str, float]]], config: Config)
         if not pairs:
             continue
         for kind, name, limit in (("seconds", "time", config.slower), ("peak_bytes", "memory", config.memory)):
-            quotient = quartiles([a[kind] / max(b[kind], 1) if kind != "seconds" else a[kind] / b[kind] for a, b in pairs])
+            quotient = quartiles([a[kind] / (b[kind] or 1) for a, b in pairs])
             goals.append(goal(f"{name} over T x T at {length} tokens", quotient["median"], limit))
     return goals
 
@@ -133,7 +133,7 @@ def main() -> None:
     begin(options)
     config = SMOKE if options.smoke else CONFIG
     if options.child:
-        child(options.child[0], int(options.child[1]), config, options.device)
+        print(json.dumps(one_run(options.child[0], int(options.child[1]), config, options.device)))
         return
     console = Console()
     results = Results("labels", options, config)
@@ -142,7 +142,10 @@ def main() -> None:
     for repetition in range(options.repetitions or config.repetitions):
         for length in config.lengths:
             for name in sorted(PROGRAMS, reverse=repetition % 2 == 0):
-                runs[name, length].append(in_child(__file__, [name, str(length), *common]))
+                if options.device == "cpu":
+                    runs[name, length].append(in_child(__file__, [name, str(length), *common]))
+                else:
+                    runs[name, length].append(one_run(name, length, config, options.device))
                 console.print(f"{repetition + 1}: {name} at {length}: {runs[name, length][-1]['seconds']:.2f} s")
                 results.save(rows=[row(*key, found) for key, found in runs.items()], goals=compare(runs, config))
     show(results, console)

@@ -132,15 +132,20 @@ def quartiles(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" if it has uncommitted changes; LEARNEVICT_COMMIT wins; "unknown" without git."""
+    """Short hash of the checkout, "-dirty" if its code has changed since; LEARNEVICT_COMMIT wins; "unknown" without git."""
     if "LEARNEVICT_COMMIT" in os.environ:
         return os.environ["LEARNEVICT_COMMIT"]
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        paths = ["--", "learnevict", "benchmarks/*.py", "kernels"]  # a results file changes no figure
-        state = subprocess.run(["git", "status", "--porcelain", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "--", "learnevict", "kernels", "benchmarks/*.py"],  # what changes figures
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
@@ -150,8 +155,8 @@ def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = names[0].strip() if names else cpu
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
@@ -222,7 +227,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark takes."""
     out = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     out.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    out.add_argument("--smoke", action="store_true", help="seconds instead of minutes: the same code, figures without meaning")
+    out.add_argument(
+        "--smoke", action="store_true", help="seconds instead of minutes: the same code, no figures of worth"
+    )
     out.add_argument("--out", type=Path, help="results file (default benchmarks/results/NAME.json)")
     out.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
     return out
@@ -231,7 +238,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def begin(options: argparse.Namespace) -> None:
     """Apply the common options; a card that is not there is an error, not a fallback."""
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"--device {options.device}: torch {torch.__version__} sees no CUDA device; use --device cpu", file=sys.stderr)
+        print(f"--device {options.device}: torch sees no CUDA device here; use --device cpu", file=sys.stderr)
         sys.exit(2)
     if options.smoke and options.out is None:
         options.out = ROOT / "runs" / "benchmarks" / f"{Path(sys.argv[0]).stem}-smoke.json"

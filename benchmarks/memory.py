@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--device cuda] [--smoke] [--out FILE]
 
-One process each: the random model reads 32k tokens in chunks of 2,048. Keys and values are counted by `cache.nbytes`, and by
-what the process (or the card) held at its highest above what it held once the model was loaded and warm.
+One process each (on a card: one after the other): the random model reads 32k tokens in chunks of 2,048. Keys and values are
+counted by `cache.nbytes`, and by what the process held (on a card: allocated) at its highest, above what it held once the
+model was loaded and warm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from measuring import Results, Shape, Watermark, begin, goal, in_child, parser, 
 from rich.console import Console
 from transformers import DynamicCache
 
-from learnevict import attach, methods
+from learnevict import EvictingCache, attach, methods
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ SMOKE = Config(
 )
 
 
-def child(name: str, config: Config, device: str) -> None:
-    """One prompt in this process; prints bytes and seconds."""
+def one_run(name: str, config: Config, device: str) -> dict[str, Any]:
+    """Bytes and seconds of one prompt in this process."""
     model = config.shape.model(device)
     ids = config.shape.tokens(config.tokens, device)
     if name == "full":
@@ -51,7 +52,8 @@ def child(name: str, config: Config, device: str) -> None:
         with attach(model, policy) as warm:
             read(model, ids[:, : config.chunk], warm, config.chunk)
         del warm
-        cache = attach(model, policy).__enter__()
+        attach(model)
+        cache = EvictingCache(model.config, policy)
     watermark = Watermark(device)
     wall, cpu = timed(lambda: read(model, ids, cache, config.chunk), device)
     figures = {"cache": name, "seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
@@ -63,7 +65,7 @@ def child(name: str, config: Config, device: str) -> None:
         figures |= {"kv_bytes": cache.nbytes, "kv_bytes_peak": cache.peak_nbytes, "kv_bytes_full": cache.full_nbytes}
         figures |= {"aux_bytes": cache.aux_nbytes}
     figures["slots_per_head"] = round(figures["kv_bytes"] / config.shape.kv_heads / config.shape.slot_bytes, 2)
-    print(json.dumps(figures))
+    return figures
 
 
 def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
@@ -82,7 +84,9 @@ def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
             # Work memory is the same or less; so what the process saves is what the cache saves, within `freed`.
             saved = found["full"]["kv_bytes"] - found[name]["kv_bytes"]
             less = found["full"]["process_peak_bytes"] - found[name]["process_peak_bytes"]
-            goals.append(goal(f"{name}: share of the saved bytes that the process did not save", 1 - less / saved, config.freed))
+            goals.append(
+                goal(f"{name}: share of the saved bytes that the process did not save", 1 - less / saved, config.freed)
+            )
     return goals
 
 
@@ -94,14 +98,16 @@ def main() -> None:
     begin(options)
     config = SMOKE if options.smoke else CONFIG
     if options.child:
-        child(options.child, config, options.device)
+        print(json.dumps(one_run(options.child, config, options.device)))
         return
     console = Console()
     results = Results("memory", options, config)
     common = ["--device", options.device, "--threads", str(options.threads), *["--smoke"] * options.smoke]
     rows: list[dict[str, Any]] = []
     for name in (*config.policies, "full"):
-        rows.append(in_child(__file__, [name, *common]))
+        rows.append(
+            in_child(__file__, [name, *common]) if options.device == "cpu" else one_run(name, config, options.device)
+        )
         results.save(rows=rows, goals=compare(rows, config))
         console.print(f"{name}: {config.tokens} tokens in {rows[-1]['seconds']:.1f} s")
     kinds = [kind for kind in rows[0] if kind.endswith("bytes") or "kv_bytes" in kind]

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -246,14 +245,18 @@ def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
     out = tmp_path / "out.jsonl"
     words = ("infer", "--model", "MODEL", "-n", 40, "--batch", rows, "--out", out, "--batch-size", 1)
 
+    over = threading.Event()
+
     def stop() -> None:
-        while not (out.exists() and out.read_text().count("\n") >= 2):
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not over.wait(0.005):
+            if out.exists() and out.read_text().count("\n") >= 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     watcher = threading.Thread(target=stop, daemon=True)
     watcher.start()
     code, _, err = learnevict(*words)
+    over.set()
     watcher.join()
     finished = len(rows_of(out))
     assert code == 130

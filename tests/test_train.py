@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -179,3 +181,47 @@ def test_distilling_resumes_exactly(tmp_path, recipe):
     assert record["seed"] == 7
     assert record["base_hash"]
     assert record["data_hash"]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_labels_then_accelerate_launch(tmp_path):
+    """The README's way: label, be killed in the middle, label on, train from the store with accelerate."""
+    label = [sys.executable, "recipes/oracle.py", "--smoke", "--out", str(tmp_path / "labels")]
+    first = launch(*label)
+    assert first.returncode == 0, first.stderr[-2000:]
+    shard = min((tmp_path / "labels" / "data").iterdir())
+    whole = shard.read_bytes()
+    shard.unlink()
+    shard.with_suffix(".tmp").write_bytes(whole[:100])  # what a kill in the middle of writing leaves
+    second = launch(*label)
+    assert "2 shards, 1 done before" in second.stdout, second.stderr[-2000:]
+    assert shard.read_bytes() == whole
+    train = [
+        "recipes/distill.py",
+        "--smoke",
+        "--labels",
+        str(tmp_path / "labels"),
+        "--output_dir",
+        str(tmp_path / "gates"),
+    ]
+    third = launch("accelerate", "launch", "--cpu", "--num_processes", "1", *train)
+    assert third.returncode == 0, third.stderr[-2000:]
+    assert (tmp_path / "gates" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_recipes_say_what_is_wrong(tmp_path):
+    other = launch(sys.executable, "recipes/distill.py", "--labels", str(tmp_path / "none"))
+    assert other.returncode == 1
+    assert "Traceback" not in other.stderr
+    assert "make them with recipes/oracle.py" in other.stderr
+    heuristic = launch(
+        sys.executable, "recipes/distill.py", "--smoke", "--method", "snapkv", "--output_dir", str(tmp_path)
+    )
+    assert "has no gate to train" in heuristic.stderr
+    assert "Traceback" not in heuristic.stderr

@@ -108,7 +108,7 @@ def perplexity(
     total, last, cache = 0.0, None, None
     with nullcontext() if policy is None else attach(model, policy, prompt_length=[0]) as evicting:
         for part in ids.split(chunk, dim=1):
-            output = model(input_ids=part, past_key_values=cache or evicting, use_cache=True)
+            output = model(input_ids=part, past_key_values=evicting if cache is None else cache, use_cache=True)
             logits, cache = output.logits[0].float(), output.past_key_values
             before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
             target = part[0, 1:] if last is None else part[0]

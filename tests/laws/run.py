@@ -14,7 +14,7 @@ from learnevict.policy import Policy
 from learnevict.signals import Trace
 from tests.laws.judge import position_ids
 
-PROMPT, LENGTH = 37, 53
+PROMPT, LENGTH = 37, 49
 PADS = (0, 5, 14)
 
 
