@@ -4,15 +4,16 @@
     python recipes/evaluate.py --stage main --families recall   # a part of it, e.g. one process per family
     scripts/write_tables                                        # then: tables and plots
 
-Stages, in order: `tune` picks the heuristics' settings and the best heuristic on validation seeds; `main` compares all methods
-under the same rules; `prompt` does so with the prompt protected; `long` on texts longer than in training; `free` lets the
-model write its own answers. Every stage goes on where it was interrupted; numbers are kept per sample.
+Stages, in order: `tune` picks the heuristics' settings and the best heuristic on validation seeds; `main` compares all
+methods under the same rules; `published` leaves each method its own recent window; `prompt` protects the prompt; `long` takes
+texts longer than in training; `free` lets the model write its own answers. Every stage goes on where it was interrupted;
+numbers are kept per sample, in docs/results/STAGE/FAMILY.samples.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,14 @@ from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
 from learnevict.hub import GATES_FOLDER, Gates
 
-STAGES = ("tune", "main", "prompt", "long", "free")
+STAGES = ("tune", "main", "published", "prompt", "long", "free")
 SHARES = ("1/3", "1/4", "1/6", "1/8")
+BESIDE_PROMPT = (
+    "48",
+    "32",
+    "24",
+)  # answers have about 100 tokens; those of recall and dialogue have 15: nothing to evict
+TALKATIVE = ("program", "ledger", "procedure")
 SPEAKERS = ("full", "random", "lexical", "streaming_llm", "golden", "foresightkv")
 
 
@@ -67,7 +74,7 @@ def tune(config: Config, subject: Subject, family: str) -> None:
     folder = Path(config.out)
     with progress(count(plan, tuning.candidates(names))) as advance:
         found = tuning.tune(plan, subject, names, folder / "tuning" / f"{family}.jsonl", advance=advance)
-    target = folder / "tuned.json" if config.smoke else tuning.TUNED
+    target = tuned_path(config)
     known = [tuning.load(target)] if target.exists() else []
     same = [part for part in known if part.record == found.record]
     tuning.save(tuning.merge([*same, found]), target)
@@ -78,23 +85,28 @@ def tune(config: Config, subject: Subject, family: str) -> None:
 
 def compare(config: Config, subject: Subject, stage: str, family: str) -> None:
     """One table, one family."""
-    tuned = tuning.load(Path(config.out) / "tuned.json" if config.smoke else tuning.TUNED)
-    free = stage == "free"
-    plan = Plan(
-        (family,), ("1/4", "1/8") if free else budgets(config), config.samples, length="long" if stage == "long" else "normal",
-        rules=Rules(prompt=stage == "prompt"), teacher=not free, free="all" if free else "none", batch_size=config.batch_size,
-    )  # fmt: skip
-    field = contenders(config, subject, tuned, SPEAKERS if free else methods.METHODS)
-    if stage == "prompt":
-        plan = protected(plan)
+    plan = Plan((family,), budgets(config), config.samples, free="none", batch_size=config.batch_size)
+    names = methods.METHODS
+    if stage == "published":
+        plan = replace(plan, rules=Rules(sinks=None, recent=None))
+    elif stage == "long":
+        plan = replace(plan, length="long")
+    elif stage == "free":
+        plan, names = replace(plan, budgets=("1/4", "1/8"), teacher=False, free="all"), SPEAKERS
+    elif stage == "prompt":
+        if family not in TALKATIVE:
+            return
+        plan = replace(plan, budgets=BESIDE_PROMPT, rules=Rules(prompt=True))
+    field = contenders(config, subject, names, tuned=stage in ("main", "long", "free"))
     out = Path(config.out) / stage / f"{family}.jsonl"
     with progress(count(plan, field)) as advance:
         rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
     print(f"{stage} {family}: {len(rows)} rows in {out}")
 
 
-def contenders(config: Config, subject: Subject, tuned: tuning.Tuned, names: tuple[str, ...]) -> list[Contender]:
-    """Methods with the testbed's gates and tuned settings."""
+def contenders(config: Config, subject: Subject, names: tuple[str, ...], *, tuned: bool) -> list[Contender]:
+    """Methods with the testbed's gates, and tuned settings or their own."""
+    known = tuning.load(tuned_path(config)) if tuned else None
     found: list[Contender] = []
     for name in names:
         folder = Path(config.gates) / f"testbed-{name}"
@@ -102,7 +114,7 @@ def contenders(config: Config, subject: Subject, tuned: tuning.Tuned, names: tup
         if learned and config.smoke and not folder.is_dir():
             continue
         gates = Gates.load(folder, subject.model) if learned else None
-        found.append(contender(name, gates, tuned=tuned.of(name)))
+        found.append(contender(name, gates, tuned=known.of(name) if known else None))
     return found
 
 
@@ -111,9 +123,9 @@ def budgets(config: Config) -> tuple[str, ...]:
     return ("1/4",) if config.smoke else SHARES
 
 
-def protected(plan: Plan) -> Plan:
-    """Budgets beside the prompt: tokens, since shares of short answers could not hold the guards and a fresh block."""
-    raise NotImplementedError
+def tuned_path(config: Config) -> Path:
+    """Where tuned settings are kept: inside the package, so that `learnevict eval --tuned` finds them."""
+    return Path(config.out) / "tuned.json" if config.smoke else tuning.TUNED
 
 
 def parse() -> Config:

@@ -130,7 +130,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "exact match": lambda row: _interval(row, "exact_match", "exact_low", "exact_high"),
     "perplexity": lambda row: _number(row, "perplexity", ".3f"),
     "ratio": lambda row: _number(row, "perplexity_ratio", ".3f"),
-    "loss ratio": lambda row: _number(row, "loss_ratio", ".2f"),
+    "loss ratio": lambda row: _number(row, "loss_ratio", ".3g"),
     "tokens": lambda row: _number(row, "tokens_generated", ".0f"),
     "tokens/s": lambda row: _number(row, "tokens_per_second", ".0f"),
     "KiB peak / full": _kib,

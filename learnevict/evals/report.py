@@ -111,7 +111,7 @@ def show_exact(row: Row) -> str:
 
 def show_loss(row: Row) -> str:
     """Loss ratio to the full cache."""
-    return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.2f}"
+    return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.3g}"
 
 
 def show_bytes(row: Row) -> str:

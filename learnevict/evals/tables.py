@@ -23,7 +23,14 @@ START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
 TITLES = {
     "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection."),
-    "prompt": ("Prompt protected", "The prompt stays; budgets are shares of the mean response."),
+    "published": (
+        "Each method's own window",
+        "Event period 16, sinks and recent window as each method has them by default.",
+    ),
+    "prompt": (
+        "Prompt protected",
+        "The prompt stays and budgets count the rest. Answers of recall and dialogue are too short to evict from.",
+    ),
     "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
     "free": ("Free generation", "The model reads its own words; exact match of the final answer."),
 }
@@ -33,7 +40,7 @@ def write_results(results: Path, docs: Path, benchmarks: Path) -> list[Path]:
     """Write docs/results.md and one plot per table.
 
     Args:
-        results: a folder per table (main, prompt, long, free) with JSONL rows.
+        results: a folder per table (see TITLES) with JSONL rows.
         docs: where results.md goes.
         benchmarks: JSON files of benchmarks; may be missing.
 

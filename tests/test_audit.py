@@ -1,0 +1,157 @@
+"""What a decode step may not do, for every method: grow, copy its cache, or wait for the device.
+
+From the second decode step on, events included, with a left-padded batch: no concatenation along slots, no new storage as
+large as a layer's keys, no read of a device value by the host (`_local_scalar_dense`) and no `nonzero`, which is one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from learnevict import EvictingCache, Gates, attach, methods
+from learnevict.oracle.collect import golden_trace
+from learnevict.policy import Guard, Policy
+from tests.laws.cases import LEARNED, VARIANTS
+from tests.laws.judge import position_ids
+from tests.laws.policies import hashed
+from tests.laws.run import batch
+
+PADS = (0, 5, 14)
+PROMPT, STEPS, SLACK, BUDGET = 70, 20, 8, 48
+SKIPPED = 2  # prompt, first step
+
+# Methods that grow, and so may not pass; tested to fail.
+GROWING = {"full": "never evicts", "snapkv/prefill_only": "does not evict while decoding"}
+
+
+class Audit(TorchDispatchMode):
+    """Counts what is not allowed; `limit` is the bytes of one layer's keys."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+            self.found[name] += 1
+        if name == "cat":
+            parts = args[0]
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) % parts[0].ndim
+            if parts[0].ndim >= 3 and dim == 2 and dim != parts[0].ndim - 1:
+                self.found["cat along slots"] += 1
+        given = {part.untyped_storage().data_ptr() for part in tensors((args, kwargs))}
+        for made in tensors(out):
+            storage = made.untyped_storage()
+            if storage.data_ptr() not in given and storage.nbytes() >= self.limit:
+                self.found[f"{name} makes {storage.nbytes()} bytes, a layer's keys are {self.limit}"] += 1
+        return out
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Heads are wide beside everything else, so that a layer's keys are the largest thing a step could make."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, initializer_range=0.15, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def policy_of(name: str, model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> Policy:
+    method, options = VARIANTS[name]
+    options = {"slack": SLACK, "sinks": 2, "recent": 8} | options
+    if method in LEARNED:
+        options["gate"] = Gates.make(method, model).gate.eval()
+    if method == "golden":
+        options["trace"] = golden_trace(model, ids, mask, budget=BUDGET, block=SLACK, guard=Guard(2, 8))
+    return methods.load(method).policy(BUDGET, **options)
+
+
+def decode(model: LlamaForCausalLM, policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Counter[str], int]:
+    """What the audit found over the decode steps, and how many of them were event steps of the first layer."""
+    places = position_ids(mask)
+    events, found = 0, Counter()
+    with attach(model):
+        cache = EvictingCache(model.config, policy)
+        for index, (start, stop) in enumerate([(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + STEPS))]):
+            before = set(cache.positions(0).flatten().tolist()) if index else set()
+            inputs = {
+                "input_ids": ids[:, start:stop],
+                "attention_mask": mask[:, :stop],
+                "position_ids": places[:, start:stop],
+                "past_key_values": cache,
+            }
+            store = cache.layers[0].store
+            audit = Audit(store.keys.nbytes if store is not None else 1 << 60)
+            with torch.no_grad(), audit:
+                model(**inputs)
+            if index >= SKIPPED:
+                found += audit.found
+                events += bool(before - set(cache.positions(0).flatten().tolist()))
+    return found, events
+
+
+def text(model: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return batch(torch.randint(3, 64, (len(PADS), PROMPT + STEPS), generator=generator), PADS)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in GROWING])
+def test_a_decode_step_stays_in_place(model, name):
+    ids, mask = text(model)
+    found, events = decode(model, policy_of(name, model, ids, mask), ids, mask)
+    assert not found
+    assert events >= 2
+
+
+@pytest.mark.parametrize("slack", [8, 0])
+def test_ragged_heads_stay_in_place(model, slack):
+    ids, mask = text(model)
+    found, events = decode(model, hashed(BUDGET, ragged=True, slack=slack), ids, mask)
+    assert not found
+    assert events >= 2
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_growing_cache_is_caught(model, name):
+    """The audit can see: a cache that grows makes new storage sooner or later."""
+    ids, mask = text(model)
+    found, events = decode(model, policy_of(name, model, ids, mask), ids, mask)
+    assert found
+    assert events == 0
+
+
+def test_the_audit_sees_a_stock_cache(model):
+    """A stock cache concatenates at every step."""
+    from transformers import DynamicCache
+
+    ids, _ = text(model)
+    cache = DynamicCache(config=model.config)
+    audit = Audit(1 << 60)
+    with torch.no_grad():
+        model(ids[:, :PROMPT], past_key_values=cache)
+        with audit:
+            model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+    assert audit.found["cat along slots"] == 4
+
+
+def test_the_audit_sees_a_wait():
+    with Audit(1 << 60) as audit:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert set(audit.found) == {"_local_scalar_dense", "nonzero"}
