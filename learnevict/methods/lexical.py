@@ -33,8 +33,8 @@ class LexicalGate(Gate):
 
     def __init__(self, num_layers: int, num_heads: int, vocab_size: int) -> None:
         super().__init__()
-        self.table = nn.Buffer(torch.zeros(num_layers, num_heads, vocab_size))
-        self.bonus = nn.Buffer(torch.zeros(()))
+        self.table = nn.Parameter(torch.zeros(num_layers, num_heads, vocab_size), requires_grad=False)
+        self.bonus = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def settings(self) -> dict[str, int]:
         """What `build` needs besides the layout."""
