@@ -34,7 +34,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from learnevict import testbed
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
-from learnevict.testbed.schooling import TOP, Curriculum, Muon
+from learnevict.testbed.schooling import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()
@@ -65,6 +65,7 @@ class Config:
     evaluate_every: int = 500
     evaluate_samples: int = 16
     final_samples: int = 200
+    max_new_tokens: int = 400
     threads: int = 1
     device: str = "cpu"
     compiled: bool = False
@@ -150,28 +151,6 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], counts: Te
     return counts
 
 
-def rank() -> int:
-    """This process among those of torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def num_ranks() -> int:
-    """How many processes train."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
-    """Add up gradients (in place) and counts in one message. One meeting per step keeps busy cores from waiting."""
-    if not dist.is_initialized():
-        return counts
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [counts.to(gradients[0].device)])
-    dist.all_reduce(flat)
-    pieces = flat.split([gradient.numel() for gradient in gradients] + [len(counts)])
-    for gradient, piece in zip(gradients, pieces, strict=False):
-        gradient.copy_(piece.view_as(gradient))
-    return pieces[-1].cpu()
-
-
 def schedule(config: Config, step: int) -> float:
     """Linear warm-up, constant, cosine to a twentieth at the end."""
     left = (config.steps - step) / max(1, config.cooldown)
@@ -189,12 +168,12 @@ def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, d
     return result
 
 
-def answer(model: Any, num_samples: int, length: str = "normal") -> dict[str, float]:
+def answer(model: Any, config: Config, num_samples: int, length: str = "normal") -> dict[str, float]:
     """Per family on validation seeds: exact match of the final answer under greedy generation."""
     result: dict[str, float] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
-        result[family] = exact_match(model, TOKENIZER, samples)
+        result[family] = exact_match(model, TOKENIZER, samples, max_new_tokens=config.max_new_tokens)
     return result
 
 
@@ -238,15 +217,16 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     model.to(torch.bfloat16).save_pretrained(fresh)
     TOKENIZER.save_pretrained(fresh)
     special = {"pad_token_id": IDS["<pad>"], "bos_token_id": IDS["<bos>"], "eos_token_id": IDS["<end>"]}
-    GenerationConfig(**special, do_sample=False, max_new_tokens=400).save_pretrained(fresh)
+    GenerationConfig(**special, do_sample=False, max_new_tokens=config.max_new_tokens).save_pretrained(fresh)
     model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
     num, few = config.final_samples, max(1, config.final_samples // 4)
     record = {
         "recipe": asdict(replace(config, out="", data="")), "fingerprint": testbed.fingerprint(), "split": "validation",
-        "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, num),
-        "long": {"num_samples": few, "accuracy": measure(model, few, "long"), "exact_match": answer(model, few, "long")},
-        "training": state, "torch": torch.__version__, "transformers": transformers.__version__,
+        "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, config, num),
+        "long": {"num_samples": few, "accuracy": measure(model, few, "long")}, "training": state,
+        "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
+    record["long"]["exact_match"] = answer(model, config, few, "long")
     (fresh / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
     (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
@@ -310,10 +290,11 @@ def parse() -> Config:
     config = Config(**vars(parser.parse_args()))
     if not config.smoke:
         return config
-    return replace(
-        config, out="/tmp/testbed_smoke", data="/tmp/testbed_smoke/data", steps=3, cooldown=1, warmup=1, tokens_per_step=600,
-        evaluate_every=3, evaluate_samples=2, final_samples=4, hidden_size=32, intermediate_size=64, num_layers=2,
-    )  # fmt: skip
+    tiny = dict(
+        steps=3, cooldown=1, warmup=1, tokens_per_step=600, evaluate_every=3, evaluate_samples=2, final_samples=2
+    )
+    small = dict(hidden_size=32, intermediate_size=64, num_layers=2, max_new_tokens=4)
+    return replace(config, out="/tmp/testbed_smoke", data="/tmp/testbed_smoke/data", **tiny, **small)
 
 
 if __name__ == "__main__":

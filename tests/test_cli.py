@@ -28,7 +28,7 @@ from learnevict.infer.viz import page
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
 
-WORDS = "fact ann likes river stone ; ask ann ;"
+WORDS = " ".join(testbed.generate("recall", 0).messages[0]["content"].split()[:8])
 
 
 def tiny(num_heads: int = 2, seed: int = 0) -> Qwen3ForCausalLM:
@@ -189,12 +189,12 @@ def test_a_method_of_ones_own(learnevict, tmp_path, monkeypatch):
 BATCH = [
     {"id": "a", "prompt": WORDS},
     "this is no JSON",
-    {"id": "b", "messages": [{"role": "user", "content": "set A 3 ; ask A ;"}]},
+    {"id": "b", "messages": [{"role": "user", "content": WORDS}]},
     {"id": "c", "prompt": "what is the weather"},
     {"id": "d", "task": "recall", "seed": 5},
-    {"id": "a", "prompt": "hello"},
+    {"id": "a", "prompt": WORDS},
     {"id": "e", "prompt": "   "},
-    {"id": "f", "question": "hello"},
+    {"id": "f", "question": WORDS},
     {"id": "g", "task": "poetry"},
 ]
 
@@ -271,7 +271,7 @@ def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
 TASK = ("infer", "--model", "MODEL", "--task", "recall")
 MISTAKES = {
     "nothing to read": (("infer", "--model", "MODEL"), 2, "give one of --prompt TEXT, --task FAMILY"),
-    "two things to read": ((*TASK, "--prompt", "hello"), 2, "not --prompt and --task"),
+    "two things to read": ((*TASK, "--prompt", WORDS), 2, "not --prompt and --task"),
     "unknown option": ((*TASK, "--budgets", "3"), 2, "see `learnevict infer --help`"),
     "unknown command": (("infr",), 2, "Did you mean 'infer'"),
     "budget that is no budget": ((*TASK, "--method", "h2o", "--budget", "lots"), 2, '"25%"'),
@@ -286,8 +286,8 @@ MISTAKES = {
     "missing checkpoint": ((*TASK, "--ckpt", "./nowhere", "--budget", "48"), 1, "config.json and model.safetensors"),
     "unknown task": (("infer", "--model", "MODEL", "--task", "poetry"), 2, "families are"),
     "empty prompt": (("infer", "--model", "MODEL", "--prompt", " "), 1, "the prompt is empty"),
-    "unknown words": (("infer", "--model", "MODEL", "--prompt", "ann likes zebras"), 2, "does not know 'zebras'"),
-    "missing model": (("infer", "--model", "./nowhere", "--prompt", "hello"), 1, "no folder './nowhere'"),
+    "unknown words": (("infer", "--model", "MODEL", "--prompt", f"{WORDS} zebras"), 2, "does not know 'zebras'"),
+    "missing model": (("infer", "--model", "./nowhere", "--prompt", WORDS), 1, "no folder './nowhere'"),
     "device that is not here": ((*TASK, "--device", "cuda:7"), 2, "--device auto"),
     "no tokens": ((*TASK, "--max-new-tokens", "0"), 2, "at least 1"),
     "negative temperature": ((*TASK, "--temperature", "-1"), 2, "0 (greedy) or more"),
@@ -325,7 +325,7 @@ def test_gates_of_another_model(learnevict, tmp_path):
 
 def test_a_batch_file_in_another_encoding(learnevict, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_bytes('{"prompt": "hello"}\n{"prompt": "café"}\n'.encode("latin1"))
+    rows.write_bytes('{"prompt": "plain"}\n{"prompt": "café"}\n'.encode("latin1"))
     code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows)
     assert (code, len(err.splitlines())) == (1, 1)
     assert "not UTF-8 (byte 0xe9 in line 2)" in err
@@ -334,14 +334,18 @@ def test_a_batch_file_in_another_encoding(learnevict, tmp_path):
 
 def test_an_output_that_cannot_be_written(learnevict, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS})
-    for out in (tmp_path, tmp_path / "missing" / "out.jsonl", rows):
+    other = write_rows(tmp_path / "other.jsonl", {"id": "mine", "prompt": WORDS})
+    for out in (tmp_path, tmp_path / "missing" / "out.jsonl", other):
         code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows, "--out", out)
         assert (code, len(err.splitlines())) == (1, 1)
         assert "choose another --out" in err
+    assert rows_of(other) == [{"id": "mine", "prompt": WORDS}], "a file of the user's was taken for a broken output"
+    code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows, "--out", rows)
+    assert (code, rows_of(rows)) == (2, [{"prompt": WORDS}])
 
 
 def test_debug_shows_where(learnevict):
-    code, _, err = learnevict("infer", "--model", "./nowhere", "--prompt", "hello", "--debug")
+    code, _, err = learnevict("infer", "--model", "./nowhere", "--prompt", WORDS, "--debug")
     assert code == 1
     assert "Traceback" in err
     assert "ModelError" in err
@@ -406,6 +410,9 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
         if tag == "script":
             self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.found.append((f"/{tag}", {}))
 
     def handle_data(self, data):
         if self.found and self.found[-1][0] == "script":

@@ -40,7 +40,9 @@ def test_budgets_that_are(text, shown):
 
 
 def test_a_budget_below_its_guards_names_the_smallest():
-    with pytest.raises(BudgetError, match=r"budget 10 is too small for snapkv: 4 sinks, 32 recent.*works is 133.*slack"):
+    with pytest.raises(
+        BudgetError, match=r"budget 10 is too small for snapkv: 4 sinks, 32 recent.*works is 133.*slack"
+    ):
         methods.load("snapkv").policy(10)
     with pytest.raises(BudgetError, match="smallest that works is 13"):
         hashed(10, slack=8, sinks=4)

@@ -33,9 +33,8 @@ def prompt(model: Any, seed: int = 3, length: int = PROMPT) -> dict[str, Tensor]
 def answer(model: Any, inputs: dict[str, Tensor], cache: Any = None, **how: Any) -> Any:
     """generate() with logits, of exactly NEW tokens unless told otherwise."""
     how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None} | how
-    return model.generate(
-        **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **how
-    )
+    how |= {} if cache is None else {"past_key_values": cache}
+    return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **how)
 
 
 def longer(mask: Tensor, length: int) -> Tensor:
@@ -49,7 +48,9 @@ def agree_with_judge(model: Any, inputs: dict[str, Tensor], out: Any, cache: Evi
     mask = longer(inputs["attention_mask"].repeat_interleave(returned, 0), read_ids.shape[1])
     trace = cache.trace()
     assert trace.evictions > 0
-    assert bool((trace.expiry[trace.expiry != NEVER] > inputs["input_ids"].shape[1]).any()), "nothing went while decoding"
+    assert bool((trace.expiry[trace.expiry != NEVER] > inputs["input_ids"].shape[1]).any()), (
+        "nothing went while decoding"
+    )
     expected = judge(model, read_ids, mask, trace.expiry)[:, -len(out.logits) :]
     assert (torch.stack(out.logits, 1) - expected).abs().max() <= CLOSE
 

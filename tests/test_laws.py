@@ -47,7 +47,9 @@ def bounded(case: Case) -> int:
     peak = BUDGET + case.slack
     for moment in run.moments:
         counts = torch.stack([(held >= 0).sum((1, 2)) for held in moment.positions.values()]).sum(0)
-        assert bool((counts <= len(layers) * heads * peak).all()), f"{counts.tolist()} slots after {moment.length} tokens"
+        assert bool((counts <= len(layers) * heads * peak).all()), (
+            f"{counts.tolist()} slots after {moment.length} tokens"
+        )
         seen = moment.length - torch.tensor(PADS, device=counts.device)
         settled = (seen % max(case.slack, 1) == 0) & (seen > 2 * BUDGET)
         full = len(layers) * heads * (BUDGET - (case.slack == 0))
@@ -276,4 +278,6 @@ def test_bfloat16_under_a_forced_trace(model):
         again = replay(half, ids, run.trace, mask).logits
     rounding = distance(again, judge(zoo.build(model), ids, mask, run.trace.expiry).to(again), mask)
     assert distance(run.logits, again, mask) <= 2 * max(rounding, 0.02)
-    assert all(layer.store.keys.dtype == torch.bfloat16 for layer in run.cache.layers if isinstance(layer, EvictingLayer))
+    assert all(
+        layer.store.keys.dtype == torch.bfloat16 for layer in run.cache.layers if isinstance(layer, EvictingLayer)
+    )

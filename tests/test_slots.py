@@ -103,9 +103,7 @@ class Storage(RuleBasedStateMachine):
     def select(self, picks):
         rows = [pick % len(self.shelf.rows) for pick in picks]
         self.store.select(torch.tensor(rows))
-        self.shelf.rows = [
-            [[Token(**vars(token)) for token in head] for head in self.shelf.rows[row]] for row in rows
-        ]
+        self.shelf.rows = [[[Token(**vars(token)) for token in head] for head in self.shelf.rows[row]] for row in rows]
         self.shelf.next = [self.shelf.next[row] for row in rows]
         self.forget_room(rows)
 
@@ -143,7 +141,9 @@ class Storage(RuleBasedStateMachine):
     @invariant()
     def chunks_are_small(self):
         for _, keys, _ in self.store.chunks():
-            assert keys.nbytes <= max(self.store.keys.nbytes // 2, keys.nbytes // max(keys.shape[2], 1) * self.smallest())
+            assert keys.nbytes <= max(
+                self.store.keys.nbytes // 2, keys.nbytes // max(keys.shape[2], 1) * self.smallest()
+            )
 
 
 class SlotPoolRules(Storage):

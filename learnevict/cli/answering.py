@@ -129,7 +129,7 @@ def golden_policy(opened: Opened, choice: Choice, ids: Any, mask: Any, prompts: 
     from learnevict.oracle.collect import golden_trace
     from learnevict.policy import Guard
 
-    options = {"slack": 128, **choice.options(opened)}
+    options: dict[str, Any] = {"slack": 128, **choice.options(opened)}
     guard = Guard(**{name: options[name] for name in ("sinks", "recent", "prompt") if name in options})
     budget, block = golden_budget(choice, opened), max(options["slack"], 1)
     ids, mask = ids.to(opened.model.device), mask.to(opened.model.device)

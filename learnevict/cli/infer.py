@@ -93,6 +93,8 @@ def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out
         raise UsageError(
             f"give one of --prompt TEXT, --task FAMILY and --batch FILE, not {found}; try --task program --seed 3"
         )
+    if out is not None and batch is not None and out.resolve() == batch.resolve():
+        raise UsageError("--out would overwrite the rows of --batch; choose another file")
     if out is not None and batch is None:
         raise UsageError(
             "--out belongs to --batch; for one prompt redirect standard output, with --json for the figures"

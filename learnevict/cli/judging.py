@@ -61,7 +61,7 @@ class Judging:
             GateError: gates missing, of another model, or of a method nobody asked for.
         """
         from learnevict.evals import tuning
-        from learnevict.hub import Gates
+        from learnevict.hub import Gates, weight_hash
 
         opened = self.opened
         given = [Gates.load(source, opened.model, allow_other_base=self.allow_other_base) for source in self.ckpts]
@@ -73,6 +73,8 @@ class Judging:
                 f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
             )
         known = tuning.load() if self.tuned else None
+        if known is not None:
+            known.check(weight_hash(opened.model))
         found = {name: gates.get(name) or self._shipped(name) for name in wanted}
         return [contender(name, one, tuned=known.of(name) if known else None) for name, one in found.items()]
 
@@ -103,6 +105,8 @@ class Judging:
             )
         contenders = self.contenders(DEFAULT_METHODS)
         check(plan, contenders)
+        if self.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned_budgets(contenders)]):
+            say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
         subject = Subject(opened.model, opened.tokenizer, opened.name)
         with progress(count(plan, contenders)) as advance:
             return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
@@ -132,6 +136,11 @@ class Judging:
         if out is not None:
             write_rows(out, rows)
         return rows
+
+
+def tuned_budgets(contenders: list[Contender]) -> set[str]:
+    """Budgets for which some contender has tuned settings."""
+    return {budget for one in contenders for _, budget in one.tuned}
 
 
 @contextmanager

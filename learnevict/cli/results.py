@@ -10,6 +10,9 @@ from typing import Any
 
 from learnevict.errors import DataError, UsageError
 
+START = b'{"id": "'
+"""How every row begins."""
+
 
 class Results:
     """Rows as JSON lines, in a file that a later run goes on with, or on standard output.
@@ -34,18 +37,24 @@ class Results:
             raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
 
     def _read(self, path: Path) -> None:
-        """Take in finished rows; cut off a last one that was being written when the run died."""
+        """Take in finished rows; cut off a last one that was being written when the run died, and nothing else."""
         raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
+        end = raw.rfind(b"\n") + 1
+        broken = bool(raw[end:]) and not _is_json(raw[end:])
         try:
-            rows = [json.loads(line) for line in whole.splitlines()]
+            if broken and not (START.startswith(raw[end:]) or raw[end:].startswith(START)):
+                raise ValueError("the last line is not ours")
+            rows = [json.loads(line) for line in (raw[:end] if broken else raw).splitlines()]
             self.keys = {row["id"]: row["key"] for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} holds something else than rows of `learnevict infer`; choose another --out"
             ) from error
-        if len(whole) < len(raw):
-            os.truncate(path, len(whole))
+        if broken:
+            os.truncate(path, end)
+        elif raw[end:]:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def has(self, name: str, key: str) -> bool:
         """Whether this row is finished.
@@ -75,6 +84,14 @@ class Results:
 
     def __str__(self) -> str:
         return "standard output" if self.path is None else str(self.path)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except ValueError:
+        return False
+    return True
 
 
 def say(line: str) -> None:

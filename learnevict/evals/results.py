@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from learnevict.evals import journal as journals
 from learnevict.evals import metrics
@@ -21,11 +22,13 @@ class Results:
 
     Attributes:
         seeds: of the samples, by family.
+        configurations: model, tasks and rules that the journals were written under.
     """
 
     rows: list[Row] = field(default_factory=list)
     journals: dict[str, Journal] = field(default_factory=dict)
     seeds: dict[str, range] = field(default_factory=dict)
+    configurations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def families(self) -> list[str]:
@@ -89,7 +92,8 @@ def read_results(files: Sequence[Path]) -> Results:
         rows = read_rows(path)
         results.rows.extend(rows)
         if journal_path(path).exists():
-            _, journal = journals.load(journal_path(path))
+            configuration, journal = journals.load(journal_path(path))
+            results.configurations.append(configuration)
             for row in rows:
                 results.journals[row["family"]] = journal
                 results.seeds[row["family"]] = range(row.get("seed", 0), row.get("seed", 0) + row["samples"])

@@ -36,22 +36,23 @@ TITLES = {
 }
 
 
-def write_results(results: Path, docs: Path, benchmarks: Path) -> list[Path]:
+def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tuned | None = None) -> list[Path]:
     """Write docs/results.md and one plot per table.
 
     Args:
         results: a folder per table (see TITLES) with JSONL rows.
         docs: where results.md goes.
         benchmarks: JSON files of benchmarks; may be missing.
+        tuned: names the best heuristic of every cell; without it no gap is shown.
 
     Raises:
-        DataError: nothing to show, or files that cannot be read.
+        DataError: nothing to show, files that cannot be read, or results of different weights or tasks.
     """
     found = {name: read_results(sorted_rows(results / name)) for name in TITLES if sorted_rows(results / name)}
     if not found:
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
     parts, written = [HEADER, "# Results", full_cache_table(found)], []
-    tuned = tuning.load() if tuning.TUNED.exists() else None
+    check_same_origin([*found.values()], tuned)
     for name, part in found.items():
         parts += section(name, part, tuned)
         if any(row["budget"] is not None for row in part.rows):
@@ -61,6 +62,19 @@ def write_results(results: Path, docs: Path, benchmarks: Path) -> list[Path]:
     written.append(docs / "results.md")
     written[-1].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return written
+
+
+def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
+    """All numbers of the page belong to the same weights and the same tasks.
+
+    Raises:
+        DataError: some are stale.
+    """
+    records = [record for results in found for record in results.configurations] + ([tuned.record] if tuned else [])
+    for name in ("weights", "tasks"):
+        values = {record[name] for record in records}
+        if len(values) > 1:
+            raise DataError(f"results of different {name} ({', '.join(sorted(values))}); run recipes/evaluate.py anew")
 
 
 def sorted_rows(folder: Path) -> list[Path]:
@@ -238,7 +252,8 @@ def main() -> None:
     changed = write_method_table(readme)
     written = [readme] if changed else []
     if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
-        written += write_results(root / "docs" / "results", root / "docs", root / "benchmarks" / "results")
+        tuned = tuning.load() if tuning.TUNED.exists() else None
+        written += write_results(root / "docs" / "results", root / "docs", root / "benchmarks" / "results", tuned)
     for path in written:
         print(path.relative_to(root))  # noqa: T201 - a program that says what it wrote
 

@@ -57,6 +57,17 @@ class Tuned:
             raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
         return max(found, key=lambda name: found[name])
 
+    def check(self, weights: str) -> None:
+        """Refuse settings tuned on another model.
+
+        Raises:
+            UsageError: the hash of the model's weights is another.
+        """
+        if self.record.get("weights") != weights:
+            raise UsageError(
+                "the settings were tuned on other weights; drop --tuned, or run recipes/evaluate.py --stage tune"
+            )
+
     def of(self, method: str) -> dict[tuple[str, str], dict[str, Any]]:
         """Settings of one method by (family, budget)."""
         return {
@@ -144,7 +155,9 @@ def load(path: Path = TUNED) -> Tuned:
     try:
         return Tuned(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{str(path)!r} holds no tuned settings; make them with recipes/evaluate.py --tune") from error
+        raise DataError(
+            f"{str(path)!r} holds no tuned settings; make them with recipes/evaluate.py --stage tune"
+        ) from error
 
 
 def _feasible(one: Contender, plan: Plan) -> bool:

@@ -182,7 +182,7 @@ class EvictingCache(Cache):
         """False: evicted tokens cannot be brought back."""
         return False
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Refused; see EvictingLayer.crop."""
         raise CacheError(
             "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
@@ -209,7 +209,7 @@ class EvictingCache(Cache):
             raise CacheError("beams record no trace; create the cache with record=False")
         self.clock.reorder(beam_idx.tolist())
         for layer in self.layers:
-            layer.reorder_cache(beam_idx)
+            layer.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -189,9 +189,10 @@ class _Batch:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]]) -> None:
         if not all(prompts):
             raise DataError("the prompt is empty; give at least one word")
-        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.model: Any = model
+        self.tokenizer, self.prompts = tokenizer, prompts
         self.width = max(map(len, prompts))
-        end = model.generation_config.eos_token_id if model.generation_config is not None else tokenizer.eos_token_id
+        end = self.model.generation_config.eos_token_id
         self.ends = set(end) if isinstance(end, list) else {end}
         pad = tokenizer.pad_token_id
         self.pad = next((token for token in (pad, *self.ends) if token is not None), 0)
@@ -222,7 +223,7 @@ class _Batch:
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         """The model's own settings, with ours on top; greedy ignores how the model would sample."""
-        config = copy.deepcopy(self.model.generation_config) or GenerationConfig()
+        config = copy.deepcopy(self.model.generation_config)
         config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=self.pad, num_beams=1)
         config.update(do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False)
         if sampling.temperature > 0:
@@ -267,7 +268,7 @@ class _Batch:
 
 
 @contextmanager
-def seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
+def seeded(sampling: Sampling, device: torch.device) -> Generator[None, None, None]:
     """Random numbers from the seed inside; the caller's random state is untouched."""
     if sampling.temperature == 0:
         yield

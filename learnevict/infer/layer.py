@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -49,7 +52,7 @@ class EvictingLayer(CacheLayerMixin):
         self.storage = Storage(self.policy, self.clock, self.place, key_states, value_states)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the fresh states on to `attend`; they are stored there.
 
         Raises:
@@ -79,7 +82,7 @@ class EvictingLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Refused: evicted tokens cannot be brought back."""
         raise CacheError(
             "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
@@ -194,14 +197,14 @@ class EvictingLayer(CacheLayerMixin):
         else:
             out, weights = block_attention(pool, signals)
         if scorer.observes:
-            seen = Signals(**{**vars(signals), "fresh_attention": weights, "ring": self.ring.held, "memo": {}})
+            seen = replace(signals, fresh_attention=weights, ring=self.ring.held, memo={})
             for name, column in scorer.observe(seen).items():
                 pool.ledger.columns[name] = column
         return out
 
     def _hold_event(self, storage: Storage, block: Block, signals: Signals) -> None:
         """Ask the policy what to keep in the rows that are due and hold more than their budget."""
-        now = Signals(**{**vars(signals), "ring": self.ring.held, "ledger": storage.pool.ledger.columns, "memo": {}})
+        now = replace(signals, ring=self.ring.held, ledger=storage.pool.ledger.columns, memo={})
         if self.policy.scorer.refreshes:
             self._refresh(storage.pool, block, now)
         targets = storage.targets(block.after)
@@ -223,7 +226,7 @@ class EvictingLayer(CacheLayerMixin):
         counts = kept.sum(-1)
         most = -(-counts.sum(-1) // counts.shape[1]) if self.policy.allocator.ragged else counts.amax(-1)
         try:
-            torch._assert_async((most <= room).all(), "a policy kept more slots than its budget")
+            torch.ops.aten._assert_async.msg((most <= room).all(), "a policy kept more slots than its budget")
         except RuntimeError as error:
             raise CacheError(
                 f"the policy keeps {most.tolist()} slots per head in layer {self.place.index}, but its budget leaves "

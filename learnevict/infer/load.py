@@ -34,7 +34,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTr
     source, local = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, local_files_only=local, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:

@@ -210,7 +210,7 @@ class PagePool:
 
     def select(self, index: Tensor) -> None:
         """Rows of the batch, int64 [b]; pages are copied, never shared."""
-        batch, heads, depth = self.table.shape
+        batch, _, depth = self.table.shape
         table = self.table.index_select(0, index)
         count = self.count.index_select(0, index)
         rows = index.shape[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from learnevict.infer.clock import Block, Clock
@@ -58,10 +57,12 @@ class Storage:
         coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
         need = max(live + size for live, size in zip(self.live, coming, strict=True))
         if isinstance(pool, PagePool):
-            self._fit_pages(pool, need)
-            pairs = zip(block.sizes, block.before, strict=True)
-            if self.unassigned or any(size and before % schedule.period == 0 for size, before in pairs):
-                pool.assign([schedule.period - before % schedule.period for before in block.before])
+            ahead = [schedule.period - before % schedule.period for before in block.before]
+            self._fit_pages(pool, need, ahead)
+            if self.unassigned or any(
+                size and room == schedule.period for size, room in zip(block.sizes, ahead, strict=True)
+            ):
+                pool.assign(ahead)
                 self.unassigned = False
         elif need > pool.capacity:
             steady = self._steady()
@@ -75,10 +76,11 @@ class Storage:
             return 0
         return max(self.targets(self.clock.seen)) + schedule.period
 
-    def _fit_pages(self, pool: PagePool, need: int) -> None:
-        heads, period = pool.position.shape[1], self.clock.schedule.period
-        need = max(need, self._steady()) if need > self._steady() // 2 else need
-        total = heads * sum(max(live, need - period) + period for live in self.live)
+    def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
+        """`ahead`: tokens to the end of each row's block, for which every head will be given pages."""
+        heads, steady = pool.position.shape[1], self._steady()
+        need = max(need, steady) if need > steady // 2 else need
+        total = heads * sum(max(live + room, need) for live, room in zip(self.live, ahead, strict=True))
         widest = heads * need
         if total > self.fitted or widest > pool.position.shape[2]:
             pool.fit(total, widest)

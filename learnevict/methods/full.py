@@ -5,11 +5,13 @@ The budget and all options are accepted, so that a table can treat it like any m
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Options
+from learnevict.parts.options import Options, compose
 from learnevict.parts.recency import Recency
 from learnevict.policy import Policy, Schedule
 
@@ -18,4 +20,5 @@ PAPER = Paper("Full cache", None, 2017, kind="reference")
 
 def policy(budget: int | str | Budget = "100%", **options: Unpack[Options]) -> Policy:
     """A policy that never evicts; it is not bounded."""
-    return Policy(Budget.parse(budget), Recency(), schedule=Schedule(active=False), name="full")
+    checked = compose("full", Budget.parse("100%"), Recency(), **options)
+    return replace(checked, budget=Budget.parse(budget), schedule=Schedule(active=False))

@@ -1,4 +1,4 @@
-"""What training the bundled model needs beside a loop: a curriculum that climbs by accuracy, and the Muon optimiser."""
+"""What training the bundled model needs beside a loop: a curriculum that climbs by accuracy, Muon, sums over processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from learnevict import testbed
@@ -76,3 +77,25 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         square = matrices @ matrices.mT
         matrices = 3.4445 * matrices + (-4.7750 * square + 2.0315 * square @ square) @ matrices
     return matrices.mT if tall else matrices
+
+
+def rank() -> int:
+    """This process among those of torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """How many processes train."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
+    """Add up gradients (in place) and counts in one message. One meeting per step keeps busy cores from waiting."""
+    if not dist.is_initialized():
+        return counts
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [counts.to(gradients[0].device)])
+    dist.all_reduce(flat)
+    pieces = flat.split([gradient.numel() for gradient in gradients] + [len(counts)])
+    for gradient, piece in zip(gradients, pieces, strict=False):
+        gradient.copy_(piece.view_as(gradient))
+    return pieces[-1].cpu()

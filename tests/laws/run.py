@@ -65,7 +65,9 @@ def pieces(prompt: int, length: int) -> list[int]:
 class Reader:
     """Feeds ids to a model piece by piece; several readers may take turns on one model."""
 
-    def __init__(self, model: PreTrainedModel, cache: EvictingCache, ids: Tensor, mask: Tensor, sizes: list[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: EvictingCache, ids: Tensor, mask: Tensor, sizes: list[int]
+    ) -> None:
         self.model, self.cache, self.ids, self.mask = model, cache, ids, mask
         self.places = position_ids(mask)
         self.sizes = sizes
@@ -117,4 +119,3 @@ def held(expiry: Tensor, mask: Tensor, length: int) -> list[list[list[list[int]]
 def occupied(position: Tensor) -> list[list[list[int]]]:
     """By row and head: columns held, sorted, every slot counted (so a double shows)."""
     return [[sorted(head[head >= 0].tolist()) for head in row] for row in position]
-
