@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -240,6 +240,15 @@ def test_a_result_file_belongs_to_its_settings(learnevict, tmp_path):
     assert [row["id"] for row in rows_of(out)] == ["1"]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, also where a background shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", *({"prompt": WORDS} for _ in range(12)))
     out = tmp_path / "out.jsonl"

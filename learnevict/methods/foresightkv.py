@@ -111,10 +111,12 @@ class ForesightGate(Gate):
 
     def judge(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
-        x = (features - self.mean[layer]) / self.scale[layer]
+        batch, heads, num, width = features.shape
+        x = features.transpose(0, 1).reshape(heads, batch * num, width)  # heads lead, so weights are not copied per row
+        x = (x - self.mean[layer]) / self.scale[layer]
         x = nn.functional.gelu(x @ self.weight_in[layer] + self.bias_in[layer])
         x = nn.functional.gelu(x @ self.weight_mid[layer] + self.bias_mid[layer])
-        return (x @ self.weight_out[layer]).squeeze(-1)
+        return (x @ self.weight_out[layer]).view(heads, batch, num).transpose(0, 1)
 
     @torch.no_grad()
     def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:

@@ -13,7 +13,7 @@ from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.parts.recency import Recency
-from learnevict.policy import Policy, Schedule
+from learnevict.policy import Policy
 
 PAPER = Paper("Full cache", None, 2017, kind="reference")
 
@@ -21,4 +21,4 @@ PAPER = Paper("Full cache", None, 2017, kind="reference")
 def policy(budget: int | str | Budget = "100%", **options: Unpack[Options]) -> Policy:
     """A policy that never evicts; it is not bounded."""
     checked = compose("full", Budget.parse("100%"), Recency(), **options)
-    return replace(checked, budget=Budget.parse(budget), schedule=Schedule(active=False))
+    return replace(checked, budget=Budget.parse(budget), schedule=replace(checked.schedule, active=False))
