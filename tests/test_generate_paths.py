@@ -34,7 +34,6 @@ def answer(model: Any, inputs: dict[str, Tensor], cache: Any = None, **how: Any)
     """generate() with logits, of exactly NEW tokens unless told otherwise."""
     how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None} | how
     how |= {} if cache is None else {"past_key_values": cache}
-    how |= {} if cache is None else {"past_key_values": cache}
     return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **how)
 
 
