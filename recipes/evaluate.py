@@ -4,7 +4,7 @@
     python recipes/evaluate.py --stage main --families recall   # a part of it, e.g. one process per family
     scripts/write_tables                                        # then: tables and plots
 
-Stages, in order: `tune` picks the heuristics' settings and the best heuristic on validation seeds; `main` compares all
+Stages, in order: `tune` picks the baselines' settings and the best heuristic on validation seeds; `main` compares all
 methods under the same rules; `published` leaves each method its own recent window; `prompt` protects the prompt; `long` takes
 texts longer than in training; `free` lets the model write its own answers. Every stage goes on where it was interrupted;
 numbers are kept per sample, in docs/results/STAGE/FAMILY.samples.jsonl.
@@ -72,8 +72,10 @@ def tune(config: Config, subject: Subject, family: str) -> None:
     plan = Plan((family,), budgets(config), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
     folder = Path(config.out)
-    with progress(count(plan, tuning.candidates(names))) as advance:
-        found = tuning.tune(plan, subject, names, folder / "tuning" / f"{family}.jsonl", advance=advance)
+    (lexical,) = contenders(config, subject, (tuning.LEXICAL,), tuned=False) or (None,)
+    field = tuning.candidates(names, lexical.gates if lexical is not None else None)
+    with progress(count(plan, field)) as advance:
+        found = tuning.tune(plan, subject, field, folder / "tuning" / f"{family}.jsonl", advance=advance)
     target = tuned_path(config)
     known = [tuning.load(target)] if target.exists() else []
     same = [part for part in known if part.record == found.record]

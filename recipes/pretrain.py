@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 2 recipes/pretrain.py --compiled   # one thread per process: two CPU cores
     python recipes/pretrain.py --smoke                           # seconds, same code
     python recipes/pretrain.py --export                          # write the last checkpoint as the package's data
+    python recipes/pretrain.py --further --steps 7000            # train the exported model further, at its last level
 
 Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean
 tasks it needs a few hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not
 when a step count does. The run resumes exactly on as many processes: all randomness is a function of the seed, the step
-and the rank, all state is safetensors and JSON.
+and the rank, all state is safetensors and JSON. An exported model holds no optimiser state: training it further warms up anew.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ IDS: dict[str, int] = TOKENIZER.get_vocab()
 class Config:
     """One run. Learning rates are constant after warm-up and fall as a cosine over the last `cooldown` steps."""
 
-    out: str = "/tmp/testbed_run"
+    out: str = "checkpoints/testbed"
     data: str = str(testbed.path())
     seed: int = 0
     steps: int = 9000
@@ -71,6 +72,7 @@ class Config:
     compiled: bool = False
     smoke: bool = False
     export: bool = False
+    further: bool = False  # where `out` holds no checkpoint, begin with the model and the record in `data`
 
 
 def build_model(config: Config) -> Qwen3ForCausalLM:
@@ -109,9 +111,17 @@ def forward(model: Qwen3ForCausalLM, samples: list[Sample], device: str) -> tupl
 
 
 def train_step(
-    model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], config: Config, curriculum: Curriculum, step: int
+    model: Qwen3ForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    config: Config,
+    curriculum: Curriculum,
+    step: int,
+    fresh: int = 0,
 ) -> float:
-    """Draw fresh samples, step once, and tell the curriculum how it went. Returns the mean loss."""
+    """Draw fresh samples, step once, and tell the curriculum how it went; optimisers were new at step `fresh`.
+
+    Returns the mean loss.
+    """
     rng = Random(f"{config.seed}/{step}/{rank()}")
     drawn: list[Sample] = []
     at_top: set[int] = set()
@@ -131,7 +141,7 @@ def train_step(
                 mine, place = checked & (rows == row), 2 + 2 * testbed.FAMILIES.index(sample.family)
                 counts[place] += int((mine & hits).sum())
                 counts[place + 1] += int(mine.sum())
-    counts = update(model, optimizers, counts, schedule(config, step))
+    counts = update(model, optimizers, counts, schedule(config, step, fresh))
     curriculum.update(step, counts[2:].view(-1, 2).tolist(), config.promote_at)
     return float(counts[0] / counts[1])
 
@@ -151,11 +161,11 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], counts: Te
     return counts
 
 
-def schedule(config: Config, step: int) -> float:
-    """Linear warm-up, constant, cosine to a twentieth at the end."""
+def schedule(config: Config, step: int, fresh: int) -> float:
+    """Linear warm-up from the step at which the optimisers were new, constant, cosine to a twentieth at the end."""
     left = (config.steps - step) / max(1, config.cooldown)
     fall = 1.0 if left >= 1 else 0.05 + 0.95 * (0.5 - 0.5 * math.cos(math.pi * left))
-    return min(1.0, (step + 1) / config.warmup) * fall
+    return min(1.0, (step + 1 - fresh) / config.warmup) * fall
 
 
 def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
@@ -207,6 +217,13 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     return json.loads((found / "state.json").read_text())
 
 
+def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load weights and training state of the data folder; its optimisers are new."""
+    state = json.loads((folder / "record.json").read_text())["training"]
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return state | {"fresh": state["step"]}
+
+
 def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     """Write the data folder: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
     target = Path(config.data)
@@ -250,7 +267,7 @@ def train(
     bar = tqdm(range(begin, config.steps), mininterval=30, initial=begin, total=config.steps, disable=rank() > 0)
     for step in bar:
         began = time.perf_counter()
-        loss = train_step(model, optimizers, config, curriculum, step)
+        loss = train_step(model, optimizers, config, curriculum, step, state.get("fresh", 0))
         running = loss if not running else 0.98 * running + 0.02 * loss
         state["seconds"] += time.perf_counter() - began
         if rank() == 0 and ((step + 1) % 50 == 0 or step + 1 == config.steps):
@@ -271,7 +288,10 @@ def main(config: Config) -> None:
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
     model = build_model(config).to(config.device)
     optimizers = build_optimizers(config, model)
-    state = restore(Path(config.out), model, optimizers) or {"step": 0, "seconds": 0.0, "curve": []}
+    state = restore(Path(config.out), model, optimizers)
+    if state is None and config.further:
+        state = restore_exported(Path(config.data), model)
+    state = state or {"step": 0, "seconds": 0.0, "curve": []}
     if not config.export:
         train(config, model, optimizers, state)
     if rank() == 0:

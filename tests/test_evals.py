@@ -27,6 +27,7 @@ from learnevict.evals.results import of_run, read_results
 from learnevict.evals.rows import KEYS, read_rows, write_rows
 from learnevict.evals.suite import journal_path, run
 from learnevict.evals.teacher import Texts, judge, judge_golden, read
+from learnevict.hub import Gates
 from learnevict.infer.attach import attach
 from learnevict.infer.replay import replay
 from learnevict.methods import full, h2o, random, streaming_llm
@@ -395,6 +396,19 @@ def test_every_setting_of_every_grid_makes_a_policy():
     methods = {one.method for one in field}
     assert {"random", "snapkv", "keydiff"} <= methods and not {"golden", "full", "lexical"} & methods
     check(small_plan(budgets=("1/8",)), field)
+
+
+def test_lexical_is_tuned_like_the_heuristics_but_never_the_best_of_them():
+    field = tuning.candidates(["random"], Gates.make("lexical", tiny()))
+    assert [one.method for one in field].count("lexical") == 6
+    rows = [
+        {"method": one.name, "family": "recall", "budget": 50, "budget_share": "1/4", "step_accuracy": accuracy}
+        for accuracy, one in zip((0.2, 0.5, 0.9, 0.4, 0.3, 0.1, 0.0), field, strict=True)
+    ]
+    found = tuning.choose(rows, field, {})
+    assert found.best("recall", "1/4") == "random"
+    (bonus,) = found.of("lexical").values()
+    assert bonus == field[2].settings and field[2].policy(64, COMPARISON).scorer.bonus == bonus["bonus"]
 
 
 # --- reports ---

@@ -60,6 +60,7 @@ CASES = {
     ),
     "keydiff": ("keydiff", {}, brute.unlikeness, None),
     "lexical": ("lexical", {"gate": lexical_gate}, brute.worth(worths(), 0.3), None),
+    "lexical-bonus": ("lexical", {"gate": lexical_gate, "bonus": 1.5}, brute.worth(worths(), 1.5), None),
 }
 
 

@@ -1,6 +1,7 @@
-"""Hyperparameters of the training-free methods, and which of them is best where: chosen on validation seeds.
+"""Hyperparameters of the baselines, and which training-free method is best where: chosen on validation seeds.
 
-The best setting is taken per family and budget, which favours the heuristics: no user could tune so finely.
+The best setting is taken per family and budget, which favours the baselines: no user could tune so finely. The lexical
+baseline is tuned alike (its bonus for recency); it is learned, so it is never "the best heuristic".
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.plan import Plan, Subject, configuration
 from learnevict.evals.rows import Row
 from learnevict.evals.suite import Advance, run
+from learnevict.hub import Gates
 
+LEXICAL = "lexical"
 TUNED = Path(__file__).parent / "tuned.json"
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "h2o": {"variant": ("paper", "kvpress")},
@@ -27,6 +30,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adakv": {"alpha": (0.2, 0.5), "window": (8, 16)},
     "rkv": {"mix": (0.07, 0.1, 0.3, 0.7), "window": (8, 16)},
     "expected_attention": {"window": (16, 64), "future": (64, 512), "epsilon": (0.0, 0.02)},
+    "lexical": {"bonus": (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)},
 }
 """Settings that are tried; methods without an entry have none that matter under common rules."""
 
@@ -55,7 +59,7 @@ class Tuned:
             found = self.accuracy[family][budget]
         except KeyError as error:
             raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
-        return max(found, key=lambda name: found[name])
+        return max((name for name in found if name != LEXICAL), key=lambda name: found[name])
 
     def check(self, weights: str) -> None:
         """Refuse settings tuned on another model.
@@ -83,30 +87,33 @@ def training_free() -> list[str]:
     return [name for name in methods.METHODS if name == "random" or methods.load(name).PAPER.kind == "heuristic"]
 
 
-def candidates(names: Sequence[str]) -> list[Contender]:
-    """Every setting of every method as a contender of its own, named "snapkv window=8"."""
+def candidates(names: Sequence[str], lexical: Gates | None = None) -> list[Contender]:
+    """Every setting of every method as a contender of its own, named "snapkv window=8"; lexical too, if its gates are given."""
     found: list[Contender] = []
-    for name in names:
+    for name in [*names, *([LEXICAL] if lexical is not None else [])]:
         grid = GRIDS.get(name, {})
         for values in product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
-            found.append(contender(name, settings=settings, name=label))
+            found.append(contender(name, lexical if name == LEXICAL else None, settings=settings, name=label))
     return found
 
 
-def tune(plan: Plan, subject: Subject, names: Sequence[str], out: Path, *, advance: Advance | None = None) -> Tuned:
+def tune(
+    plan: Plan, subject: Subject, field: Sequence[Contender], out: Path, *, advance: Advance | None = None
+) -> Tuned:
     """Run all settings on the validation split and keep the best of each method, per family and budget.
 
     Args:
         plan: families, budgets, samples and rules; split and modes are set here.
+        field: what `candidates` lists.
         out: rows of all settings; goes on where it was interrupted.
 
     Raises:
         BudgetError: a budget too small for a method whatever its settings.
     """
     plan = replace(plan, split="validation", teacher=True, free="none")
-    field = [one for one in candidates(names) if _feasible(one, plan)]
+    field = [one for one in field if _feasible(one, plan)]
     rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
     record = {**configuration(plan, subject), "samples": plan.num_samples, "seed": plan.seed}
     return choose(rows, field, record)

@@ -8,6 +8,8 @@ policy that only learned "digits stay, filler goes" does no better than this.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -16,7 +18,7 @@ from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
 from learnevict.parts.options import Terms, compose
-from learnevict.policy import Gate, Policy
+from learnevict.policy import Gate, Policy, Scorer
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, kind="learned")
@@ -52,7 +54,33 @@ class LexicalGate(Gate):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        return signals.ledger["worth"] - self.bonus * torch.log1p(signals.age.clamp_min(0).float())
+        return aged(signals, self.bonus)
+
+
+@dataclass(frozen=True)
+class OtherBonus(Scorer):
+    """The same table under another bonus for recency than the one it was saved with."""
+
+    gate: LexicalGate
+    bonus: float
+    columns = LexicalGate.columns
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """See LexicalGate.write."""
+        return self.gate.write(signals)
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return aged(signals, self.bonus)
+
+    def to(self, device: torch.device) -> Scorer:
+        """Moves the table."""
+        return OtherBonus(self.gate.to(device), self.bonus)  # pyright: ignore[reportArgumentType]
+
+
+def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
+    """Worth less `bonus` for every e-fold of age, float32 [B, H, N]."""
+    return signals.ledger["worth"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
 
 
 def build(layout: Layout) -> LexicalGate:
@@ -60,13 +88,22 @@ def build(layout: Layout) -> LexicalGate:
     return LexicalGate(layout.num_layers, layout.num_heads, layout.vocab_size)
 
 
-def policy(budget: int | str | Budget, *, gate: LexicalGate, recent: int = 8, **options: Unpack[Terms]) -> Policy:
+def policy(
+    budget: int | str | Budget,
+    *,
+    gate: LexicalGate,
+    bonus: float | None = None,
+    recent: int = 8,
+    **options: Unpack[Terms],
+) -> Policy:
     """Keep the words that are worth most on average.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         gate: fitted, from `Gates.from_pretrained(...)`.
+        bonus: for recency; None: the gate's own, one for all budgets.
         recent: last tokens that stay.
         **options: see Terms.
     """
-    return compose("lexical", budget, gate, recent=recent, **options)
+    scorer = gate if bonus is None else OtherBonus(gate, bonus)
+    return compose("lexical", budget, scorer, recent=recent, **options)
