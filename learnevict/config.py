@@ -69,7 +69,7 @@ class Budget:
             reserve: slots held on top of the budget between events (slack).
         """
         if self.unit == "share":
-            return max(math.ceil(self.amount * seen), floor)
+            return max(math.ceil(round(self.amount * seen, 9)), floor)  # 7 % of 100 is 7, not 8
         if self.unit == "tokens":
             return int(self.amount)
         slots = int(self.amount // row_bytes_per_token) - reserve
@@ -77,7 +77,7 @@ class Budget:
             need = (floor + reserve) * row_bytes_per_token
             raise BudgetError(
                 f"{int(self.amount)} bytes hold {max(slots + reserve, 0)} tokens in {num_layers} layers, but guards, fresh "
-                f"block and slack take {floor + reserve}; give at least {need} bytes"
+                f"block, slack and a protected prompt take {floor + reserve}; give at least {need} bytes"
             )
         return slots
 

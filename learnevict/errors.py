@@ -57,3 +57,7 @@ class UsageError(LearnevictError, ValueError):
 
 class StockLayersWarning(UserWarning):
     """Some layers keep their stock cache: sliding-window or linear layers are bounded already."""
+
+
+class TrainedOtherwiseWarning(UserWarning):
+    """A gate is used in another way than it was trained for."""

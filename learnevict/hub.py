@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from learnevict import methods
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
-from learnevict.policy import Gate, Policy
+from learnevict.infer.identity import check_base, layout_of, weight_hash
+from learnevict.policy import Base, Gate, Policy
 
 GATES_FOLDER = Path(__file__).parent / "gates"
 
@@ -107,51 +107,25 @@ class Gates(PreTrainedModel):
         Raises:
             GateError: other shape (always), or other weights (unless allowed).
         """
-        have, want = self.config.layout, asdict(layout_of(base.config))
-        wrong = [f"{key} {have.get(key)} (the model has {want[key]})" for key in want if have.get(key) != want[key]]
-        if wrong:
-            raise GateError(f"these gates were made for another model: {', '.join(wrong)}; train gates for this one")
-        if not allow_other_base and self.config.base_hash and self.config.base_hash != weight_hash(base):
-            raise GateError(
-                f"these gates were trained on other weights of the same shape ({self.config.base_name}); pass "
-                "--allow-other-base (allow_other_base=True) if that is intended"
-            )
+        check_base(self.base(allow_other=allow_other_base), base)
 
-    def policy(self, budget: int | str | Budget, **options: Any) -> Policy:
-        """The policy that these gates score for; options as in the method's `policy`."""
-        return methods.load(self.config.method).policy(budget, gate=self.gate.eval(), **options)
+    def base(self, *, allow_other: bool = False) -> Base:
+        """The model these gates belong to."""
+        config = self.config
+        return Base(Layout(**config.layout), config.base_hash, config.base_name, allow_other)
+
+    def policy(self, budget: int | str | Budget, *, allow_other_base: bool = False, **options: Any) -> Policy:
+        """The policy that these gates score for; options as in the method's `policy`.
+
+        `attach` compares the model with the one the gates were trained on, unless `allow_other_base`.
+        """
+        policy = methods.load(self.config.method).policy(budget, gate=self.gate.eval(), **options)
+        return replace(policy, base=self.base(allow_other=allow_other_base))
 
     @property
     def method(self) -> str:
         """Name of the method."""
         return self.config.method
-
-
-def layout_of(config: PreTrainedConfig) -> Layout:
-    """The cache shape of a model, from its config."""
-    text = config.get_text_config(decoder=True)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return Layout(
-        num_layers=text.num_hidden_layers,
-        num_heads=heads,
-        num_query_heads=text.num_attention_heads,
-        head_dim=width,
-        value_dim=width,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-    )
-
-
-def weight_hash(model: PreTrainedModel) -> str:
-    """Fingerprint of a model's weights: sha256 over the names, shapes and bfloat16 bytes of up to 16 of its tensors."""
-    digest = hashlib.sha256()
-    state = sorted(model.state_dict().items())
-    stride = max(1, len(state) // 16)
-    for name, tensor in state[::stride]:
-        sample = tensor.detach().flatten()[:4096].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 AutoConfig.register(GatesConfig.model_type, GatesConfig, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from learnevict.config import Budget
+from learnevict.config import Budget, Layout
 from learnevict.errors import BudgetError
 from learnevict.ops import keep_top
 from learnevict.signals import Column, Signals
@@ -65,6 +65,23 @@ class Gate(nn.Module, Scorer):
         return nn.Module.to(self, *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model a gate was trained for; `attach` refuses another.
+
+    Attributes:
+        layout: shape of its cache.
+        weights: fingerprint of its weights; empty if unknown.
+        name: what to call it.
+        allow_other: accept other weights of the same shape.
+    """
+
+    layout: Layout
+    weights: str = ""
+    name: str = ""
+    allow_other: bool = False
+
+
 class Allocator(ABC):
     """Splits a budget over layers and heads.
 
@@ -74,8 +91,11 @@ class Allocator(ABC):
 
     ragged: bool = False
 
-    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """Budget of the `rank`-th evicting layer of `num_layers`; the sum over layers is num_layers * budget."""
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int, seen: int) -> int:
+        """Budget of the `rank`-th evicting layer of `num_layers`, for a row of `seen` tokens (the prompt aside, if protected).
+
+        The sum over layers is num_layers * budget, whatever `seen`.
+        """
         return budget
 
     @abstractmethod
@@ -212,6 +232,7 @@ class Policy:
         guard: who is never evicted.
         draw: which, given scores and counts.
         name: shown in tables and traces.
+        base: the model its gate was trained for; None if it has none.
 
     Raises:
         BudgetError: a token budget smaller than guards + fresh block.
@@ -224,6 +245,7 @@ class Policy:
     guard: Guard = field(default_factory=Guard)
     draw: Draw = field(default_factory=TopK)
     name: str = "policy"
+    base: Base | None = None
 
     def __post_init__(self) -> None:
         if self.budget.unit == "tokens" and self.schedule.active and self.budget.amount < self.floor:
@@ -231,6 +253,12 @@ class Policy:
                 f"budget {self.budget} is too small for {self.name}: {self.guard.sinks} sinks, {self.guard.recent} recent and "
                 f"a fresh block of {self.schedule.period} tokens; the smallest that works is {self.floor} (or use a smaller "
                 "slack)"
+            )
+
+        if self.budget.unit == "bytes" and self.schedule.active and self.schedule.prompt == "end":
+            raise BudgetError(
+                f"a budget of {self.budget} is a hard total, but this schedule holds the whole prompt before its first event; "
+                'give tokens or a share, or schedule="blocks"'
             )
 
     @property

@@ -93,7 +93,7 @@ def main(config: Config, training: TrainingArguments) -> None:
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
     documents = read_documents(config, base, tokenizer)
-    gates = Gates.make(config.method, base, hidden=config.hidden)
+    gates = Gates.make(config.method, base, hidden=config.hidden, period=config.period)
     record = {
         "config": asdict(config),
         "data_hash": hash_documents(documents),

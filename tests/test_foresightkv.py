@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import attach, methods, oracle
 from learnevict.config import Budget
-from learnevict.errors import GateError
+from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub import Gates, layout_of
 from learnevict.infer.replay import replay
 from learnevict.methods.foresightkv import DECAY, NEEDED, RECENT, ForesightGate
@@ -81,11 +82,12 @@ class Dense:
             note = self.notes.setdefault(
                 i, {"paid": 0 * mean, "decayed": 0 * mean, "peak": 0 * mean, "n": 0.0, "idle": 0.0}
             )
-            note["paid"] = note["paid"] + mean
-            note["decayed"] = DECAY * note["decayed"] + mean
+            left = DECAY ** (PERIOD / 16)
+            note["paid"] = note["paid"] + PERIOD * mean
+            note["decayed"] = left * note["decayed"] + (1 - left) * mean
             note["peak"] = torch.maximum(note["peak"], top)
-            note["n"] += 1
-            note["idle"] = 0.0 if float(top.max()) > NEEDED else note["idle"] + 1
+            note["n"] += PERIOD
+            note["idle"] = 0.0 if float(top.max()) > NEEDED else note["idle"] + PERIOD
             recent = [a[-span:].sum(0) / span for span in RECENT]
             attention = [mean, top, *recent, note["paid"] / note["n"], note["decayed"], note["peak"]]
             key = self.key[i]
@@ -172,6 +174,39 @@ def test_accumulators_do_not_share_storage():
         columns = cache.layers[0].store.ledger.columns
     assert columns["paid"].data_ptr() != columns["decayed"].data_ptr()
     assert not torch.allclose(columns["paid"], columns["decayed"])
+
+
+def test_notes_under_steady_attention_do_not_depend_on_the_period():
+    """Regression 4: training and inference may hold events at different distances."""
+    model, ids = tiny(), torch.randint(0, 64, (1, 40))
+    gate = judge_for(model)
+    shown = []
+    original = gate.refresh
+    gate.refresh = lambda signals: shown.append(signals) or original(signals)  # type: ignore[method-assign]
+    run(model, gate, ids)
+    one = shown[0]
+    mean, top = (torch.rand(one.ledger["paid"].shape) * 0.03 for _ in range(2))
+    memo = {"paid_mean": mean, "paid_top": top, **{f"paid_{span}": mean for span in RECENT}}
+    found = {}
+    for period in (1, 8, 32):
+        notes = {name: torch.zeros_like(column) for name, column in one.ledger.items()}
+        for end in range(period, 65, period):
+            rows = replace(one.rows, now=torch.tensor([end - 1]), block=torch.tensor([end - period]))
+            notes = original(replace(one, ledger=notes, rows=rows, memo=dict(memo)))
+        found[period] = notes
+    for name in found[1]:
+        assert found[1][name].abs().sum() > 0, name
+        torch.testing.assert_close(found[8][name], found[1][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[32][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_judge_keeps_its_period(tmp_path):
+    """Its policy uses it by default; another one is said, not hidden."""
+    Gates.make("foresightkv", tiny(), hidden=8, period=16).save_pretrained(tmp_path)
+    gates = Gates.from_pretrained(tmp_path)
+    assert gates.policy(64).schedule.slack == 16
+    with pytest.warns(TrainedOtherwiseWarning, match="every 16 tokens, not every 8"):
+        assert gates.policy(64, slack=8).schedule.slack == 8
 
 
 def test_training_sees_what_inference_sees():

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from learnevict.errors import CacheError, ModelError
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
+from learnevict.infer.identity import check_base
 from learnevict.infer.layer import EvictingLayer
 from learnevict.policy import Governor
 from learnevict.signals import Attention
@@ -120,9 +121,12 @@ def attach(
     Raises:
         ModelError: the model does not dispatch attention through transformers' interface.
         BudgetError: the policy's budget does not fit this model.
+        GateError: the policy's gates were trained for another model.
     """
     cache = None
     if policy is not None:
+        if (base := getattr(policy, "base", None)) is not None:
+            check_base(base, model)
         policy.scorer.to(model.device)
         cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length)
     return Attachment(model, cache)
@@ -232,7 +236,10 @@ def _hand_over(
     index: Any = module.layer_idx
     frequencies = None if rotary is None else getattr(*rotary)
     if replay is not None and index in replay.expiry:
-        return args, {**kwargs, NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies)}
+        return args, {
+            **kwargs,
+            NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies),
+        }
     if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):
         layer.expecting = True
         return args, {**kwargs, NAME: Step(layer, hidden, frequencies=frequencies)}

@@ -10,6 +10,7 @@ from learnevict.infer.clock import Block, Clock
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
 from learnevict.policy import Governor
+from learnevict.signals import NEVER
 
 PAGE_SLOTS = 16
 PAGE_OVERHEAD = 40  # a page is at most 1/40 of a head's slots, so rounding stays below 5 %
@@ -47,9 +48,9 @@ class Storage:
             self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
             self.pool = PagePool(key, value, policy.scorer.columns, page)
 
-    def targets(self, seen: list[int]) -> list[int]:
-        """Slots per kv head after an event, for rows that have seen so many tokens."""
-        return targets(self.policy, self.clock, self.place, seen, self.rounding)
+    def targets(self, seen: list[int], *, settled: bool = False) -> list[int]:
+        """Slots per kv head after an event, for rows that have seen so many tokens; see the function of this name."""
+        return targets(self.policy, self.clock, self.place, seen, self.rounding, settled=settled)
 
     def reserve(self, block: Block, rest: list[int]) -> None:
         """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
@@ -74,7 +75,7 @@ class Storage:
         schedule = self.clock.schedule
         if not schedule.bounded:
             return 0
-        return max(self.targets(self.clock.seen)) + schedule.period
+        return max(self.targets(self.clock.seen, settled=True)) + schedule.period
 
     def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
         """`ahead`: tokens to the end of each row's block, for which every head will be given pages."""
@@ -121,23 +122,28 @@ class Storage:
         self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
 
 
-def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
+def targets(
+    policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0, *, settled: bool = False
+) -> list[int]:
     """Slots per kv head after an event, for rows that have seen so many tokens.
+
+    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total.
 
     Args:
         rounding: slots per head that storage may take on top; counted in a byte budget only.
+        settled: as layers will share the budget once rows are long, rather than now.
 
     Raises:
-        BudgetError: a byte budget that cannot hold guards and slack.
+        BudgetError: a byte budget that cannot hold guards, slack and a protected prompt.
     """
     schedule = clock.schedule
-    floor = policy.guard.reserved(schedule.period) + 1
+    floor, reserve = policy.guard.reserved(schedule.period) + 1, schedule.slack + rounding
     found = []
     for row, tokens in enumerate(seen):
-        reserve = schedule.slack + rounding
-        budget = policy.budget.tokens(tokens, floor, place.row_bytes_per_token, place.num_evicting, reserve)
-        budget = policy.allocator.layer_budget(budget, place.rank, place.num_evicting, floor)
-        if policy.guard.prompt:
-            budget += min(clock.prompt_tokens(row), tokens)
-        found.append(budget - (schedule.slack == 0))
+        prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
+        inside = prompt if policy.budget.unit == "bytes" else 0
+        budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
+        rest = NEVER if settled else tokens - prompt
+        budget = policy.allocator.layer_budget(budget - inside, place.rank, place.num_evicting, floor, rest)
+        found.append(budget + prompt - (schedule.slack == 0))
     return found

@@ -4,15 +4,18 @@
     score = w3 . GELU(W2 GELU(W1 x + b1) + b2)           per layer and kv head, higher stays (Section 3.2, arXiv 2602.03203)
 
 The judge is trained to order tokens as golden eviction does (learnevict.train). Departures from the paper and its code:
-features are means over queries (not sums), so they do not depend on the event period; recent-window features slice the query
-axis; decayed and undecayed accumulators are separate ledger columns; probabilities enter as logarithms; the size of every
-rotary pair is given beside the rotated key, because it survives rotation; age and budget / length let one judge serve many
-budgets; two more notes, the peak so far and the events since a token was last needed; two hidden layers; higher means keep.
+features are means over queries (not sums) and their clock counts tokens (not events), so under steady attention they do not
+depend on the event period; recent-window features slice the query axis; decayed and undecayed accumulators are separate
+ledger columns; probabilities enter as logarithms; the size of every rotary pair is given beside the rotated key, because it
+survives rotation; age and budget / length let one judge serve many budgets; two more notes, the peak so far and the tokens
+since a token was last needed; two hidden layers; higher means keep. Attention is read from the last `window` queries of every
+period: a judge remembers the period it was trained with, and `policy` uses that unless told otherwise.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
+from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy
@@ -29,7 +33,7 @@ PAPER = Paper("ForesightKV: learning long-term contribution for KV cache evictio
 
 WINDOW = 16
 RECENT = (4, 8)  # the paper's 8/16/32 of a period of 128-256, scaled to a ring of 16 queries
-DECAY = 0.9  # Section 3.2
+DECAY = 0.9  # Section 3.2: per event there, per WINDOW tokens here
 NEEDED = 0.02  # a probability that counts as "needed" for the idle note
 SCALARS = 5  # age, length, budget / length, filled, position from the start
 
@@ -57,13 +61,15 @@ class ForesightGate(Gate):
         layout: of the base model.
         hidden: width of the two hidden layers.
         window: past queries looked at per event.
+        period: tokens between events in training; None before.
     """
 
     observes = False
     refreshes = True
 
-    def __init__(self, layout: Layout, hidden: int = 64, window: int = WINDOW) -> None:
+    def __init__(self, layout: Layout, hidden: int = 64, window: int = WINDOW, period: int | None = None) -> None:
         super().__init__()
+        self.period = period
         self.config = JudgeConfig(layout, hidden, window)
         group = layout.num_query_heads // layout.num_heads
         self.window = window
@@ -71,7 +77,7 @@ class ForesightGate(Gate):
             Column("paid", (group,)),
             Column("decayed", (group,)),
             Column("peak", (group,)),
-            Column("events"),
+            Column("watched"),
             Column("idle"),
         )
         heads, inputs = (layout.num_layers, layout.num_heads), self.config.num_features
@@ -86,19 +92,21 @@ class ForesightGate(Gate):
 
     def settings(self) -> dict:
         """What __init__ needs to build this gate again, as JSON."""
-        return {"hidden": self.config.hidden, "window": self.config.window}
+        return {"hidden": self.config.hidden, "window": self.config.window, "period": self.period}
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Add what the last queries paid to the running notes; once per event."""
         mean, top, _ = self._paid(signals)
-        notes = signals.ledger
+        notes, rows = signals.ledger, signals.rows
         needed = top.amax(-1) > NEEDED
+        tokens = (rows.now - rows.block + 1).view(-1, 1, 1).float()
+        left = (DECAY ** (tokens / WINDOW)).unsqueeze(-1)
         return {
-            "paid": notes["paid"] + mean,
-            "decayed": DECAY * notes["decayed"] + mean,
+            "paid": notes["paid"] + tokens.unsqueeze(-1) * mean,
+            "decayed": left * notes["decayed"] + (1 - left) * mean,
             "peak": torch.maximum(notes["peak"], top),
-            "events": notes["events"] + 1,
-            "idle": torch.where(needed, 0.0, notes["idle"] + 1),
+            "watched": notes["watched"] + tokens,
+            "idle": torch.where(needed, 0.0, notes["idle"] + tokens),
         }
 
     def score(self, signals: Signals) -> Tensor:
@@ -145,8 +153,8 @@ class ForesightGate(Gate):
         """What the attention and the clock say about each slot, float32 [B, H, N, c]."""
         mean, top, recent = self._paid(signals)
         notes, rows = signals.ledger, signals.rows
-        events = notes["events"].unsqueeze(-1).clamp_min(1)
-        attention = [mean, top, *recent, notes["paid"] / events, notes["decayed"], notes["peak"]]
+        watched = notes["watched"].unsqueeze(-1).clamp_min(1)
+        attention = [mean, top, *recent, notes["paid"] / watched, notes["decayed"], notes["peak"]]
         seen = rows.seen.view(-1, 1, 1).float()
         age = signals.age.clamp_min(0).float()
         share = (signals.budget.view(-1, 1, 1).float() / seen).clamp_max(1.0)
@@ -183,17 +191,26 @@ class ForesightGate(Gate):
         return self._paid(signals)
 
 
-def build(layout: Layout, **settings: int) -> ForesightGate:
+def build(layout: Layout, **settings: int | None) -> ForesightGate:
     """A fresh judge for a base model."""
-    return ForesightGate(layout, **settings)
+    return ForesightGate(layout, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def policy(budget: int | str | Budget, *, gate: ForesightGate, **options: Unpack[Options]) -> Policy:
     """Evict what the judge ranks lowest, every `slack` tokens (paper: 256 in training, 128 in its inference code).
+
+    Another slack than the one the judge was trained with is allowed, and said in a TrainedOtherwiseWarning.
 
     Args:
         budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
         gate: trained judges, from `Gates.from_pretrained(...)`.
         **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
+    if gate.period is not None and options.setdefault("slack", gate.period) != gate.period:
+        warnings.warn(
+            f"this judge was trained for an event every {gate.period} tokens, not every {options['slack']}; drop slack to use "
+            "that, or train one with --period",
+            TrainedOtherwiseWarning,
+            stacklevel=2,
+        )
     return compose("foresightkv", budget, gate, **options)
