@@ -27,6 +27,23 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model a gate was trained for; `attach` refuses another.
+
+    Attributes:
+        layout: shape of its cache.
+        weights: fingerprint of its weights; empty if unknown.
+        name: what to call it.
+        allow_other: accept other weights of the same shape.
+    """
+
+    layout: Layout
+    weights: str = ""
+    name: str = ""
+    allow_other: bool = False
+
+
+@dataclass(frozen=True)
 class Budget:
     """Slots held per (layer, row, kv head) after an eviction event, guards and fresh block included.
 

@@ -55,9 +55,21 @@ class UsageError(LearnevictError, ValueError):
     """An argument, name or combination of options that makes no sense."""
 
 
-class StockLayersWarning(UserWarning):
+class LearnevictWarning(UserWarning):
+    """Base of all warnings: something works, but not as one may think."""
+
+
+class StockLayersWarning(LearnevictWarning):
     """Some layers keep their stock cache: sliding-window or linear layers are bounded already."""
 
 
-class TrainedOtherwiseWarning(UserWarning):
+class TrainedOtherwiseWarning(LearnevictWarning):
     """A gate is used in another way than it was trained for."""
+
+
+class PromptInPiecesWarning(LearnevictWarning):
+    """A policy depends on where the prompt ends, but the prompt comes in several forwards and its length was not given."""
+
+
+class KernelUnusedWarning(LearnevictWarning):
+    """Kernels were asked for, but a step has to run in plain torch."""

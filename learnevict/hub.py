@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from learnevict import methods
-from learnevict.config import Budget, Layout
+from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError
 from learnevict.infer.identity import check_base, layout_of, weight_hash
-from learnevict.policy import Base, Gate, Policy
+from learnevict.policy import Gate, Policy
 
 GATES_FOLDER = Path(__file__).parent / "gates"
 

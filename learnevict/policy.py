@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from learnevict.config import Budget, Layout
+from learnevict.config import Base, Budget
 from learnevict.errors import BudgetError
 from learnevict.ops import keep_top
 from learnevict.signals import Column, Signals
@@ -63,23 +63,6 @@ class Gate(nn.Module, Scorer):
     def to(self, *args, **kwargs) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As nn.Module.to."""
         return nn.Module.to(self, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model a gate was trained for; `attach` refuses another.
-
-    Attributes:
-        layout: shape of its cache.
-        weights: fingerprint of its weights; empty if unknown.
-        name: what to call it.
-        allow_other: accept other weights of the same shape.
-    """
-
-    layout: Layout
-    weights: str = ""
-    name: str = ""
-    allow_other: bool = False
 
 
 class Allocator(ABC):
@@ -150,16 +133,25 @@ class Guard:
     Attributes:
         sinks: first real tokens of a row.
         recent: last tokens read.
-        prompt: keep the whole prompt; the budget is then counted on the rest.
+        prompt: keep the whole prompt; the budget is then counted on the rest (a budget in bytes stays a total).
+        recent_share: share of the budget that the recent window grows to, below 1.
     """
 
     sinks: int = 4
     recent: int = 8
     prompt: bool = False
+    recent_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 0:
             raise BudgetError(f"sinks and recent must be 0 or more, not {self.sinks} and {self.recent}")
+        if not 0 <= self.recent_share < 1:
+            raise BudgetError(f"recent_share must be 0 or more and below 1, not {self.recent_share}")
+
+    @property
+    def terms(self) -> tuple[int, int, bool]:
+        """Sinks, recent window, prompt protection; what a trace notes down."""
+        return self.sinks, self.recent, self.prompt
 
     def reserved(self, period: int) -> int:
         """Slots taken by guards and the fresh block of `period` tokens."""
@@ -169,7 +161,10 @@ class Guard:
         """bool [B, H, N]."""
         rows, position = signals.rows, signals.position
         first, block = rows.first.view(-1, 1, 1), rows.block.view(-1, 1, 1)
-        kept = (position < first + self.sinks) | (position >= block) | (signals.age < self.recent)
+        recent: Tensor | int = self.recent
+        if self.recent_share:
+            recent = (self.recent_share * signals.budget).int().clamp_min(self.recent).view(-1, 1, 1)
+        kept = (position < first + self.sinks) | (position >= block) | (signals.age < recent)
         if self.prompt:
             kept = kept | (position < rows.prompt_end.view(-1, 1, 1))
         return kept & signals.occupied
@@ -214,6 +209,8 @@ class Governor(Protocol):
     def schedule(self) -> Schedule: ...
     @property
     def guard(self) -> Guard: ...
+    @property
+    def name(self) -> str: ...
 
     def keep(self, signals: Signals) -> Tensor | None:
         """bool [B, H, N], the slots to keep; None keeps all."""

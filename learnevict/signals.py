@@ -222,12 +222,14 @@ class Trace:
         source: what produced it ("golden", a method's name).
         budget: slots per (layer, kv head) after an event, where one number says it.
         period: tokens between events.
+        guard: sinks, recent window and prompt protection of what produced it (policy.Guard.terms); None if unknown.
     """
 
     expiry: Tensor
     source: str = ""
     budget: int | None = None
     period: int | None = None
+    guard: tuple[int, int, bool] | None = None
 
     @property
     def evictions(self) -> int:

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from learnevict import __version__, testbed
-from learnevict.errors import LabelError, LearnevictError, UsageError
+from learnevict.errors import DataError, LabelError, LearnevictError, UsageError
 from learnevict.hub import Gates, weight_hash
 from learnevict.testbed.corpus import load_base, read_source
 from learnevict.train.labels import LabelStore, hash_documents
@@ -85,6 +85,16 @@ def read_documents(config: Config, base: transformers.PreTrainedModel, tokenizer
     return store.documents()
 
 
+def long_enough(documents: list, shortest: int) -> list:
+    """Documents from which something is evicted at the smallest budget; says how many are left out."""
+    kept = [document for document in documents if len(document.input_ids) >= shortest]
+    if not kept:
+        raise DataError(f"no text has the {shortest} tokens that --min_budget and --period ask for; lower them")
+    if len(kept) < len(documents):
+        print(f"{len(documents) - len(kept)} of {len(documents)} texts are shorter than {shortest} tokens and left out")
+    return kept
+
+
 def main(config: Config, training: TrainingArguments) -> None:
     """Train and save."""
     if config.smoke:
@@ -92,7 +102,7 @@ def main(config: Config, training: TrainingArguments) -> None:
         training.max_steps, training.save_steps, training.per_device_train_batch_size = 3, 2, 4
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
-    documents = read_documents(config, base, tokenizer)
+    documents = long_enough(read_documents(config, base, tokenizer), config.min_budget + config.period + 1)
     gates = Gates.make(config.method, base, hidden=config.hidden, period=config.period)
     record = {
         "config": asdict(config),

@@ -13,6 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaModel
 from learnevict import EvictingCache, attach, methods
 from learnevict.errors import BudgetError, CacheError, ModelError, NotAttachedError, StockLayersWarning
 from learnevict.infer.attach import attention_function
+from learnevict.infer.support import evicting_layers
 from learnevict.policy import Guard
 from learnevict.signals import NEVER
 from tests.laws import zoo
@@ -193,10 +194,11 @@ def test_continuous_batching_is_refused():
 
 
 def test_models_and_layers_that_cannot_be_served():
-    odd = zoo.configs()["llama"]
-    odd.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ModelError, match="Linear"):
-        EvictingCache(odd, hashed())
+    class Odd:
+        pass
+
+    with pytest.raises(ModelError, match=r"kind \['Odd'\]"):
+        evicting_layers([Odd()])
     bloom = BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ModelError, match="BloomForCausalLM"):
         attach(bloom)

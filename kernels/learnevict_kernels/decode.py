@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from learnevict.ops.decode import slot_attention_op
+from learnevict.ops.decode import LARGEST_GROUP, slot_attention_op
 
 BLOCK = 64
-ROWS = 16  # query rows of a tile; groups are padded to it because tl.dot wants 16
+ROWS = LARGEST_GROUP  # query rows of a tile; groups are padded to it because tl.dot wants 16
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
     """Launcher; see learnevict.ops.slot_attention_reference. Rows of keys and values must be contiguous."""
     batch, heads, group, width = query.shape
     num, out_width = keys.shape[2], values.shape[-1]
-    assert group <= ROWS
+    assert group <= ROWS, "learnevict.ops.slot_attention sends larger groups to the reference"
     assert keys.stride(-1) == 1
     assert values.stride(-1) == 1
     splits = max(1, min(-(-num // BLOCK), 256 // max(batch * heads, 1)))

@@ -30,7 +30,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adakv": {"alpha": (0.2, 0.5), "window": (8, 16)},
     "rkv": {"mix": (0.07, 0.1, 0.3, 0.7), "window": (8, 16)},
     "expected_attention": {"window": (16, 64), "future": (64, 512), "epsilon": (0.0, 0.02)},
-    "lexical": {"bonus": (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)},
+    "lexical": {"bonus": (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)},
 }
 """Settings that are tried; methods without an entry have none that matter under common rules."""
 

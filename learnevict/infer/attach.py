@@ -7,6 +7,7 @@ that hands it its cache layer (or, in a replay, its expiries).
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from learnevict.errors import CacheError, ModelError
+from learnevict.errors import CacheError, ModelError, UsageError
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.identity import check_base
@@ -69,7 +70,7 @@ class Hooks:
 
 
 REPLAY: ContextVar[Replay | None] = ContextVar("learnevict_replay", default=None)
-_slots_decide: ContextVar[bool] = ContextVar("learnevict_slots_decide", default=False)
+_serving: ContextVar[EvictingCache | None] = ContextVar("learnevict_serving", default=None)
 _hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()
 
 
@@ -139,11 +140,11 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
         ModelError: none can be found, or the model does not support attention backends.
     """
     found: dict[int, nn.Module] = {}
-    if getattr(model, "_supports_attention_backend", False):
-        for module in decoder_of(model).modules():
-            index = getattr(module, "layer_idx", None)
-            if type(module).__name__.endswith("Attention") and isinstance(index, int):
-                found[index] = module
+    for module in decoder_of(model).modules():
+        index = getattr(module, "layer_idx", None)
+        dispatches = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+        if type(module).__name__.endswith("Attention") and isinstance(index, int) and dispatches:
+            found[index] = module
     if not found:
         raise ModelError(
             f"{type(model).__name__} does not dispatch attention through transformers' AttentionInterface, so learnevict "
@@ -169,7 +170,7 @@ def hook(model: PreTrainedModel) -> None:
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     handles = [
-        decoder.register_forward_pre_hook(_open_forward, with_kwargs=True),
+        decoder.register_forward_pre_hook(partial(_open_forward, inspect.signature(decoder.forward)), with_kwargs=True),
         decoder.register_forward_hook(_close_forward, with_kwargs=True, always_call=True),
         *(
             module.register_forward_pre_hook(partial(_hand_over, rotary_of(decoder, module)), with_kwargs=True)
@@ -190,14 +191,17 @@ def unhook(model: PreTrainedModel) -> None:
         del _hooked[model]
 
 
-def _open_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    cache = kwargs.get("past_key_values")
-    _slots_decide.set(isinstance(cache, EvictingCache) or REPLAY.get() is not None)
-    if not isinstance(cache, EvictingCache):
+def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = signature.bind_partial(*args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
+    _serving.set(cache)
+    if cache is None:
         return
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    source = tokens if tokens is not None else kwargs["inputs_embeds"]
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    source = tokens if tokens is not None else given["inputs_embeds"]
+    if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise UsageError("an EvictingCache returns no attention probabilities; drop output_attentions=True")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise CacheError(
             "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
@@ -206,10 +210,10 @@ def _open_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    _slots_decide.set(False)
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, EvictingCache) and output is not None:
-        cache.clock.commit()
+    cache = _serving.get()
+    _serving.set(None)
+    if cache is not None and output is not None:
+        cache.end()
 
 
 def rotary_of(decoder: nn.Module, module: nn.Module) -> tuple[nn.Module, str] | None:
@@ -232,7 +236,7 @@ def _hand_over(
     rotary: tuple[nn.Module, str] | None, module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
-    cache, replay = kwargs.get("past_key_values"), REPLAY.get()
+    cache, replay = _serving.get(), REPLAY.get()
     index: Any = module.layer_idx
     frequencies = None if rotary is None else getattr(*rotary)
     if replay is not None and index in replay.expiry:
@@ -240,7 +244,7 @@ def _hand_over(
             **kwargs,
             NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies),
         }
-    if isinstance(cache, EvictingCache) and isinstance(layer := cache.layers[index], EvictingLayer):
+    if cache is not None and isinstance(layer := cache.layers[index], EvictingLayer):
         layer.expecting = True
         return args, {**kwargs, NAME: Step(layer, hidden, frequencies=frequencies)}
     return None
@@ -288,6 +292,7 @@ def attention_function(
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """Masks for stock layers; none for layers whose visibility comes from slot positions or a trace."""
-    if _slots_decide.get() and kwargs.get("local_size") is None:
+    decided = _serving.get() is not None or REPLAY.get() is not None
+    if decided and kwargs.get("local_size") is None:
         return None
     return eager_mask(*args, **kwargs)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
-from learnevict.ops import slot_attention
+from learnevict.ops import runs_in_torch, slot_attention
 from learnevict.signals import NEVER, Attention, Signals
 
 
@@ -24,6 +24,7 @@ def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attenti
     batch, query_heads = query.shape[:2]
     plain = attention.softcap is None and attention.sinks is None
     if not plain or isinstance(store, PagePool):
+        runs_in_torch("heads are ragged" if plain else "the layer has a softcap or attention sinks")
         return observed_step(store, query, attention)[0]
     grouped = query.view(batch, store.position.shape[1], -1, query.shape[3])
     out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling)

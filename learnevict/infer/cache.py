@@ -7,12 +7,13 @@ import warnings
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from learnevict.errors import CacheError, ModelError, StockLayersWarning, TraceError
+from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.storage import Place, targets
+from learnevict.infer.storage import Meter, Place, targets
+from learnevict.infer.support import check_governor, check_rope, evicting_layers
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 
@@ -42,20 +43,26 @@ class EvictingCache(Cache):
         record: bool = False,
         prompt_length: list[int] | None = None,
     ) -> None:
+        check_governor(policy)
         self.policy = policy
         self.record = record
+        self._warned = False
         self.clock = Clock(policy.schedule, prompt_length)
         self.text_config = text = config.get_text_config(decoder=True)
+        check_rope(text)
         stock = DynamicCache(config=text).layers
         evicting = evicting_layers(stock)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         dtype = getattr(text, "dtype", None) or torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.meter = Meter()
         row_bytes = len(evicting) * 2 * heads * width * torch.empty(0, dtype=dtype).element_size()
         layers = list(stock)
         for rank, index in enumerate(evicting):
-            layers[index] = EvictingLayer(policy, self.clock, Place(index, rank, len(evicting), row_bytes), record)
+            layers[index] = EvictingLayer(
+                policy, self.clock, Place(index, rank, len(evicting), row_bytes), record, self.meter
+            )
         super().__init__(layers=layers)
         self.evicting = evicting
         if policy.schedule.active and evicting:
@@ -100,10 +107,46 @@ class EvictingCache(Cache):
                 "(with num_return_sequences, one per returned row)"
             )
         length = self.clock.length
+        if mask is not None and mask.shape[1] not in (size, length + size):
+            raise CacheError(
+                f"a mask of {mask.shape[1]} columns does not fit: this cache has read {length} and {size} come in; a new "
+                "prompt needs cache.reset() or a new cache, a next turn the whole conversation"
+            )
+        self._warn_of_pieces(size)
+        for layer in self._slots():
+            layer.attended = False
         if mask is not None and size > 1 and length and mask.shape[1] == length + size:
             for layer in self._slots():
                 layer.hide(mask[:, :length] == 0)
         self.clock.read(batch, size, mask, tokens, device)
+
+    def end(self) -> None:
+        """The forward planned by `begin` is over; called by the hook on the model.
+
+        Raises:
+            ModelError: an evicting layer was not served by learnevict's attention, so its slots are not what was read.
+        """
+        missed = [layer.place.index for layer in self._slots() if not layer.attended]
+        if missed:
+            raise ModelError(
+                f"the attention of layers {missed} did not pass through learnevict, so nothing they computed can be trusted; "
+                "this model's attention modules do not hand keyword arguments on: use its stock cache"
+            )
+        self.clock.commit()
+
+    def _warn_of_pieces(self, size: int) -> None:
+        """Once per conversation: where the prompt ends cannot be seen when it comes in several forwards."""
+        schedule, clock = self.policy.schedule, self.clock
+        waits = self.policy.guard.prompt or schedule.prompt == "end"
+        again = size > 1 and clock.length and not clock.decoding and clock.prompt_length is None
+        if waits and again and schedule.active and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the prompt comes in several forwards, and this policy depends on where it ends: every forward counts as a "
+                "prompt of its own; give prompt_length to attach() or EvictingCache()",
+                PromptInPiecesWarning,
+                stacklevel=4,
+            )
 
     # --- figures ---
 
@@ -114,10 +157,9 @@ class EvictingCache(Cache):
 
     @property
     def peak_nbytes(self) -> int:
-        """Most bytes of keys and values held at any time; layers are summed at their own peaks."""
-        return sum(
-            layer.peak_nbytes if isinstance(layer, EvictingLayer) else stored_bytes(layer) for layer in self.layers
-        )
+        """Most bytes of keys and values held at any time by evicting layers, and what stock layers hold now."""
+        stock = sum(stored_bytes(layer) for layer in self.layers if not isinstance(layer, EvictingLayer))
+        return self.meter.peak + stock
 
     @property
     def full_nbytes(self) -> int:
@@ -170,9 +212,10 @@ class EvictingCache(Cache):
         budget = self.policy.budget
         return Trace(
             expiry,
-            source=getattr(self.policy, "name", type(self.policy).__name__),
+            source=self.policy.name,
             budget=int(budget.amount) if budget.unit == "tokens" else None,
             period=self.policy.schedule.period,
+            guard=self.policy.guard.terms,
         )
 
     # --- what transformers asks of a cache ---
@@ -192,6 +235,8 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
+        self._warned = False
+        self.meter.reset()
         stock = DynamicCache(config=self.text_config).layers  # older releases keep zeros in place of tokens on reset()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, EvictingLayer):
@@ -219,21 +264,6 @@ class EvictingCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
         self.reorder_cache(indices)
-
-
-def evicting_layers(stock: list) -> list[int]:
-    """Indices of the layers that a policy may govern.
-
-    Raises:
-        ModelError: a layer kind that is neither full nor sliding-window attention.
-    """
-    unknown = {type(layer).__name__ for layer in stock if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    if unknown:
-        raise ModelError(
-            f"this model has cache layers of kind {sorted(unknown)}, which learnevict does not serve yet (full and "
-            "sliding-window attention only); use the model's stock cache"
-        )
-    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
 
 
 def stored_bytes(layer: object) -> int:

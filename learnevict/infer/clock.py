@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learnevict.policy import Schedule
-from learnevict.signals import Rows
+from learnevict.signals import NEVER, Rows
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Clock:
         sizes, due, parts, before = [], [], [], tuple(self.seen)
         for row in range(batch):
             queue, start = queues[row], done[row]
-            size = min(len(queue) - start, period - self.seen[row] % period)
+            size = min(len(queue) - start, period - self.seen[row] % period, self._to_prompt_end(row))
             part = queue[start : start + size]
             if size:
                 if self.seen[row] == 0:
@@ -170,9 +170,19 @@ class Clock:
         if not schedule.active or size == 0:
             return False
         on_grid = self.seen[row] % schedule.period == 0
-        if single:
-            return schedule.decode and on_grid
-        return on_grid if schedule.prompt == "blocks" else last
+        if schedule.prompt == "blocks":
+            return on_grid and (schedule.decode or not single)
+        if self.prompt_length is not None and self.seen[row] <= self.prompt_length[row]:
+            return self.seen[row] == self.prompt_length[row]
+        past_prompt = single or self.prompt_length is not None
+        return schedule.decode and on_grid if past_prompt else last
+
+    def _to_prompt_end(self, row: int) -> int:
+        """Tokens to the end of the row's prompt, where a schedule that waits for it cuts a block; else no limit."""
+        if self.schedule.prompt == "blocks" or self.prompt_length is None:
+            return NEVER
+        left = self.prompt_length[row] - self.seen[row]
+        return left if left > 0 else NEVER
 
     def _columns(self, parts: list, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor]:
         same = all(len(part) == width and part[0] == parts[0][0] and part[-1] == parts[0][-1] for part in parts)

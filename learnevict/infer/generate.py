@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from learnevict.errors import DataError, UsageError
-from learnevict.infer.attach import attach
+from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
 from learnevict.policy import Governor
@@ -210,7 +210,7 @@ class _Batch:
         stock = DynamicCache(config=self.model.config)
         with (
             seeded(sampling, self.model.device),
-            nullcontext(stock) if policy is None else attach(self.model, policy, record=record) as cache,
+            nullcontext(stock) if policy is None else self._attach(policy, record) as cache,
         ):
             out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
         stop = time.perf_counter()
@@ -220,6 +220,9 @@ class _Batch:
         speed = late / (stop - watch.first) if late else count / (stop - watch.start)
         timing = {"prompt_seconds": watch.first - watch.start, "tokens_per_second": speed}
         return [self._completion(row, answer, cache, policy, timing) for row, answer in enumerate(answers)]
+
+    def _attach(self, policy: Governor, record: bool) -> Attachment:
+        return attach(self.model, policy, record=record, prompt_length=[len(prompt) for prompt in self.prompts])
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         """The model's own settings, with ours on top; greedy ignores how the model would sample."""
@@ -296,4 +299,4 @@ def row_trace(trace: Trace, row: int, padding: int, seen: int) -> Trace:
     """One row of a batch's trace in its own time: first real token = 0."""
     expiry = trace.expiry[:, row : row + 1, :, padding : padding + seen]
     expiry = torch.where(expiry == NEVER, NEVER, (expiry - padding).clamp_max(seen)).int()
-    return Trace(expiry.cpu(), source=trace.source, budget=trace.budget, period=trace.period)
+    return replace(trace, expiry=expiry.cpu())

@@ -8,9 +8,8 @@ from dataclasses import asdict
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from learnevict.config import Layout
+from learnevict.config import Base, Layout
 from learnevict.errors import GateError
-from learnevict.policy import Base
 
 
 def check_base(base: Base, model: PreTrainedModel) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from learnevict.errors import CacheError, NotAttachedError
+from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.clock import Block, Clock
 from learnevict.infer.history import Expiries, Ring
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
-from learnevict.infer.storage import Place, Storage
+from learnevict.infer.storage import Meter, Place, Storage
+from learnevict.ops import runs_in_torch
 from learnevict.policy import Governor
 from learnevict.signals import Attention, Signals
 
@@ -31,11 +32,13 @@ class EvictingLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, policy: Governor, clock: Clock, place: Place, record: bool) -> None:
+    def __init__(self, policy: Governor, clock: Clock, place: Place, record: bool, meter: Meter) -> None:
         super().__init__()
         self.policy, self.clock, self.place = policy, clock, place
-        self.record = record
+        self.record, self.meter = record, meter
         self.expecting = False
+        self.attended = False
+        self.handed: tuple[Tensor, Tensor] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -49,7 +52,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create empty storage of the right head sizes."""
-        self.storage = Storage(self.policy, self.clock, self.place, key_states, value_states)
+        self.storage = Storage(self.policy, self.clock, self.place, key_states, value_states, self.meter)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -66,6 +69,7 @@ class EvictingLayer(CacheLayerMixin):
         self.expecting = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.handed = (key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -140,8 +144,17 @@ class EvictingLayer(CacheLayerMixin):
 
         Returns:
             [B, Hq, S, dv]
+
+        Raises:
+            ModelError: these are not the keys and values that `update` was given last.
         """
-        assert self.storage is not None
+        handed, self.handed = self.handed, None
+        if self.storage is None or handed is None or key is not handed[0] or value is not handed[1]:
+            raise ModelError(
+                f"layer {self.place.index} calls its attention function twice, or with other keys and values than its cache "
+                "was given (latent or differential attention); learnevict cannot serve it: use the model's stock cache"
+            )
+        self.attended = True
         single = query.shape[2] == 1 and all(size == 1 for block in self.clock.plan for size in block.sizes)
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
         rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
@@ -193,6 +206,7 @@ class EvictingLayer(CacheLayerMixin):
         if single and not scorer.observes:
             return step_attention(pool, signals.query, signals.attention)
         if single:
+            runs_in_torch("the scorer watches every step")
             out, weights = observed_step(pool, signals.query, signals.attention)
         else:
             out, weights = block_attention(pool, signals)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from learnevict.config import Budget
 from learnevict.errors import UsageError
-from learnevict.infer.cache import evicting_layers
+from learnevict.infer.support import evicting_layers
 from learnevict.policy import Guard, Schedule
 
 

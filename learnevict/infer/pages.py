@@ -4,6 +4,10 @@ Each (row, head) has a table of pages. Its occupied slots are always the first `
 survivors from its last pages into the holes of its first (tail swap) and hands emptied pages back; before its next block
 every head gets the pages that block needs. All of it is tensor arithmetic of static shape: nothing waits for the device.
 Page 0 belongs to nobody; unassigned table entries point there.
+
+A head may come to own nearly every page, so the logical view [B, H, N] is about H times as wide as what is stored. Products
+with keys and values are therefore taken page by page, each with the queries of the head that owns it; only their scalars
+meet the logical view.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ class PagePool:
         page: slots per page.
 
     Shapes: keys [P, page, d], values [P, page, dv], table int64 [B, H, M], count int64 [B, H],
-    position and columns logical, [B, H, M * page, ...].
+    position and columns logical, [B, H, M * page, ...]. The table read backwards: page p is number rank[p] of
+    head owner[p], both int64 [P], heads counted over all rows; owner is B * H for the pages of nobody.
     """
 
     def __init__(self, key: Tensor, value: Tensor, columns: tuple[Column, ...], page: int) -> None:
@@ -33,7 +38,7 @@ class PagePool:
         self.keys = key.new_zeros(1, page, key.shape[-1])
         self.values = value.new_zeros(1, page, value.shape[-1])
         self.ledger = Ledger(batch, heads, columns, key.device)
-        self.table = torch.zeros(batch, heads, 0, dtype=torch.int64, device=key.device)
+        self._set_table(torch.zeros(batch, heads, 0, dtype=torch.int64, device=key.device))
         self.count = torch.zeros(batch, heads, dtype=torch.int64, device=key.device)
 
     @property
@@ -54,7 +59,8 @@ class PagePool:
     @property
     def aux_nbytes(self) -> int:
         """Bytes of positions, ledger and tables."""
-        return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), self.table, self.count])
+        own = (self.table, self.count, self.owner, self.rank)
+        return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), *own])
 
     @property
     def bias(self) -> Tensor:
@@ -72,6 +78,17 @@ class PagePool:
             self.ledger.resize(depth * self.page, None)
         if pages != self.keys.shape[0]:
             self._move(pages)
+        self._set_table(self.table)
+
+    def _set_table(self, table: Tensor) -> None:
+        """Take `table`, which names no page twice, and turn it round."""
+        batch, heads, depth = table.shape
+        depth = max(depth, 1)
+        nobody = batch * heads * depth
+        entry = torch.full((self.keys.shape[0],), nobody, device=table.device)
+        entry.scatter_(0, table.flatten(), torch.arange(table.numel(), device=table.device))
+        entry[:1] = nobody
+        self.table, self.owner, self.rank = table, entry // depth, entry % depth
 
     def _move(self, pages: int) -> None:
         """Renumber pages in use to the front of a pool of `pages` pages."""
@@ -109,7 +126,7 @@ class PagePool:
         free = self._in_use().argsort(stable=True)
         fresh = free[(start + entry - have.unsqueeze(-1)).clamp(0, free.shape[0] - 1)]
         wanted = (entry >= have.unsqueeze(-1)) & (entry < need.unsqueeze(-1))
-        self.table = torch.where(held, self.table, torch.where(wanted, fresh, 0))
+        self._set_table(torch.where(held, self.table, torch.where(wanted, fresh, 0)))
 
     def _physical(self, slot: Tensor) -> Tensor:
         """Flat index into the pool of logical slots int64 [b, H, n]; rows follow `slot`."""
@@ -146,13 +163,7 @@ class PagePool:
         count = alive.sum(-1)
         slot = torch.arange(position.shape[2], device=position.device)
         inside = slot < count.unsqueeze(-1)
-        hole, tail = ~alive & inside, alive & ~inside
-        target = (~hole).to(torch.int8).argsort(dim=-1, stable=True)
-        source = (~tail).to(torch.int8).argsort(dim=-1, stable=True)
-        moved = hole.gather(-1, target)
-        source = torch.where(moved, source, target)
-        self._swap(target, source, moved)
-        order = slot.expand_as(position).scatter(-1, target, source)
+        order = self._close(~alive & inside, alive & ~inside)
         self.ledger.position = torch.where(inside, position.gather(-1, order), EMPTY)
         for column in self.ledger.spec:
             old = self.ledger.columns[column.name]
@@ -160,16 +171,26 @@ class PagePool:
             self.ledger.columns[column.name] = old.gather(2, index)
         self.count = count
 
-    def _swap(self, target: Tensor, source: Tensor, moved: Tensor) -> None:
-        """Copy survivors into holes, a few slots at a time; entries that do not move copy page 0 onto itself."""
-        for start in range(0, target.shape[2], self._step):
-            part = slice(start, start + self._step)
-            live = moved[..., part]
-            to = torch.where(live, self._physical(target[..., part]), 0)
-            source_flat = torch.where(live, self._physical(source[..., part]), 0).flatten()
-            for pool in (self.keys, self.values):
-                flat = pool.view(-1, pool.shape[-1])
-                flat.index_put_((to.flatten(),), flat[source_flat])
+    def _close(self, hole: Tensor, tail: Tensor) -> Tensor:
+        """Copy the survivors `tail` into as many holes of their head, bool [B, H, N]; where each slot comes from, [B, H, N].
+
+        Counted over all heads, the i-th hole and the i-th tail are of one head, and at most half of what is stored moves.
+        """
+        most = (self.keys.shape[0] - 1) * self.page // 2
+        target = (~hole).flatten().to(torch.int8).argsort(stable=True)[:most]
+        source = (~tail).flatten().to(torch.int8).argsort(stable=True)[:most]
+        moved = hole.flatten()[target]
+        source = torch.where(moved, source, target)
+        to, come = (torch.where(moved, self._stored(slot), 0) for slot in (target, source))
+        for pool in (self.keys, self.values):
+            flat = pool.view(-1, pool.shape[-1])
+            flat.index_put_((to,), flat[come])  # what does not move copies page 0 onto itself
+        slots = torch.arange(hole.numel(), device=hole.device)
+        return slots.scatter_(0, target, source).view_as(hole) % max(hole.shape[2], 1)
+
+    def _stored(self, slot: Tensor) -> Tensor:
+        """Flat index into the pool of logical slots counted over all rows and heads, int64 [n]."""
+        return self.table.flatten()[slot // self.page] * self.page + slot % self.page
 
     @property
     def _step(self) -> int:
@@ -184,29 +205,37 @@ class PagePool:
         for start in range(0, self.table.shape[2], pages):
             table = self.table[:, :, start : start + pages]
             part = slice(start * self.page, (start + table.shape[2]) * self.page)
-            yield part, self._gather(self.keys, table), self._gather(self.values, table)
+            yield part, self.keys[table].flatten(2, 3), self.values[table].flatten(2, 3)
 
-    @staticmethod
-    def _gather(pool: Tensor, table: Tensor) -> Tensor:
-        return pool[table].flatten(2, 3)
+    def _parts(self, width: int, whole: int) -> Iterator[slice]:
+        """Pages but the first, so few at a time that `width` numbers for each are small beside the keys or `whole` numbers."""
+        step = max(
+            1, max(self.keys.nbytes // 8, whole // 4) // width
+        )  # nbytes // 8: float32 numbers in half of the keys
+        for start in range(1, self.keys.shape[0], step):
+            yield slice(start, start + step)
 
     def logits(self, query: Tensor) -> Tensor:
-        """[B, H, R, d] -> [B, H, R, N]."""
-        out = query.new_empty(*query.shape[:3], self.position.shape[2])
-        pages = self._step // self.page
-        for start in range(0, self.table.shape[2], pages):
-            keys = self._gather(self.keys, self.table[:, :, start : start + pages])
-            out[..., start * self.page : start * self.page + keys.shape[2]] = query @ keys.transpose(-1, -2)
-        return out
+        """[B, H, R, d] -> [B, H, R, N]; 0 where a head has no page."""
+        batch, heads, num, width = query.shape
+        asked, owner = query.flatten(0, 1), self.owner.clamp_max(batch * heads - 1)
+        out = query.new_zeros(batch * heads + 1, num, self.table.shape[2], self.page)
+        for part in self._parts(num * max(width, self.page), out.numel()):
+            out[self.owner[part], :, self.rank[part]] = asked[owner[part]] @ self.keys[part].transpose(-1, -2)
+        return out[:-1].view(batch, heads, num, -1)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """[B, H, R, N] -> [B, H, R, dv]."""
-        out = self.values.new_zeros(*weights.shape[:3], self.values.shape[-1])
-        pages = self._step // self.page
-        for start in range(0, self.table.shape[2], pages):
-            values = self._gather(self.values, self.table[:, :, start : start + pages])
-            out += weights[..., start * self.page : start * self.page + values.shape[2]].to(values.dtype) @ values
-        return out
+        """[B, H, R, N] -> [B, H, R, dv]; what pages add up to is summed in float32."""
+        batch, heads, num, _ = weights.shape
+        width = self.values.shape[-1]
+        shares = weights.reshape(batch * heads, num, -1, self.page)
+        owner = self.owner.clamp_max(batch * heads - 1)
+        total = torch.promote_types(self.values.dtype, torch.float32)
+        out = self.values.new_zeros(batch * heads + 1, num, width, dtype=total)
+        for part in self._parts(num * max(width, self.page), weights.numel()):
+            share = shares[owner[part], :, self.rank[part]].to(self.values.dtype)
+            out.index_add_(0, self.owner[part], (share @ self.values[part]).to(total))
+        return out[:-1].view(batch, heads, num, width).to(self.values.dtype)
 
     def select(self, index: Tensor) -> None:
         """Rows of the batch, int64 [b]; pages are copied, never shared."""
@@ -223,5 +252,6 @@ class PagePool:
             target = source.new_zeros(pages, *source.shape[1:])
             target[number[held]] = source[table[held]]
             setattr(self, name, target)
-        self.table, self.count = number, count
+        self.count = count
+        self._set_table(number)
         self.ledger.select(index)

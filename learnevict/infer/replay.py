@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from learnevict.errors import TraceError
 from learnevict.infer.attach import REPLAY, Attachment, Observer, Replay
-from learnevict.infer.cache import evicting_layers
+from learnevict.infer.support import evicting_layers
 from learnevict.signals import Trace
 
 

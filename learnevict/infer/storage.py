@@ -26,18 +26,37 @@ class Place:
     row_bytes_per_token: int
 
 
+class Meter:
+    """Bytes of keys and values held by all evicting layers together, and the most they ever held at one time."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def note(self, layer: int, num_bytes: int) -> None:
+        """What one layer holds now."""
+        self.total += num_bytes - self.held.get(layer, 0)
+        self.held[layer] = num_bytes
+        self.peak = max(self.peak, self.total)
+
+
 class Storage:
     """The pool of one layer, and how many slots per head of each row are taken in it (`live`, on the host).
 
     Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way.
     """
 
-    def __init__(self, policy: Governor, clock: Clock, place: Place, key: Tensor, value: Tensor) -> None:
+    def __init__(self, policy: Governor, clock: Clock, place: Place, key: Tensor, value: Tensor, meter: Meter) -> None:
         batch, heads = key.shape[:2]
         per_slot = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
         self.policy, self.clock = policy, clock
         self.place = replace(place, row_bytes_per_token=place.num_evicting * heads * per_slot)
         self.live = [0] * batch
+        self.meter = meter
         self.peak_nbytes = 0
         self.fitted, self.unassigned = 0, True
         self.rounding = 0
@@ -48,9 +67,9 @@ class Storage:
             self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
             self.pool = PagePool(key, value, policy.scorer.columns, page)
 
-    def targets(self, seen: list[int], *, settled: bool = False) -> list[int]:
+    def targets(self, seen: list[int]) -> list[int]:
         """Slots per kv head after an event, for rows that have seen so many tokens; see the function of this name."""
-        return targets(self.policy, self.clock, self.place, seen, self.rounding, settled=settled)
+        return targets(self.policy, self.clock, self.place, seen, self.rounding)
 
     def reserve(self, block: Block, rest: list[int]) -> None:
         """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
@@ -75,7 +94,7 @@ class Storage:
         schedule = self.clock.schedule
         if not schedule.bounded:
             return 0
-        return max(self.targets(self.clock.seen, settled=True)) + schedule.period
+        return max(self.targets(self.clock.seen)) + schedule.period
 
     def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
         """`ahead`: tokens to the end of each row's block, for which every head will be given pages."""
@@ -99,8 +118,9 @@ class Storage:
         self.unassigned = True
 
     def note_peak(self) -> None:
-        """Remember the most bytes ever held."""
+        """Remember the most bytes ever held, and tell the meter what is held now."""
         self.peak_nbytes = max(self.peak_nbytes, self.pool.nbytes)
+        self.meter.note(self.place.index, self.pool.nbytes)
 
     def give_back(self) -> None:
         """Free what a long prompt needed and the steady state does not."""
@@ -114,6 +134,7 @@ class Storage:
                 self.fitted = total
         elif pool.capacity > steady:
             pool.resize(steady)
+        self.note_peak()
 
     def select(self, index: Tensor) -> None:
         """Rows of the batch, int64 [b]."""
@@ -122,16 +143,14 @@ class Storage:
         self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
 
 
-def targets(
-    policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0, *, settled: bool = False
-) -> list[int]:
+def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
     """Slots per kv head after an event, for rows that have seen so many tokens.
 
-    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total.
+    A budget in bytes is a hard total at all times: a protected prompt counts inside it (else on top), and layers share it
+    from the start as they will in a long text (else as the text has tokens to share out).
 
     Args:
         rounding: slots per head that storage may take on top; counted in a byte budget only.
-        settled: as layers will share the budget once rows are long, rather than now.
 
     Raises:
         BudgetError: a byte budget that cannot hold guards, slack and a protected prompt.
@@ -141,9 +160,10 @@ def targets(
     found = []
     for row, tokens in enumerate(seen):
         prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
-        inside = prompt if policy.budget.unit == "bytes" else 0
+        hard = policy.budget.unit == "bytes"
+        inside = prompt if hard else 0
         budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
-        rest = NEVER if settled else tokens - prompt
+        rest = NEVER if hard else tokens - prompt
         budget = policy.allocator.layer_budget(budget - inside, place.rank, place.num_evicting, floor, rest)
         found.append(budget + prompt - (schedule.slack == 0))
     return found

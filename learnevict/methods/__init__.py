@@ -51,6 +51,8 @@ def load(name: str) -> ModuleType:
     try:
         module = import_module(path)
     except ImportError as error:
+        if error.name not in (path, path.partition(".")[0]):
+            raise UsageError(f"module {path!r} could not be imported: {error}") from error
         raise UsageError(
             f"there is no method {name!r}; known: {', '.join(METHODS)}; or give the import path of your own module"
         ) from error

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import TraceError
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy
 from learnevict.signals import Column, Signals, Trace
 
@@ -77,8 +77,7 @@ def policy(
     trace: Trace,
     text: Tensor | None = None,
     divergence: int | Sequence[int] | Tensor | None = None,
-    recent: int = 8,
-    **options: Unpack[Terms],
+    **options: Unpack[Options],
 ) -> Policy:
     """Evict as the trace says.
 
@@ -87,11 +86,11 @@ def policy(
         trace: from `oracle.golden`, or recorded; its period is the slack.
         text: int64 [B, T], see Hindsight; needed in free generation.
         divergence: see Hindsight.
-        recent: last tokens that stay; guards must protect no more than those the trace was rolled with.
-        **options: see Terms; slack must agree with the trace, and events fall on its grid ("blocks").
+        **options: see Options; they are the trace's own unless given, and must agree with it: another guard or period
+            would silently leave it. Events fall on its grid ("blocks").
 
     Raises:
-        TraceError: another budget, period or schedule than the trace's.
+        TraceError: another budget, guard, period or schedule than the trace's.
     """
     asked = Budget.parse(budget)
     if trace.budget is not None and asked != Budget(trace.budget):
@@ -107,4 +106,11 @@ def policy(
         raise TraceError(
             f"the trace has its events in blocks, so schedule={options.get('schedule')!r} cannot follow it"
         )
-    return compose("golden", asked, Hindsight(trace, text, divergence), recent=recent, **{**options, "slack": slack})
+    sinks, recent, prompt = trace.guard or (4, 8, False)
+    terms: Options = {"sinks": sinks, "recent": recent, "prompt": prompt, **options, "slack": slack}
+    given = (terms.get("sinks"), terms.get("recent"), terms.get("prompt"))
+    if trace.guard is not None and given != trace.guard:
+        raise TraceError(
+            f"the trace was rolled with (sinks, recent, prompt protected) = {trace.guard}, not {given}; drop these options"
+        )
+    return compose("golden", asked, Hindsight(trace, text, divergence), **terms)

@@ -60,13 +60,10 @@ def policy(
     Args:
         budget: tokens, "25%" or "64MiB".
         variant: "paper" or "kvpress", see above.
-        recent: last tokens that stay; None: half of a budget given in tokens (section 5: half heavy, half recent), else
-            8.
+        recent: last tokens that stay; None: half of the budget (section 5: half heavy, half recent).
         **options: see Terms.
     """
     if variant not in ("paper", "kvpress"):
         raise unknown_variant("h2o", variant, ("paper", "kvpress"))
-    if recent is None:
-        parsed = Budget.parse(budget)
-        recent = int(parsed.amount) // 2 if parsed.unit == "tokens" else 8
-    return compose("h2o", budget, AttentionMass(variant == "kvpress"), recent=recent, **options)
+    half = {"recent": 0, "recent_share": 0.5} if recent is None else {"recent": recent}
+    return compose("h2o", budget, AttentionMass(variant == "kvpress"), **half, **options)

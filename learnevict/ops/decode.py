@@ -4,13 +4,18 @@
 
 import importlib
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from learnevict.errors import ModelError
+from learnevict.errors import KernelUnusedWarning, ModelError
+
+LARGEST_GROUP = 16
+"""Query heads per kv head that the kernel has rows for."""
 
 _enabled = False
+_said: set[str] = set()
 
 
 def slot_attention_reference(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -42,13 +47,35 @@ def _(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float)
 
 
 def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """See slot_attention_reference; through the operator once `use_kernels` has been called."""
-    run = slot_attention_op if _enabled else slot_attention_reference
-    return run(query, keys, values, bias, scaling)
+    """See slot_attention_reference; through the operator once `use_kernels` has been called.
+
+    Raises:
+        ModelError: bfloat16 on a CPU with kernels on: Triton's interpreter takes it for integers.
+    """
+    if not _enabled:
+        return slot_attention_reference(query, keys, values, bias, scaling)
+    if query.shape[2] > LARGEST_GROUP:
+        runs_in_torch(f"a kv head serves more than {LARGEST_GROUP} query heads")
+        return slot_attention_reference(query, keys, values, bias, scaling)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        raise ModelError("Triton's interpreter cannot multiply bfloat16; use float32 on a CPU")
+    return slot_attention_op(query, keys, values, bias, scaling)
+
+
+def runs_in_torch(reason: str) -> None:
+    """Warn, once per reason, of a step that kernels were asked for but cannot do."""
+    if _enabled and reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"decode steps run in plain torch although kernels are on: {reason}", KernelUnusedWarning, stacklevel=3
+        )
 
 
 def use_kernels() -> None:
     """Route decode steps on CUDA tensors through the Triton kernels (with TRITON_INTERPRET=1: CPU tensors, for tests).
+
+    Steps of scorers that watch every step (h2o), of ragged heads (adakv), and of layers with softcap or attention sinks
+    stay in plain torch; a KernelUnusedWarning says so once.
 
     Raises:
         ModelError: Triton is not installed, or there is neither a CUDA device nor the interpreter.

@@ -100,11 +100,12 @@ def golden(
         LabelError: labels of another block or shape, or with NaN or infinity.
         UsageError: a protected prompt of unknown length; an argument that would be ignored.
 
-    Source: section 3.1 of arXiv:2602.03203; horizon and candidates as in docs/decisions.md, "Trace, labels, golden".
+    Source: section 3.1 of arXiv:2602.03203; horizon and candidates are options here.
     """
     layers = list(labels)
     like = _check_labels(layers, block)
     rows = _rows(like, valid, prompt_length if guard.prompt else 0)
+    _check_grid(like, rows, block)
     plan = _plan(budget, block, guard, rows, rule)
     kind, discount = rule.get("horizon", "max"), rule.get("discount")
     if kind not in ("max", "sum", "discounted"):
@@ -113,7 +114,7 @@ def golden(
     for index, layer in enumerate(layers):
         if layer is not None:
             _roll(horizon(layer.to(like.device), kind, discount=discount), rows, plan, expiry[index])
-    return Trace(expiry, source="golden", budget=budget, period=block)
+    return Trace(expiry, source="golden", budget=budget, period=block, guard=(guard.sinks, guard.recent, guard.prompt))
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,27 @@ def _check_labels(layers: list[Tensor | None], block: int) -> Tensor:
         if not bool((layer < torch.inf).all()):
             raise LabelError("labels contain NaN or +infinity; were queries or keys of a diverged model recorded?")
     return given[0]
+
+
+def _check_grid(like: Tensor, rows: _Rows, block: int) -> None:
+    """Labels of another block can have the right shape. But attention is causal, which shows what they were made for."""
+    length, num_blocks = rows.lengths[0], like.shape[-1]
+    part = like[0].index_select(1, rows.columns[0, :length].to(like.device)).amax(0)
+    seen = part > (-torch.inf if bool((like == -torch.inf).any()) else 0.0)
+    if _made_for(seen, block):
+        return
+    others = [other for other in range(1, 2 * block) if other != block and -(-like.shape[2] // other) == num_blocks]
+    other = next((other for other in others if _made_for(seen, other)), None)
+    if other is not None:
+        raise LabelError(f"labels of another block: of {other} tokens, not {block}; compute labels with block={block}")
+
+
+def _made_for(seen: Tensor, block: int) -> bool:
+    """Whether no key is seen before its own block, and keys are seen in it: bool [T, M] in row time."""
+    own = torch.arange(seen.shape[0], device=seen.device) // block
+    early = torch.arange(seen.shape[1], device=seen.device) < own.unsqueeze(-1)
+    ends = torch.arange(block, seen.shape[0] + block, block, device=seen.device).clamp_max(seen.shape[0]) - 1
+    return not bool((early & seen).any()) and bool(seen[ends, own[ends]].any())
 
 
 def _rows(like: Tensor, valid: Tensor | None, prompt_length: int | Sequence[int] | Tensor | None) -> _Rows:

@@ -19,8 +19,8 @@ class Pyramid(Allocator):
 
     The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor
     the last layer gets base / beta and the first 2 * base - base / beta, but never more than a row has tokens: what the
-    first cannot use, the last keeps. So a text as long as the budget loses nothing. Fractions are settled by largest
-    remainder, ties early.
+    first cannot use, the last keeps. So a text as long as the budget loses nothing (but for a budget in bytes, which is
+    shared out from the start). Fractions are settled by largest remainder, ties early.
     """
 
     beta: float = 20.0

@@ -49,6 +49,7 @@ def compose(
     scorer: Scorer,
     *,
     recent: int = 8,
+    recent_share: float = 0.0,
     allocator: Allocator | None = None,
     **options: Unpack[Terms],
 ) -> Policy:
@@ -59,6 +60,7 @@ def compose(
         budget: tokens, "25%" or "64MiB".
         scorer: who is worth keeping.
         recent: last tokens that stay: the user's choice, or what the method's paper protects.
+        recent_share: share of the budget that the recent window grows to.
         allocator: how many per layer and head; None: the same for all.
         **options: see Terms.
 
@@ -78,7 +80,7 @@ def compose(
         schedule = Schedule(slack, prompt="end", decode=when == "prefill_end")
     else:
         raise UsageError(f"schedule {when!r} is unknown; choose blocks, prefill_end or prefill_only")
-    guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False))
+    guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False), recent_share)
     return Policy(Budget.parse(budget), scorer, allocator or Uniform(), schedule, guard, name=name)
 
 

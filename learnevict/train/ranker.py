@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from learnevict.errors import BudgetError, DataError
 from learnevict.hub import Gates
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Schedule
@@ -37,6 +38,11 @@ class RankingConfig:
     sinks: int = 4
     recent: int = 8
     regression: float = 0.1
+
+    @property
+    def floor(self) -> int:
+        """The smallest budget with room for one scored slot beside guards and the fresh block."""
+        return Guard(self.sinks, self.recent).reserved(self.period) + 1
 
 
 def log_label(target: Tensor) -> Tensor:
@@ -74,12 +80,21 @@ class RankingTrainer(Trainer):
     Args:
         base: the model whose cache is judged.
         ranking: what to learn from.
+
+    Raises:
+        BudgetError: training budgets that cannot hold the guards.
+        DataError: while training, a batch of texts too short to evict from.
     """
 
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args: Any, base: PreTrainedModel, ranking: RankingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if ranking.budgets[0] < ranking.floor:
+            raise BudgetError(
+                f"training budgets of {ranking.budgets[0]} to {ranking.budgets[1]} cannot hold {ranking.sinks} sinks, "
+                f"{ranking.recent} recent and a fresh block of {ranking.period}; the smallest that works is {ranking.floor}"
+            )
         self.model_accepts_loss_kwargs = False
         self.base = base.eval().requires_grad_(False)
         self.ranking = ranking
@@ -113,7 +128,13 @@ class RankingTrainer(Trainer):
             labels, _ = golden_labels(self.base, ids, mask, block=config.period)
         low, high = (torch.tensor(float(b)).log() for b in config.budgets)
         budget = int((low + (high - low) * torch.rand(())).exp().round())
-        budget = min(budget, ids.shape[1] - config.period - 1)
+        longest = ids.shape[1] - config.period - 1
+        if longest < config.floor:
+            raise DataError(
+                f"a batch of texts of at most {ids.shape[1]} tokens: nothing would be evicted from them even at the smallest "
+                f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
+            )
+        budget = min(budget, longest)
         return record_states(
             self.base,
             gates.gate,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.config import Budget
+from learnevict.errors import BudgetError
 from learnevict.infer.attach import attach
 from learnevict.ops import keep_top
 from learnevict.policy import Allocator, Gate, Guard, Schedule, Uniform
@@ -104,7 +105,15 @@ def record_states(
         schedule: its period must be the labels' block.
         guard: never evicted, never candidates.
         own: bool [B], rows that follow the judge; the others follow the oracle.
+
+    Raises:
+        BudgetError: the budget cannot hold guards and a fresh block.
     """
+    if budget <= guard.reserved(schedule.period):
+        raise BudgetError(
+            f"a budget of {budget} cannot hold the guards and a fresh block; the smallest that works is "
+            f"{guard.reserved(schedule.period) + 1}"
+        )
     recorder = Recorder(
         Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard
     )

@@ -1,0 +1,56 @@
+"""What can be served: kinds of cache layers, rotary embeddings, and objects that may govern a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer
+
+from learnevict.errors import ModelError, UsageError
+
+STOCK_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}
+
+
+def evicting_layers(stock: list) -> list[int]:
+    """Indices of the layers that a policy may govern: full attention. Sliding-window and linear layers stay stock.
+
+    Raises:
+        ModelError: another kind, such as layers that share keys with another layer or index them.
+    """
+    unknown = {type(layer).__name__ for layer in stock} - STOCK_KINDS
+    if unknown:
+        raise ModelError(
+            f"this model has cache layers of kind {sorted(unknown)}, which learnevict does not serve (full, sliding-window and "
+            "linear attention only); use the model's stock cache"
+        )
+    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
+
+
+def check_governor(policy: Any) -> None:
+    """Say what is missing from an object that is to govern a cache.
+
+    Raises:
+        UsageError: it lacks parts of learnevict.policy.Governor.
+    """
+    parts = ("keep", "budget", "scorer", "allocator", "schedule", "guard", "name")
+    missing = [part for part in parts if not hasattr(policy, part)]
+    if missing:
+        raise UsageError(
+            f"{type(policy).__name__} cannot govern a cache: it lacks {', '.join(missing)}; make a policy with a method's "
+            "policy(budget), or wrap a function: learnevict.parts.rule.Rule(keep, Budget(512))"
+        )
+
+
+def check_rope(config: Any) -> None:
+    """Refuse models that throw their cache away in the middle of a text.
+
+    Raises:
+        ModelError: longrope with two sets of factors, as in Phi-3-128k.
+    """
+    limit = getattr(config, "original_max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "longrope":
+        raise ModelError(
+            f"this model changes its rotary embedding after {limit} tokens (longrope), and generate() then drops the cache; an "
+            "evicted text cannot be read again: use a model without longrope, or its stock cache"
+        )

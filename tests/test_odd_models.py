@@ -1,0 +1,224 @@
+"""Models and calls at the edge: served exactly, or refused in words; never served wrongly."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from learnevict import EvictingCache, Gates, attach, methods
+from learnevict.config import Budget
+from learnevict.errors import (
+    BudgetError,
+    CacheError,
+    GateError,
+    LabelError,
+    ModelError,
+    PromptInPiecesWarning,
+    StockLayersWarning,
+    TraceError,
+    UsageError,
+)
+from learnevict.oracle import golden, golden_labels, golden_trace
+from learnevict.parts.rule import Rule
+from learnevict.policy import Guard, Policy, Schedule
+from tests.laws import zoo
+
+SMALL: dict[str, Any] = {**zoo.COMMON, "num_hidden_layers": 2}
+IDS = torch.arange(3, 43).view(1, 40) % zoo.VOCABULARY
+
+
+def random_policy(budget: int | str = 20, **options: Any) -> Policy:
+    return methods.random.policy(budget, **{"sinks": 2, "recent": 3, "slack": 4, **options})
+
+
+def make(kind: str, **extra: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{**SMALL, **extra})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def linear_and_full() -> PreTrainedModel:
+    return make(
+        "Qwen3NextConfig", head_dim=16, layer_types=["linear_attention", "full_attention"], num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+
+
+def step_by_step(model: PreTrainedModel, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        parts = [
+            model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split([30] + [1] * 10, dim=1)
+        ]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        linear_and_full,
+        partial(make, "GPTNeoXConfig", rotary_pct=0.5),
+        partial(make, "OlmoConfig"),
+        partial(make, "GraniteConfig"),
+    ],
+    ids=["qwen3_next", "gpt_neox", "olmo", "granite"],
+)
+def test_other_families_are_served_exactly(model):
+    """Linear layers stay stock, under any name the cache has in the module's signature."""
+    base = model()
+    with torch.no_grad():
+        expected = base(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StockLayersWarning)
+        with attach(base, random_policy(64)) as cache:
+            assert (step_by_step(base, cache) - expected).abs().max() < 1e-4
+        with attach(base, random_policy(20), record=True) as cache:
+            assert (step_by_step(base, cache) - expected).abs().max() > 1e-4
+            assert cache.trace().evictions > 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(make, "DiffLlamaConfig"),
+        partial(make, "JetMoeConfig", kv_channels=8, num_local_experts=2, num_experts_per_tok=1),
+    ],
+    ids=["two attention calls", "other keys than the cache's"],
+)
+def test_attention_that_is_not_plain_is_refused(model):
+    base = model()
+    with attach(base, random_policy(64)) as cache, pytest.raises((ModelError, CacheError)), torch.no_grad():
+        base(IDS, past_key_values=cache, use_cache=True)
+    assert not isinstance(cache, EvictingCache) or cache.clock.length == 0
+
+
+def test_longrope_is_refused():
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = transformers.Phi3Config(
+        **SMALL | {"max_position_embeddings": 128}, original_max_position_embeddings=32, rope_parameters=factors
+    )
+    with pytest.raises(ModelError, match="after 32 tokens"):
+        EvictingCache(config, random_policy())
+
+
+def test_a_cache_given_by_position_is_seen():
+    base = zoo.build("llama")
+    with attach(base, random_policy(64)) as cache, torch.no_grad():
+        base.model(IDS, None, None, cache)
+    assert cache.clock.length == 40
+
+
+def test_attention_probabilities_are_not_promised():
+    base = zoo.build("llama")
+    with attach(base, random_policy()) as cache, pytest.raises(UsageError, match="output_attentions"):
+        base(IDS, past_key_values=cache, output_attentions=True)
+
+
+def test_a_new_prompt_in_a_used_cache_is_refused():
+    base = zoo.build("llama")
+    with attach(base, random_policy()) as cache, torch.no_grad():
+        base(IDS, past_key_values=cache)
+        with pytest.raises(CacheError, match=r"mask of 12 columns.*reset"):
+            base(IDS[:, :8], attention_mask=torch.ones(1, 12), past_key_values=cache)
+
+
+def test_attach_checks_the_base_of_gates():
+    gates = Gates.make("foresightkv", zoo.build("qwen3"), hidden=4)
+    with attach(zoo.build("qwen3"), gates.policy(40, slack=4)):
+        pass
+    other = zoo.fresh("qwen3")
+    other.lm_head.weight.add_(1.0)
+    with pytest.raises(GateError, match="other weights"):
+        attach(other, gates.policy(40, slack=4))
+    with attach(other, gates.policy(40, slack=4, allow_other_base=True)):
+        pass
+    for changed in ({"num_hidden_layers": 1}, {"num_attention_heads": 2}):
+        with pytest.raises(GateError, match="another model"):
+            attach(zoo.fresh("qwen3", **changed), gates.policy(40, slack=4, allow_other_base=True))
+
+
+def test_any_changed_tensor_changes_the_fingerprint():
+    from learnevict.hub import weight_hash
+
+    base = zoo.fresh("llama", num_hidden_layers=5)
+    seen = {weight_hash(base)}
+    for parameter in base.parameters():
+        with torch.no_grad():
+            parameter += 1.0
+        seen.add(weight_hash(base))
+    assert len(seen) == 1 + len(list(base.parameters()))
+    assert weight_hash(base) == weight_hash(base.to(torch.bfloat16))
+
+
+def prompt_evictions(base: PreTrainedModel, schedule: str, pieces: list[int], **given: Any) -> list[int]:
+    with attach(base, random_policy(schedule=schedule), record=True, **given) as cache, torch.no_grad():
+        for part in IDS.split([*pieces, *([1] * (40 - sum(pieces)))], dim=1):
+            base(part, past_key_values=cache)
+    return sorted(set(cache.trace().expiry.flatten().tolist()) - {2**31 - 1})
+
+
+@pytest.mark.parametrize("schedule", ["prefill_end", "prefill_only"])
+def test_pieces_of_a_prompt_of_known_length_change_nothing(schedule):
+    base = zoo.build("llama")
+    whole = prompt_evictions(base, schedule, [30])
+    assert whole[0] == 30 and (len(whole) > 1) == (schedule == "prefill_end")
+    for pieces in ([16, 14], [29, 1], [10, 10, 10]):
+        assert prompt_evictions(base, schedule, pieces, prompt_length=[30]) == whole
+    assert prompt_evictions(base, schedule, [40], prompt_length=[30]) == whole, "prompt and answer in one forward"
+
+
+@pytest.mark.parametrize("options", [{"schedule": "prefill_end"}, {"prompt": True}])
+def test_pieces_of_a_prompt_of_unknown_length_are_said(options):
+    base = zoo.build("llama")
+    with attach(base, random_policy(**options)) as cache, torch.no_grad():
+        base(IDS[:, :16], past_key_values=cache)
+        with pytest.warns(PromptInPiecesWarning, match="prompt_length"):
+            base(IDS[:, 16:30], past_key_values=cache)
+        base(IDS[:, 30:31], past_key_values=cache)
+
+
+def test_bytes_are_a_hard_total_with_a_protected_prompt_too():
+    base = zoo.build("llama")
+    with pytest.raises(BudgetError, match="hard total"):
+        random_policy("64KiB", schedule="prefill_end")
+    per_slot = 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, width, bytes
+    total = 38 * per_slot
+    with attach(base, random_policy(f"{total}B", prompt=True), prompt_length=[20]) as cache, torch.no_grad():
+        base(IDS, past_key_values=cache)
+    assert cache.peak_nbytes <= total
+    assert (cache.positions(0)[0, 0] < 20).sum() >= 20, "the prompt is held"
+    with (
+        attach(base, random_policy(f"{total}B", prompt=True), prompt_length=[35]) as cache,
+        torch.no_grad(),
+        pytest.raises(BudgetError, match="protected prompt"),
+    ):
+        base(IDS, past_key_values=cache)
+
+
+def test_a_function_may_govern():
+    base = zoo.build("llama")
+    rule = Rule(lambda signals: signals.occupied & (signals.age < 12), Budget(12), Schedule(4))
+    with attach(base, rule, record=True) as cache, torch.no_grad():
+        base(IDS, past_key_values=cache)
+    assert cache.trace().source == "rule" and cache.trace().evictions == 2 * 2 * 28
+    with pytest.raises(UsageError, match=r"lacks keep, budget.*Rule"):
+        EvictingCache(base.config, lambda signals: None)
+
+
+def test_golden_refuses_labels_and_guards_of_another_roll():
+    base = zoo.build("llama")
+    mask = torch.ones_like(IDS)
+    labels, _ = golden_labels(base, IDS, mask, block=11)  # as many blocks as of 10 or 13
+    for block in (10, 13):
+        with pytest.raises(LabelError, match="another block"):
+            golden(labels, budget=30, block=block, guard=Guard(2, 3))
+    trace = golden_trace(base, IDS, mask, budget=20, block=4, guard=Guard(0, 0))
+    assert methods.golden.policy(20, trace=trace).guard == Guard(0, 0)
+    with pytest.raises(TraceError, match="was rolled with"):
+        methods.golden.policy(20, trace=trace, sinks=4, recent=8)
