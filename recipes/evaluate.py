@@ -34,7 +34,8 @@ BESIDE_PROMPT = (
     "24",
 )  # answers have about 100 tokens; those of recall and dialogue have 15: nothing to evict
 TALKATIVE = ("program", "ledger", "procedure")
-SPEAKERS = ("full", "random", "lexical", "streaming_llm", "golden", "foresightkv")
+SPEAKERS = ("full", "random", "lexical", "clausal", "streaming_llm", "golden", "foresightkv")
+FAR = ("full", "random", "lexical", "clausal", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def tune(config: Config, subject: Subject, family: str) -> None:
     plan = Plan((family,), budgets(config), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
     folder = Path(config.out)
-    (lexical,) = contenders(config, subject, (tuning.LEXICAL,), tuned=False) or (None,)
-    field = tuning.candidates(names, lexical.gates if lexical is not None else None)
+    tables = [one.gates for one in contenders(config, subject, tuning.TABLES, tuned=False) if one.gates is not None]
+    field = tuning.candidates(names, tables)
     with progress(count(plan, field)) as advance:
         found = tuning.tune(plan, subject, field, folder / "tuning" / f"{family}.jsonl", advance=advance)
     target = tuned_path(config)
@@ -90,9 +91,10 @@ def compare(config: Config, subject: Subject, stage: str, family: str) -> None:
     plan = Plan((family,), budgets(config), config.samples, free="none", batch_size=config.batch_size)
     names = methods.METHODS
     if stage == "published":
-        plan = replace(plan, rules=Rules(sinks=None, recent=None))
+        plan = replace(plan, rules=Rules(sinks=None, recent=None), budgets=("1/4", "1/8"))
+        names = tuple(tuning.training_free())  # the others have no window of their own
     elif stage == "long":
-        plan = replace(plan, length="long")
+        plan, names = replace(plan, length="long", num_samples=config.samples // 2), FAR
     elif stage == "free":
         plan, names = replace(plan, budgets=("1/4", "1/8"), teacher=False, free="all"), SPEAKERS
     elif stage == "prompt":

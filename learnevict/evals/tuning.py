@@ -1,7 +1,7 @@
 """Hyperparameters of the baselines, and which training-free method is best where: chosen on validation seeds.
 
-The best setting is taken per family and budget, which favours the baselines: no user could tune so finely. The lexical
-baseline is tuned alike (its bonus for recency); it is learned, so it is never "the best heuristic".
+The best setting is taken per family and budget, which favours the baselines: no user could tune so finely. Table baselines
+are tuned alike (their bonus for recency); they are learned, so they are never "the best heuristic".
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from learnevict.evals.rows import Row
 from learnevict.evals.suite import Advance, run
 from learnevict.hub import Gates
 
-LEXICAL = "lexical"
+TABLES = ("lexical", "clausal")
+BONUSES = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)
 TUNED = Path(__file__).parent / "tuned.json"
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "h2o": {"variant": ("paper", "kvpress")},
@@ -30,7 +31,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adakv": {"alpha": (0.2, 0.5), "window": (8, 16)},
     "rkv": {"mix": (0.07, 0.1, 0.3, 0.7), "window": (8, 16)},
     "expected_attention": {"window": (16, 64), "future": (64, 512), "epsilon": (0.0, 0.02)},
-    "lexical": {"bonus": (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)},
+    **{name: {"bonus": BONUSES} for name in TABLES},
 }
 """Settings that are tried; methods without an entry have none that matter under common rules."""
 
@@ -59,7 +60,7 @@ class Tuned:
             found = self.accuracy[family][budget]
         except KeyError as error:
             raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
-        return max((name for name in found if name != LEXICAL), key=lambda name: found[name])
+        return max((name for name in found if name not in TABLES), key=lambda name: found[name])
 
     def check(self, weights: str) -> None:
         """Refuse settings tuned on another model.
@@ -87,15 +88,16 @@ def training_free() -> list[str]:
     return [name for name in methods.METHODS if name == "random" or methods.load(name).PAPER.kind == "heuristic"]
 
 
-def candidates(names: Sequence[str], lexical: Gates | None = None) -> list[Contender]:
-    """Every setting of every method as a contender of its own, named "snapkv window=8"; lexical too, if its gates are given."""
+def candidates(names: Sequence[str], tables: Sequence[Gates] = ()) -> list[Contender]:
+    """Every setting of every method and of the given tables as a contender of its own, named "snapkv window=8"."""
     found: list[Contender] = []
-    for name in [*names, *([LEXICAL] if lexical is not None else [])]:
+    gates = {one.method: one for one in tables}
+    for name in [*names, *gates]:
         grid = GRIDS.get(name, {})
         for values in product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
-            found.append(contender(name, lexical if name == LEXICAL else None, settings=settings, name=label))
+            found.append(contender(name, gates.get(name), settings=settings, name=label))
     return found
 
 

@@ -16,6 +16,7 @@ METHODS: tuple[str, ...] = (
     "full",
     "random",
     "lexical",
+    "clausal",
     "streaming_llm",
     "knorm",
     "h2o",

@@ -2,7 +2,7 @@
 
 score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
 
-The table is fitted on training seeds (learnevict.train.lexical), the bonus for recency tuned on validation seeds. A
+The table is fitted on training seeds (learnevict.train.tables), the bonus for recency tuned on validation seeds. A
 policy that only learned "digits stay, filler goes" does no better than this.
 """
 
@@ -42,6 +42,10 @@ class LexicalGate(Gate):
         """What `build` needs besides the layout."""
         return {}
 
+    def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Table entries of whole texts, int64 [B, T]: the token ids."""
+        return tokens
+
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """Look the fresh tokens up.
 
@@ -61,9 +65,11 @@ class LexicalGate(Gate):
 class OtherBonus(Scorer):
     """The same table under another bonus for recency than the one it was saved with."""
 
-    gate: LexicalGate
+    gate: Gate
     bonus: float
-    columns = LexicalGate.columns
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.gate.columns)
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """See LexicalGate.write."""
@@ -75,7 +81,7 @@ class OtherBonus(Scorer):
 
     def to(self, device: torch.device) -> Scorer:
         """Moves the table."""
-        return OtherBonus(self.gate.to(device), self.bonus)  # pyright: ignore[reportArgumentType]
+        return OtherBonus(self.gate.to(device), self.bonus)
 
 
 def aged(signals: Signals, bonus: Tensor | float) -> Tensor:

@@ -1,0 +1,116 @@
+"""Clausal: a token's worth is that of its place in a clause that begins with a certain word. No other context.
+
+score = mean golden label of (first token id of the clause, place in the clause), per layer and head, - bonus * log(1 + age)
+
+The stronger sibling of lexical: where the first word of a statement says whether it counts (as on the testbed), this table
+knows it. What a learned policy has over it is context beyond one clause. Fitted like lexical (learnevict.train.tables).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.errors import GateError
+from learnevict.methods import Paper
+from learnevict.methods.lexical import OtherBonus, aged
+from learnevict.parts.options import Terms, compose
+from learnevict.policy import Gate, Policy
+from learnevict.signals import Column, Signals
+
+PAPER = Paper("Clausal baseline: mean golden label per clause opening and place", None, 2026, kind="learned")
+
+
+class ClausalGate(Gate):
+    """A worth per (first token id of the clause, place in it); all zeros until fitted.
+
+    Args:
+        num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
+        separator: token id that ends a clause.
+        places: places that are told apart; later ones count as the last.
+    """
+
+    columns = (Column("worth"), Column("opening", dtype=torch.int32), Column("following", dtype=torch.int32))
+
+    def __init__(self, num_layers: int, num_heads: int, vocab_size: int, separator: int, places: int) -> None:
+        super().__init__()
+        self.separator, self.places = separator, places
+        self.table = nn.Parameter(torch.zeros(num_layers, num_heads, vocab_size * places), requires_grad=False)
+        self.bonus = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def settings(self) -> dict[str, int]:
+        """What `build` needs besides the layout."""
+        return {"separator": self.separator, "places": self.places}
+
+    def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Table entries of whole texts, int64 [B, T]; padding ends a clause."""
+        start = tokens.new_zeros(len(tokens))
+        opening, place = self._clauses(torch.where(mask.bool(), tokens, self.separator), start, start)
+        return opening * self.places + place.clamp_max(self.places - 1)
+
+    def _clauses(self, tokens: Tensor, opening: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """First token of each token's clause and its place in it, int64 [B, S]; [B] say how the text before ended."""
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        begins = torch.zeros_like(tokens, dtype=torch.bool)
+        begins[:, 1:] = tokens[:, :-1] == self.separator
+        begins[:, 0] = following == 0
+        start = torch.where(begins, index, -1).cummax(1).values
+        own = start >= 0
+        first = torch.where(own, tokens.gather(1, start.clamp_min(0)), opening.unsqueeze(1))
+        return first, torch.where(own, index - start, following.unsqueeze(1) + index)
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """Look the fresh tokens up; the newest slot knows how far its clause has come.
+
+        Raises:
+            GateError: the model was called with embeddings, so there are no ids.
+        """
+        if signals.tokens is None:
+            raise GateError("clausal scores token ids, but the model was called with inputs_embeds; pass input_ids")
+        first, following = signals.tokens.new_zeros(2, len(signals.tokens)).unbind(0)
+        if signals.position.shape[-1]:
+            newest = signals.position[:, :1].argmax(-1, keepdim=True)
+            there = signals.position[:, :1].amax(-1)[:, 0] >= 0
+            held = [signals.ledger[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
+            first, following = (torch.where(there, part, 0).long() for part in held)
+        opening, place = self._clauses(signals.tokens, first, following)
+        entry = opening * self.places + place.clamp_max(self.places - 1)
+        heads = self.table.shape[1]
+        after = torch.where(signals.tokens == self.separator, 0, place + 1)
+        return {
+            "worth": self.table[signals.layer][:, entry].transpose(0, 1),
+            "opening": opening.int().unsqueeze(1).expand(-1, heads, -1),
+            "following": after.int().unsqueeze(1).expand(-1, heads, -1),
+        }
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return aged(signals, self.bonus)
+
+
+def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
+    """An empty table for a base model."""
+    return ClausalGate(layout.num_layers, layout.num_heads, layout.vocab_size, separator, places)
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    gate: ClausalGate,
+    bonus: float | None = None,
+    recent: int = 8,
+    **options: Unpack[Terms],
+) -> Policy:
+    """Keep the places of clauses that are worth most on average.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        gate: fitted, from `Gates.from_pretrained(...)`.
+        bonus: for recency; None: the gate's own, one for all budgets.
+        recent: last tokens that stay.
+        **options: see Terms.
+    """
+    scorer = gate if bonus is None else OtherBonus(gate, bonus)
+    return compose("clausal", budget, scorer, recent=recent, **options)

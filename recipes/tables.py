@@ -1,0 +1,61 @@
+"""Fit the table baselines, lexical and clausal, and tune their recency bonus on validation seeds.
+
+    python recipes/tables.py --output_dir runs/tables
+
+They score a token by the mean golden label of its token id, or of its place in a clause that begins with a certain word, per
+layer and head, plus a bonus for recency. A learned policy that does not beat the first has learned words, not context; one
+that does not beat the second has learned no context beyond a clause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from learnevict.errors import LearnevictError
+from learnevict.evals.contenders import COMPARISON, contender
+from learnevict.evals.plan import Plan, Subject
+from learnevict.evals.suite import run
+from learnevict.hub import Gates
+from learnevict.testbed.corpus import load_base, read_source
+from learnevict.train.ranker import Collator
+from learnevict.train.tables import fit_tables
+
+BONUSES = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)
+SEPARATOR = ";"
+
+
+def main(out: Path, documents: int, samples: int) -> None:
+    """Fit on training seeds, choose bonuses by step accuracy on validation seeds, save."""
+    model, tokenizer = load_base("testbed")
+    texts = read_source("testbed", tokenizer, documents, 4096)
+    collate = Collator(tokenizer.pad_token_id)
+    batches = (collate(texts[start : start + 16]) for start in range(0, len(texts), 16))
+    separator = tokenizer.get_vocab()[SEPARATOR]
+    found = [Gates.make("lexical", model), Gates.make("clausal", model, separator=separator)]
+    fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
+    plan = Plan(budgets=("1/4", "1/8"), num_samples=samples, split="validation", free="none")
+    for gates in found:
+        tried = {}
+        for bonus in BONUSES:
+            gates.gate.bonus.fill_(bonus)
+            rows, _ = run(plan, Subject(model, tokenizer), [contender(gates.method, gates)])
+            tried[bonus] = sum(row["step_accuracy"] for row in rows) / len(rows)
+            print(f"{gates.method}, bonus {bonus}: step accuracy {tried[bonus]:.4f}")
+        gates.gate.bonus.fill_(max(tried, key=lambda bonus: tried[bonus]))
+        gates.config.training = {"documents": documents, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
+        gates.save_pretrained(out / f"testbed-{gates.method}")
+        print(json.dumps({gates.method: gates.config.training}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"), help="a folder per baseline")
+    parser.add_argument("--documents", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=40)
+    given = parser.parse_args()
+    try:
+        main(given.output_dir, given.documents, given.samples)
+    except LearnevictError as error:
+        raise SystemExit(f"error: {error}") from None
