@@ -100,10 +100,8 @@ def generate(
         UsageError: an argument out of range.
         BudgetError: a budget that this model cannot be held to.
     """
-    given = completions(
-        model, tokenizer, policy, prompts, batch_size=batch_size, streamer=streamer, record=record, **sampling
-    )
-    return list(given)
+    options: dict[str, Any] = {"batch_size": batch_size, "streamer": streamer, "record": record, **sampling}
+    return list(completions(model, tokenizer, policy, prompts, **options))
 
 
 def completions(
@@ -210,7 +208,7 @@ class _Batch:
         stock = DynamicCache(config=self.model.config)
         with (
             seeded(sampling, self.model.device),
-            nullcontext(stock) if policy is None else self._attach(policy, record) as cache,
+            nullcontext(stock) if policy is None else self._attach(policy, record=record) as cache,
         ):
             out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
         stop = time.perf_counter()
@@ -221,8 +219,8 @@ class _Batch:
         timing = {"prompt_seconds": watch.first - watch.start, "tokens_per_second": speed}
         return [self._completion(row, answer, cache, policy, timing) for row, answer in enumerate(answers)]
 
-    def _attach(self, policy: Governor, record: bool) -> Attachment:
-        return attach(self.model, policy, record=record, prompt_length=[len(prompt) for prompt in self.prompts])
+    def _attach(self, policy: Governor, **options: bool) -> Attachment:
+        return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         """The model's own settings, with ours on top; greedy ignores how the model would sample."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from learnevict.config import Budget
-from learnevict.errors import UsageError
+from learnevict.errors import BudgetError, UsageError
 from learnevict.infer.support import evicting_layers
 from learnevict.policy import Guard, Schedule
 
@@ -59,7 +59,7 @@ def estimate(
     Raises:
         UsageError: no tokens or rows.
         ModelError: cache layers that learnevict does not serve.
-        BudgetError: a byte budget that cannot hold guards and slack.
+        BudgetError: a budget that cannot hold guards, fresh block and slack, as a policy would say.
     """
     if tokens < 1 or batch < 1:
         raise UsageError(f"context and batch must be at least 1, not {tokens} and {batch}")
@@ -72,6 +72,11 @@ def estimate(
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * heads * width * torch.empty(0, dtype=kind).element_size()
     floor = guard.reserved(schedule.period) + 1
+    if budget.unit == "tokens" and budget.amount < floor:
+        raise BudgetError(
+            f"budget {budget} is too small: {guard.sinks} sinks, {guard.recent} recent and a fresh block of "
+            f"{schedule.period} tokens; the smallest that works is {floor} (or use a smaller slack)"
+        )
     slots = budget.tokens(tokens, floor, max(len(evicting), 1) * per_token, len(evicting), schedule.slack)
     stock = [min(tokens, max(getattr(layer, "sliding_window", None) or tokens + 1, 2) - 1) for layer in layers]
     full = sum(stock) * per_token * batch

@@ -208,10 +208,11 @@ class PagePool:
             yield part, self.keys[table].flatten(2, 3), self.values[table].flatten(2, 3)
 
     def _parts(self, width: int, whole: int) -> Iterator[slice]:
-        """Pages but the first, so few at a time that `width` numbers for each are small beside the keys or `whole` numbers."""
-        step = max(
-            1, max(self.keys.nbytes // 8, whole // 4) // width
-        )  # nbytes // 8: float32 numbers in half of the keys
+        """Pages but the first, so few at a time that `width` numbers for each stay below half of the keys' bytes.
+
+        Beside a result of `whole` numbers it may be a quarter of them, as long as that fits a processor's cache.
+        """
+        step = max(1, max(self.keys.nbytes // 8, min(whole // 4, 1 << 20)) // width)  # numbers of at most 4 bytes
         for start in range(1, self.keys.shape[0], step):
             yield slice(start, start + step)
 
