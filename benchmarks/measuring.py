@@ -203,7 +203,7 @@ class Results:
 
 
 def goal(name: str, measured: float, limit: float) -> dict[str, Any]:
-    """One line of the acceptance list: `measured` is to be at most `limit`."""
+    """One line of the goals table: `measured` is to be at most `limit`."""
     return {"goal": name, "measured": round(measured, 4), "at_most": limit, "met": measured <= limit}
 
 

@@ -14,6 +14,11 @@
 Each message says what was given, what was expected and what to do.
 """
 
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class LearnevictError(Exception):
     """Base of all errors raised on purpose by learnevict."""
@@ -73,3 +78,30 @@ class PromptInPiecesWarning(LearnevictWarning):
 
 class KernelUnusedWarning(LearnevictWarning):
     """Kernels were asked for, but a step has to run in plain torch."""
+
+
+def debugging() -> bool:
+    """Whether LEARNEVICT_DEBUG asks for tracebacks."""
+    return os.environ.get("LEARNEVICT_DEBUG", "0") not in ("", "0")
+
+
+@contextmanager
+def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
+    """Around the main part of a program: what went wrong as one line, and no traceback unless LEARNEVICT_DEBUG=1.
+
+    Args:
+        after_interrupt: what Ctrl-C leaves behind and how to go on.
+
+    Raises:
+        SystemExit: 1 after an error of this tree or of the operating system, 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; {after_interrupt}\n")
+        raise SystemExit(130) from None
+    except (LearnevictError, OSError) as error:
+        if debugging():
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(1) from None

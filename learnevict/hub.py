@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from learnevict import methods
 from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError
 from learnevict.infer.identity import check_base, layout_of, weight_hash
+from learnevict.infer.load import damage
 from learnevict.policy import Gate, Policy
 
 GATES_FOLDER = Path(__file__).parent / "gates"
@@ -95,6 +97,8 @@ class Gates(PreTrainedModel):
             raise GateError(f"no gates in {str(source)!r}: expected a folder with config.json and model.safetensors")
         try:
             gates = cls.from_pretrained(str(source))
+        except SafetensorError as error:
+            raise GateError(f"cannot load gates from {str(source)!r}: {damage(str(source), error)}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GateError(f"{str(source)!r} does not hold gates: {str(error).splitlines()[0]}") from error
         if base is not None:

@@ -3,8 +3,12 @@
     python recipes/demo.py                       # or scripts/demo, which sets everything up first
 
 Golden labels for a few hundred training texts, a judge trained on them from scratch, then the bundled model reasons under a
-small cache: heuristics, the lexical baseline, the oracle and the judge side by side on unseen samples. Writes report.json,
+small cache: heuristics, table baselines, the oracle and the judge side by side on unseen samples. Writes report.json,
 table.md and accuracy.png. The judge shipped with the package was trained longer, by the same code, on all five families.
+
+Run again, it goes on where it was interrupted: labels are kept shard by shard, a judge trained to its end is not trained again,
+samples that were judged stay judged. Another number of documents or steps, or another base model, begins anew; labels and
+numbers of the former run stay beside the new ones, its judge is replaced.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -25,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from learnevict import testbed
-from learnevict.errors import LearnevictError
+from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
 from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.journal import Journal, Key
@@ -33,25 +38,38 @@ from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.report import write_report
 from learnevict.evals.rows import Row
 from learnevict.evals.suite import run
-from learnevict.hub import GATES_FOLDER, Gates
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
-BASELINES = ("random", "lexical", "streaming_llm", "h2o", "snapkv", "tova", "knorm")
+BASELINES = ("random", "lexical", "clausal", "streaming_llm", "h2o", "snapkv", "tova", "keydiff")
 JUDGE = "foresightkv"
 console = Console()
 
 
-def learn(out: Path, documents: int, steps: int) -> Path:
-    """Label and train; both go on where an interrupted run stopped."""
+def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
+    """Label what is not labelled yet, and train unless a judge of the same labels, steps and base is there."""
     console.rule("1. golden labels: what the future attends to")
-    oracle.main(oracle.Config(out=out / "labels", documents=documents, families=",".join(FAMILIES)))
+    labels = out / f"labels-{documents}-{base_hash[:8]}"
+    oracle.main(oracle.Config(out=labels, documents=documents, families=",".join(FAMILIES)))
     console.rule("2. a judge learns to rank tokens as the oracle does")
     folder = out / "gates"
-    if not (folder / "model.safetensors").is_file():
-        flags = ["--labels", str(out / "labels"), "--output_dir", str(folder), "--max_steps", str(steps)]
+    if trained(folder) == {"labels": labels.name, "max_steps": steps, "base_hash": base_hash}:
+        console.print(f"the judge in {folder} has learned this already", soft_wrap=True)
+    else:
+        flags = ["--labels", str(labels), "--output_dir", str(folder), "--max_steps", str(steps)]
         distill.main(*distill.parse([*flags, "--save_strategy", "no"]))
     return folder
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """What the judge in a folder was trained on, as its run.json says, which is written last; {} if there is none."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        labels = Path(record["config"]["labels"]).name
+        return {"labels": labels, "max_steps": record["max_steps"], "base_hash": record["base_hash"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: Path) -> tuple[list[Row], Journal]:
@@ -67,34 +85,42 @@ def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: 
             subject,
             contenders,
             out,
-            resume=out.exists(),
+            resume=True,
             advance=lambda label, done: bar.update(task, description=label, advance=done),
         )
 
 
 def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
-    """The judge minus every baseline in step accuracy, on the same samples, with paired intervals."""
+    """The judge minus every baseline in step accuracy, on the same samples, with paired intervals; True if all are above 0.
+
+    A budget is judged over the samples of all families: where a baseline gets one of them right to the last token, nobody can be
+    better there.
+    """
     table = Table(title=f"{JUDGE} minus baseline, step accuracy (95 % paired interval)")
     table.add_column("baseline")
-    columns = [(family, budget) for family in plan.families for budget in plan.budgets]
-    for family, budget in columns:
-        table.add_column(f"{family} {budget}", justify="right")
+    columns = [(families, budget) for budget in plan.budgets for families in (*((one,) for one in FAMILIES), FAMILIES)]
+    for families, budget in columns:
+        table.add_column(f"{' + '.join(families)} {budget}", justify="right")
     better = True
     for name in names:
         cells = []
-        for family, budget in columns:
-            right = [
-                journal.column(Key(method, family, budget, "teacher"), plan.seeds, "right") for method in (JUDGE, name)
-            ]
-            seen = journal.column(Key(JUDGE, family, budget, "teacher"), plan.seeds, "seen")
-            assert seen is not None
-            assert right[0] is not None
-            assert right[1] is not None
-            gain = metrics.paired_difference(right[0], right[1], seen)
-            better = better and gain.low > 0
+        for families, budget in columns:
+            right, other, seen = (
+                [value for family in families for value in column(journal, plan, method, family, budget, what)]
+                for method, what in ((JUDGE, "right"), (name, "right"), (JUDGE, "seen"))
+            )
+            gain = metrics.paired_difference(right, other, seen)
+            better = better and (gain.low > 0 or families != FAMILIES)
             cells.append(f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
         table.add_row(name, *cells)
     return table, better
+
+
+def column(journal: Journal, plan: Plan, method: str, family: str, budget: str, what: str) -> Sequence[float]:
+    """One number per sample."""
+    found = journal.column(Key(method, family, budget, "teacher"), plan.seeds, what)
+    assert found is not None, f"{method} was not run on {family} at {budget}"
+    return found
 
 
 def show(rows: Sequence[Row]) -> Table:
@@ -115,12 +141,14 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     """Label, train, compare, report; True if the judge beats every baseline everywhere."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    folder = learn(out, documents, steps)
     model, tokenizer = testbed.load()
-    gates = {JUDGE: Gates.load(folder, model), "lexical": Gates.load(GATES_FOLDER / "testbed-lexical", model)}
+    folder = learn(out, weight_hash(model), documents, steps)
+    gates = {name: Gates.load(GATES_FOLDER / f"testbed-{name}", model) for name in ("lexical", "clausal")}
+    gates[JUDGE] = Gates.load(folder, model)
     contenders = [contender(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
     plan = Plan(FAMILIES, BUDGETS, samples, free="all")
-    rows, journal = compare(plan, contenders, Subject(model, tokenizer), out / "rows.jsonl")
+    mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
+    rows, journal = compare(plan, contenders, Subject(model, tokenizer), mine)
     (out / "report.json").write_text(json.dumps({"rows": rows}, indent=1))
     write_report(rows, out)
     console.rule("4. what came out")
@@ -135,14 +163,10 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="resumes what it finds there")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="goes on with what it finds there")
     parser.add_argument("--samples", type=int, default=48, help="unseen samples per family")
     parser.add_argument("--documents", type=int, default=480, help="training texts to label")
     parser.add_argument("--steps", type=int, default=160, help="training steps of the judge")
     given = parser.parse_args()
-    try:
+    with told_in_one_line("run the same command again to go on"):
         main(given.out, given.samples, given.documents, given.steps)
-    except LearnevictError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command again to go on") from None

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from learnevict import __version__, testbed
-from learnevict.errors import DataError, LabelError, LearnevictError, UsageError
+from learnevict.errors import DataError, LabelError, UsageError, told_in_one_line
 from learnevict.hub import Gates, weight_hash
 from learnevict.testbed.corpus import load_base, read_source
 from learnevict.train.labels import LabelStore, hash_documents
@@ -36,6 +36,7 @@ class Config:
     """What to distil; training flags are those of transformers.TrainingArguments."""
 
     method: str = "foresightkv"
+    start_from: str | None = None  # gates to train further; their size stays
     model: str = "testbed"
     labels: str | None = None  # folder of recipes/oracle.py
     data: str = "testbed"  # used when no labels are given
@@ -95,6 +96,24 @@ def long_enough(documents: list, shortest: int) -> list:
     return kept
 
 
+def make_gates(config: Config, base: transformers.PreTrainedModel) -> Gates:
+    """Fresh gates of a method that learns by ranking, or those to train further."""
+    if config.start_from:
+        gates = Gates.load(config.start_from, base)
+        if gates.method != config.method or gates.config.settings.get("period") != config.period:
+            raise UsageError(
+                f"{config.start_from!r} holds {gates.method} of period {gates.config.settings.get('period')}, not "
+                f"{config.method} of {config.period}; give --method and --period as they are"
+            )
+        return gates
+    try:
+        return Gates.make(config.method, base, hidden=config.hidden, period=config.period)
+    except TypeError as error:
+        raise UsageError(
+            f"method {config.method!r} has gates but no judge to distil ({error}); tables are fitted with recipes/tables.py"
+        ) from error
+
+
 def main(config: Config, training: TrainingArguments) -> None:
     """Train and save."""
     if config.smoke:
@@ -103,9 +122,10 @@ def main(config: Config, training: TrainingArguments) -> None:
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
     documents = long_enough(read_documents(config, base, tokenizer), config.min_budget + config.period + 1)
-    gates = Gates.make(config.method, base, hidden=config.hidden, period=config.period)
+    gates = make_gates(config, base)
     record = {
         "config": asdict(config),
+        "max_steps": training.max_steps,
         "data_hash": hash_documents(documents),
         "base_hash": weight_hash(base),
         "seed": training.seed,
@@ -142,7 +162,5 @@ def parse(arguments: list[str]) -> tuple[Config, TrainingArguments]:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line("with a checkpoint in --output_dir, --resume_from_checkpoint true goes on"):
         main(*parse(sys.argv[1:]))
-    except LearnevictError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -18,7 +18,7 @@ from rich.progress import track
 from transformers import HfArgumentParser
 
 from learnevict import testbed
-from learnevict.errors import LearnevictError
+from learnevict.errors import told_in_one_line
 from learnevict.hub import weight_hash
 from learnevict.oracle import golden_labels
 from learnevict.testbed.corpus import load_base, read_source
@@ -90,7 +90,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line("whole shards are kept: run the same command again to go on"):
         main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
-    except LearnevictError as error:
-        raise SystemExit(f"error: {error}") from None

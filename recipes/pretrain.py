@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
+from learnevict.errors import told_in_one_line
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.schooling import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
@@ -314,8 +315,9 @@ def parse() -> Config:
         steps=3, cooldown=1, warmup=1, tokens_per_step=600, evaluate_every=3, evaluate_samples=2, final_samples=2
     )
     small = dict(hidden_size=32, intermediate_size=64, num_layers=2, max_new_tokens=4)
-    return replace(config, out="/tmp/testbed_smoke", data="/tmp/testbed_smoke/data", **tiny, **small)
+    return replace(config, out="runs/testbed-smoke", data="runs/testbed-smoke/data", **tiny, **small)
 
 
 if __name__ == "__main__":
-    main(parse())
+    with told_in_one_line("run the same command again to go on from the last checkpoint"):
+        main(parse())

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from learnevict.errors import LearnevictError
+from learnevict.errors import told_in_one_line
 from learnevict.evals.contenders import COMPARISON, contender
 from learnevict.evals.plan import Plan, Subject
 from learnevict.evals.suite import run
@@ -55,7 +55,5 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=40)
     given = parser.parse_args()
-    try:
+    with told_in_one_line("nothing was saved of the baseline being tuned; run the same command again"):
         main(given.output_dir, given.documents, given.samples)
-    except LearnevictError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -33,22 +33,29 @@ class Moment:
     mass: list[dict[int, float]]
     now: int = -1
     layer: int = 1
+    softcap: float = INF
+    sinks: list[float] | None = None
     products: list[list[list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Logits of every query with every key, [Hq][T][T]: looked up here, never masked or blocked."""
         keys = [self.k[h // self.group] for h in range(len(self.q))]
-        self.products = [(self.scaling * (q @ k.T)).tolist() for q, k in zip(self.q, keys, strict=True)]
+        for q, k in zip(self.q, keys, strict=True):
+            logits = (self.scaling * (q @ k.T)).tolist()
+            if self.softcap < INF:
+                logits = [[self.softcap * math.tanh(x / self.softcap) for x in row] for row in logits]
+            self.products.append(logits)
 
     @property
     def group(self) -> int:
         return len(self.q) // len(self.k)
 
     def attention(self, query_head: int, time: int, among: list[int]) -> dict[int, float]:
-        """Softmax of one query over the tokens of `among` it can see."""
+        """Softmax of one query over the tokens of `among` it can see; its head's sink is one more of them, then dropped."""
         seen = [j for j in among if j <= time]
         row = self.products[query_head][time]
-        return dict(zip(seen, softmax([row[j] for j in seen]), strict=True))
+        sink = [] if self.sinks is None else [self.sinks[query_head]]
+        return dict(zip(seen, softmax([row[j] for j in seen] + sink), strict=False))
 
     def last(self, window: int) -> list[int]:
         return list(range(max(0, self.now - window + 1), self.now + 1))
@@ -77,10 +84,14 @@ def history(row: Any, prompt: int, rule: Rule, score: Callable[[Moment, int], di
     """expiry int32 [H, T] of one unpadded stream."""
     q, k, v = (part[0].double() for part in (row.query, row.key, row.value))
     heads, length = k.shape[:2]
-    frequencies = tuple(row.attention.frequencies.double().tolist())
+    attention = row.attention
+    frequencies = tuple(attention.frequencies.double().tolist())
+    sinks = None if attention.sinks is None else attention.sinks.tolist()
+    cap = INF if attention.softcap is None else attention.softcap
     held: list[list[int]] = [[] for _ in range(heads)]
     mass: list[dict[int, float]] = [{} for _ in range(heads)]
-    at = Moment(q, k, v, row.attention.scaling, frequencies, row.tokens[0].tolist(), held, mass)
+    tokens = row.tokens[0].tolist()
+    at = Moment(q, k, v, attention.scaling, frequencies, tokens, held, mass, softcap=cap, sinks=sinks)
     period, target = max(rule.slack, 1), rule.budget - (rule.slack == 0)
     expiry = torch.full((heads, length), NEVER, dtype=torch.int32)
     for time in range(length):
@@ -102,11 +113,16 @@ def history(row: Any, prompt: int, rule: Rule, score: Callable[[Moment, int], di
         scores = [score(at, head) for head in range(heads)]
         counts = [target] * heads if rule.counts is None else rule.counts(at, scores, safe, target)
         for head in range(heads):
-            best = sorted(held[head], key=lambda j: (j in safe[head], scores[head][j], j), reverse=True)
+            best = ranked(held[head], safe[head], scores[head])
             for j in best[counts[head] :]:
                 expiry[head, j] = time + 1
             held[head][:] = sorted(best[: counts[head]])
     return expiry
+
+
+def ranked(held: list[int], safe: set[int], scores: dict[int, float]) -> list[int]:
+    """Guarded tokens first, then by score; of equal scores the newer comes first."""
+    return sorted(held, key=lambda j: (j in safe, scores[j], j), reverse=True)
 
 
 # --- scores ---
@@ -187,7 +203,7 @@ def snap(variant: str, window: int) -> Callable[[Moment, int], dict[int, float]]
 
 
 def group_logit_votes(at: Moment, head: int, times: list[int], candidates: list[int]) -> list[float]:
-    """R-KV: largest logit of the group, softmax over candidates, mean over the window."""
+    """R-KV: largest logit of the group, softmax over candidates and nothing else, mean over the window."""
     mine = range(head * at.group, (head + 1) * at.group)
     total = [0.0] * len(candidates)
     for time in times:
@@ -269,6 +285,21 @@ def expected_attention(window: int, future: int) -> Callable[[Moment, int], dict
 def worth(table: Any, bonus: float) -> Callable[[Moment, int], dict[int, float]]:
     def score(at: Moment, head: int) -> dict[int, float]:
         return {j: float(table[at.layer, head, at.tokens[j]]) - bonus * math.log(1 + at.now - j) for j in at.held[head]}
+
+    return score
+
+
+def clause_worth(table: Any, places: int, separator: int) -> Callable[[Moment, int], dict[int, float]]:
+    """Walk back from each token to where its clause begins."""
+
+    def score(at: Moment, head: int) -> dict[int, float]:
+        found = {}
+        for j in at.held[head]:
+            start = j
+            while start > 0 and int(at.tokens[start - 1]) != separator:
+                start -= 1
+            found[j] = float(table[at.layer, head, int(at.tokens[start]) * places + min(j - start, places - 1)])
+        return found
 
     return score
 

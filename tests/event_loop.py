@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from learnevict.infer.clock import Clock
-from learnevict.infer.layer import EvictingLayer, Place
+from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.storage import Meter, Place
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -45,9 +46,21 @@ class Stream:
 
 
 def stream(
-    pads: Sequence[int] = (0, 5, 14), length: int = 61, heads: int = 2, group: int = 2, width: int = 8, seed: int = 0
+    pads: Sequence[int] = (0, 5, 14),
+    length: int = 61,
+    heads: int = 2,
+    group: int = 2,
+    width: int = 8,
+    seed: int = 0,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> Stream:
-    """Random, with keys in clusters so that some are alike, and attention far from uniform."""
+    """Random, with keys in clusters so that some are alike, and attention far from uniform.
+
+    Args:
+        softcap: as Gemma2 has it.
+        sinks: a logit per query head that takes attention from the tokens, as in GPT-OSS.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -60,8 +73,10 @@ def stream(
     query = 1.3 * draw(batch, heads * group, length, width)
     tokens = torch.randint(VOCABULARY, (batch, length), generator=generator)
     frequencies = 1.7 ** -torch.arange(width // 2).float()
-    attention = Attention(width**-0.5, frequencies=frequencies)
-    return Stream(query, key, draw(batch, heads, length, width), tokens, tuple(pads), attention)
+    value = draw(batch, heads, length, width)
+    sink = 2 * draw(heads * group) if sinks else None
+    attention = Attention(width**-0.5, softcap, sink, frequencies)
+    return Stream(query, key, value, tokens, tuple(pads), attention)
 
 
 class Loop:
@@ -70,7 +85,7 @@ class Loop:
     def __init__(self, policy: Governor, data: Stream) -> None:
         self.policy, self.data = policy, data
         self.clock = Clock(policy.schedule)
-        self.layer = EvictingLayer(policy, self.clock, Place(LAYER, 0, 1, 1), record=True)
+        self.layer = EvictingLayer(policy, self.clock, Place(LAYER, 0, 1, 1), record=True, meter=Meter())
 
     def read(self, size: int) -> Tensor:
         """The next `size` columns; returns the attention's output."""

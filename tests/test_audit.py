@@ -1,12 +1,15 @@
 """What a decode step may not do, for every method: grow, copy its cache, or wait for the device.
 
-From the second decode step on, events included, with a left-padded batch: no concatenation along slots, no new storage as
-large as a layer's keys, no read of a device value by the host (`_local_scalar_dense`) and no `nonzero`, which is one.
+From the second decode step on, events included, with a left-padded batch: no concatenation but that of features, no new
+storage as large as a layer's keys, no read of a device value by the host (`_local_scalar_dense`) and no `nonzero`, which is
+one. Keys, positions, columns and attention have their slots in different places, so every concatenation counts as one along
+slots unless it joins float features along the last dimension, to a width that is named in advance and is no number of slots.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -32,11 +35,11 @@ GROWING = {"full": "never evicts", "snapkv/prefill_only": "does not evict while 
 
 
 class Audit(TorchDispatchMode):
-    """Counts what is not allowed; `limit` is the bytes of one layer's keys."""
+    """Counts what is not allowed; `limit` is the bytes of one layer's keys, `features` the widths that may be joined."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, features: Collection[int] = ()) -> None:
         super().__init__()
-        self.limit = limit
+        self.limit, self.features = limit, features
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,9 +48,8 @@ class Audit(TorchDispatchMode):
         if name in ("_local_scalar_dense", "nonzero", "is_nonzero"):
             self.found[name] += 1
         if name == "cat":
-            parts = args[0]
-            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) % parts[0].ndim
-            if parts[0].ndim >= 3 and dim == 2 and dim != parts[0].ndim - 1:
+            last = ((kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) + 1) % out.ndim == 0
+            if not (last and out.is_floating_point() and out.ndim > 2 and out.shape[-1] in self.features):
                 self.found["cat along slots"] += 1
         given = {part.untyped_storage().data_ptr() for part in tensors((args, kwargs))}
         for made in tensors(out):
@@ -55,6 +57,15 @@ class Audit(TorchDispatchMode):
             if storage.data_ptr() not in given and storage.nbytes() >= self.limit:
                 self.found[f"{name} makes {storage.nbytes()} bytes, a layer's keys are {self.limit}"] += 1
         return out
+
+
+def feature_widths(model: LlamaForCausalLM, policy: Policy) -> set[int]:
+    """What may be joined: the two halves of a head, by RoPE; and, by its judge, ForesightKV's notes and all its inputs."""
+    head = model.config.head_dim
+    if policy.name != "foresightkv":
+        return {head}
+    inputs = policy.scorer.config.num_features
+    return {head, inputs, inputs - 2 * head - head // 2}
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -84,7 +95,7 @@ def policy_of(name: str, model: LlamaForCausalLM, ids: torch.Tensor, mask: torch
 
 def decode(model: LlamaForCausalLM, policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Counter[str], int]:
     """What the audit found over the decode steps, and how many of them were event steps of the first layer."""
-    places = position_ids(mask)
+    places, features = position_ids(mask), feature_widths(model, policy)
     events, found = 0, Counter()
     with attach(model):
         cache = EvictingCache(model.config, policy)
@@ -97,11 +108,13 @@ def decode(model: LlamaForCausalLM, policy: Policy, ids: torch.Tensor, mask: tor
                 "past_key_values": cache,
             }
             store = cache.layers[0].store
-            audit = Audit(store.keys.nbytes if store is not None else 1 << 60)
+            audit = Audit(store.keys.nbytes if store is not None else 1 << 60, features)
             with torch.no_grad(), audit:
                 model(**inputs)
             if index >= SKIPPED:
                 found += audit.found
+                num = cache.positions(0).shape[2]
+                assert not features & set(range(num - SLACK, num + 2)), "the audit takes slots for features"
                 fresh = ids.shape[0] * cache.positions(0).shape[1]
                 events += int((cache.positions(0) >= 0).sum()) < before + fresh
     return found, events
@@ -143,12 +156,32 @@ def test_the_audit_sees_a_stock_cache(model):
 
     ids, _ = text(model)
     cache = DynamicCache(config=model.config)
-    audit = Audit(1 << 60)
+    audit = Audit(1 << 60, {model.config.head_dim})
     with torch.no_grad():
         model(ids[:, :PROMPT], past_key_values=cache)
         with audit:
             model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
     assert audit.found["cat along slots"] == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "dtype"),
+    [
+        ((3, 2, 56, 32), 2, torch.float32),  # keys
+        ((3, 2, 56), 2, torch.int32),  # positions
+        ((3, 2, 56), -1, torch.float32),  # a column
+        ((3, 2, 56, 2), 2, torch.int32),  # a column of pairs
+        ((3, 2, 2, 56), 3, torch.float32),  # attention of a group
+        ((3, 2, 2, 1, 56), -1, torch.float32),
+        ((6, 56), 1, torch.float32),  # heads of all rows
+        ((3, 2, 31), -1, torch.int32),  # as wide as a head, but counters
+    ],
+)
+def test_the_audit_sees_slots_wherever_they_are(shape, dim, dtype):
+    old = torch.zeros(shape, dtype=dtype)
+    with Audit(1 << 60, {32}) as audit:
+        torch.cat([old, old.narrow(dim, 0, 1)], dim)
+    assert audit.found == {"cat along slots": 1}
 
 
 def test_the_audit_sees_a_wait():

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from learnevict.evals.benchmarks import benchmark_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {"median", "q1", "q3", "n"}
 
@@ -77,6 +79,39 @@ def test_laws_name_every_cell(report):
     assert all(row["ok"] for row in rows)
     assert {row["law"] for row in rows} == {"identity", "masking", "padding", "bounded", "replay"}
     assert report["parts"]["laws"]["result"]["cells_left"] == 0
+
+
+@pytest.mark.slow
+def test_figures_ratios_and_goals_reach_the_results_page(report, tmp_path):
+    """As scripts/gpu wrote them, and as each program writes its own file."""
+    (tmp_path / "cpu-smoke.json").write_text(json.dumps(report))
+    for name, part in report["parts"].items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part["result"]))
+    broken = {**report, "parts": {"memory": {"status": "cut off after 35 s", "seconds": 35.0, "result": None}}}
+    (tmp_path / "late.json").write_text(json.dumps(broken))
+    first, *parts = benchmark_tables(tmp_path)
+    assert first == "## Speed and memory"
+    page = "\n\n".join(parts)
+    assert page.count("### ") == 2 * len(report["parts"]) + 1
+    assert "### late: memory\n\nThis part cut off after 35 s." in page
+    for name, part in report["parts"].items():
+        result, machine = part["result"], part["result"]["machine"]
+        where = f"{machine['cpu']}, 1 thread; torch {machine['torch']}, transformers {machine['transformers']}"
+        for title in (name, f"cpu-smoke: {name}"):
+            shown = page.split(f"### {title}\n\n")[1].split("\n\n### ")[0]
+            assert shown.startswith(f"{where}; commit 0123abcd. A smoke run")
+            for line in result["goals"]:
+                met = "yes" if line["met"] else "**missed**"
+                assert f"| {line['goal']} | {line['measured']:.4g} | {line['at_most']:.4g} | {met} |" in shown
+            for row in result["rows"] if name != "laws" else []:
+                for figures in (value for value in row.values() if isinstance(value, dict)):
+                    assert f"{figures['median']:.4g}" in shown
+                    assert figures["n"] == 1 or f"({figures['q1']:.4g}–{figures['q3']:.4g})" in shown
+            for row in result.get("ratios", []):
+                assert f" {row['cache']} |" in shown
+                assert all(f"\n| {title} | " in shown for title in row if title != "cache")
+    laws = page.split("### laws\n\n")[1]
+    assert "| masking | float32 | " in laws
 
 
 def test_without_a_card_the_gpu_script_says_so():

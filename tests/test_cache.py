@@ -379,7 +379,7 @@ def test_a_long_prompt_needs_no_more_room_than_the_budget():
     assert cache.peak_nbytes <= 24 * per_slot
     with attach(model, hashed(20, prompt="end")) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
-    assert cache.peak_nbytes >= 300 * per_slot
+    assert cache.peak_nbytes >= 300 * per_slot // 2, "a layer at a time holds the whole prompt"
     assert cache.nbytes <= 24 * per_slot
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import importlib
 import json
-import os
 import re
+import shutil
 import signal
-import threading
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,14 +25,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict import methods, testbed
 from learnevict.cli import app, main
 from learnevict.config import Budget
-from learnevict.hub import GATES_FOLDER, Gates
+from learnevict.errors import DataError, told_in_one_line
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.infer.generate import generate, read_text
 from learnevict.infer.load import load, load_config
 from learnevict.infer.memory import estimate
 from learnevict.infer.viz import page
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
+from tests.interrupting import ctrl_c_after
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = " ".join(testbed.generate("recall", 0).messages[0]["content"].split()[:8])
 
 
@@ -168,13 +176,17 @@ def test_gates_from_a_folder(learnevict, folder, tmp_path):
     assert record["kept"]["max"] <= 64
 
 
-def test_a_method_of_ones_own(learnevict, tmp_path, monkeypatch):
-    """Any importable module will do, and what suits the testbed is not forced on it."""
-    (tmp_path / "my_method.py").write_text(
+def write_method(path: Path, policy: str) -> None:
+    path.write_text(
         "from learnevict.methods import Paper, streaming_llm\n"
         "PAPER = Paper('mine', None, 2026)\n"
-        "def policy(budget, *, slack=16):\n    return streaming_llm.policy(budget, slack=slack, recent=8)\n"
+        f"def policy(budget, *, slack=16):\n    return {policy}\n"
     )
+
+
+def test_a_method_of_ones_own(learnevict, tmp_path, monkeypatch):
+    """Any importable module will do, and what suits the testbed is not forced on it."""
+    write_method(tmp_path / "my_method.py", "streaming_llm.policy(budget, slack=slack, recent=8)")
     monkeypatch.syspath_prepend(tmp_path)
     assert infer(learnevict, "--task", "recall", "--method", "my_method", "--budget", 48)["kept"]["max"] <= 64
     code, _, err = learnevict(
@@ -196,6 +208,7 @@ BATCH = [
     {"id": "e", "prompt": "   "},
     {"id": "f", "question": WORDS},
     {"id": "g", "task": "poetry"},
+    '{"id": "h", "prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
 ]
 
 
@@ -205,7 +218,8 @@ def test_bad_rows_are_named_and_good_ones_finish(learnevict, tmp_path):
     code, _, err = learnevict(*words, "--batch-size", 2)
     assert code == 1
     complaints = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert [int(re.findall(r"line (\d+)", line)[0]) for line in complaints] == [2, 4, 6, 7, 8, 9]
+    assert [int(re.findall(r"line (\d+)", line)[0]) for line in complaints] == [2, 4, 6, 7, 8, 9, 10]
+    assert "nested too deeply" in complaints[-1]
     assert "'what', 'is', 'weather'" in complaints[1]
     assert [row["id"] for row in rows_of(out)] == ["a", "b", "d"]
     assert rows_of(out)[2]["task"] == "recall"
@@ -227,6 +241,22 @@ def test_rows_of_a_batch_equal_single_runs(learnevict, tmp_path):
     assert together == alone
 
 
+def test_a_sampled_batch_that_was_cut_off_ends_as_an_uninterrupted_one(learnevict, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *({"prompt": WORDS} for _ in range(5)))
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    words = ("infer", "--model", "MODEL", "-n", 12, "--temperature", 1, "--batch", rows, "--batch-size", 3, "--out")
+    assert learnevict(*words, whole)[0] == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    assert len({row["text"] for row in rows_of(whole)}) == 5
+    for kept in ([0], [0, 1, 2, 3], [1, 2]):
+        cut.write_text("".join(lines[index] for index in kept))
+        assert learnevict(*words, cut)[0] == 0
+        assert cut.read_text().startswith("".join(lines[index] for index in kept))
+        assert {row["id"]: row["text"] for row in rows_of(cut)} == {row["id"]: row["text"] for row in rows_of(whole)}
+    code, _, err = learnevict(*words, cut, "--batch-size", 2)
+    assert (code, "other settings" in err) == (2, True)
+
+
 def test_a_result_file_belongs_to_its_settings(learnevict, tmp_path):
     rows, out = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS}), tmp_path / "out.jsonl"
     words = ("infer", "--model", "MODEL", "-n", 4, "--batch", rows, "--out", out)
@@ -240,33 +270,12 @@ def test_a_result_file_belongs_to_its_settings(learnevict, tmp_path):
     assert [row["id"] for row in rows_of(out)] == ["1"]
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, also where a background shell ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", *({"prompt": WORDS} for _ in range(12)))
     out = tmp_path / "out.jsonl"
     words = ("infer", "--model", "MODEL", "-n", 40, "--batch", rows, "--out", out, "--batch-size", 1)
-
-    over = threading.Event()
-
-    def stop() -> None:
-        while not over.wait(0.005):
-            if out.exists() and out.read_text().count("\n") >= 2:
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-
-    watcher = threading.Thread(target=stop, daemon=True)
-    watcher.start()
-    code, _, err = learnevict(*words)
-    over.set()
-    watcher.join()
+    with ctrl_c_after(out, 2):
+        code, _, err = learnevict(*words)
     finished = len(rows_of(out))
     assert code == 130
     assert 2 <= finished < 12
@@ -304,7 +313,15 @@ MISTAKES = {
     "missing batch": (("infer", "--model", "MODEL", "--batch", "nowhere.jsonl"), 1, "cannot read 'nowhere.jsonl'"),
     "viz of a full cache": (("viz", "--model", "MODEL", "--task", "recall", "--out", "OUT"), 2, "give --budget"),
     "viz out of reach": (("viz", "--task", "recall", "-b", "48", "--out", "no/where.html"), 1, "choose another --out"),
+    "viz of less than nothing": (("viz", "--task", "recall", "-b", "48", "-n", "-1"), 2, "'-n'"),
+    "terms of no eviction": ((*TASK, "--slack", "4", "--sinks", "9"), 2, "--sinks and --slack without --budget"),
+    "prompt kept by nobody": ((*TASK, "--method", "full", "--keep-prompt"), 2, "--keep-prompt without --budget"),
+    "chat of a task": ((*TASK, "--chat"), 2, "--chat means nothing to --task"),
+    "viz of a chat of a task": (("viz", "--task", "recall", "--chat", "-b", "48"), 2, "--chat means nothing to --task"),
+    "batch size of one prompt": ((*TASK, "--batch-size", "4"), 2, "--batch-size belongs to --batch"),
+    "seed beyond all seeds": ((*TASK, "--seed", "99999999999999999999", "--temperature", "1"), 2, str(2**63 - 1)),
     "doctor's model": (("doctor", "--model", "./nowhere"), 1, "no folder './nowhere'"),
+    "doctor's budget": (("doctor", "--model", "MODEL", "-b", "5"), 2, "the smallest that works is 133"),
 }  # fmt: skip
 
 
@@ -351,6 +368,153 @@ def test_an_output_that_cannot_be_written(learnevict, tmp_path):
     assert rows_of(other) == [{"id": "mine", "prompt": WORDS}], "a file of the user's was taken for a broken output"
     code, _, err = learnevict("infer", "--model", "MODEL", "--batch", rows, "--out", rows)
     assert (code, rows_of(rows)) == (2, [{"prompt": WORDS}])
+
+
+def test_a_page_that_failed_leaves_no_file(learnevict, tmp_path):
+    out = tmp_path / "page.html"
+    assert learnevict("viz", "--model", "MODEL", "--prompt", WORDS, "--out", out)[0] == 2
+    assert not out.exists()
+    out.write_text("mine")
+    assert learnevict("viz", "--model", "MODEL", "--prompt", WORDS, "--out", out)[0] == 2
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1000])
+def test_damaged_weights_are_named(learnevict, folder, tmp_path, size):
+    model, gates = tmp_path / "model", tmp_path / "gates"
+    shutil.copytree(folder, model)
+    Gates.make("foresightkv", load(str(folder))[0]).save_pretrained(gates)
+    for path, words in (
+        (model / "model.safetensors", ("infer", "--model", model, "--task", "recall")),
+        (gates / "model.safetensors", (*TASK, "--budget", 48, "--ckpt", gates)),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:size])
+        code, _, err = learnevict(*words)
+        assert (code, len(err.splitlines())) == (1, 1), err
+        assert f"'{path}' is damaged or cut short" in err
+        assert "again" in err
+
+
+def test_what_nobody_foresaw_is_one_line_too(learnevict, tmp_path, monkeypatch):
+    write_method(tmp_path / "my_mistake.py", "1 / 0")
+    monkeypatch.chdir(tmp_path)
+    words = (*TASK, "--method", "my_mistake", "--budget", 48)
+    before = list(sys.path)
+    code, _, err = learnevict(*words)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "ZeroDivisionError: division by zero; for the traceback run it again with --debug" in err
+    assert sys.path == before
+    with pytest.raises(ZeroDivisionError):
+        learnevict(*words, "--debug")
+    monkeypatch.setenv("LEARNEVICT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        learnevict(*words)
+
+
+@pytest.mark.slow
+def test_the_readme_adds_a_method_in_30_lines(tmp_path):
+    """Its code in the current folder, its commands as they stand there."""
+    text = (ROOT / "README.md").read_text().split("## A new method in 30 lines")[1].split("\n## ")[0]
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "my_method.py").write_text(code)
+    commands = re.findall(r"`learnevict ([^`]*my_method[^`]*)`", text)
+    assert [command.split()[0] for command in commands] == ["infer", "eval"]
+    more = {"infer": "-n 8 --json", "eval": "--families recall --samples 2 --no-free --json"}
+    for command in commands:
+        words = f"{command} {more[command.split()[0]]} --device cpu".split()
+        done = subprocess.run(
+            [Path(sys.executable).with_name("learnevict"), *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "long_values" in done.stdout or "my_method" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_the_readme_names(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"scripts/demo", "scripts/test", "benchmarks/decode.py", "docs/log.md", "recipes/demo.py"} <= held
+
+
+# --- recipes ---
+
+
+def call_recipe(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"recipes/{name}.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_program_tells_in_one_line_and_says_how_to_go_on(capsys, monkeypatch):
+    for error, code, line in (
+        (KeyboardInterrupt(), 130, "interrupted; give the command again"),
+        (DataError("no\n  text"), 1, "error: no text"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'"),
+    ):
+        with pytest.raises(SystemExit) as caught, told_in_one_line("give the command again"):
+            raise error
+        assert (caught.value.code, capsys.readouterr().err) == (code, line + "\n")
+    monkeypatch.setenv("LEARNEVICT_DEBUG", "1")
+    with pytest.raises(DataError), told_in_one_line("give the command again"):
+        raise DataError("no text")
+
+
+def test_every_recipe_runs_under_the_same_guard():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert "\n    with told_in_one_line(" in path.read_text(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("evaluate", "--stage", "nope"), 2, "no stage nope; choose all, tune, main"),
+        (("evaluate", "--families", "sudoku"), 1, "no such task family: sudoku"),
+        (("distill", "--method", "lexical", "--smoke"), 1, "tables are fitted with recipes/tables.py"),
+        (("oracle", "--data", "./nowhere.txt"), 1, "cannot read"),
+    ],
+)
+def test_a_mistake_with_a_recipe_is_told(words, code, message):
+    done = call_recipe(*words)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_is_interrupted_without_a_traceback(tmp_path):
+    command = [sys.executable, "recipes/oracle.py", "--out", tmp_path / "labels"]
+    prepare = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+    while running.poll() is None and not (tmp_path / "labels" / "manifest.json").exists():
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+
+
+@pytest.mark.slow
+def test_the_demo_trains_anew_when_asked_for_something_else(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    demo = importlib.import_module("demo")
+    base = weight_hash(testbed.load()[0])
+
+    def learn(documents: int, steps: int) -> tuple[int, dict]:
+        folder = demo.learn(tmp_path, base, documents, steps)
+        return (folder / "model.safetensors").stat().st_mtime_ns, json.loads((folder / "run.json").read_text())
+
+    first, record = learn(8, 1)
+    assert (record["max_steps"], record["base_hash"]) == (1, base)
+    assert learn(8, 1)[0] == first
+    second, record = learn(8, 2)
+    assert (record["max_steps"], second > first) == (2, True)
+    third, record = learn(10, 2)
+    assert third > second
+    assert record["config"]["labels"].endswith(f"labels-10-{base[:8]}")
 
 
 def test_debug_shows_where(learnevict):

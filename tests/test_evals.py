@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.replay import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
+from tests.interrupting import ctrl_c_after
 
 SMALL = Rules(slack=4, sinks=1, recent=2)
 
@@ -102,6 +104,19 @@ def test_a_bootstrap_interval_is_that_of_all_resamples():
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.02)
     assert metrics.ratio(above, below) == metrics.ratio(above, below)
     assert metrics.step_accuracy(above, below).value == pytest.approx(10 / 15)
+
+
+def test_a_share_is_never_certain():
+    """Wilson's interval: the shares p that are at most 1.96 of their own standard errors away from what was seen."""
+    for right, num in ((40, 40), (0, 40), (13, 40), (1, 1)):
+        found = metrics.share([1.0] * right + [0.0] * (num - right))
+        shares = np.linspace(0, 1, 200_001)
+        near = np.abs(right / num - shares) <= 1.959964 * np.sqrt(shares * (1 - shares) / num)
+        assert found.value == right / num
+        assert (found.low, found.high) == pytest.approx((shares[near].min(), shares[near].max()), abs=2e-5)
+    assert metrics.share([1.0] * 40).low < 1 and metrics.mean([1.0] * 40).low == 1
+    averaged = [0.5, 1.0, 0.25, 0.75]
+    assert metrics.share(averaged) == metrics.mean(averaged)
 
 
 def test_a_paired_difference_knows_the_pairs():
@@ -318,10 +333,59 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
         run(small_plan(free="none", rules=SMALL), subject, field, out, resume=True)
 
 
+def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):
+    out, field = tmp_path / "rows.jsonl", [contender("random")]
+    plan = small_plan(free="none", num_samples=2, budgets=("1/4",))
+    out.write_text("my notes\n")
+    for resume, error in ((False, UsageError), (True, DataError)):
+        with pytest.raises(error, match="choose another --out"):
+            run(plan, subject, field, out, resume=resume)
+    assert out.read_text() == "my notes\n" and not journal_path(out).exists()
+    write_rows(out, [dict.fromkeys(KEYS) | {"method": "h2o", "family": "recall"}])
+    with pytest.raises(UsageError, match="the numbers behind them, is missing"):
+        run(plan, subject, field, out, resume=True)
+    out.write_text("")
+    assert len(run(plan, subject, field, out)[0]) == 1
+
+
+def test_resuming_loses_no_row(subject, tmp_path):
+    """Other methods, families and budgets stay where they are; what is judged again takes its old place."""
+    out = tmp_path / "rows.jsonl"
+    plan = small_plan(free="none", num_samples=2, budgets=("1/4",), families=("recall", "dialogue"))
+    run(plan, subject, [contender("full"), contender("random")], out)
+    before = read_rows(out)
+    size = len(before)
+
+    def grown(label: str, number: int) -> None:
+        nonlocal size
+        assert size <= len(read_rows(out))
+        size = len(read_rows(out))
+
+    for changes, name in ((dict(families=("recall",)), "h2o"), (dict(budgets=("40",)), "random")):
+        found, _ = run(
+            dataclasses.replace(plan, **changes), subject, [contender(name)], out, resume=True, advance=grown
+        )
+        assert {row["method"] for row in found} == {name}
+    after = read_rows(out)
+    assert after[: len(before)] == before
+    assert [(row["family"], row["method"], row["budget_share"]) for row in after[len(before) :]] == [
+        ("recall", "h2o", "1/4"), ("recall", "random", None), ("dialogue", "random", None)
+    ]  # fmt: skip
+    more = dataclasses.replace(plan, num_samples=3, families=("dialogue",))
+    run(more, subject, [contender("random")], out, resume=True)
+    again = read_rows(out)
+    assert [row["samples"] for row in again] == [2, 2, 2, 3, 2, 2, 2]
+    assert [row for row in again if row["samples"] == 2] == [row for row in after if row != after[3]]
+
+
 def test_free_rows_have_tokens_and_speed(subject):
     plan = small_plan(num_samples=2, budgets=("64",), teacher=False, free="all")
-    rows, _ = run(plan, subject, [contender("streaming_llm")])
+    rows, journal = run(plan, subject, [contender("streaming_llm")])
     (row,) = rows
+    key = Key("streaming_llm", "recall", "64", "free")
+    tokens, seconds = (sum(journal.column(key, plan.seeds, name)) for name in ("tokens", "seconds"))
+    assert row["tokens_per_second"] == pytest.approx((tokens - 2) / seconds), "the clock starts after first tokens"
+    assert row["exact_low"] == 0.0 and row["exact_high"] > 0.5
     assert row["exact_match"] == 0.0 and row["tokens_generated"] == 34 and row["tokens_per_second"] > 0
     assert row["step_accuracy"] is None and row["kv_bytes_peak"] < row["kv_bytes_full"]
 
@@ -390,6 +454,30 @@ def test_tuning_chooses_the_best_setting_and_method_of_each_cell(tmp_path):
         tuning.load(tmp_path / "nothing.json")
 
 
+def test_processes_that_tune_side_by_side_lose_nothing(tmp_path, monkeypatch):
+    """Another process writes its family while this one is between reading and writing; whatever the order, both are in."""
+    record, whole, folder = {"weights": "a"}, tmp_path / "tuned.json", tmp_path / "tuning"
+
+    def tuned(family: str, weights: str = "a") -> tuning.Tuned:
+        return tuning.Tuned({"weights": weights}, {family: {"1/4": {"h2o": {}}}}, {family: {"1/4": {"h2o": 0.5}}})
+
+    tuning.save(tuned("ledger"), whole)
+    tuning.save(tuned("dialogue", "other weights"), folder / "dialogue.tuned.json")
+    save, began = tuning.save, []
+
+    def meanwhile(given: tuning.Tuned, path) -> None:
+        if path == whole and not began:
+            began.append(1)
+            tuning.save_part(tuned("recall"), folder / "recall.tuned.json", whole)
+        save(given, path)
+
+    monkeypatch.setattr(tuning, "save", meanwhile)
+    tuning.save_part(tuned("program"), folder / "program.tuned.json", whole)
+    found = tuning.load(whole)
+    assert found.record == record and set(found.settings) == {"ledger", "program", "recall"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.json", "tuning"}
+
+
 def test_every_setting_of_every_grid_makes_a_policy():
     field = tuning.candidates(tuning.training_free())
     assert len({one.name for one in field}) == len(field) > 20
@@ -399,7 +487,7 @@ def test_every_setting_of_every_grid_makes_a_policy():
 
 
 def test_lexical_is_tuned_like_the_heuristics_but_never_the_best_of_them():
-    field = tuning.candidates(["random"], Gates.make("lexical", tiny()))
+    field = tuning.candidates(["random"], [Gates.make("lexical", tiny())])
     assert [one.method for one in field].count("lexical") == 6
     rows = [
         {"method": one.name, "family": "recall", "budget": 50, "budget_share": "1/4", "step_accuracy": accuracy}
@@ -436,6 +524,10 @@ def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
     report.write_text("[1, 2]\n")
     with pytest.raises(DataError, match=r"no rows|neither"):
         read_rows(report)
+    for numbers in ("1\n2\n", "null\n", '{"rows": 5}', '{"rows": [1]}', "[" * 100_000):
+        report.write_text(numbers)
+        with pytest.raises(DataError, match=r"no rows|neither"):
+            read_rows(report)
     report.write_text("not json\n")
     with pytest.raises(DataError, match="neither"):
         read_rows(report)
@@ -464,16 +556,40 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
     for path in (out, journal_path(out)):
         (folder / path.name).write_bytes(path.read_bytes())
     bench = tmp_path / "bench"
-    bench.mkdir()
-    (bench / "decode.json").write_text(
-        json.dumps({"device": "cpu", "rows": [{"tokens": 1024, "ms": 1.25, "more": [1]}]})
-    )
     written = tables.write_results(tmp_path / "docs" / "results", tmp_path / "docs", bench)
     assert [path.name for path in written] == ["results-main.png", "results.md"]
     page = written[-1].read_text()
-    assert "| golden |" in page and "| 1024 | 1.25 |" in page and "](results-main.png)" in page
+    assert "| golden |" in page and "](results-main.png)" in page and "bootstrap interval" in page
+    bench.mkdir()
+    (bench / "decode.json").write_text('{"rows": [{"tokens": 1024}]}')
+    with pytest.raises(DataError, match="no file of a benchmark"):
+        tables.write_results(tmp_path / "docs" / "results", tmp_path / "docs", bench)
     with pytest.raises(DataError, match="evaluate"):
         tables.write_results(tmp_path / "empty", tmp_path, bench)
+
+
+def test_the_pooled_gap_says_what_it_pools():
+    """Two families with a gap, one without, one that lacks golden, one not run."""
+    journal, rows = Journal(None, {}), []
+    right = {
+        "program": {"random": 4, "golden": 8, "foresightkv": 7},
+        "ledger": {"random": 2, "golden": 6, "foresightkv": 3},
+        "recall": {"random": 8, "golden": 8, "foresightkv": 9},
+        "dialogue": {"random": 8, "foresightkv": 9},
+    }
+    for family, found in right.items():
+        for method, count in found.items():
+            key = Key(method, family, "1/4", "teacher")
+            journal.add(key, range(3), {"right": [count] * 3, "seen": [10] * 3})
+            kind = "learned" if method == "foresightkv" else "heuristic"
+            place = {"method": method, "family": family, "budget": 9, "budget_share": "1/4", "kind": kind}
+            rows.append(place | {"seed": 0, "samples": 3})
+    accuracy = {family: {"1/4": {"random": 0.5}} for family in right}
+    text = "\n".join(tables.gap_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
+    assert "| foresightkv | pooled | 0.500 [0.500, 0.500] (2 of 5 families) |" in text
+    left = "foresightkv at 1/4: procedure (not run), recall (gap 0.000), dialogue (not run)"
+    assert f"Left out of the pooled line: {left}." in text
+    assert "as its gap is wide" in text and "weigh the same" not in text
 
 
 def test_the_method_table_stands_between_its_markers(tmp_path):
@@ -517,6 +633,8 @@ def test_texts_that_cannot_be_judged_are_refused(subject, tmp_path):
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         perplexity.read_text(path)
+    path.write_bytes(b"\xef\xbb\xbffact ann\n")
+    assert perplexity.read_text(path) == "fact ann\n"
     path.write_text(" \n")
     with pytest.raises(DataError, match="empty"):
         perplexity.read_text(path)
@@ -552,6 +670,11 @@ def test_eval_and_report_from_the_command_line(folder, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert main([*words, "--resume", "--json"]) == 0
     assert [json.loads(line)["method"] for line in capsys.readouterr().out.splitlines()] == ["full", "random"]
+    more = [*words[:-5], "--methods", "h2o", "--budgets", "1/4,40", "--no-free", "--resume"]
+    assert main(more) == 0
+    shown, err = capsys.readouterr()
+    assert "4 rows are in" in err
+    assert max(map(len, shown.splitlines())) > 80 and len(shown.splitlines()) == 3, "a piped table wraps"
     assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "accuracy.png").exists()
     assert main(["report", str(out)]) == 0
@@ -570,9 +693,85 @@ def test_perplexity_from_the_command_line(folder, tmp_path, capsys):
     )
 
 
+def test_perplexity_keeps_what_is_finished_and_overwrites_nothing(folder, tmp_path, capsys):
+    text, out = tmp_path / "book.txt", tmp_path / "rows.jsonl"
+    text.write_text("fact ann river stone ; " * 24)
+    words = [
+        "eval",
+        "--task",
+        "perplexity",
+        "--text",
+        str(text),
+        "--model",
+        folder,
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    words += ["--method", "h2o,knorm", "--budget", "40,1/3"]
+    out.write_text("my notes\n")
+    assert main(words) == 2
+    assert "choose another --out" in capsys.readouterr().err and out.read_text() == "my notes\n"
+    assert main([*words[:-5], str(tmp_path / "no" / "rows.jsonl"), *words[-4:]]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    out.unlink()
+    with ctrl_c_after(out, 2):
+        assert main([*words[:-1], ",".join(map(str, range(40, 80)))]) == 130
+    assert f"interrupted: what is finished is kept in {out}" in capsys.readouterr().err
+    kept = [(row["method"], row["budget"]) for row in read_rows(out)]
+    assert kept[:2] == [("full", None), ("h2o", 40)] and len(kept) < 81
+    out.unlink()
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert main(["report", str(out)]) == 0
+    page, rows = capsys.readouterr().out, read_rows(out)
+    assert f"Model {folder}, 119 tokens predicted; 1/3 = 40 slots." in page
+    assert "Perplexity of the text" in page and f"| h2o | {rows[1]['perplexity']:.3f} (" in page
+    assert "perplexity,perplexity_ratio" in (tmp_path / "report" / "table.csv").read_text()
+
+
+def test_an_interrupted_eval_says_what_is_kept(folder, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    words = ["eval", "--model", folder, "--device", "cpu", "--families", "dialogue", "--samples", "30", "--no-free"]
+    words += ["--methods", "full,random", "--batch-size", "1", "--out", str(out)]
+    with ctrl_c_after(journal_path(out), 3):
+        assert main(words) == 130
+    err = capsys.readouterr().err
+    assert f"what is finished is kept in {journal_path(out)}; the same command with --resume goes on" in err
+    assert 3 <= journal_path(out).read_text().count("\n") < 60
+    assert main([*words, "--resume", "--batch-size", "30"]) == 0
+
+
+def test_gates_of_the_command_line(subject, folder, tmp_path, capsys):
+    """Two of one method are refused; those of other weights are served where the user insists."""
+    for name, model in (
+        ("one", subject.model),
+        ("two", subject.model),
+        ("other", tiny(len(subject.tokenizer), seed=1)),
+    ):
+        Gates.make("foresightkv", model).save_pretrained(tmp_path / name)
+    words = ["eval", "--model", folder, "--device", "cpu", "--families", "recall", "--samples", "2", "--no-free"]
+    words += ["--methods", "foresightkv", "--ckpt", str(tmp_path / "one")]
+    assert main([*words, "--ckpt", str(tmp_path / "two")]) == 2
+    err = capsys.readouterr().err
+    assert f"'{tmp_path / 'one'}' and --ckpt '{tmp_path / 'two'}' both hold gates of foresightkv" in err
+    words[-1] = str(tmp_path / "other")
+    assert main(words) == 1
+    assert "--allow-other-base" in capsys.readouterr().err
+    assert main([*words, "--allow-other-base"]) == 0
+
+
+PERPLEXITY = ["--task", "perplexity", "--text", "x.txt"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([*PERPLEXITY, "--samples", "3", "--temperature", "0"], "--samples and --temperature belong to the testbed"),
+        ([*PERPLEXITY, "--split", "test", "--free"], "--split and --free/--no-free belong to the testbed"),
+        ([*PERPLEXITY, "--keep-prompt"], "--keep-prompt belongs to the testbed"),
         (["--families", "sudoku"], "no such task family"),
         (["--methods", "magic"], "no method 'magic'"),
         (["--methods", "random", "--budgets", "8"], "smallest"),

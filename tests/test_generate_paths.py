@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -14,10 +20,12 @@ from learnevict import EvictingCache, attach, methods
 from learnevict.errors import CacheError
 from learnevict.signals import NEVER
 from learnevict.testbed import build_tokenizer
+from tests import brute_force as brute
 from tests.laws import zoo
+from tests.laws.cases import Case
 from tests.laws.judge import forgetting, judge, judging
 from tests.laws.policies import hashed
-from tests.laws.run import batch, read
+from tests.laws.run import Reader, batch, occupied, pieces, read
 
 CLOSE = 1e-4
 PROMPT, NEW = 30, 16
@@ -153,6 +161,195 @@ def test_beams_record_no_trace():
     model = zoo.build("llama")
     with attach(model, hashed(), record=True) as cache, pytest.raises(CacheError, match="record=False"):
         beams(model, prompt(model), cache)
+
+
+def selected(rows: list[int], ids: Tensor, mask: Tensor, fresh: int, model: Any) -> tuple[Tensor, Tensor]:
+    """Rows of a text, each with a continuation of its own."""
+    new = zoo.tokens(model, len(rows), fresh, fresh)
+    return torch.cat([ids[rows], new], 1), longer(mask[rows], ids.shape[1] + fresh)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("h2o", "gemma2"),
+        ("snapkv", "gpt_oss"),
+        ("adakv", "gemma3"),
+        ("rkv", "qwen3"),
+        ("tova", "qwen2"),
+        ("expected_attention", "llama"),
+        ("foresightkv", "phi3"),
+        ("lexical", "mistral"),
+        ("clausal", "llama"),
+    ],
+)
+def test_notes_and_queries_go_with_their_row(method, name):
+    """Rows are selected, repeated and reordered between events, while decoding, some before their first eviction; each
+    goes on as its text does alone."""
+    case = Case(method, name)
+    model, (ids, mask) = case.model, case.text()
+    policy, ids, mask = case.policy(ids, mask), ids[:, :25], mask[:, :25]
+    with attach(model, policy) as cache:
+        Reader(model, cache, ids, mask, pieces(22, 25)).finish()
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        ids, mask = selected([2, 2, 0, 0], ids, mask, 6, model)
+        Reader(model, cache, ids, mask, [1] * 6).finish()
+        rows = [3, 0, 0, 1]
+        cache.reorder_cache(torch.tensor(rows))
+        ids, mask = selected(rows, ids, mask, 12, model)
+        found = Reader(model, cache, ids, mask, [1] * 12).finish()
+    for row in range(4):
+        own = mask[row].bool()
+        text = ids[row : row + 1, own]
+        alone = read(model, policy, text, torch.ones_like(text), pieces(text.shape[1] - 12, text.shape[1]))
+        assert bool((alone.trace.expiry > text.shape[1] - 12).logical_and(alone.trace.expiry != NEVER).any())
+        assert (found.logits[row] - alone.logits[0, -12:]).abs().max() <= 1e-5
+        for index in cache.evicting:
+            held = cache.positions(index)[row : row + 1]
+            held = torch.where(held < 0, held, held - int((~own).sum()))
+            assert occupied(held) == occupied(alone.cache.positions(index))
+
+
+@dataclass
+class Told:
+    """One row of a conversation under hashed(12), by a dumb model: when each token of two layers of two heads goes."""
+
+    ragged: bool
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    ends: Tensor = field(default_factory=lambda: torch.zeros(2, 2, 0, dtype=torch.int32))
+    seen: int = 0
+    live: int = 0
+    block: int = 0
+
+    @property
+    def first(self) -> int:
+        return self.mask.index(1)
+
+    def held(self, layer: int, head: int) -> list[int]:
+        """Columns read and not gone."""
+        ends = self.ends[layer, head].tolist()
+        return [column for column, end in enumerate(ends) if self.mask[column] and end == NEVER]
+
+    def pad(self, size: int) -> None:
+        self.ids += [0] * size
+        self.mask += [0] * size
+        self.ends = torch.nn.functional.pad(self.ends, (0, size), value=NEVER)
+
+    def read(self, token: int) -> None:
+        """One more token, and every 4 tokens an event that leaves 12 a head."""
+        self.pad(1)
+        self.ids[-1] = token
+        self.mask[-1] = 1
+        self.seen, self.live = self.seen + 1, self.live + 1
+        if self.seen % 4:
+            return
+        if self.live > 12:
+            for layer in range(2):
+                self.evict(layer, len(self.ids))
+            self.live = 12
+        self.block = len(self.ids)
+
+    def evict(self, layer: int, end: int) -> None:
+        """2 sinks, 3 recent tokens and the block stay, and what Random ranks highest."""
+        held = [self.held(layer, head) for head in range(2)]
+        safe = [{j for j in one if j < self.first + 2 or j >= min(self.block, end - 3)} for one in held]
+        counts = [12, 12]
+        if self.ragged:
+            free = 24 - len(safe[0]) - len(safe[1])
+            more = min(free * 2 // 3, len(held[0]) - len(safe[0]))
+            counts = [len(safe[0]) + more, len(safe[1]) + free - more]
+        for head, columns in enumerate(held):
+            times = [[], []]
+            times[head] = [j - self.first for j in columns]
+            scores = brute.hashed(0)(SimpleNamespace(layer=layer, held=times), head)
+            scores = {j + self.first: x for j, x in scores.items()}
+            for j in brute.ranked(columns, safe[head], scores)[counts[head] :]:
+                self.ends[layer, head, j] = end
+
+    def hide(self, size: int) -> None:
+        """The last tokens were padding after all."""
+        for column in range(len(self.ids) - size, len(self.ids)):
+            self.ends[:, :, column].clamp_(max=len(self.ids))
+            self.mask[column] = 0
+
+
+class Conversations(RuleBasedStateMachine):
+    """Turns, steps, selected, repeated and reordered rows and resets in any order, through one cache."""
+
+    @initialize(ragged=st.booleans())
+    def start(self, ragged):
+        self.model, self.random = zoo.build("llama"), torch.Generator().manual_seed(0)
+        self.attachment = attach(self.model, hashed(12, ragged=ragged))
+        self.ragged, self.cache, self.rows = ragged, self.attachment.cache, []
+
+    def teardown(self):
+        if hasattr(self, "attachment"):
+            self.attachment.detach()
+
+    def tokens(self, size: int) -> Tensor:
+        return torch.randint(3, zoo.VOCABULARY, (len(self.rows), size), generator=self.random)
+
+    def go_on(self, pieces: list[int], pads: list[int]) -> None:
+        """Reads fresh tokens piece by piece, the first pads[b] columns of row b being padding."""
+        size = sum(pieces)
+        for row, pad, tokens in zip(self.rows, pads, self.tokens(size).tolist(), strict=True):
+            row.pad(pad)
+            for token in tokens[pad:]:
+                row.read(token)
+        ids, mask = (torch.tensor([getattr(row, name) for row in self.rows]) for name in ("ids", "mask"))
+        found = Reader(self.model, self.cache, ids, mask, pieces).finish().logits
+        told = torch.stack([row.ends for row in self.rows], 1)
+        expected = judge(self.model, ids, mask, told)[:, -size:]
+        assert (found - expected)[mask[:, -size:].bool()].abs().max() <= CLOSE
+
+    @precondition(lambda self: not self.rows)
+    @rule(pads=st.lists(st.integers(0, 8), min_size=1, max_size=3), size=st.integers(9, 20))
+    def begin(self, pads, size):
+        self.rows = [Told(self.ragged) for _ in pads]
+        self.go_on([size], pads)
+
+    @precondition(lambda self: self.rows)
+    @rule(size=st.integers(2, 12), hidden=st.integers(0, 3))
+    def turn(self, size, hidden):
+        """The first row may have ended early in the turn before."""
+        self.rows[0].hide(min(hidden, len(self.rows[0].ids) - self.rows[0].first - 1))
+        self.go_on([size], [0] * len(self.rows))
+
+    @precondition(lambda self: self.rows)
+    @rule(size=st.integers(1, 9))
+    def steps(self, size):
+        self.go_on([1] * size, [0] * len(self.rows))
+
+    @precondition(lambda self: self.rows)
+    @rule(picks=st.lists(st.integers(0, 8), min_size=1, max_size=4), beams=st.booleans())
+    def select(self, picks, beams):
+        rows = [pick % len(self.rows) for pick in picks]
+        (self.cache.reorder_cache if beams else self.cache.batch_select_indices)(torch.tensor(rows))
+        self.rows = [deepcopy(self.rows[row]) for row in rows]
+
+    @precondition(lambda self: 0 < len(self.rows) < 3)
+    @rule()
+    def repeat(self):
+        self.cache.batch_repeat_interleave(2)
+        self.rows = [deepcopy(row) for row in self.rows for _ in range(2)]
+
+    @precondition(lambda self: self.rows)
+    @rule()
+    def reset(self):
+        self.cache.reset()
+        self.rows = []
+
+    @invariant()
+    def the_same_tokens_are_held(self):
+        for layer in range(2) if self.rows else ():
+            found = occupied(self.cache.positions(layer))
+            assert found == [[row.held(layer, head) for head in range(2)] for row in self.rows]
+
+
+TestConversations = Conversations.TestCase
+TestConversations.settings = settings(max_examples=15, stateful_step_count=12)
 
 
 class Collector(BaseStreamer):

@@ -37,6 +37,16 @@ def lexical_gate() -> object:
     return gate
 
 
+def clausal_gate() -> object:
+    gate = methods.clausal.ClausalGate(LAYER + 1, 2, VOCABULARY, separator=3, places=3)
+    gate.table.copy_(clause_worths())
+    return gate
+
+
+def clause_worths() -> torch.Tensor:
+    return torch.randn(LAYER + 1, 2, 3 * VOCABULARY, generator=torch.Generator().manual_seed(2))
+
+
 # method: (options, score, counts)
 CASES = {
     "streaming_llm": ("streaming_llm", {}, brute.recency, None),
@@ -60,6 +70,7 @@ CASES = {
     ),
     "keydiff": ("keydiff", {}, brute.unlikeness, None),
     "lexical": ("lexical", {"gate": lexical_gate}, brute.worth(worths(), 0.3), None),
+    "clausal": ("clausal", {"gate": clausal_gate}, brute.clause_worth(clause_worths(), 3, 3), None),
     "lexical-bonus": ("lexical", {"gate": lexical_gate, "bonus": 1.5}, brute.worth(worths(), 1.5), None),
 }
 
@@ -89,6 +100,20 @@ def test_history_is_that_of_the_formulas(case, slack):
     found = Loop(make(case, slack=slack), data).run(prompt=37)
     assert (found != NEVER).any(-1).all()
     assert torch.equal(found, expected(case, data, 37, slack=slack))
+
+
+@pytest.mark.parametrize("kind", [{"softcap": 1.5}, {"sinks": True}], ids=["softcap", "sinks"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if CASES[case][0] in ("snapkv", "tova", "h2o", "rkv", "adakv")]
+)
+def test_history_under_softcap_and_attention_sinks(case, kind):
+    """As Gemma2 and GPT-OSS have them; R-KV's softmax runs over candidates alone, so no sink takes part in it."""
+    data = stream(**kind)
+    found = Loop(make(case, slack=5), data).run(prompt=37)
+    assert torch.equal(found, expected(case, data, 37, slack=5))
+    plain = Loop(make(case, slack=5), stream()).run(prompt=37)
+    over_candidates = case in ("snapkv-rkv", "rkv", "rkv-code")
+    assert torch.equal(found, plain) == (over_candidates and "sinks" in kind)
 
 
 @pytest.mark.parametrize("case", ["h2o-paper", "snapkv-paper", "adakv", "rkv", "expected_attention"])
@@ -131,14 +156,15 @@ def test_every_method_takes_the_same_options():
 
 
 def test_defaults_are_bounded_and_cite_their_paper():
-    windows = {"snapkv": 32, "pyramidkv": 32, "adakv": 32, "rkv": 8, "h2o": 256}
+    windows = {"snapkv": 32, "pyramidkv": 32, "adakv": 32, "rkv": 8}
     for name in methods.METHODS:
         module = methods.load(name)
         if module.PAPER.kind != "heuristic":
             continue
         policy = module.policy(512)
         assert policy.schedule.bounded
-        assert policy.guard == Guard(4, windows.get(name, 8)), name
+        own = Guard(4, 0, recent_share=0.5) if name == "h2o" else Guard(4, windows.get(name, 8))
+        assert policy.guard == own, name
         assert len(module.PAPER.arxiv) == 10
         assert 2023 <= module.PAPER.year <= 2026
 

@@ -90,13 +90,25 @@ def inputs(reduce: Reducers, length: int, block: int, extra: tuple[str, ...]) ->
     return chosen
 
 
+def written(given: dict, b: int, h: int, i: int) -> float:
+    """Norm of what query head h writes into the stream for key i."""
+    return float((given["output_weight"][h] @ given["value"][b, h // GROUP, i]).norm())
+
+
+def cast(given: dict, dtype: torch.dtype) -> dict:
+    """The same inputs in another precision; masks stay masks."""
+    return {name: part.to(dtype) if part.is_floating_point() else part for name, part in given.items()}
+
+
 def dense(block: int, reduce: Reducers, valid: torch.Tensor | None, given: dict) -> dict:
     """One dict per row: {(q-head, rank of query, key column): per-query value}, with columns of its real tokens."""
     query, key = given["query"].tolist(), given["key"].tolist()
     rows = []
     for b in range(BATCH):
         columns = [i for i in range(len(key[0][0])) if valid is None or valid[b, i]]
-        values = {}
+        values, norms = {}, {}
+        if reduce.value == "contribution":
+            norms = {(h, i): written(given, b, h, i) for h in range(QUERY_HEADS) for i in columns}
         for h in range(QUERY_HEADS):
             for t, column in enumerate(columns):
                 seen = {}
@@ -112,9 +124,8 @@ def dense(block: int, reduce: Reducers, valid: torch.Tensor | None, given: dict)
                 total += math.exp(given["sinks"][h]) if "sinks" in given else 0
                 for i, logit in seen.items():
                     values[h, t, i] = logit if reduce.value == "logit" else math.exp(logit) / total
-                    if reduce.value == "contribution":
-                        written = given["output_weight"][h] @ given["value"][b, h // GROUP, i]
-                        values[h, t, i] *= float(written.norm() / given["hidden_norm"][b, column])
+                    if norms:
+                        values[h, t, i] *= norms[h, i] / float(given["hidden_norm"][b, column])
         rows.append((columns, values))
     return rows
 
@@ -189,11 +200,24 @@ def test_value_norm_without_projection():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
 def test_arithmetic_is_float32(dtype, tolerance):
-    chosen = {name: x.to(dtype) for name, x in inputs(GOLDEN, 40, 8, ()).items()}
+    chosen = cast(inputs(GOLDEN, 40, 8, ()), dtype)
     labels = future_attention(**chosen, block=8)
-    exact = future_attention(**{name: x.double() for name, x in chosen.items()}, block=8, out_dtype=torch.float64)
+    exact = future_attention(**cast(chosen, torch.float64), block=8, out_dtype=torch.float64)
     assert labels.dtype == torch.float32
     torch.testing.assert_close(labels.double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_reduction_in_float32(name):
+    """As models hand them over: blocks of more than one tile, a last one that is not full, a padded row."""
+    reduce, block, length = PRESETS[name], 131, 300
+    chosen, valid = cast(inputs(reduce, length, block, ()), torch.float32), mask("left", length)
+    labels = future_attention(**chosen, block=block, valid=valid, reduce=reduce)
+    exact = brute(block, reduce, valid, cast(chosen, torch.float64))
+    there = exact.isfinite()
+    assert labels.dtype == torch.float32 and torch.equal(labels.isfinite(), there)
+    exact = exact[there]
+    assert (labels[there] - exact).abs().max() <= 1e-6 * max(1.0, exact.abs().max().item())
 
 
 def test_partial_block_is_a_mean_over_real_rows():

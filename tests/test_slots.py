@@ -233,6 +233,17 @@ class PagePoolRules(Storage):
         slots = torch.arange(self.store.position.shape[2])
         assert torch.equal(self.store.position >= 0, slots < self.store.count.unsqueeze(-1))
 
+    @invariant()
+    def owners_are_the_table_turned_round(self):
+        store = self.store
+        owner = [len(self.shelf.rows) * HEADS] * store.keys.shape[0]
+        for head, pages in enumerate(store.table.flatten(0, 1).tolist()):
+            for rank, page in enumerate(pages):
+                if page:
+                    owner[page] = head
+                    assert store.rank[page] == rank
+        assert store.owner.tolist() == owner
+
     @rule()
     def bytes_follow_what_is_held(self):
         """At most one page per head, and page 0, beyond the slots asked for."""
@@ -256,6 +267,86 @@ TestSlotPool = SlotPoolRules.TestCase
 TestPagePool = PagePoolRules.TestCase
 TestOneSlotPages = OneSlotPages.TestCase
 TestSlotPool.settings = TestPagePool.settings = TestOneSlotPages.settings = QUICK
+
+
+class Ragged:
+    """A PagePool of 2 rows and 4 heads whose keys and values are known by row, head and position."""
+
+    def __init__(self, page: int, length: int = 90) -> None:
+        self.random = torch.Generator().manual_seed(page)
+        self.keys = torch.randn(2, 4, length, WIDTH, generator=self.random)
+        self.values = torch.randn(2, 4, length, VALUE_WIDTH, generator=self.random)
+        self.store = PagePool(self.keys, self.values, (), page)
+        self.next = 0
+
+    def read(self, size: int, spare: int = 0) -> None:
+        """Give every head pages for `size` + `spare` tokens and write `size`."""
+        part = slice(self.next, self.next + size)
+        position = torch.arange(part.start, part.stop, dtype=torch.int32).expand(2, -1)
+        self.store.assign([size + spare] * 2)
+        self.store.write(self.keys[:, :, part], self.values[:, :, part], position, {}, (size,) * 2)
+        self.next += size
+
+    def evict(self, share: list[float]) -> None:
+        chance = torch.tensor(share).view(1, 4, 1)
+        drop = torch.rand(self.store.position.shape, generator=self.random) < chance
+        self.store.evict(drop & (self.store.position >= 0))
+
+    def select(self, rows: list[int]) -> None:
+        self.store.select(torch.tensor(rows))
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def compare(self, num: int) -> None:
+        """`num` queries a head against keys and values gathered by position; pages of nobody are poisoned."""
+        store = self.store
+        assert torch.equal((store.position >= 0).sum(-1), store.count)
+        unassigned = torch.ones(store.keys.shape[0], dtype=torch.bool).scatter(0, store.table.flatten(), False)
+        unassigned[0] = True
+        store.keys[unassigned], store.values[unassigned] = torch.nan, torch.nan
+        at, taken = store.position.clamp_min(0).long().unsqueeze(-1), (store.position >= 0).unsqueeze(2)
+        keys = self.keys.gather(2, at.expand(-1, -1, -1, WIDTH))
+        values = self.values.gather(2, at.expand(-1, -1, -1, VALUE_WIDTH))
+        query = torch.randn(*keys.shape[:2], num, WIDTH, generator=self.random)
+        logits = store.logits(query)
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits.where(taken, 0.0), (query @ keys.mT).where(taken, 0.0))
+        weights = torch.rand(logits.shape, generator=self.random).where(taken, 0.0)
+        torch.testing.assert_close(store.mix(weights), weights @ values)
+        store.keys[unassigned], store.values[unassigned] = 0.0, 0.0
+
+
+@pytest.mark.parametrize("num", [1, 3, 40])
+@pytest.mark.parametrize("page", [1, 3, 16])
+def test_products_by_page_are_products_by_slot(page, num):
+    """40 queries need several rounds of pages; some pages are free, and heads are of very different length."""
+    pool = Ragged(page)
+    pool.store.fit(2 * 4 * 40, 60)
+    pool.read(30)
+    pool.compare(num)
+    pool.evict([0.1, 0.9, 1.0, 0.5])
+    pool.compare(num)
+    pool.read(7, spare=5)
+    pool.compare(num)
+    count = pool.store.count
+    assert count.amax() > 2 * count.amin()
+    pool.select([1, 0, 1])
+    pool.compare(num)
+    pool.select([2, 0])
+    pool.store.fit(2 * 4 * 60, 75)
+    pool.compare(num)
+    pool.read(20)
+    pool.compare(num)
+
+
+@pytest.mark.parametrize("page", [1, 3, 16])
+def test_half_of_a_full_pool_may_move(page):
+    """As many survivors change places as ever can: every head is full and loses its first half."""
+    pool = Ragged(page)
+    pool.store.fit(2 * 4 * 48, 48)
+    pool.read(48)
+    pool.store.evict(pool.store.position < 24)
+    assert pool.store.count.eq(24).all()
+    pool.compare(2)
 
 
 @pytest.mark.parametrize("kind", [SlotPool, PagePool])

@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,11 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from learnevict import __version__
-from learnevict.cli.results import say
-from learnevict.errors import BudgetError, LearnevictError, UsageError
+from learnevict.cli.results import INTERRUPTED, say
+from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging
 
 COMMANDS = ("infer", "list", "eval", "report", "viz", "doctor", "demo")
-USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
+USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -46,7 +47,10 @@ def learnevict(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; may stand anywhere. Or set LEARNEVICT_DEBUG=1."),
+    ] = False,
 ) -> None:
     """Options of all commands."""
 
@@ -71,11 +75,14 @@ for _name in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 1 (it failed), 2 (it made no sense) or 130 (interrupted)."""
+    """Run a command line; returns the exit code: 0, 1 (it failed), 2 (it made no sense) or 130 (interrupted).
+
+    What nobody foresaw is one line too; with --debug or LEARNEVICT_DEBUG=1 it is raised.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    debug = "--debug" in words or debugging()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _methods_here():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         try:
@@ -90,11 +97,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = _explain(error)
             say(f"error: {message}")
             return code
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError" or debug:
+        except Exception as error:  # whatever it is: a person who cannot read tracebacks is told how to get one
+            if debug:
                 raise
-            say("error: the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16")
+            say(f"error: {_unforeseen(error)}")
             return RUNTIME
+
+
+@contextmanager
+def _methods_here() -> Generator[None]:
+    """The current folder is searched for methods, last: a console script does not have it on its path."""
+    try:
+        here = os.getcwd()
+    except OSError:  # it has been removed under our feet
+        here = ""
+    if {"", here} & set(sys.path) or not here:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _invoke(words: list[str]) -> int:
@@ -113,6 +138,14 @@ def _explain(error: Exception) -> tuple[int, str]:
         place = f" {error.filename!r}" if error.filename else ""
         return RUNTIME, f"{error.strerror or type(error).__name__}:{place}; choose a file or folder that can be used"
     return USAGE if isinstance(error, UsageError | BudgetError) else RUNTIME, " ".join(str(error).split())
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line about an error that nothing else explains."""
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    if kind == "OutOfMemoryError":
+        return "the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16"
+    return f"{kind}{': ' * bool(said)}{said[:300]}; for the traceback run it again with --debug (or LEARNEVICT_DEBUG=1)"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -11,6 +11,7 @@ import learnevict.cli.options as o
 from learnevict.cli.answering import Answer, Answering, size
 from learnevict.cli.opening import Choice, open_model
 from learnevict.cli.requests import make_request
+from learnevict.cli.results import for_tables
 
 METHODS = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")
@@ -67,7 +68,6 @@ def summary(answering: Answering, answers: list[Answer]) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The same as a table, and where to go from here."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -77,7 +77,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         marks = ["[green]right[/green]" if row["correct"][task] else "[red]wrong[/red]" for task in TASKS]
         speed = f"{row['tokens_per_second']:.0f}"
         table.add_row(row["method"], *marks, str(row["kept"]), size(row["kv_bytes_peak"]), speed)
-    console = Console(highlight=False)
+    console = for_tables()
     console.print(table)
     console.print(
         "\nNext: [bold]learnevict infer --task program --seed 3 --budget 48[/bold] streams one answer,\n"

@@ -15,6 +15,7 @@ import learnevict.cli.options as o
 from learnevict import __version__
 from learnevict.cli.answering import size
 from learnevict.cli.opening import COMPARISON, TESTBED
+from learnevict.cli.results import for_tables
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"
@@ -160,10 +161,9 @@ def memory(model: str, budget: str, context: int, batch: int, slack: int | None,
 
 def show(found: dict[str, Any]) -> None:
     """The same for people."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, table = Console(highlight=False), Table.grid(padding=(0, 2))
+    console, table = for_tables(), Table.grid(padding=(0, 2))
     for name, have in found["versions"].items():
         table.add_row(name, have or "[dim]not installed (optional)[/dim]")
     table.add_row()

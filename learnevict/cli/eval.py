@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 import learnevict.cli.eval_options as e
 import learnevict.cli.options as o
-from learnevict.cli.results import say
+from learnevict.cli.results import INTERRUPTED, for_tables, say
 from learnevict.errors import UsageError
-
-if TYPE_CHECKING:
-    from learnevict.cli.judging import Judging
 
 
 def run(
-    task: e.Which = e.Task.testbed, families: e.Families = "", samples: e.Samples = 200, split: e.Part = e.Split.test,
-    length: e.Long = e.Length.normal, seed: e.FirstSeed = 0, text: e.Text = None, max_tokens: e.MaxTokens = None,
+    task: e.Which = e.Task.testbed, families: e.Families = "", samples: e.Samples = None, split: e.Part = None,
+    length: e.Long = None, seed: e.FirstSeed = None, text: e.Text = None, max_tokens: e.MaxTokens = None,
     methods: e.Methods = "", budgets: e.Budgets = "1/4", ckpt: e.Checkpoints = None, tuned: e.Tuned = False,
     allow_other_base: o.OtherBase = False, sinks: o.Sinks = None, recent: o.Recent = None, slack: o.Slack = None,
-    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = True, free: e.Free = None, temperature: o.Temperature = 0.0,
-    tries: e.Tries = 1, model: o.Model = "testbed", device: o.Device = "auto", dtype: o.Dtype = o.Precision.auto,
-    batch_size: e.BatchSize = 32, as_json: e.AsJson = False, out: e.Out = None, resume: e.Resume = False,
+    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = None, free: e.Free = None,
+    temperature: e.Temperature = None, tries: e.Tries = None, model: o.Model = "testbed", device: o.Device = "auto",
+    dtype: o.Dtype = o.Precision.auto, batch_size: e.BatchSize = None, as_json: e.AsJson = False, out: e.Out = None,
+    resume: e.Resume = False,
 ) -> None:  # fmt: skip
     """Judge methods under small caches: accuracy with intervals, exact match, loss against the full cache, bytes.
 
@@ -40,30 +39,67 @@ def run(
     An interrupted run goes on with --resume. `learnevict report r.jsonl` makes a table and a plot.
     """
     from learnevict.cli.judging import Judging
+    from learnevict.evals.rows import read_rows
+    from learnevict.evals.suite import journal_path
 
     judging = Judging(
         model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),
         ckpts=tuple(ckpt or ()), allow_other_base=allow_other_base, sinks=sinks, recent=recent, slack=slack,
         prompt=keep_prompt, tuned=tuned,
     )  # fmt: skip
+    sampled = {
+        "num_samples": samples, "split": split and split.value, "length": length and length.value, "seed": seed,
+        "teacher": teacher, "temperature": temperature, "tries": tries, "batch_size": batch_size,
+    }  # fmt: skip
     if task is e.Task.perplexity:
-        rows = _perplexity(judging, text, max_tokens, families, resume, out)
+        flags = {"families": families or None, "keep_prompt": keep_prompt or None, "tuned": tuned or None, "free": free}
+        _refuse({**sampled, **flags, "resume": resume or None}, "the testbed, not to --task perplexity")
+        if text is None:
+            raise UsageError("--task perplexity needs a text: --text FILE")
+        with _told(out, out, "to judge the rest choose another --out"):
+            rows = judging.perplexity(text, max_tokens, out)
     else:
-        if text is not None or max_tokens is not None:
-            raise UsageError("--text and --max-tokens belong to --task perplexity")
-        answering = {None: "full", True: "all", False: "none"}[free]
-        plan = judging.plan(
-            families=names(families), num_samples=samples, seed=seed, split=split.value, length=length.value,
-            teacher=teacher, free=answering, batch_size=batch_size, temperature=temperature, tries=tries,
-        )  # fmt: skip
-        rows = judging.testbed(plan, out, resume)
-    if as_json:
-        for row in rows:
-            typer.echo(json.dumps(row))
-    else:
-        _show(rows)
+        _refuse({"text": text, "max_tokens": max_tokens}, "--task perplexity")
+        fields = {name: value for name, value in sampled.items() if value is not None}
+        plan = judging.plan(names(families), free={None: "full", True: "all", False: "none"}[free], **fields)
+        with _told(out, out and journal_path(out), "the same command with --resume goes on"):
+            rows = judging.testbed(plan, out, resume)
+    _print(rows, as_json)
     if out is not None:
-        say(f"{len(rows)} rows are in {out}; table and plot: learnevict report {out} --out DIR")
+        say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if not as_json:
+        _show(rows)
+        return
+    for row in rows:
+        typer.echo(json.dumps(row))
+
+
+FLAGS = {"num_samples": "--samples", "teacher": "--teacher/--no-teacher", "free": "--free/--no-free"}
+
+
+def _refuse(values: dict[str, Any], whose: str) -> None:
+    """Options that this task would ignore."""
+    flags = [FLAGS.get(name, "--" + name.replace("_", "-")) for name, value in values.items() if value is not None]
+    if flags:
+        raise UsageError(f"{' and '.join(flags)} {'belong' if len(flags) > 1 else 'belongs'} to {whose}")
+
+
+@contextmanager
+def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
+    """Say what an interruption leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if out is None:
+            say("interrupted: nothing is kept; with --out FILE what is finished would be")
+        elif kept is None or not kept.exists():
+            say("interrupted before anything was finished")
+        else:
+            say(f"interrupted: what is finished is kept in {kept}; {remedy}")
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -71,19 +107,8 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def _perplexity(
-    judging: Judging, text: Path | None, max_tokens: int | None, families: str, resume: bool, out: Path | None
-) -> list[dict[str, Any]]:
-    if text is None:
-        raise UsageError("--task perplexity needs a text: --text FILE")
-    if families or resume:
-        raise UsageError("--families and --resume belong to the testbed, not to --task perplexity")
-    return judging.perplexity(text, max_tokens, out)
-
-
 def _show(rows: list[dict[str, Any]]) -> None:
     """A table on standard output; only columns with something in them."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -96,8 +121,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             table.add_section()
         last = row["family"]
         table.add_row(*(show(row) or "–" for show in columns.values()))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    for_tables().print(table)
 
 
 def _interval(row: dict[str, Any], value: str, low: str, high: str) -> str:

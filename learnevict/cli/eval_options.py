@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from learnevict.cli.options import MACHINE, OUTPUT, POLICY
+from learnevict.cli.options import LARGEST_SEED, MACHINE, OUTPUT, POLICY
 
 TASKS, ANSWERS = "What to judge", "How to judge"
 
@@ -38,10 +38,21 @@ Which = Annotated[Task, typer.Option("--task", help="The testbed, or perplexity 
 Families = Annotated[
     str, typer.Option(help="Task families, separated by commas. [dim]all five[/dim]", rich_help_panel=TASKS)
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Samples per family.", rich_help_panel=TASKS)]
-Part = Annotated[Split, typer.Option("--split", help="Which samples; training saw neither.", rich_help_panel=TASKS)]
-Long = Annotated[Length, typer.Option("--length", help="long: longer than in training.", rich_help_panel=TASKS)]
-FirstSeed = Annotated[int, typer.Option("--seed", min=0, help="First sample of each family.", rich_help_panel=TASKS)]
+Samples = Annotated[int | None, typer.Option(min=1, help="Samples per family. [dim]200[/dim]", rich_help_panel=TASKS)]
+Part = Annotated[
+    Split | None,
+    typer.Option("--split", help="Which samples; training saw neither. [dim]test[/dim]", rich_help_panel=TASKS),
+]
+Long = Annotated[
+    Length | None,
+    typer.Option("--length", help="long: longer than in training. [dim]normal[/dim]", rich_help_panel=TASKS),
+]
+FirstSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=LARGEST_SEED, help="First sample of each family. [dim]0[/dim]", rich_help_panel=TASKS
+    ),
+]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 file, for --task perplexity.", rich_help_panel=TASKS)]
 MaxTokens = Annotated[
     int | None, typer.Option(min=2, help="Judge only the beginning of the text.", rich_help_panel=TASKS)
@@ -90,7 +101,12 @@ KeepPrompt = Annotated[
     ),
 ]
 Teacher = Annotated[
-    bool, typer.Option(help="Step accuracy and loss along the reference text.", rich_help_panel=ANSWERS)
+    bool | None,
+    typer.Option(
+        "--teacher/--no-teacher",
+        help="Step accuracy and loss along the reference text. [dim]yes[/dim]",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 Free = Annotated[
     bool | None,
@@ -100,10 +116,17 @@ Free = Annotated[
         rich_help_panel=ANSWERS,
     ),
 ]
-Tries = Annotated[
-    int, typer.Option(min=1, help="Answers per sample if temperature > 0 (avg@k).", rich_help_panel=ANSWERS)
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Of free answers; 0 takes the likeliest token. [dim]0[/dim]", rich_help_panel=ANSWERS),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward.", rich_help_panel=MACHINE)]
+Tries = Annotated[
+    int | None,
+    typer.Option(min=1, help="Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", rich_help_panel=ANSWERS),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Samples per forward. [dim]32[/dim]", rich_help_panel=MACHINE)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on standard output.", rich_help_panel=OUTPUT)]
 Out = Annotated[
     Path | None,

@@ -12,11 +12,12 @@ import typer
 import learnevict.cli.options as o
 from learnevict.cli.answering import Answering, figures
 from learnevict.cli.opening import Choice, Opened, open_model
-from learnevict.cli.requests import Request, make_request, make_requests, read_prompt, read_rows
-from learnevict.cli.results import Results, say
+from learnevict.cli.requests import Request, check_chat, make_request, make_requests, read_prompt, read_rows
+from learnevict.cli.results import INTERRUPTED, Results, say
 from learnevict.errors import UsageError
 
-INTERRUPTED = 130
+NUM_TOGETHER = 8
+"""Rows of a batch file at a time."""
 
 
 def run(
@@ -44,7 +45,7 @@ def run(
     dtype: o.Dtype = o.Precision.auto,
     max_new_tokens: o.NewTokens = 400,
     temperature: o.Temperature = 0.0,
-    batch_size: o.BatchSize = 8,
+    batch_size: o.BatchSize = None,
     as_json: o.AsJson = False,
     out: o.Out = None,
 ) -> None:  # fmt: skip
@@ -64,6 +65,9 @@ def run(
     --method golden runs every prompt twice, because the oracle has to see the future first.
     """
     _one_source(prompt=prompt, task=task, batch=batch, out=out)
+    check_chat(chat=chat, task=task)
+    if batch_size is not None and batch is None:
+        raise UsageError("--batch-size belongs to --batch: one prompt is one row; drop it")
     choice = Choice(
         method, ckpt, budget, allow_other_base, sinks, recent, slack, None if schedule is None else schedule.value,
         keep_prompt or None, variant,
@@ -77,10 +81,13 @@ def run(
         _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
         return
     settings = {**asdict(choice), **sampling, "model": model, "dtype": dtype.value, "seed": seed, "chat": chat}
+    size = batch_size or NUM_TOGETHER
+    if temperature > 0:
+        settings["batch_size"] = size  # who is drawn together shares random numbers
     good, bad = make_requests(opened, rows, settings, chat=chat)
     for line in bad:
         say(f"error: {batch}, {line}")
-    _answer_all(answering, good, results, seed, batch_size)
+    _answer_all(answering, good, results, seed, size)
     if bad:
         say(f"{len(bad)} of {len(rows)} rows could not be read and were left out")
         raise typer.Exit(1)
@@ -119,26 +126,31 @@ def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool
 
 
 def _answer_all(answering: Answering, requests: list[Request], results: Results, seed: int, batch_size: int) -> None:
-    """Answer what is not finished yet, writing rows as their batches finish."""
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    """Answer what is not finished yet, writing rows as their batches finish.
+
+    A batch of which some rows are finished is drawn again as a whole if temperature > 0, and only what is missing is
+    written: rows share random numbers, so the rest of a batch alone would get other ones.
+    """
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     todo = [(index, part) for index, batch in enumerate(batches) if (part := _unfinished(batch, results))]
     count = len(requests) - sum(len(part) for _, part in todo)
+    drawn = answering.sampling["temperature"] > 0
     if count:
         say(f"{count} rows are finished in {results} already")
     try:
         for index, part in todo:
-            answers = answering(part, seed=seed + index * batch_size)
+            answers = answering(batches[index] if drawn else part, seed=seed + index * batch_size)
+            missing = {request.name for request in part}
             for answer in answers:
-                results.add(answering.record(answer), answer.request.key)
-            count += len(answers)
+                if answer.request.name in missing:
+                    results.add(answering.record(answer), answer.request.key)
+            count += len(part)
             say(f"{count} of {len(requests)} rows, {answers[0].completion.tokens_per_second:.1f} tokens/s")
     except KeyboardInterrupt as error:
         remedy = (
             "the same command goes on from there" if results.path else "with --out FILE the same command could go on"
         )
-        say(f"interrupted: {count} finished rows are kept in {results}; {remedy}")
+        say(f"interrupted: {results.num_rows} finished rows are kept in {results}; {remedy}")
         raise typer.Exit(INTERRUPTED) from error
 
 

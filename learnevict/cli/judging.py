@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.cli.opening import TESTBED, Opened, open_model
-from learnevict.cli.results import say
+from learnevict.cli.results import check_writable, say
 from learnevict.errors import GateError, UsageError
 from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
-from learnevict.evals.plan import Plan, Subject, check, check_families, count
-from learnevict.evals.rows import Row, text_row, write_rows
+from learnevict.evals.plan import Cell, Plan, Subject, check, check_families, count
+from learnevict.evals.rows import Row, read_earlier, text_row, write_rows
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
@@ -59,13 +59,22 @@ class Judging:
 
         Raises:
             GateError: gates missing, of another model, or of a method nobody asked for.
+            UsageError: two checkpoints of one method.
         """
         from learnevict.evals import tuning
         from learnevict.hub import Gates, weight_hash
 
         opened = self.opened
-        given = [Gates.load(source, opened.model, allow_other_base=self.allow_other_base) for source in self.ckpts]
-        gates = {one.method: one for one in given}
+        gates: dict[str, Gates] = {}
+        sources: dict[str, str] = {}
+        for source in self.ckpts:
+            one = Gates.load(source, opened.model, allow_other_base=self.allow_other_base)
+            if one.method in gates:
+                raise UsageError(
+                    f"--ckpt {sources[one.method]!r} and --ckpt {source!r} both hold gates of {one.method}; a table "
+                    "shows one of them: judge the other in a run of its own, with another --out"
+                )
+            gates[one.method], sources[one.method] = one, source
         wanted = self.methods or (*default, *(name for name in gates if name not in default))
         unused = sorted(set(gates) - set(wanted))
         if unused:
@@ -76,7 +85,10 @@ class Judging:
         if known is not None:
             known.check(weight_hash(opened.model))
         found = {name: gates.get(name) or self._shipped(name) for name in wanted}
-        return [contender(name, one, tuned=known.of(name) if known else None) for name, one in found.items()]
+        return [
+            contender(name, one, tuned=known.of(name) if known else None, allow_other_base=self.allow_other_base)
+            for name, one in found.items()
+        ]
 
     def _shipped(self, name: str) -> Any:
         """The testbed's own gates of a learned method."""
@@ -92,12 +104,14 @@ class Judging:
         """Rows of a comparison on the testbed's tasks.
 
         Raises:
-            UsageError: a model of another vocabulary, or --resume without --out.
+            UsageError: a model of another vocabulary, --resume without --out, or an `out` that is not to be gone on with.
+            DataError: `out` holds something else than rows.
         """
         from learnevict.evals.suite import run
 
         if resume and out is None:
             raise UsageError("--resume needs the --out of the run to go on with")
+        read_earlier(out, resume=resume)
         opened = self.opened
         if not opened.speaks_testbed:
             raise UsageError(
@@ -112,29 +126,41 @@ class Judging:
             return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
 
     def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
-        """Rows of methods on one text, the full cache first."""
+        """Rows of methods on one text, the full cache first; written as they come.
+
+        Raises:
+            UsageError: `out` holds something.
+            DataError: the text cannot be read, or `out` cannot be written.
+        """
         from learnevict.evals import perplexity as texts
 
         text = texts.read_text(path)
-        if self.prompt or self.tuned:
-            raise UsageError("--keep-prompt and --tuned belong to the testbed: a plain text has no prompt")
+        read_earlier(out, resume=False)
+        if out is not None:
+            check_writable(out)
         model = self.opened.model
         ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
         rules = self.rules(COMPARISON if self.opened.speaks_testbed else Rules(slack=128, sinks=None, recent=None))
-        asked = [one for one in self.contenders(()) if one.method != FULL]
-        cases = [(one, texts.resolve(budget, ids.shape[1])) for budget in self.budgets for one in asked]
-        policies = [texts.policy_for(one, budget, rules, model, ids) for one, budget in cases]
-        with progress(ids.shape[1] * (1 + len(cases))) as advance:
-            reference = texts.perplexity(model, ids, None, advance=lambda n: advance("full cache", n))
-            rows = [text_row(FULL, path.name, None, reference, reference)]
-            for (one, budget), policy in zip(cases, policies, strict=True):
-                label = f"{one.name} {budget}"
+        field = [one for one in self.contenders(()) if one.method != FULL]
+        cells = [Cell(Contender(FULL, FULL), path.name, FULL, None, ())]
+        for asked in self.budgets:
+            budget = texts.resolve(asked, ids.shape[1])
+            cells += [Cell(one, path.name, asked, budget, ()) for one in field]
+        policies = [
+            None if c.budget is None else texts.policy_for(c.contender, c.budget, rules, model, ids) for c in cells
+        ]
+        rows: list[Row] = []
+        full = None
+        with progress(ids.shape[1] * len(cells)) as advance:
+            for cell, policy in zip(cells, policies, strict=True):
+                label = f"{cell.contender.name} {cell.asked}"
                 found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
-                rows.append(text_row(one.name, path.name, budget, found, reference))
-        if any(one.method == GOLDEN for one, _ in cases):
+                full = full or found
+                rows.append(text_row(cell, self.opened.name, found, full))
+                if out is not None:
+                    write_rows(out, rows)
+        if any(one.method == GOLDEN for one in field):
             say("golden has read the whole text beforehand: it is a reference, not a method")
-        if out is not None:
-            write_rows(out, rows)
         return rows
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 import learnevict.cli.options as o
+from learnevict.cli.results import for_tables
 
 
 def run(as_json: o.AsJson = False) -> None:
@@ -25,14 +26,13 @@ def run(as_json: o.AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("method", "paper", "year", "kind", "memory", box=None, pad_edge=False, header_style="bold")
     for row in rows:
         paper = row["title"] + (f" [dim]arXiv {row['arxiv']}[/dim]" if row["arxiv"] else "")
         table.add_row(row["name"], paper, str(row["year"]), row["kind"], "bounded" if row["bounded"] else "grows")
-    Console().print(table)
+    for_tables().print(table)
     typer.echo("\nAn import path of your own (my_package.my_method) works wherever a name does.")
 
 

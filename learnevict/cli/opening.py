@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from learnevict.config import Budget
@@ -57,6 +58,13 @@ class Choice:
         names = ("sinks", "recent", "slack", "schedule", "prompt", "variant")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    @property
+    def flags(self) -> list[str]:
+        """The same as they are written, and whose gates are accepted: ["--slack"]."""
+        written = {"prompt": "--keep-prompt"}
+        other = ["--allow-other-base"] * self.allow_other_base
+        return [written.get(name, f"--{name}") for name in self.given] + other
+
     def options(self, opened: Opened) -> dict[str, Any]:
         """What was given, over what suits the model."""
         return {**(COMPARISON if opened.speaks_testbed else {}), **self.given}
@@ -85,9 +93,14 @@ def choose_method(choice: Choice, opened: Opened) -> str | None:
     """The method's name; None for a full cache.
 
     Raises:
-        UsageError: a budget for nobody, or a method without a budget.
+        UsageError: a budget for nobody, a method without a budget, or terms of an eviction that nobody asked for.
     """
     if choice.method in (None, "full") and choice.checkpoint is None and choice.budget is None:
+        if choice.flags:
+            raise UsageError(
+                f"{' and '.join(choice.flags)} without --budget: the cache would stay full; give --budget 48, and "
+                "--method or --ckpt to choose who evicts"
+            )
         return None
     if choice.method == "full":
         raise UsageError(
@@ -132,7 +145,8 @@ def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
     gates = Gates.load(source, opened.model, allow_other_base=choice.allow_other_base)
     if method is not None and gates.method != method:
         raise GateError(f"the gates in {str(source)!r} are of method {gates.method!r}, not {method!r}; drop --method")
-    return build(gates.policy, gates.method, choice, opened)
+    make = partial(gates.policy, allow_other_base=choice.allow_other_base)
+    return build(make, gates.method, choice, opened)
 
 
 def build(make: Any, method: str, choice: Choice, opened: Opened) -> Policy:

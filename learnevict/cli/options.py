@@ -50,7 +50,14 @@ Task = Annotated[
         rich_help_panel=PROMPT,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the task, and of the draws if temperature > 0.", rich_help_panel=PROMPT)]
+LARGEST_SEED = 2**63 - 1
+"""Half of what torch takes: rows of a batch add to it."""
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=LARGEST_SEED, help="Of the task, and of the draws if temperature > 0.", rich_help_panel=PROMPT
+    ),
+]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put the prompt into the model's chat template.", rich_help_panel=PROMPT)
 ]
@@ -113,6 +120,8 @@ Variant = Annotated[
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer.", rich_help_panel=MACHINE)]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=MACHINE)]
-BatchSize = Annotated[int, typer.Option(help="Prompts at a time.", rich_help_panel=MACHINE)]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Prompts of a --batch at a time. [dim]8[/dim]", rich_help_panel=MACHINE)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=OUTPUT)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="File to write.", rich_help_panel=OUTPUT)]

@@ -12,8 +12,10 @@ from typing import Any
 
 from learnevict.cli.opening import Opened
 from learnevict.errors import DataError, LearnevictError, UsageError
+from learnevict.evals.texts import decode, read_file
 
 FORMS = '{"prompt": TEXT}, {"messages": [{"role": ..., "content": ...}]} or {"task": FAMILY, "seed": N}'
+NESTED = "brackets are nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ def check_words(opened: Opened, text: str) -> None:
         warnings.warn("parts of the prompt are unknown to this model's tokenizer and are read as <unk>", stacklevel=2)
 
 
+def check_chat(*, chat: bool, task: str | None) -> None:
+    """Refuse to put a task into a chat template again.
+
+    Raises:
+        UsageError: both were given.
+    """
+    if chat and task is not None:
+        raise UsageError("--chat means nothing to --task, whose prompts are conversations already; drop --chat")
+
+
 def read_prompt(prompt: str) -> str:
     """The prompt; "-" stands for standard input.
 
@@ -134,18 +146,6 @@ def read_prompt(prompt: str) -> str:
         DataError: standard input is not UTF-8.
     """
     return decode(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
-
-
-def read_file(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -171,30 +171,16 @@ def read_row(number: int, line: str, used: dict[str, int]) -> Row:
     """One line; its name is its id, or the number of the line."""
     try:
         content = json.loads(line)
+        name = str(content.get("id", number)) if isinstance(content, dict) else None
     except ValueError as error:
         return Row(number, f"line {number}", {}, f"no JSON: {error}")
-    if not isinstance(content, dict):
+    except RecursionError:
+        return Row(number, f"line {number}", {}, NESTED)
+    if name is None:
         return Row(number, f"line {number}", {}, f"a row is an object such as {FORMS}")
-    name = str(content.get("id", number))
     if name in used:
         return Row(number, f"line {number}", {}, f"id {name!r} was taken by line {used[name]}; ids must differ")
     return Row(number, name, content)
-
-
-def decode(raw: bytes, source: str) -> str:
-    """Text from UTF-8, with or without a byte order mark.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{source} is not UTF-8 (byte {raw[error.start]:#04x} in line {line}); convert it, for instance with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from error
 
 
 def make_requests(
@@ -213,6 +199,8 @@ def _try_request(opened: Opened, row: Row, settings: dict[str, Any], chat: bool)
         return make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings))
     except LearnevictError as error:
         return f"line {row.line}: {' '.join(str(error).split())}"
+    except RecursionError:  # read, but not to be written again for the key
+        return f"line {row.line}: {NESTED}"
 
 
 def row_key(row: Row, settings: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from learnevict.errors import DataError, UsageError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 START = b'{"id": "'
 """How every row begins."""
 
@@ -27,14 +29,12 @@ class Results:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.keys: dict[str, str] = {}
+        self.num_shown = 0
         if path is None:
             return
-        try:
-            with path.open("a", encoding="utf-8"):
-                pass
+        check_writable(path)
+        if path.exists():
             self._read(path)
-        except OSError as error:
-            raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
 
     def _read(self, path: Path) -> None:
         """Take in finished rows; cut off a last one that was being written when the run died, and nothing else."""
@@ -46,7 +46,7 @@ class Results:
                 raise ValueError("the last line is not ours")
             rows = [json.loads(line) for line in (raw[:end] if broken else raw).splitlines()]
             self.keys = {row["id"]: row["key"] for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path} holds something else than rows of `learnevict infer`; choose another --out"
             ) from error
@@ -76,11 +76,19 @@ class Results:
         if self.path is None:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
+            self.num_shown += 1
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows written, by earlier runs too; asked of the file, as an interruption may fall between row and count."""
+        if self.path is None:
+            return self.num_shown
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def __str__(self) -> str:
         return "standard output" if self.path is None else str(self.path)
@@ -92,6 +100,30 @@ def _is_json(raw: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_writable(path: Path) -> None:
+    """Fail before the work, not after it; a file that was not there is not left behind.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        new = not path.exists()
+        with path.open("a", encoding="utf-8"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+
+
+def for_tables() -> Any:
+    """A rich console on standard output: as wide as the terminal, and 200 columns in a pipe or a file."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=200)
 
 
 def say(line: str) -> None:

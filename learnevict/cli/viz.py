@@ -10,9 +10,10 @@ import typer
 import learnevict.cli.options as o
 from learnevict.cli.answering import Answering, golden_policy
 from learnevict.cli.opening import Choice, Opened, open_model
-from learnevict.cli.requests import Request, make_request, read_file, read_prompt
-from learnevict.cli.results import say
-from learnevict.errors import DataError, UsageError
+from learnevict.cli.requests import Request, check_chat, make_request, read_prompt
+from learnevict.cli.results import check_writable, say
+from learnevict.errors import UsageError
+from learnevict.evals.texts import read_file
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
     write: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", "-n", rich_help_panel=o.MACHINE,
+            "--max-new-tokens", "-n", min=0, rich_help_panel=o.MACHINE,
             help="Let the model answer under the policy; 0 shows the text as it is (a task with its reference answer).",
         ),
     ] = 0,
@@ -62,6 +63,7 @@ def run(
         raise UsageError(
             "give one of --prompt TEXT, --file PATH and --task FAMILY; try --task recall --seed 3 --budget 48"
         )
+    check_chat(chat=chat, task=task)
     choice = Choice(
         method, ckpt, budget, allow_other_base, sinks, recent, slack, None if schedule is None else schedule.value,
         keep_prompt or None, variant,
@@ -74,19 +76,6 @@ def run(
     page = make_page(opened, choice, request, seed, write)
     out.write_text(page, encoding="utf-8")
     say(f"wrote {out} ({len(page) // 1024} KiB); open it in a browser")
-
-
-def check_writable(out: Path) -> None:
-    """Fail before the work, not after it.
-
-    Raises:
-        DataError: the page cannot be written.
-    """
-    try:
-        with out.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write {str(out)!r}: {error.strerror}; choose another --out") from error
 
 
 def make_page(opened: Opened, choice: Choice, request: Request, seed: int, write: int) -> str:

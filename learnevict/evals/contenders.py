@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from learnevict import methods
@@ -49,7 +50,7 @@ class Rules:
 
 
 COMPARISON = Rules()
-"""decisions.md, "Measuring quality": the same event period, sinks 4, recent 8, no prompt protection."""
+"""What comparison tables force on every method: the same event period, 4 sinks, 8 recent tokens, no prompt protection."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Contender:
         gates: its trained part, if it has one.
         settings: hyperparameters beside budget and rules, for all budgets alike.
         tuned: settings by (family, budget as asked for), chosen on validation seeds; they win.
+        allow_other_base: the gates may serve other weights than they were trained on.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Contender:
     gates: Gates | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    allow_other_base: bool = False
 
     @property
     def kind(self) -> str:
@@ -92,7 +95,9 @@ class Contender:
             BudgetError: the budget cannot hold guards and a fresh block.
         """
         given = {**rules.options, **(self.settings if options is None else options)}
-        make = methods.load(self.method).policy if self.gates is None else self.gates.policy
+        make: Any = methods.load(self.method).policy
+        if self.gates is not None:
+            make = partial(self.gates.policy, allow_other_base=self.allow_other_base)
         try:
             return make(budget, **given)
         except TypeError as error:
@@ -105,6 +110,7 @@ def contender(
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     name: str = "",
+    allow_other_base: bool = False,
 ) -> Contender:
     """A contender whose parts fit together.
 
@@ -117,4 +123,4 @@ def contender(
         raise GateError(f"method {method!r} is learned and needs gates; give --ckpt with a folder or Hub id")
     if gates is not None and gates.method != method:
         raise GateError(f"these gates belong to method {gates.method!r}, not to {method!r}; ask for that method")
-    return Contender(name or method, method, gates, settings or {}, tuned or {})
+    return Contender(name or method, method, gates, settings or {}, tuned or {}, allow_other_base)

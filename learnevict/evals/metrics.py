@@ -1,8 +1,9 @@
-"""Numbers from per-sample counts, each with a bootstrap interval over samples.
+"""Numbers from per-sample counts, each with an interval over samples.
 
-Every figure of a table is a ratio of two sums over samples, so one bootstrap serves them all: step accuracy is tokens
+Nearly every figure of a table is a ratio of two sums over samples, so one bootstrap serves them: step accuracy is tokens
 right over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
-(golden - best).
+(golden - best). Exact match is a share of samples that are right or wrong as a whole. Of 200 right ones every resample
+says 1, so a bootstrap would promise [1, 1]; a share has Wilson's interval instead.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import numpy as np
 
 DRAWS = 2000
 COVERAGE = 95.0
+NORMAL_QUANTILE = 1.959964
+"""Of the standard normal distribution, for that coverage."""
 SMALLEST_GAP = 0.03
 """Below this much step accuracy between golden and the best heuristic, a cell is reported but not scored."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its percentile interval (95 % unless said otherwise)."""
+    """A figure and its interval, 95 % unless said otherwise: bootstrap percentiles, or Wilson's of a share."""
 
     value: float
     low: float
@@ -83,6 +86,21 @@ def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
     return ratio(values, [1.0] * len(values), seed=seed)
 
 
+def share(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The mean over samples that are right (1) or wrong (0), with Wilson's score interval.
+
+    Where tries are averaged (avg@k) and values lie between, the interval is the bootstrap's.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if not values or not {0.0, 1.0}.issuperset(values):
+        return mean(values, seed=seed)
+    num, value, square = len(values), sum(values) / len(values), NORMAL_QUANTILE**2
+    middle = (value + square / (2 * num)) / (1 + square / num)
+    half = NORMAL_QUANTILE / (1 + square / num) * math.sqrt(value * (1 - value) / num + square / (4 * num * num))
+    return Estimate(value, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
 def paired_difference(
     one: Sequence[float], other: Sequence[float], seen: Sequence[float], *, seed: int = 0
 ) -> Estimate:
@@ -94,11 +112,9 @@ def gap_closed(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> E
     """How much of the way from the best heuristic to golden a method goes: 0 is the heuristic, 1 is golden.
 
     Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over
-    the cells' accuracy differences, so that every family weighs the same however many tokens it checks; samples are
-    resampled within their cell. Cells with a gap below SMALLEST_GAP are left out; NaN if none is left. More than 1 is
-    possible.
-
-    Source: docs/decisions.md, "Measuring quality".
+    the cells' accuracy differences: how many tokens a family checks does not matter, but one with a wide gap weighs
+    more than one with a narrow gap. Samples are resampled within their cell. Cells with a gap below SMALLEST_GAP are
+    left out; NaN if none is left. More than 1 is possible: golden is a reference, not a bound.
     """
     scored = [cell for cell in cells if cell.scored]
     if not scored:

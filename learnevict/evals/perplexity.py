@@ -16,6 +16,7 @@ from torch import Tensor
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.budgets import resolved
 from learnevict.evals.contenders import GOLDEN, Contender, Rules
+from learnevict.evals.texts import read_file
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
 from learnevict.methods import golden
@@ -52,14 +53,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: no such file, not UTF-8, or empty.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first: iconv -f LATIN1 -t UTF-8 {path}"
-        ) from error
+    text = read_file(path)
     if not text.strip():
         raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")
     return text
@@ -116,6 +110,7 @@ def perplexity(
             last = logits[-1:]
             if advance is not None:
                 advance(part.shape[1])
+    assert cache is not None
     held = sum(map(stored_bytes, cache.layers))
     peak, whole = (evicting.peak_nbytes, evicting.full_nbytes) if evicting is not None else (held, held)
     return Perplexity(total, ids.shape[1] - 1, peak, held, whole)

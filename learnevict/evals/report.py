@@ -10,13 +10,13 @@ from typing import Any
 
 from learnevict.errors import DataError
 from learnevict.evals.plots import plot
-from learnevict.evals.rows import KEYS, Row
+from learnevict.evals.rows import KEYS, TEXT_KEYS, Row
 
 LEARNED, REFERENCE = "learned", "reference"
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write table.md, table.csv and, if any row has a budget, accuracy.png.
+    """Write table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
 
     Raises:
         DataError: the folder cannot be written.
@@ -29,15 +29,16 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
         written[1].write_text(comma_separated(rows), encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write into {str(folder)!r}: {error.strerror}; choose another --out") from error
-    if any(row.get("budget") is not None for row in rows):
-        written.append(plot(rows, folder / "accuracy.png"))
+    drawn = [row for row in rows if row.get("step_accuracy") is not None or row.get("exact_match") is not None]
+    if any(row.get("budget") is not None for row in drawn):
+        written.append(plot(drawn, folder / "accuracy.png"))
     return written
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """All rows with the common keys; an empty field is null."""
+    """All rows with the common keys, and those of texts if there are any; an empty field is null."""
     text = io.StringIO()
-    columns: list[str] = list(KEYS)
+    columns: list[str] = [*KEYS, *(key for key in TEXT_KEYS if any(key in row for row in rows))]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -57,18 +58,20 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """One line: model, samples, split, budgets in tokens."""
+    """One line: model, samples and split or the length of the text, budgets in tokens."""
     first = rows[0]
     tokens = {budget_label(row): row["budget"] for row in rows if row.get("budget") is not None}
     budgets = ", ".join(f"{label} = {value} slots" for label, value in tokens.items() if str(value) != label)
     where = f"{first.get('samples')} samples, {first.get('split', 'test')} split"
+    if first.get("num_tokens") is not None:
+        where = f"{first['num_tokens']} tokens predicted"
     return f"Model {first.get('model', '?')}, {where}{'; ' + budgets if budgets else ''}."
 
 
 def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
     """A Markdown table of one family: methods down, budgets across, the full cache in a row of its own."""
     budgets = in_order([row for row in rows if row.get("budget") is not None], budget_label)
-    lines = [["method", *budgets], ["---"] * (len(budgets) + 1)]
+    lines: list[list[str]] = []
     for method in in_order(rows, "method"):
         mine = {budget_label(row): measure(row) for row in rows if row["method"] == method}
         if None in mine:
@@ -76,8 +79,13 @@ def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
         else:
             lines.append([method, *(mine.get(budget) or "–" for budget in budgets)])
     if not budgets:
-        lines = [["method", "full cache"], ["---"] * 2, *([row["method"], measure(row)] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return table(["method", "full cache"], [[row["method"], measure(row)] for row in rows])
+    return table(["method", *budgets], lines)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def in_order(rows: Sequence[Row], key: str | Callable[[Row], Any]) -> list[Any]:
@@ -109,6 +117,13 @@ def show_exact(row: Row) -> str:
     return text + (f" ({row['tokens_generated']:.0f})" if row.get("tokens_generated") is not None else "")
 
 
+def show_perplexity(row: Row) -> str:
+    """Perplexity of a text, and its ratio to the full cache's."""
+    if row.get("perplexity") is None:
+        return ""
+    return f"{row['perplexity']:.3f} ({row['perplexity_ratio']:.3f})"
+
+
 def show_loss(row: Row) -> str:
     """Loss ratio to the full cache."""
     return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.3g}"
@@ -121,9 +136,14 @@ def show_bytes(row: Row) -> str:
     return f"{row['kv_bytes_peak'] / 1024:.0f} of {row['kv_bytes_full'] / 1024:.0f}"
 
 
+EXACT = (
+    "Exact match of the final answer in free generation; 95 % Wilson interval, bootstrap where tries are averaged (and mean "
+    "tokens generated)."
+)
 MEASURES: dict[str, Callable[[Row], str]] = {
     "Step accuracy: reference text, checked tokens only; 95 % bootstrap interval over samples.": show_accuracy,
-    "Exact match of the final answer in free generation, with interval (and mean tokens generated).": show_exact,
+    EXACT: show_exact,
+    "Perplexity of the text (over that with the full cache).": show_perplexity,
     "Loss of the response over that with the full cache.": show_loss,
     "KiB of keys and values per sample: peak, of a full cache's.": show_bytes,
 }

@@ -72,6 +72,12 @@ class Results:
         found = [self.cell(method, base, family, budget) for family, base in best.items()]
         return metrics.gap_closed([cell for cell in found if cell is not None])
 
+    def left_out(self, method: str, best: dict[str, str], budget: str) -> dict[str, str]:
+        """Families of `best` that the pooled gap does not hold, each with the reason."""
+        found = {family: self.cell(method, base, family, budget) for family, base in best.items()}
+        reasons = {family: "not run" if one is None else f"gap {one.gap:.3f}" for family, one in found.items()}
+        return {family: reasons[family] for family, one in found.items() if one is None or not one.scored}
+
     def difference(self, method: str, other: str, family: str, budget: str) -> Estimate | None:
         """Step accuracy of a method minus another's, on the same samples."""
         one, two = self.counts(method, family, budget), self.counts(other, family, budget)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError
+from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
 from learnevict.evals.budgets import is_share
 from learnevict.evals.contenders import FULL
@@ -22,6 +22,9 @@ KEYS = (
     "kv_bytes_end", "kv_bytes_full", "tokens_generated", "tokens_per_second", "samples",
 )  # fmt: skip
 """The keys that every row has, here and in demo reports; null where not run. Others may follow."""
+
+TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
+"""What rows of `eval --task perplexity` have besides."""
 
 Row = dict[str, Any]
 
@@ -36,11 +39,9 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
     row: Row = dict.fromkeys(KEYS)
     row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
     for fill in (_teacher, _free):
-        row |= fill(journal, cell, plan.seeds)
+        row |= fill(journal, cell, plan)
     return row | {
-        "budget_share": cell.asked if is_share(cell.asked) else None,
-        "kind": cell.contender.kind,
-        "model": subject.name,
+        **_origin(cell, subject.name),
         "split": plan.split,
         "length": plan.length,
         "seed": plan.seed,
@@ -50,17 +51,25 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
     }
 
 
-def text_row(method: str, name: str, budget: int | str | None, found: Perplexity, full: Perplexity) -> Row:
-    """A row of `eval --task perplexity`; ratios are to the full cache, bytes those of the one text."""
+def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row:
+    """A row of `eval --task perplexity`: the family is the text; ratios are to the full cache, bytes those of the text."""
     row: Row = dict.fromkeys(KEYS)
-    row |= {"method": method, "family": name, "budget": budget, "samples": 1, "loss_ratio": found.loss / full.loss}
+    row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": 1}
     row |= {"kv_bytes_peak": found.peak, "kv_bytes_end": found.end, "kv_bytes_full": found.full}
-    ratio = found.value / full.value
-    return row | {"perplexity": found.value, "perplexity_ratio": ratio, "num_tokens": found.num_tokens}
+    row |= {"loss_ratio": found.loss / full.loss, **_origin(cell, model)}
+    return row | dict(zip(TEXT_KEYS, (found.value, found.value / full.value, found.num_tokens), strict=True))
 
 
-def _teacher(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
-    key = cell.key("teacher")
+def _origin(cell: Cell, model: str) -> Row:
+    return {
+        "budget_share": cell.asked if is_share(cell.asked) else None,
+        "kind": cell.contender.kind,
+        "model": model,
+    }
+
+
+def _teacher(journal: Journal, cell: Cell, plan: Plan) -> Row:
+    key, seeds = cell.key("teacher"), plan.seeds
     right, seen = journal.column(key, seeds, "right"), journal.column(key, seeds, "seen")
     loss = journal.column(key, seeds, "loss")
     if right is None or seen is None or loss is None:
@@ -77,19 +86,20 @@ def _teacher(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
     }
 
 
-def _free(journal: Journal, cell: Cell, seeds: Sequence[int]) -> Row:
-    key = cell.key("free")
+def _free(journal: Journal, cell: Cell, plan: Plan) -> Row:
+    key, seeds = cell.key("free"), plan.seeds
     exact, tokens = journal.column(key, seeds, "exact"), journal.column(key, seeds, "tokens")
     seconds, agreed = journal.column(key, seeds, "seconds"), journal.column(key, seeds, "agreed")
     if exact is None or tokens is None or seconds is None:
         return {}
-    match = metrics.mean(exact)
+    match = metrics.share(exact)
+    late = sum(tokens) - plan.tries * len(tokens)  # the seconds begin after each answer's first token
     row = {
         "exact_match": match.value,
         "exact_low": match.low,
         "exact_high": match.high,
         "tokens_generated": metrics.mean(tokens).value,
-        "tokens_per_second": sum(tokens) / sum(seconds) if sum(seconds) else None,
+        "tokens_per_second": late / sum(seconds) if sum(seconds) else None,
         **_bytes(journal, key, seeds),
     }
     if agreed is not None:
@@ -123,6 +133,39 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
 
 
+def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
+    """Rows of an earlier run that a run is going to keep; [] where nothing is yet.
+
+    Raises:
+        UsageError: the file holds something, and the run is not to go on with it.
+        DataError: it holds something else than rows.
+    """
+    try:
+        if path is None or not path.exists() or (path.is_file() and not path.stat().st_size):
+            return []
+    except OSError as error:
+        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+    if not resume:
+        raise UsageError(
+            f"{path} holds something already; choose another --out, or go on with a run of the testbed (--resume)"
+        )
+    try:
+        return read_rows(path)
+    except DataError as error:
+        raise DataError(f"{error}; choose another --out") from error
+
+
+def joined(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Rows of both; a newer one takes the place of the first older one of its cell, and no other is lost."""
+    fresh = {_place(row): row for row in rows}
+    kept = [fresh.pop(_place(row), row) for row in earlier]
+    return [*kept, *fresh.values()]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("family", "method", "budget", "budget_share"))
+
+
 def read_rows(path: Path) -> list[Row]:
     """Rows of a JSONL file, or of a report {"rows": [...]}.
 
@@ -133,16 +176,21 @@ def read_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read rows from {str(path)!r}: {error}") from error
-    rows: list[Row] = []
+    rows: Any = []
     try:
         whole = json.loads(text) if text.lstrip().startswith("{") and "\n{" not in text.strip() else None
         rows = whole["rows"] if whole and "rows" in whole else [json.loads(line) for line in text.splitlines() if line]
     except (ValueError, TypeError) as error:
         raise DataError(f"{str(path)!r} is neither JSON lines nor a report: {error}") from error
-    bad = [row for row in rows if not {"method", "family", "budget"} <= set(row)]
-    if bad or not rows:
+    except RecursionError as error:
+        raise DataError(f"{str(path)!r} is neither JSON lines nor a report: brackets are nested too deeply") from error
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and {"method", "family", "budget"} <= set(row)
 
 
 def _finite(row: Mapping[str, Any]) -> Row:

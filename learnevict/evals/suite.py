@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from learnevict import testbed
+from learnevict.errors import UsageError
 from learnevict.evals.budgets import longest_response
 from learnevict.evals.contenders import GOLDEN, Contender
 from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
 from learnevict.evals.journal import Journal
 from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
-from learnevict.evals.rows import Row, make_row, write_rows
+from learnevict.evals.rows import Row, joined, make_row, read_earlier, write_rows
 from learnevict.evals.teacher import Scores, Storage, judge, judge_golden, read
 
 Advance = Callable[[str, int], None]
@@ -30,8 +31,8 @@ def run(
     """Run what is missing and return a row per method, family and budget.
 
     Args:
-        out: rows are written here as JSON lines after every cell, per-sample numbers to `journal_path(out)` after every
-            batch.
+        out: rows are written here as JSON lines after every cell, beside those that were there, per-sample numbers to
+            `journal_path(out)` after every batch.
         resume: go on with a run that was interrupted, or add methods, families, budgets or samples to it.
         advance: called with what is being run and the number of samples just done, those of earlier runs included.
 
@@ -40,11 +41,14 @@ def run(
 
     Raises:
         BudgetError: a budget that some method cannot be held to; nothing has been run then.
-        UsageError: an impossible plan, or `out` belongs to another one.
-        DataError: `out` cannot be written.
+        UsageError: an impossible plan, or `out` belongs to another one or is not to be gone on with.
+        DataError: `out` cannot be written, or holds something else than rows.
     """
     check(plan, contenders)
-    journal = Journal(journal_path(out) if out else None, configuration(plan, subject), resume=resume)
+    earlier, record = read_earlier(out, resume=resume), journal_path(out) if out else None
+    if earlier and record is not None and not record.exists():
+        raise UsageError(f"{out} holds rows, but {record}, the numbers behind them, is missing; choose another --out")
+    journal = Journal(record, configuration(plan, subject), resume=resume)
     rows: list[Row] = []
     for family in plan.families:
         for cell in cells(plan, contenders, family):
@@ -53,7 +57,7 @@ def run(
             if cell.contender in contenders:
                 rows.append(make_row(journal, cell, plan, subject))
                 if out is not None:
-                    write_rows(out, rows)
+                    write_rows(out, joined(earlier, rows))
     return rows, journal
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
+from learnevict.evals.benchmarks import benchmark_tables
 from learnevict.evals.metrics import SMALLEST_GAP, Estimate
 from learnevict.evals.plots import plot
-from learnevict.evals.report import grid, in_order, provenance, show_accuracy, show_exact
+from learnevict.evals.report import grid, in_order, provenance, show_accuracy, show_exact, table
 from learnevict.evals.results import Results, read_results
 from learnevict.evals.rows import Row
 from learnevict.testbed.vocabulary import VALUES
@@ -32,7 +31,11 @@ TITLES = {
         "The prompt stays and budgets count the rest. Answers of recall and dialogue are too short to evict from.",
     ),
     "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
-    "free": ("Free generation", "The model reads its own words; exact match of the final answer."),
+    "free": (
+        "Free generation",
+        "The model reads its own words; exact match of the final answer with its 95 % Wilson interval (and mean tokens "
+        "generated).",
+    ),
 }
 
 
@@ -89,6 +92,8 @@ def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str
     title, rules = TITLES[name]
     parts = [f"## {title}", rules]
     measure = show_exact if name == "free" else show_accuracy
+    if name != "free":
+        parts.append("Step accuracy with its 95 % bootstrap interval over samples.")
     for family in results.families:
         rows = [row for row in results.rows if row["family"] == family]
         parts += [f"### {title}: {family}", provenance(rows), grid(rows, measure)]
@@ -104,15 +109,16 @@ def full_cache_table(found: dict[str, Results]) -> str:
     """Exact match with the full cache, family by family."""
     rows = [row for name in ("free", "main") if name in found for row in found[name].rows]
     full = [row for row in rows if row["method"] == "full" and row["exact_match"] is not None]
-    lines = ["| family | exact match | step accuracy | tokens generated | samples |", "| --- | --- | --- | --- | --- |"]
+    lines: list[list[str]] = []
     for family in in_order(full, "family"):
         row = next(row for row in full if row["family"] == family)
         measured = [other["step_accuracy"] for other in rows if _is_full(other, family)]
         shown = next((f"{value:.3f}" for value in measured if value is not None), "–")
         lines.append(
-            f"| {family} | {row['exact_match']:.3f} | {shown} | {row['tokens_generated']:.0f} | {row['samples']} |"
+            [family, f"{row['exact_match']:.3f}", shown, f"{row['tokens_generated']:.0f}", str(row["samples"])]
         )
-    return "## The testbed with its full cache\n\n" + "\n".join(lines) if full else ""
+    header = ["family", "exact match", "step accuracy", "tokens generated", "samples"]
+    return "## The testbed with its full cache\n\n" + table(header, lines) if full else ""
 
 
 def _is_full(row: Row, family: str) -> bool:
@@ -127,8 +133,9 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
     else:
         parts.append(
             "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on "
-            "validation seeds, random among them. Families weigh the same in the pooled line. Cells whose gap is below "
-            f"{SMALLEST_GAP} are not scored."
+            f"validation seeds, random among them. Cells whose gap is below {SMALLEST_GAP} are not scored. The pooled line "
+            "divides the sum of the scored families' differences by the sum of their gaps, so a family counts as much "
+            "as its gap is wide; how many of the five it holds stands behind it, and below it which are left out."
         )
         parts.append(_gap_table(results, tuned.best))
     if "lexical" in results.methods():
@@ -138,25 +145,40 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
 
 
 def _gap_table(results: Results, best: Callable[[str, str], str]) -> str:
-    lines = [["method", "family", *results.budgets], ["---"] * (2 + len(results.budgets))]
+    lines: list[list[str]] = []
+    notes: list[str] = []
     for method in [name for name in results.methods("learned") if name != "lexical"]:
-        for family in [*results.families, "pooled"]:
-            cells = []
-            for budget in results.budgets:
-                bases = {one: best(one, budget) for one in (results.families if family == "pooled" else [family])}
-                note = "" if family == "pooled" or bases[family] == "lexical" else f" from {bases[family]}"
-                cells.append(_show(results.gap_closed(method, bases, budget)) + note)
+        for family in results.families:
+            bases = [(budget, best(family, budget)) for budget in results.budgets]
+            closed = [(results.gap_closed(method, {family: base}, budget), base) for budget, base in bases]
+            cells = [_show(one) + ("" if base == "lexical" else f" from {base}") for one, base in closed]
             lines.append([method, family, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        pooled = [_pooled(results, method, best, budget) for budget in results.budgets]
+        lines.append([method, "pooled", *(shown for shown, _ in pooled)])
+        notes += [
+            f"{method} at {budget}: {left}" for budget, (_, left) in zip(results.budgets, pooled, strict=True) if left
+        ]
+    shown = table(["method", "family", *results.budgets], lines)
+    return shown + (f"\n\nLeft out of the pooled line: {'; '.join(notes)}." if notes else "")
+
+
+def _pooled(results: Results, method: str, best: Callable[[str, str], str], budget: str) -> tuple[str, str]:
+    """The gap closed over all families with how many of them it holds, and which it leaves out, with the reason."""
+    bases = {family: best(family, budget) for family in results.families}
+    left = {family: "not run" for family in testbed.FAMILIES if family not in bases}
+    left |= results.left_out(method, bases, budget)
+    num = len({*testbed.FAMILIES, *bases})
+    shown = f"{_show(results.gap_closed(method, bases, budget))} ({num - len(left)} of {num} families)"
+    return shown, ", ".join(f"{family} ({reason})" for family, reason in left.items())
 
 
 def _difference_table(results: Results, other: str) -> str:
-    lines = [["method", "family", *results.budgets], ["---"] * (2 + len(results.budgets))]
+    lines: list[list[str]] = []
     for method in [name for name in results.methods("learned") if name != other]:
         for family in results.families:
             found = [results.difference(method, other, family, budget) for budget in results.budgets]
             lines.append([method, family, *("–" if one is None else _show(one) for one in found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(["method", "family", *results.budgets], lines)
 
 
 def _show(estimate: Estimate) -> str:
@@ -189,43 +211,17 @@ def agreement_line(results: Results) -> str:
     )
 
 
-def benchmark_tables(folder: Path) -> list[str]:
-    """Every JSON file of a benchmark whose "rows" are flat objects, with the rest of the file as its caption."""
-    parts: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            rows: list[Row] = content["rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{str(path)!r} is no benchmark: it needs rows, a list of objects") from error
-        if rows:
-            facts = {key: value for key, value in content.items() if isinstance(value, str | int | float)}
-            caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-            parts += [f"### {path.stem}", caption, flat_table(rows)]
-    return ["## Speed and memory", *parts] if parts else []
-
-
-def flat_table(rows: list[Row]) -> str:
-    """Objects as a Markdown table, a column per key."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list | dict)))
-    lines = [keys, ["---"] * len(keys)]
-    for row in rows:
-        values = [row.get(key) for key in keys]
-        lines.append(["–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def method_table() -> str:
     """The registered methods as a Markdown table."""
-    lines = ["| method | what it is | paper | kind |", "| --- | --- | --- | --- |"]
+    lines: list[list[str]] = []
     for name in methods.METHODS:
         module = methods.load(name)
         first = " ".join((module.__doc__ or "").split("\n\n")[0].split())
         said = re.sub(r"\s*\(arXiv [^)]*\)", "", first.partition(": ")[2] or first).rstrip(".")
         paper = module.PAPER
         link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {paper.year}" if paper.arxiv else "–"
-        lines.append(f"| `{name}` | {said} | {link} | {paper.kind} |")
-    return "\n".join(lines)
+        lines.append([f"`{name}`", said, link, paper.kind])
+    return table(["method", "what it is", "paper", "kind"], lines)
 
 
 def write_method_table(readme: Path) -> bool:

@@ -7,6 +7,7 @@ are tuned alike (their bonus for recency); they are learned, so they are never "
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -151,8 +152,35 @@ def merge(parts: Sequence[Tuned]) -> Tuned:
 
 
 def save(tuned: Tuned, path: Path = TUNED) -> None:
-    """Write as JSON."""
-    path.write_text(json.dumps(vars(tuned), indent=1) + "\n", encoding="utf-8")
+    """Write as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(vars(tuned), indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:
+    """Write what one process tuned to a file of its own, and all parts beside it that were tuned alike into one.
+
+    Processes that tune other families may do the same at any moment. A part written after this one read the folder is
+    taken in by whoever wrote it, and one written in between by looking again afterwards.
+
+    Args:
+        found: settings of the families that this process tuned.
+        part: the file, "NAME.tuned.json" in a folder of such.
+        whole: settings of all families; those that it holds from elsewhere stay if they were tuned alike.
+    """
+    save(found, part)
+    before, after = None, parts_beside(part)
+    while after != before:
+        known = [load(whole)] if whole.exists() else []
+        save(merge([one for one in (*known, *after) if one.record == found.record]), whole)
+        before, after = after, parts_beside(part)
+
+
+def parts_beside(part: Path) -> list[Tuned]:
+    """All parts in the folder of one."""
+    return [load(path) for path in sorted(part.parent.glob("*.tuned.json"))]
 
 
 def load(path: Path = TUNED) -> Tuned:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +38,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTr
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, local_files_only=local, trust_remote_code=False
         )
+    except SafetensorError as error:
+        raise ModelError(f"cannot load model {name!r}: {damage(source, error)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     return model.to(where).eval(), tokenizer
@@ -141,6 +144,25 @@ def _explain(name: str, error: Exception) -> str:
     if "gated" in str(error).lower():
         return f"model {name!r} is gated: ask for access on its page, then log in with `hf auth login`"
     return f"cannot load model {name!r}: {said}"
+
+
+def damage(source: str, error: Exception) -> str:
+    """Which file of weights is damaged, and what to do about it; `source` is a folder or a Hub id."""
+    broken = next((path for path in sorted(Path(source).glob("*.safetensors")) if not _opens(path)), None)
+    if broken is not None:
+        return f"{str(broken)!r} is damaged or cut short ({error}); copy or download it again"
+    return (
+        f"a weight file of {source!r} is damaged or cut short ({error}); remove it from the cache (`hf cache rm "
+        f"model/{source}`) and download it again"
+    )
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def quiet(*, bars: bool) -> None:

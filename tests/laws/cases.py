@@ -17,10 +17,10 @@ from tests.laws import zoo
 from tests.laws.run import LENGTH, Run, batch, read
 
 BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
-OPTIONS: dict[str, Any] = {"slack": SLACK, "sinks": SINKS, "recent": RECENT}
+LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
 AMPLE = 4 * LENGTH
 
-# Name: (method, options beside OPTIONS).
+# Name: (method, options beside those of every case).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in methods.METHODS},
     "random/slack0": ("random", {"slack": 0}),
@@ -53,14 +53,15 @@ def random_gates(method: str, model_name: str) -> Gates:
     return gates.to(zoo.DEVICE)
 
 
-def extras(method: str, model: PreTrainedModel, model_name: str, ids: Tensor, mask: Tensor, budget: int) -> dict:
+def extras(method: str, case: Case, ids: Tensor, mask: Tensor, budget: int) -> dict:
     """What a method needs besides options: gates, or a trace of this very text."""
     if method in LEARNED:
-        return {"gate": random_gates(method, model_name).gate.eval()}
+        return {"gate": random_gates(method, case.model_name).gate.eval()}
     if method == "golden":
-        if model_name in zoo.STOCK_ONLY:
-            return {"trace": never(model, ids, budget)}
-        return {"trace": golden_trace(model, ids, mask, budget=budget, block=SLACK, guard=Guard(SINKS, RECENT))}
+        if case.model_name in zoo.STOCK_ONLY:
+            return {"trace": never(case.model, ids, budget)}
+        guard = Guard(SINKS, case.recent)
+        return {"trace": golden_trace(case.model, ids, mask, budget=budget, block=SLACK, guard=guard)}
     return {}
 
 
@@ -78,6 +79,7 @@ class Case:
 
     method: str
     model_name: str
+    recent: int = RECENT
 
     @property
     def model(self) -> PreTrainedModel:
@@ -94,13 +96,13 @@ class Case:
 
     def text(self, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Three rows, the second and third padded on the left: ids and mask, int64 [3, T]."""
-        return batch(zoo.tokens(self.model, 3, LENGTH, seed))
+        return batch(zoo.distinct_tokens(self.model, 3, LENGTH, seed))
 
     def policy(self, ids: Tensor, mask: Tensor, budget: int = BUDGET) -> Policy:
         """The method's policy for this text."""
         name, options = VARIANTS[self.method]
-        needed = extras(name, self.model, self.model_name, ids, mask, budget)
-        return methods.load(name).policy(budget, **OPTIONS | options, **needed)
+        terms = {"slack": SLACK, "sinks": SINKS, "recent": self.recent} | options
+        return methods.load(name).policy(budget, **terms, **extras(name, self, ids, mask, budget))
 
     def fresh_run(self, seed: int = 0, budget: int = BUDGET) -> Run:
         """The text read through a new cache, prompt first and then token by token."""

@@ -16,7 +16,7 @@ from learnevict.signals import Signals
 
 @dataclass(frozen=True)
 class Lopsided(Uniform):
-    """Two thirds of what the guards leave go to the first head, the rest in equal parts to the others."""
+    """Two thirds of what the guards leave go to the first head, if it holds so many; the rest in equal parts to the others."""
 
     ragged = True
 
@@ -24,7 +24,8 @@ class Lopsided(Uniform):
         heads = scores.shape[1]
         kept = protected.sum(-1)
         free = budget.long() * heads - kept.sum(-1)
-        rest = (free - free * 2 // 3) // (heads - 1)
+        room = (scores > -torch.inf).sum(-1) - kept
+        rest = (free - (free * 2 // 3).minimum(room[:, 0])) // (heads - 1)
         return kept + torch.stack([free - rest * (heads - 1), *[rest] * (heads - 1)], -1)
 
 

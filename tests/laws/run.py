@@ -63,7 +63,7 @@ def pieces(prompt: int, length: int) -> list[int]:
 
 
 class Reader:
-    """Feeds ids to a model piece by piece; several readers may take turns on one model."""
+    """Feeds ids to a model piece by piece, from where its cache stands; several readers may take turns on one model."""
 
     def __init__(
         self, model: PreTrainedModel, cache: EvictingCache, ids: Tensor, mask: Tensor, sizes: list[int]
@@ -75,7 +75,7 @@ class Reader:
         self.moments: list[Moment] = []
 
     def __iter__(self) -> Iterator[Moment]:
-        start = 0
+        start = self.cache.get_seq_length()
         for size in self.sizes:
             stop = start + size
             with torch.no_grad():

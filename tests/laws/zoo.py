@@ -83,6 +83,8 @@ def fresh(name: str, **changes: Any) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=1.0)
+        if parameter_name.endswith("k_norm.weight"):  # else all keys have one norm, and rounding ranks them
+            parameter.data += 0.3 * torch.randn_like(parameter)
     return model.requires_grad_(False).to(DEVICE)
 
 
@@ -96,6 +98,13 @@ def tokens(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> to
     """Random token ids int64 [B, T], special ones left out."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(DEVICE)
+
+
+def distinct_tokens(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """As `tokens`, but none twice in a row: equal tokens have keys of equal norm in a first layer, so rounding would choose."""
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.get_text_config().vocab_size - 3
+    return torch.stack([3 + torch.randperm(size, generator=generator)[:length] for _ in range(batch)]).to(DEVICE)
 
 
 def stock_cache(model: PreTrainedModel) -> DynamicCache:
