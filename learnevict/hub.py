@@ -67,7 +67,8 @@ class Gates(PreTrainedModel):
 
     def forward(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Scores of recorded states: {layer: [M, H, N, in]} -> {layer: [M, H, N]}; what trainers call."""
-        return {layer: self.gate.judge(layer, part) for layer, part in features.items()}
+        judge: Any = self.gate
+        return {layer: judge.judge(layer, part) for layer, part in features.items()}
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Gates initialise themselves."""

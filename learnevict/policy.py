@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,10 @@ class Scorer(ABC):
 class Gate(nn.Module, Scorer):
     """A Scorer with parameters, for all layers of one base model; trained with the base frozen."""
 
-    def to(self, *args, **kwargs) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def to(self, *args: Any, **kwargs: Any) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As nn.Module.to."""
-        return nn.Module.to(self, *args, **kwargs)
+        nn.Module.to(self, *args, **kwargs)
+        return self
 
 
 class Allocator(ABC):

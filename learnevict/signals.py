@@ -91,13 +91,14 @@ class Attention:
         """
         scores = self.scores(logits).masked_fill(~visible, -torch.inf)
         top = scores.amax(-1, keepdim=True)
+        sink = None
         if self.sinks is not None:
             sink = self.sinks.float().view(1, scores.shape[1], scores.shape[2], 1, 1)
             top = torch.maximum(top, sink)
         top = top.masked_fill(top == -torch.inf, 0.0)
         weights = (scores - top).exp_()
         total = weights.sum(-1, keepdim=True)
-        if self.sinks is not None:
+        if sink is not None:
             total = total + (sink - top).exp()
         return weights / total.clamp_min(torch.finfo(torch.float32).tiny)
 

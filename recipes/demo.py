@@ -93,8 +93,8 @@ def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: 
 def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
     """The judge minus every baseline in step accuracy, on the same samples, with paired intervals; True if all are above 0.
 
-    A budget is judged over the samples of all families: where a baseline gets one of them right to the last token, nobody can be
-    better there.
+    A budget is judged over the samples of all families: where a baseline gets one of them right to the last token, nobody
+    can be better there.
     """
     table = Table(title=f"{JUDGE} minus baseline, step accuracy (95 % paired interval)")
     table.add_column("baseline")

@@ -60,7 +60,7 @@ def load(name: str) -> ModuleType:
     missing = [part for part in ("PAPER", "policy") if part not in vars(module)]
     if missing:
         raise UsageError(
-            f"module {path!r} is not a method: it lacks {' and '.join(missing)} (see docs: how to add a method)"
+            f"module {path!r} is not a method: it lacks {' and '.join(missing)}; README.md shows one in 30 lines"
         )
     return module
 

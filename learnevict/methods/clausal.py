@@ -16,14 +16,15 @@ from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
 from learnevict.methods.lexical import OtherBonus, aged
+from learnevict.parts.gates import Table
 from learnevict.parts.options import Terms, compose
-from learnevict.policy import Gate, Policy
+from learnevict.policy import Policy
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("Clausal baseline: mean golden label per clause opening and place", None, 2026, kind="learned")
 
 
-class ClausalGate(Gate):
+class ClausalGate(Table):
     """A worth per (first token id of the clause, place in it); all zeros until fitted.
 
     Args:

@@ -25,8 +25,9 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
+from learnevict.parts.gates import Judge
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Gate, Policy
+from learnevict.policy import Policy
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("ForesightKV: learning long-term contribution for KV cache eviction", "2602.03203", 2026, "learned")
@@ -54,7 +55,7 @@ class JudgeConfig:
         return layout.head_dim + layout.head_dim // 2 + layout.value_dim + (5 + len(RECENT)) * group + SCALARS
 
 
-class ForesightGate(Gate):
+class ForesightGate(Judge):
     """Judges of all layers and kv heads as grouped linear maps, weights [L, H, in, out].
 
     Args:
@@ -141,8 +142,7 @@ class ForesightGate(Gate):
             self.mean[layer, :, 0], self.scale[layer, :, 0] = mean, spread.sqrt().clamp_min(1e-2)
         self.calibrated.fill_(1)
 
-    @staticmethod
-    def features(keys: Tensor, values: Tensor, notes: Tensor) -> Tensor:
+    def features(self, keys: Tensor, values: Tensor, notes: Tensor) -> Tensor:
         """Join keys [B, H, n, d], values [B, H, n, dv] and notes [B, H, n, c] into float32 [B, H, n, in]."""
         keys = keys.float()
         half = keys.shape[-1] // 2
@@ -208,8 +208,8 @@ def policy(budget: int | str | Budget, *, gate: ForesightGate, **options: Unpack
     """
     if gate.period is not None and options.setdefault("slack", gate.period) != gate.period:
         warnings.warn(
-            f"this judge was trained for an event every {gate.period} tokens, not every {options['slack']}; drop slack to use "
-            "that, or train one with --period",
+            f"this judge was trained for an event every {gate.period} tokens, not every {options.get('slack')}; drop slack to "
+            "use that, or train one with --period",
             TrainedOtherwiseWarning,
             stacklevel=2,
         )

@@ -13,6 +13,7 @@ every step; sums are float32 (the authors' fp16 sums stop growing).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -65,5 +66,5 @@ def policy(
     """
     if variant not in ("paper", "kvpress"):
         raise unknown_variant("h2o", variant, ("paper", "kvpress"))
-    half = {"recent": 0, "recent_share": 0.5} if recent is None else {"recent": recent}
+    half: dict[str, Any] = {"recent": 0, "recent_share": 0.5} if recent is None else {"recent": recent}
     return compose("h2o", budget, AttentionMass(variant == "kvpress"), **half, **options)

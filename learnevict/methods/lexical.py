@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
+from learnevict.parts.gates import Table
 from learnevict.parts.options import Terms, compose
 from learnevict.policy import Gate, Policy, Scorer
 from learnevict.signals import Column, Signals
@@ -24,7 +25,7 @@ from learnevict.signals import Column, Signals
 PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, kind="learned")
 
 
-class LexicalGate(Gate):
+class LexicalGate(Table):
     """A worth per token id; all zeros until fitted.
 
     Args:

@@ -27,10 +27,10 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     num_told = level.num_items(rng)
     num_renewed = rng.randint(1, 2) if num_told > 4 else 1
     num_turns = rng.randint(3, 4) if num_told > 4 else 2
-    names = rng.sample(NAMES, num_told - num_renewed + 1)
+    names: list[str] = rng.sample(NAMES, num_told - num_renewed + 1)
     order = names[:-1] + rng.sample(names[:-1], num_renewed)
     rng.shuffle(order)
-    told = list(zip(order, tastes(rng, num_told), strict=True))
+    told: list[tuple[str, str]] = list(zip(order, tastes(rng, num_told), strict=True))
     cuts = sorted(rng.sample(range(1, num_told), num_turns - 1))
     parts = [told[start:stop] for start, stop in zip([0, *cuts], [*cuts, num_told], strict=True)]
     decoys = [0] * num_turns

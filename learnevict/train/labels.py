@@ -85,8 +85,9 @@ class LabelStore:
             raise LabelError(
                 f"{str(folder)!r} holds labels of another run ({', '.join(wrong)} differ); use another --out"
             )
-        self.manifest = found or manifest
-        assert self.manifest is not None
+        wanted = found or manifest
+        assert wanted is not None
+        self.manifest: Manifest = wanted
         if found is None:
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from learnevict.errors import BudgetError, DataError
-from learnevict.hub import Gates
 from learnevict.oracle import golden_labels
+from learnevict.parts.gates import Judge
 from learnevict.policy import Guard, Schedule
 from learnevict.train import objectives
 from learnevict.train.labels import Document
@@ -100,16 +100,23 @@ class RankingTrainer(Trainer):
         self.ranking = ranking
         self.shares: list[float] = []
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    @property
+    def judge(self) -> Judge:
+        """What is trained."""
+        gates: Any = self.accelerator.unwrap_model(self.model)
+        return gates.gate
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Record the states of a batch, score them with gradient, and compare with the oracle."""
-        gates: Gates = self.accelerator.unwrap_model(model)
-        states = self._record(gates, inputs)
+        states = self._record(inputs)
         stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
-        if not bool(gates.gate.calibrated):
-            gates.gate.calibrate(
+        if not bool(self.judge.calibrated):
+            self.judge.calibrate(
                 {layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()}
             )
-        scores = model({layer: part[0] for layer, part in stacked.items()})
+        scores: dict[int, Tensor] = model({layer: part[0] for layer, part in stacked.items()})
         total = torch.zeros((), device=self.args.device)
         for layer, (_, targets, candidates) in stacked.items():
             labels = log_label(targets)
@@ -120,7 +127,7 @@ class RankingTrainer(Trainer):
         loss = total / len(stacked)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _record(self, gates: Gates, inputs: dict[str, Any]) -> dict[int, States]:
+    def _record(self, inputs: dict[str, Any]) -> dict[int, States]:
         config = self.ranking
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = inputs["stored_labels"]
@@ -137,7 +144,7 @@ class RankingTrainer(Trainer):
         budget = min(budget, longest)
         return record_states(
             self.base,
-            gates.gate,
+            self.judge,
             list(labels),
             ids,
             mask,

@@ -16,7 +16,8 @@ from learnevict.config import Budget
 from learnevict.errors import BudgetError
 from learnevict.infer.attach import attach
 from learnevict.ops import keep_top
-from learnevict.policy import Allocator, Gate, Guard, Schedule, Uniform
+from learnevict.parts.gates import Judge
+from learnevict.policy import Allocator, Guard, Schedule, Uniform
 from learnevict.signals import Signals
 
 
@@ -47,7 +48,7 @@ class Recorder:
     """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1]."""
 
     budget: Budget
-    scorer: Gate
+    scorer: Judge
     future: list[Tensor | None]
     own: Tensor
     schedule: Schedule
@@ -84,7 +85,7 @@ class Recorder:
 @torch.no_grad()
 def record_states(
     model: PreTrainedModel,
-    gate: Gate,
+    gate: Judge,
     labels: list[Tensor | None],
     input_ids: Tensor,
     attention_mask: Tensor,

@@ -6,6 +6,7 @@ A policy that only learned "digits stay, filler goes" is not learned eviction; e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from learnevict.train.states import look_ahead
 
 
 @torch.no_grad()
-def fit_tables(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], gates: list[Gates], block: int) -> None:
+def fit_tables(
+    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], gates: list[Gates], block: int
+) -> None:
     """Average, over a training set, what the future beyond its own block pays to each entry of the gates' tables.
 
     Args:
@@ -26,13 +29,14 @@ def fit_tables(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]],
         gates: of methods whose gate has a `table` [L, H, entries] and tells the `entries` of a text; filled in place.
         block: event period.
     """
-    tables = [torch.zeros_like(one.gate.table) for one in gates]
+    fitted: list[Any] = [one.gate for one in gates]
+    tables = [torch.zeros_like(one.table) for one in fitted]
     counts = [torch.zeros(table.shape[-1]) for table in tables]
     for input_ids, mask in batches:
         labels, _ = golden_labels(model, input_ids, mask, block=block)
         row_time = (mask.cumsum(-1) - 1).clamp_min(0)
         real = mask.bool()
-        entries = [one.gate.entries(input_ids, mask)[real] for one in gates]
+        entries = [one.entries(input_ids, mask)[real] for one in fitted]
         for entry, count in zip(entries, counts, strict=True):
             count += torch.bincount(entry, minlength=len(count)).float()
         for layer, part in enumerate(labels):
@@ -44,5 +48,5 @@ def fit_tables(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]],
             for head in range(worth.shape[1]):
                 for entry, table in zip(entries, tables, strict=True):
                     table[layer, head].index_add_(0, entry, worth[:, head][real])
-    for one, table, count in zip(gates, tables, counts, strict=True):
-        one.gate.table.copy_(table / count.clamp_min(1))
+    for one, table, count in zip(fitted, tables, counts, strict=True):
+        one.table.copy_(table / count.clamp_min(1))
