@@ -75,11 +75,8 @@ class Allocator(ABC):
 
     ragged: bool = False
 
-    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int, seen: int) -> int:
-        """Budget of the `rank`-th evicting layer of `num_layers`, for a row of `seen` tokens (the prompt aside, if protected).
-
-        The sum over layers is num_layers * budget, whatever `seen`.
-        """
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """Budget of the `rank`-th evicting layer of `num_layers`; the sum over layers is num_layers * budget."""
         return budget
 
     @abstractmethod

@@ -351,7 +351,7 @@ def test_layers_may_hold_different_budgets():
     held = [int((run.moments[-1].positions[layer][0] >= 0).sum()) // 2 for layer in range(3)]
     assert sum(held) == 3 * 20
     assert held[0] > held[1] > held[2]
-    assert held == [policy.allocator.layer_budget(20, rank, 3, policy.floor, 72) for rank in range(3)]
+    assert held == [policy.allocator.layer_budget(20, rank, 3, policy.floor) for rank in range(3)]
     per_head = [layer.nbytes // (len(PADS) * 2 * 2 * 8 * 4) for layer in run.cache.layers]
     assert per_head == [slots + 4 for slots in held], "storage is sized layer by layer"
 

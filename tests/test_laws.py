@@ -46,11 +46,10 @@ def bounded(case: Case) -> int:
     return case.count
 
 
-def shares(run: Run, budget: int, seen: int) -> list[int]:
-    """Slots per head and evicting layer after the last event of a row that has seen so many tokens."""
+def shares(run: Run, budget: int) -> list[int]:
+    """Slots per head of every evicting layer after an event."""
     policy, num = run.policy, len(run.cache.evicting)
-    event = seen - seen % policy.schedule.period
-    own = [policy.allocator.layer_budget(budget, rank, num, policy.floor, event) for rank in range(num)]
+    own = [policy.allocator.layer_budget(budget, rank, num, policy.floor) for rank in range(num)]
     assert sum(own) == num * budget
     return [slots - (policy.schedule.slack == 0) for slots in own]
 
@@ -61,7 +60,7 @@ def check_slots(run: Run, budget: int) -> None:
         for row, pad in enumerate(PADS):
             seen = moment.length - pad
             fresh = seen % run.policy.schedule.period
-            for share, (index, position) in zip(shares(run, budget, seen), moment.positions.items(), strict=True):
+            for share, (index, position) in zip(shares(run, budget), moment.positions.items(), strict=True):
                 counts = (position[row] >= 0).sum(-1)
                 if run.policy.allocator.ragged:
                     counts = counts.sum(-1, keepdim=True) / len(counts)
@@ -78,8 +77,7 @@ def check_bytes(run: Run, budget: int) -> None:
     parts = [(layer.store.keys, layer.store.values) for layer in layers]
     slot = sum(part.shape[-1] * part.element_size() for part in parts[0])
     each = len(PADS) * layers[0].store.position.shape[1] * slot * (1.05 if run.policy.allocator.ragged else 1.0)
-    largest = map(max, zip(*(shares(run, budget, seen) for seen in range(1, run.ids.shape[1] + 1)), strict=True))
-    for layer, states, share in zip(layers, parts, largest, strict=True):
+    for layer, states, share in zip(layers, parts, shares(run, budget), strict=True):
         real = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in states}
         assert sum(real.values()) == layer.nbytes <= layer.peak_nbytes <= each * (share + max(slack, 1))
     stock = [layer for layer in cache.layers if layer not in layers and layer.is_initialized]

@@ -10,7 +10,6 @@ from learnevict.infer.clock import Block, Clock
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
 from learnevict.policy import Governor
-from learnevict.signals import NEVER
 
 PAGE_SLOTS = 16
 PAGE_OVERHEAD = 40  # a page is at most 1/40 of a head's slots, so rounding stays below 5 %
@@ -146,8 +145,7 @@ class Storage:
 def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
     """Slots per kv head after an event, for rows that have seen so many tokens.
 
-    A budget in bytes is a hard total at all times: a protected prompt counts inside it (else on top), and layers share it
-    from the start as they will in a long text (else as the text has tokens to share out).
+    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total.
 
     Args:
         rounding: slots per head that storage may take on top; counted in a byte budget only.
@@ -160,10 +158,8 @@ def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], round
     found = []
     for row, tokens in enumerate(seen):
         prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
-        hard = policy.budget.unit == "bytes"
-        inside = prompt if hard else 0
+        inside = prompt if policy.budget.unit == "bytes" else 0
         budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
-        rest = NEVER if hard else tokens - prompt
-        budget = policy.allocator.layer_budget(budget - inside, place.rank, place.num_evicting, floor, rest)
+        budget = policy.allocator.layer_budget(budget - inside, place.rank, place.num_evicting, floor)
         found.append(budget + prompt - (schedule.slack == 0))
     return found

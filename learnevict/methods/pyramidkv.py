@@ -4,9 +4,9 @@ The budget of layer l falls linearly from 2 * base - base / beta to base / beta 
 authors' code), where base is what the budget holds beyond what always stays.
 
 Departures: what always stays is guards and fresh block (the paper: the window); fractions are settled so that layers
-sum to exactly L * budget (the authors' integer steps do not). The authors' code gives short texts (under 2 * base)
-uniform budgets; here the rule for layers longer than the text covers them, which is uniform at a text as long as the budget
-and never takes from a layer what it could hold later.
+sum to exactly L * budget (the authors' integer steps do not). The authors' code, which knows the length of
+the prompt, gives short ones uniform budgets and no layer more than the prompt has; a stream has no known length, and layers
+that first held the same and then lent to each other would together hold more bytes than the budget.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ class Pyramid(Allocator):
     """More for early layers, linearly less with depth; the sum over layers is exactly L * budget.
 
     The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor
-    the last layer gets base / beta and the first 2 * base - base / beta, but never more than a row has tokens: what the
-    first cannot use, the last keeps. So a text as long as the budget loses nothing (but for a budget in bytes, which is
-    shared out from the start). Fractions are settled by largest remainder, ties early.
+    the last layer gets base / beta and the first 2 * base - base / beta, from the first event on. Fractions are settled by
+    largest remainder, ties early.
     """
 
     beta: float = 20.0
@@ -29,12 +28,12 @@ class Pyramid(Allocator):
         if self.beta < 1:
             raise UsageError(f"a pyramid's beta is at least 1 (1 is uniform), not {self.beta}")
 
-    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int, seen: int) -> int:
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
         """See Allocator."""
         base = budget - floor
-        if num_layers == 1 or base <= 0 or seen <= budget:
+        if num_layers == 1 or base <= 0:
             return budget
-        low = max(base / self.beta, 2 * base - (seen - floor))
+        low = base / self.beta
         step = 2 * (base - low) / (num_layers - 1)
         shares = [2 * base - low - layer * step for layer in range(num_layers)]
         whole = [int(share) for share in shares]
