@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LAWS = ("bounded", "identity", "masking", "padding", "isolation", "gone", "guarded", "round trip", "determinism")
+LAWS = ("bounded", "identity", "masking", "padding", "isolation", "gone", "guarded", "save and load", "determinism")
 
 
 class Recorder:
@@ -26,11 +26,10 @@ class Recorder:
 
 
 class LawMatrix:
-    """Adds up the cells of passed tests and prints methods x laws, each cell evictions/models."""
+    """Adds up the cells of passed tests: law x method x model -> slots evicted while the law was checked."""
 
     def __init__(self) -> None:
-        self._evictions: dict[tuple[str, str], int] = defaultdict(int)
-        self._models: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._evictions: dict[tuple[str, str, str], int] = defaultdict(int)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" or not report.passed:
@@ -38,28 +37,26 @@ class LawMatrix:
         for name, value in report.user_properties:
             if name == "law":
                 law, method, model, evictions = value
-                self._evictions[method, law] += evictions
-                self._models[method, law].add(model)
+                self._evictions[law, method, model] += evictions
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self._models:
+        if not self._evictions:
             return
-        terminalreporter.section("laws: slots evicted / models")
-        for line in self.table():
-            terminalreporter.write_line(line)
+        seen = {law for law, _, _ in self._evictions}
+        for law in [*(law for law in LAWS if law in seen), *sorted(seen - set(LAWS))]:
+            terminalreporter.section(f"law {law!r}: slots evicted, method x model")
+            for line in self.table(law):
+                terminalreporter.write_line(line)
 
-    def table(self) -> list[str]:
-        seen = {law for _, law in self._models}
-        laws = [law for law in LAWS if law in seen] + sorted(seen - set(LAWS))
-        lines = [["method", *laws]]
-        for method in sorted({method for method, _ in self._models}):
-            lines.append([method, *(self._cell(method, law) for law in laws)])
+    def table(self, law: str) -> list[str]:
+        """One law: methods down, models across; a dot where this run did not check the pair."""
+        cells = {(method, model): count for (name, method, model), count in self._evictions.items() if name == law}
+        models = sorted({model for _, model in cells})
+        lines = [["method", *models]]
+        for method in sorted({method for method, _ in cells}):
+            lines.append([method, *(str(cells.get((method, model), ".")) for model in models)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-
-    def _cell(self, method: str, law: str) -> str:
-        models = self._models.get((method, law))
-        return f"{self._evictions[method, law]}/{len(models)}" if models else "-"
 
 
 class SkipRule:

@@ -38,7 +38,10 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("full", "bounded"): "nothing is evicted, so the cache grows",
     ("snapkv/prefill_only", "bounded"): "a prefill-only variant: nothing is evicted while decoding",
     ("snapkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
-    ("pyramidkv", "identity"): "late layers hold less than the budget, so a text as long as the budget loses tokens there",
+    (
+        "pyramidkv",
+        "identity",
+    ): "late layers hold less than the budget, so a text as long as the budget loses tokens there",
 }
 
 
