@@ -84,7 +84,9 @@ class Gates(PreTrainedModel):
             raise GateError(f"method {method!r} has no gate to train; learned methods have `build`")
         layout = asdict(layout_of(base.config))
         name = str(getattr(base, "name_or_path", "") or base.config.model_type)
-        return cls(GatesConfig(method, layout, settings, weight_hash(base), Path(name).name))
+        gates = cls(GatesConfig(method, layout, settings, weight_hash(base), Path(name).name))
+        gates.config.settings = gates.gate.settings() or settings
+        return gates
 
     @classmethod
     def load(cls, source: str | Path, base: PreTrainedModel | None = None, *, allow_other_base: bool = False) -> Gates:

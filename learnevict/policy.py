@@ -60,6 +60,10 @@ class Scorer(ABC):
 class Gate(nn.Module, Scorer):
     """A Scorer with parameters, for all layers of one base model; trained with the base frozen."""
 
+    def settings(self) -> dict[str, Any]:
+        """What the method's `build` needs besides the layout to make this gate again, as JSON."""
+        return {}
+
     def to(self, *args: Any, **kwargs: Any) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As nn.Module.to."""
         nn.Module.to(self, *args, **kwargs)
@@ -132,7 +136,7 @@ class Guard:
         sinks: first real tokens of a row.
         recent: last tokens read.
         prompt: keep the whole prompt; the budget is then counted on the rest (a budget in bytes stays a total).
-        recent_share: share of the budget that the recent window grows to, below 1.
+        recent_share: share of the budget beside sinks and prompt that the recent window grows to, below 1.
     """
 
     sinks: int = 4
@@ -159,13 +163,13 @@ class Guard:
         """bool [B, H, N]."""
         rows, position = signals.rows, signals.position
         first, block = rows.first.view(-1, 1, 1), rows.block.view(-1, 1, 1)
+        prompt = (position < rows.prompt_end.view(-1, 1, 1)) & signals.occupied
         recent: Tensor | int = self.recent
-        if self.recent_share:
-            recent = (self.recent_share * signals.budget).int().clamp_min(self.recent).view(-1, 1, 1)
+        if self.recent_share:  # of what the budget holds beside sinks and a protected prompt
+            free = signals.budget - self.sinks - (prompt[:, 0].sum(-1) if self.prompt else 0)
+            recent = (self.recent_share * free).int().clamp_min(self.recent).view(-1, 1, 1)
         kept = (position < first + self.sinks) | (position >= block) | (signals.age < recent)
-        if self.prompt:
-            kept = kept | (position < rows.prompt_end.view(-1, 1, 1))
-        return kept & signals.occupied
+        return (kept | prompt if self.prompt else kept) & signals.occupied
 
 
 class Draw(Protocol):

@@ -123,6 +123,7 @@ def main(config: Config, training: TrainingArguments) -> None:
     base, tokenizer = load_base(config.model, device=str(training.device))
     documents = long_enough(read_documents(config, base, tokenizer), config.min_budget + config.period + 1)
     gates = make_gates(config, base)
+    before = gates.config.training
     record = {
         "config": asdict(config),
         "max_steps": training.max_steps,
@@ -132,6 +133,8 @@ def main(config: Config, training: TrainingArguments) -> None:
         "versions": {"learnevict": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "python": platform.python_version(),
     }
+    if before:
+        record["before"] = before  # of the gates in --start_from
     gates.config.training = record
     trainer = RankingTrainer(
         model=gates,

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 recipes/pretrain.py --compiled   # one thread per process: two CPU cores
     python recipes/pretrain.py --smoke                           # seconds, same code
     python recipes/pretrain.py --export                          # write the last checkpoint as the package's data
-    python recipes/pretrain.py --further --steps 7000            # train the exported model further, at its last level
+    python recipes/pretrain.py --further --steps 9000            # train the exported model further, at its last level
 
 Trained on the cluttered tasks at once, a model of this size sits at chance for thousands of steps; after the clean
 tasks it needs a few hundred. So every family climbs five levels, and climbs when its accuracy on fresh samples says so, not
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
-from learnevict.errors import told_in_one_line
+from learnevict.errors import UsageError, told_in_one_line
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.schooling import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
@@ -290,8 +290,12 @@ def main(config: Config) -> None:
     model = build_model(config).to(config.device)
     optimizers = build_optimizers(config, model)
     state = restore(Path(config.out), model, optimizers)
+    if state is not None and config.further:
+        print(f"--further: going on with the checkpoint in {config.out}, not with the exported model")
     if state is None and config.further:
         state = restore_exported(Path(config.data), model)
+    if state is not None and config.steps <= state["step"] and not config.export:
+        raise UsageError(f"the model has been trained for {state['step']} steps already; give --steps above that")
     state = state or {"step": 0, "seconds": 0.0, "curve": []}
     if not config.export:
         train(config, model, optimizers, state)

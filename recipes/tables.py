@@ -17,12 +17,12 @@ from learnevict.errors import told_in_one_line
 from learnevict.evals.contenders import COMPARISON, contender
 from learnevict.evals.plan import Plan, Subject
 from learnevict.evals.suite import run
+from learnevict.evals.tuning import BONUSES
 from learnevict.hub import Gates
 from learnevict.testbed.corpus import load_base, read_source
 from learnevict.train.ranker import Collator
 from learnevict.train.tables import fit_tables
 
-BONUSES = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)
 SEPARATOR = ";"
 
 

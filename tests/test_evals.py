@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -786,3 +787,8 @@ def test_mistakes_are_one_line_with_a_remedy(folder, words, message, capsys):
     assert main(["eval", "--model", folder, "--device", "cpu", *words]) in (1, 2)
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_the_method_table_of_the_readme_is_up_to_date():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert tables.method_table() in readme, "run scripts/write_tables"

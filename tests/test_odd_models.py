@@ -209,6 +209,20 @@ def test_a_function_may_govern():
     assert cache.trace().source == "rule" and cache.trace().evictions == 2 * 2 * 28
     with pytest.raises(UsageError, match=r"lacks keep, budget.*Rule"):
         EvictingCache(base.config, lambda signals: None)
+    with pytest.raises(UsageError, match=r"lacks keep, budget.*Rule"):
+        attach(base, lambda signals: None)
+
+
+@pytest.mark.parametrize("options", [{"prompt": True, "budget": 32}, {"sinks": 20, "budget": 40}])
+def test_a_recent_window_that_grows_with_the_budget_leaves_guards_alone(options):
+    base = zoo.build("llama")
+    policy = methods.h2o.policy(**{"slack": 4, "sinks": 2, **options})
+    ids = torch.cat([IDS, IDS + 40, IDS], dim=1)
+    with attach(base, policy, record=True, prompt_length=[30]) as cache, torch.no_grad():
+        base(ids, past_key_values=cache)
+    expiry = cache.trace().expiry
+    guarded = 30 if options.get("prompt") else 20
+    assert cache.trace().evictions > 0 and (expiry[..., :guarded] == 2**31 - 1).all()
 
 
 def test_golden_refuses_labels_and_guards_of_another_roll():

@@ -16,6 +16,7 @@ from learnevict.evals.plots import plot
 from learnevict.evals.report import grid, in_order, provenance, show_accuracy, show_exact, table
 from learnevict.evals.results import Results, read_results
 from learnevict.evals.rows import Row
+from learnevict.hub import weight_hash
 from learnevict.testbed.vocabulary import VALUES
 
 START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
@@ -78,6 +79,24 @@ def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
         values = {record[name] for record in records}
         if len(values) > 1:
             raise DataError(f"results of different {name} ({', '.join(sorted(values))}); run recipes/evaluate.py anew")
+
+
+def check_bundled(results: Path) -> None:
+    """The page is about the model that ships: rows of earlier weights are stale.
+
+    Raises:
+        DataError: some rows belong to other weights or tasks.
+    """
+    expected = {"weights": weight_hash(testbed.load()[0]), "tasks": testbed.fingerprint()}
+    for name in TITLES:
+        files = sorted_rows(results / name)
+        for record in read_results(files).configurations if files else []:
+            stale = [key for key, value in expected.items() if record[key] != value]
+            if stale:
+                raise DataError(
+                    f"rows in {str(results / name)!r} belong to other {' and '.join(stale)} than the bundled model's; run "
+                    "recipes/evaluate.py anew"
+                )
 
 
 def sorted_rows(folder: Path) -> list[Path]:
@@ -249,6 +268,7 @@ def main() -> None:
     written = [readme] if changed else []
     if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
         tuned = tuning.load() if tuning.TUNED.exists() else None
+        check_bundled(root / "docs" / "results")
         written += write_results(root / "docs" / "results", root / "docs", root / "benchmarks" / "results", tuned)
     for path in written:
         print(path.relative_to(root))  # noqa: T201 - a program that says what it wrote

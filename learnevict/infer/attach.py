@@ -8,23 +8,23 @@ that hands it its cache layer (or, in a replay, its expiries).
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from learnevict.errors import CacheError, ModelError, UsageError
+from learnevict.errors import CacheError, UsageError
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.identity import check_base
 from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.modules import attention_modules, decoder_of, rotary_of
+from learnevict.infer.support import check_governor
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -126,37 +126,12 @@ def attach(
     """
     cache = None
     if policy is not None:
+        check_governor(policy)
         if (base := getattr(policy, "base", None)) is not None:
             check_base(base, model)
         policy.scorer.to(model.device)
         cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length)
     return Attachment(model, cache)
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The model's self-attention modules by layer index.
-
-    Raises:
-        ModelError: none can be found, or the model does not support attention backends.
-    """
-    found: dict[int, nn.Module] = {}
-    for module in decoder_of(model).modules():
-        index = getattr(module, "layer_idx", None)
-        dispatches = "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
-        if type(module).__name__.endswith("Attention") and isinstance(index, int) and dispatches:
-            found[index] = module
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} does not dispatch attention through transformers' AttentionInterface, so learnevict "
-            "cannot serve it; Llama, Qwen2, Qwen3, Mistral, Gemma2, Gemma3, Phi3 and GPT-OSS are tested"
-        )
-    return found
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward receives the 2D attention mask."""
-    decoder = model.get_decoder()
-    return model if decoder is None else decoder
 
 
 def hook(model: PreTrainedModel) -> None:
@@ -214,22 +189,6 @@ def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) ->
     _serving.set(None)
     if cache is not None and output is not None:
         cache.end()
-
-
-def rotary_of(decoder: nn.Module, module: nn.Module) -> tuple[nn.Module, str] | None:
-    """The decoder's rotary embedding and its buffer of frequencies, if `module` rotates halves of the head dimension.
-
-    None if it rotates neighbouring dimensions or nothing. The buffer is named, not held: dynamic RoPE replaces it.
-    """
-    names = vars(sys.modules[type(module).__module__])
-    if "rotate_half" in names:
-        halves = names["rotate_half"](torch.arange(4)).tolist() == [-2, -3, 0, 1]
-    else:
-        halves = "_apply_rotary_emb" in names  # GPT-OSS
-    rotary = getattr(decoder, "rotary_emb", None) if halves else None
-    own = f"{getattr(module, 'layer_type', None)}_inv_freq"  # Gemma3: one per kind of layer
-    name = next((name for name in (own, "inv_freq") if hasattr(rotary, name)), None)
-    return None if rotary is None or name is None else (rotary, name)
 
 
 def _hand_over(

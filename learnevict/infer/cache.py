@@ -69,8 +69,9 @@ class EvictingCache(Cache):
             targets(policy, self.clock, self._slots()[0].place, [0])
         if len(evicting) < len(layers) and policy.schedule.active:
             kept = [i for i in range(len(layers)) if i not in set(evicting)]
+            kinds = " and ".join(sorted({type(stock[i]).__name__ for i in kept}))
             warnings.warn(
-                f"layers {kept} keep their stock cache ({type(stock[kept[0]]).__name__} is bounded already); the policy "
+                f"layers {kept} keep their stock cache ({kinds}: bounded already); the policy "
                 f"governs {len(evicting)} of {len(layers)} layers",
                 StockLayersWarning,
                 stacklevel=2,

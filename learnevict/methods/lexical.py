@@ -39,10 +39,6 @@ class LexicalGate(Table):
         self.table = nn.Parameter(torch.zeros(num_layers, num_heads, vocab_size), requires_grad=False)
         self.bonus = nn.Parameter(torch.zeros(()), requires_grad=False)
 
-    def settings(self) -> dict[str, int]:
-        """What `build` needs besides the layout."""
-        return {}
-
     def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Table entries of whole texts, int64 [B, T]: the token ids."""
         return tokens
