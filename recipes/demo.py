@@ -44,7 +44,7 @@ FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
 BASELINES = ("random", "lexical", "clausal", "streaming_llm", "h2o", "snapkv", "tova", "keydiff")
 JUDGE = "foresightkv"
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
