@@ -226,7 +226,7 @@ class EvictingCache(Cache):
         """False: evicted tokens cannot be brought back."""
         return False
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Refused; see EvictingLayer.crop."""
         raise CacheError(
             "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "

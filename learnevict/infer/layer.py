@@ -86,7 +86,7 @@ class EvictingLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Refused: evicted tokens cannot be brought back."""
         raise CacheError(
             "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
