@@ -15,9 +15,8 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.methods.lexical import OtherBonus, aged
-from learnevict.parts.gates import Table
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.gates import Table, keep_worthiest
+from learnevict.parts.options import Options
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals
 
@@ -86,10 +85,6 @@ class ClausalGate(Table):
             "following": after.int().unsqueeze(1).expand(-1, heads, -1),
         }
 
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        return aged(signals, self.bonus)
-
 
 def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
     """An empty table for a base model."""
@@ -97,21 +92,7 @@ def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
 
 
 def policy(
-    budget: int | str | Budget,
-    *,
-    gate: ClausalGate,
-    bonus: float | None = None,
-    recent: int = 8,
-    **options: Unpack[Terms],
+    budget: int | str | Budget, *, gate: ClausalGate, bonus: float | None = None, **options: Unpack[Options]
 ) -> Policy:
-    """Keep the places of clauses that are worth most on average.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: fitted, from `Gates.from_pretrained(...)`.
-        bonus: for recency; None: the gate's own, one for all budgets.
-        recent: last tokens that stay.
-        **options: see Terms.
-    """
-    scorer = gate if bonus is None else OtherBonus(gate, bonus)
-    return compose("clausal", budget, scorer, recent=recent, **options)
+    """Keep the places of clauses that are worth most on average; arguments as in parts.gates.keep_worthiest."""
+    return keep_worthiest("clausal", budget, gate, bonus, **options)

@@ -8,8 +8,6 @@ policy that only learned "digits stay, filler goes" does no better than this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -17,9 +15,9 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.gates import Table
-from learnevict.parts.options import Terms, compose
-from learnevict.policy import Gate, Policy, Scorer
+from learnevict.parts.gates import Table, keep_worthiest
+from learnevict.parts.options import Options
+from learnevict.policy import Policy
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, kind="learned")
@@ -53,38 +51,6 @@ class LexicalGate(Table):
             raise GateError("lexical scores token ids, but the model was called with inputs_embeds; pass input_ids")
         return {"worth": self.table[signals.layer][:, signals.tokens].transpose(0, 1)}
 
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        return aged(signals, self.bonus)
-
-
-@dataclass(frozen=True)
-class OtherBonus(Scorer):
-    """The same table under another bonus for recency than the one it was saved with."""
-
-    gate: Gate
-    bonus: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", self.gate.columns)
-
-    def write(self, signals: Signals) -> dict[str, Tensor]:
-        """See LexicalGate.write."""
-        return self.gate.write(signals)
-
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        return aged(signals, self.bonus)
-
-    def to(self, device: torch.device) -> Scorer:
-        """Moves the table."""
-        return OtherBonus(self.gate.to(device), self.bonus)
-
-
-def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
-    """Worth less `bonus` for every e-fold of age, float32 [B, H, N]."""
-    return signals.ledger["worth"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
-
 
 def build(layout: Layout) -> LexicalGate:
     """An empty table for a base model."""
@@ -92,21 +58,7 @@ def build(layout: Layout) -> LexicalGate:
 
 
 def policy(
-    budget: int | str | Budget,
-    *,
-    gate: LexicalGate,
-    bonus: float | None = None,
-    recent: int = 8,
-    **options: Unpack[Terms],
+    budget: int | str | Budget, *, gate: LexicalGate, bonus: float | None = None, **options: Unpack[Options]
 ) -> Policy:
-    """Keep the words that are worth most on average.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: fitted, from `Gates.from_pretrained(...)`.
-        bonus: for recency; None: the gate's own, one for all budgets.
-        recent: last tokens that stay.
-        **options: see Terms.
-    """
-    scorer = gate if bonus is None else OtherBonus(gate, bonus)
-    return compose("lexical", budget, scorer, recent=recent, **options)
+    """Keep the words that are worth most on average; arguments as in parts.gates.keep_worthiest."""
+    return keep_worthiest("lexical", budget, gate, bonus, **options)
