@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from learnevict.infer.identity import check_base, layout_of, weight_hash
 from learnevict.infer.load import damage
 from learnevict.policy import Gate, Policy
 
+Answer = TypeVar("Answer")
 GATES_FOLDER = Path(__file__).parent / "gates"
 
 
@@ -65,10 +67,9 @@ class Gates(PreTrainedModel):
         self.gate: Gate = methods.load(config.method).build(Layout(**config.layout), **config.settings)
         self.post_init()
 
-    def forward(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Scores of recorded states: {layer: [M, H, N, in]} -> {layer: [M, H, N]}; what trainers call."""
-        judge: Any = self.gate
-        return {layer: judge.judge(layer, part) for layer, part in features.items()}
+    def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+        """task(gate, ...): what trainers call, so that DDP and ZeRO see the parameters used."""
+        return self.gate(task, *args, **kwargs)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Gates initialise themselves."""

@@ -114,11 +114,13 @@ class Signals:
         budget: int32 [B], slots to hold per kv head after this event, on average over the heads of the layer.
         ledger: named columns, [B, H, N, ...].
         query: fresh queries, post-RoPE [B, Hq, S, d]; `query_position` int32 [B, S] (-1: padding).
+        key, value: fresh keys [B, H, S, d], post-RoPE, and values [B, H, S, dv], the ones being entered.
         hidden: fresh inputs of the attention module [B, S, E]; None in a replay from stored queries.
         tokens: fresh token ids [B, S]; None when the model was called with embeddings.
         attention: how logits become probabilities.
         ring: the last W queries and their positions ([B, Hq, W, d], int32 [B, W]); empty unless the scorer asks.
         fresh_attention: float32 [B, H, G, S, N], fresh queries over all slots; only while a scorer that needs it observes.
+        asked: float32 [B, H, G, P, N], what the probe's tokens attend to; only for a policy with a probe.
     """
 
     layer: int
@@ -129,10 +131,13 @@ class Signals:
     query: Tensor
     query_position: Tensor
     attention: Attention
+    key: Tensor | None = None
+    value: Tensor | None = None
     hidden: Tensor | None = None
     tokens: Tensor | None = None
     ring: tuple[Tensor, Tensor] | None = None
     fresh_attention: Tensor | None = None
+    asked: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -159,9 +159,9 @@ class EvictingLayer(CacheLayerMixin):
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
         rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
         for block in self.clock.plan:
-            signals = self._signals(self.storage, block, query, hidden, attention)
+            signals = self._signals(self.storage, block, (query, key, value), hidden, attention)
             self.storage.reserve(block, rest)
-            self._write(self.storage, block, signals, block.take(key, 2), block.take(value, 2))
+            self._write(self.storage, block, signals)
             answer = self._answer(self.storage.pool, signals, single)
             if single:
                 out = answer
@@ -174,9 +174,16 @@ class EvictingLayer(CacheLayerMixin):
         return out
 
     def _signals(
-        self, storage: Storage, block: Block, query: Tensor, hidden: Tensor | None, attention: Attention
+        self,
+        storage: Storage,
+        block: Block,
+        states: tuple[Tensor, Tensor, Tensor],
+        hidden: Tensor | None,
+        attention: Attention,
     ) -> Signals:
+        """What the policy may see of a block; `states` are query, key and value of the whole forward."""
         tokens = self.clock.tokens
+        query, key, value = (block.take(part, 2) for part in states)
         budget = block.rows.seen  # read at events only
         if any(block.due):
             targets = torch.tensor(storage.targets(block.after), dtype=torch.int32)
@@ -187,16 +194,20 @@ class EvictingLayer(CacheLayerMixin):
             rows=block.rows,
             budget=budget,
             ledger=storage.pool.ledger.columns,
-            query=block.take(query, 2),
+            query=query,
             query_position=block.position,
             attention=attention,
+            key=key,
+            value=value,
             hidden=None if hidden is None else block.take(hidden, 1),
             tokens=None if tokens is None else block.take(tokens, 1),
             ring=self.ring.held,
         )
 
-    def _write(self, storage: Storage, block: Block, signals: Signals, key: Tensor, value: Tensor) -> None:
-        storage.write(block, key, value, self.policy.scorer.write(signals))
+    def _write(self, storage: Storage, block: Block, signals: Signals) -> None:
+        assert signals.key is not None
+        assert signals.value is not None
+        storage.write(block, signals.key, signals.value, self.policy.scorer.write(signals))
         self.ring.add(block, signals.query)
         if self.record:
             self.history.cover(self.clock.length + self.clock.pending, storage.pool.position)

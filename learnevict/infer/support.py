@@ -32,7 +32,7 @@ def check_governor(policy: Any) -> None:
     Raises:
         UsageError: it lacks parts of learnevict.policy.Governor.
     """
-    parts = ("keep", "budget", "scorer", "allocator", "schedule", "guard", "name")
+    parts = ("keep", "budget", "scorer", "allocator", "schedule", "guard", "name", "scope", "probe")
     missing = [part for part in parts if not hasattr(policy, part)]
     if missing:
         raise UsageError(

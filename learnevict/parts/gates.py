@@ -22,6 +22,7 @@ class Judge(Gate):
         calibrated: bool [], whether `calibrate` has been called.
     """
 
+    mode = "replay"
     calibrated: Tensor
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,3 +44,5 @@ class Rule:
     allocator: Allocator = field(default_factory=Uniform)
     guard: Guard = field(default_factory=lambda: Guard(0, 0))
     name: str = "rule"
+    scope: Literal["layer"] = "layer"
+    probe: None = None

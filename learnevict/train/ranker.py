@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
 
 from learnevict.errors import BudgetError, DataError
 from learnevict.oracle import golden_labels
@@ -16,6 +15,7 @@ from learnevict.policy import Guard, Schedule
 from learnevict.train import objectives
 from learnevict.train.labels import Document
 from learnevict.train.states import States, record_states
+from learnevict.train.trainer import GateTrainer
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,10 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "stored_labels": labels}
 
 
-class RankingTrainer(Trainer):
-    """transformers.Trainer whose model is the gates; the frozen base stands outside.
+class RankingTrainer(GateTrainer):
+    """Mode "replay": judges rank what they meet in runs under eviction.
 
     Args:
-        base: the model whose cache is judged.
         ranking: what to learn from.
 
     Raises:
@@ -86,25 +85,14 @@ class RankingTrainer(Trainer):
         DataError: while training, a batch of texts too short to evict from.
     """
 
-    loss_is_scaled_for_ga = False
-
-    def __init__(self, *args: Any, base: PreTrainedModel, ranking: RankingConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, ranking: RankingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if ranking.budgets[0] < ranking.floor:
             raise BudgetError(
                 f"training budgets of {ranking.budgets[0]} to {ranking.budgets[1]} cannot hold {ranking.sinks} sinks, "
                 f"{ranking.recent} recent and a fresh block of {ranking.period}; the smallest that works is {ranking.floor}"
             )
-        self.model_accepts_loss_kwargs = False
-        self.base = base.eval().requires_grad_(False)
         self.ranking = ranking
-        self.shares: list[float] = []
-
-    @property
-    def judge(self) -> Judge:
-        """What is trained."""
-        gates: Any = self.accelerator.unwrap_model(self.model)
-        return gates.gate
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,18 +100,17 @@ class RankingTrainer(Trainer):
         """Record the states of a batch, score them with gradient, and compare with the oracle."""
         states = self._record(inputs)
         stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
-        if not bool(self.judge.calibrated):
-            self.judge.calibrate(
-                {layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()}
-            )
-        scores: dict[int, Tensor] = model({layer: part[0] for layer, part in stacked.items()})
+        gate: Judge = self.gate
+        if not bool(gate.calibrated):
+            gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
+        scores: dict[int, Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
         total = torch.zeros((), device=self.args.device)
         for layer, (_, targets, candidates) in stacked.items():
             labels = log_label(targets)
             total = total + objectives.pairwise(scores[layer], labels, candidates, pairs=self.ranking.pairs)
             total = total + self.ranking.regression * objectives.regression(scores[layer], labels, candidates)
             share = objectives.kept_share(scores[layer].detach(), targets, candidates, self.ranking.period)
-            self.shares.append(float(share))
+            self.note(kept_share=share)
         loss = total / len(stacked)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
@@ -144,7 +131,7 @@ class RankingTrainer(Trainer):
         budget = min(budget, longest)
         return record_states(
             self.base,
-            self.judge,
+            self.gate,
             list(labels),
             ids,
             mask,
@@ -154,19 +141,7 @@ class RankingTrainer(Trainer):
             own=torch.rand(len(ids), device=ids.device) < config.own_rows,
         )
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        """Validation loss."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the share of the oracle's evictions that the judge shares."""
-        if self.shares:
-            logs = {**logs, "kept_share": round(sum(self.shares) / len(self.shares), 4)}
-            self.shares.clear()
-        super().log(logs, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Gates only, as config.json + model.safetensors; no pickled arguments."""
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+def judge_all(judge: Judge, features: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Scores of recorded states: {layer: [M, H, N, in]} -> {layer: [M, H, N]}."""
+    return {layer: judge.judge(layer, part) for layer, part in features.items()}

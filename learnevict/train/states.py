@@ -7,6 +7,7 @@ does, so that the judge also meets the states that its own mistakes lead to.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class Recorder:
     guard: Guard
     allocator: Allocator = field(default_factory=Uniform)
     name: str = "recorder"
+    scope: Literal["layer"] = "layer"
+    probe: None = None
     states: dict[int, States] = field(default_factory=dict)
 
     def keep(self, signals: Signals) -> Tensor:

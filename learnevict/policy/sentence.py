@@ -1,0 +1,130 @@
+"""The sentence itself, and what a cache must know of whoever governs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from learnevict.config import Base, Budget
+from learnevict.errors import BudgetError
+from learnevict.policy.scorers import Probe, Scorer
+from learnevict.policy.words import Allocator, Draw, Guard, Schedule, TopK, Uniform
+from learnevict.signals import EMPTY, Signals
+
+
+class Governor(Protocol):
+    """Anything that may govern a cache: the verb `keep`, and what the cache must know beforehand."""
+
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def scorer(self) -> Scorer: ...
+    @property
+    def allocator(self) -> Allocator: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def guard(self) -> Guard: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Literal["layer", "model"]: ...
+    @property
+    def probe(self) -> Probe | None: ...
+
+    def keep(self, signals: Signals) -> Tensor | None:
+        """bool [B, H, N], the slots to keep; None keeps all."""
+        ...
+
+
+class Assembly(Governor, Protocol):
+    """A governor of scope "model"."""
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """As `keep`, for all evicting layers at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When, who, how many, never, which: a frozen sentence that governs a cache.
+
+    Args:
+        budget: slots per (layer, kv head) after an event: tokens, "25%" or "64MiB".
+        scorer: who is worth keeping.
+        allocator: how many per layer and head.
+        schedule: when.
+        guard: who is never evicted.
+        draw: which, given scores and counts.
+        name: shown in tables and traces.
+        base: the model its gate was trained for; None if it has none.
+        scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
+            so that layers and heads compete for L * H * budget slots. Forwards then must not reach beyond an event.
+        probe: tokens that question the cache before every event, which then falls after the forward too.
+
+    Raises:
+        BudgetError: a token budget smaller than guards + fresh block.
+    """
+
+    budget: Budget
+    scorer: Scorer
+    allocator: Allocator = field(default_factory=Uniform)
+    schedule: Schedule = field(default_factory=Schedule)
+    guard: Guard = field(default_factory=Guard)
+    draw: Draw = field(default_factory=TopK)
+    name: str = "policy"
+    base: Base | None = None
+    scope: Literal["layer", "model"] = "layer"
+    probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget.unit == "tokens" and self.schedule.active and self.budget.amount < self.floor:
+            raise BudgetError(
+                f"budget {self.budget} is too small for {self.name}: {self.guard.sinks} sinks, {self.guard.recent} recent and "
+                f"a fresh block of {self.schedule.period} tokens; the smallest that works is {self.floor} (or use a smaller "
+                "slack)"
+            )
+
+        if self.budget.unit == "bytes" and self.schedule.active and self.schedule.prompt == "end":
+            raise BudgetError(
+                f"a budget of {self.budget} is a hard total, but this schedule holds the whole prompt before its first event; "
+                'give tokens or a share, or schedule="blocks"'
+            )
+
+    @property
+    def floor(self) -> int:
+        """The smallest budget that leaves room for one scored slot beside the guards and the fresh block."""
+        return self.guard.reserved(self.schedule.period) + 1
+
+    def keep(self, signals: Signals) -> Tensor | None:
+        """The slots to keep, bool [B, H, N]."""
+        scores, protected = self.rank(signals)
+        counts = self.allocator.counts(scores, protected, signals.budget)
+        return self.draw.choose(scores, counts, signals.position)
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """The slots to keep in each layer, bool [B, H, N_l]: heads of all layers are shared out like those of one."""
+        ranked = [self.rank(signals) for signals in layers]
+        width = max(scores.shape[-1] for scores, _ in ranked)
+
+        def side_by_side(parts: list[Tensor], empty: float) -> Tensor:
+            pad = torch.nn.functional.pad
+            return torch.cat([pad(part, (0, width - part.shape[-1]), value=empty) for part in parts], dim=1)
+
+        scores = side_by_side([scores for scores, _ in ranked], -torch.inf)
+        protected = side_by_side([protected for _, protected in ranked], False)
+        position = side_by_side([signals.position for signals in layers], EMPTY)
+        budget = torch.stack([signals.budget for signals in layers]).float().mean(0).int()
+        counts = self.allocator.counts(scores, protected, budget)
+        keep = self.draw.choose(scores, counts, position).split([part.shape[1] for part, _ in ranked], dim=1)
+        return [part[..., : scores.shape[-1]] for part, (scores, _) in zip(keep, ranked, strict=True)]
+
+    def rank(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N]."""
+        protected = self.guard.protect(signals)
+        scores = self.scorer.score(signals).float().masked_fill(~signals.occupied, -torch.inf)
+        return scores.masked_fill(protected, torch.inf), protected

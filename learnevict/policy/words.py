@@ -1,0 +1,141 @@
+"""How many, when, never, which: the other words of a policy's sentence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from learnevict.errors import BudgetError
+from learnevict.ops import keep_top
+from learnevict.signals import Signals
+
+
+class Allocator(ABC):
+    """Splits a budget over layers and heads.
+
+    Attributes:
+        ragged: True if heads of one layer may hold different numbers of slots; storage is then paged.
+    """
+
+    ragged: bool = False
+
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """Budget of the `rank`-th evicting layer of `num_layers`; the sum over layers is num_layers * budget."""
+        return budget
+
+    @abstractmethod
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """Slots to keep per head, int64 [B, H].
+
+        Args:
+            scores: float32 [B, H, N], -inf where empty.
+            protected: bool [B, H, N], slots that stay whatever their score.
+            budget: int32 [B], slots per head on average; H * budget is never exceeded.
+        """
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When eviction is due.
+
+    Events lie on a grid of `period` tokens anchored at each row's first real token, so padding changes nothing.
+
+    Attributes:
+        slack: tokens that may accumulate between events; 0 overwrites one victim at every step.
+        prompt: "blocks" runs the event loop inside the prompt (query-agnostic, memory bounded); "end" evicts once when the
+            prompt has been read (query-aware).
+        decode: False switches eviction off after the prompt: the cache then grows, and the policy is not bounded.
+        active: False never evicts at all.
+    """
+
+    slack: int = 128
+    prompt: Literal["blocks", "end"] = "blocks"
+    decode: bool = True
+    active: bool = True
+
+    def __post_init__(self) -> None:
+        if self.slack < 0:
+            raise BudgetError(f"slack must be 0 or more tokens, not {self.slack}")
+
+    @property
+    def period(self) -> int:
+        """Tokens between events, at least 1."""
+        return max(self.slack, 1)
+
+    @property
+    def bounded(self) -> bool:
+        """True if storage never exceeds budget + slack while decoding."""
+        return self.active and self.decode
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Slots that no score may evict: attention sinks, the recent window, the fresh block, and on demand the prompt.
+
+    Attributes:
+        sinks: first real tokens of a row.
+        recent: last tokens read.
+        prompt: keep the whole prompt; the budget is then counted on the rest (a budget in bytes stays a total).
+        recent_share: share of the budget beside sinks and prompt that the recent window grows to, below 1.
+    """
+
+    sinks: int = 4
+    recent: int = 8
+    prompt: bool = False
+    recent_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 0:
+            raise BudgetError(f"sinks and recent must be 0 or more, not {self.sinks} and {self.recent}")
+        if not 0 <= self.recent_share < 1:
+            raise BudgetError(f"recent_share must be 0 or more and below 1, not {self.recent_share}")
+
+    @property
+    def terms(self) -> tuple[int, int, bool]:
+        """Sinks, recent window, prompt protection; what a trace notes down."""
+        return self.sinks, self.recent, self.prompt
+
+    def reserved(self, period: int) -> int:
+        """Slots taken by guards and the fresh block of `period` tokens."""
+        return self.sinks + max(self.recent, period)
+
+    def protect(self, signals: Signals) -> Tensor:
+        """bool [B, H, N]."""
+        rows, position = signals.rows, signals.position
+        first, block = rows.first.view(-1, 1, 1), rows.block.view(-1, 1, 1)
+        prompt = (position < rows.prompt_end.view(-1, 1, 1)) & signals.occupied
+        recent: Tensor | int = self.recent
+        if self.recent_share:  # of what the budget holds beside sinks and a protected prompt
+            free = signals.budget - self.sinks - (prompt[:, 0].sum(-1) if self.prompt else 0)
+            recent = (self.recent_share * free).int().clamp_min(self.recent).view(-1, 1, 1)
+        kept = (position < first + self.sinks) | (position >= block) | (signals.age < recent)
+        return (kept | prompt if self.prompt else kept) & signals.occupied
+
+
+class Draw(Protocol):
+    """Turns scores and counts into slots to keep."""
+
+    def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
+        """bool [B, H, N] with `counts` slots set per head (fewer where fewer are occupied)."""
+        ...
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best `counts` slots; of equal scores the older is evicted."""
+
+    def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
+        """See Draw."""
+        return keep_top(scores, position, counts)
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """Every layer and head holds the budget."""
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """See Allocator."""
+        return budget.long().view(-1, 1).expand(scores.shape[:2])
