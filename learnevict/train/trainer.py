@@ -47,7 +47,8 @@ class GateTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         """Validation loss."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Gates only, as config.json + model.safetensors; no pickled arguments."""
