@@ -6,6 +6,7 @@
     |  `- NotAttachedError   an EvictingCache met a model without hooks
     |- ModelError         a model, layer kind or attention that is not supported
     |- GateError          a gate that does not fit: missing, malformed, made for another model
+    |- HubError           the Hub cannot be reached, or refuses
     |- LabelError         oracle labels that do not belong to this run
     |- TraceError         a trace that does not belong to this run
     |- DataError          a file or row of the user that cannot be read
@@ -44,6 +45,10 @@ class GateError(LearnevictError, ValueError):
     """A gate that is missing, malformed, or made for another model."""
 
 
+class HubError(LearnevictError, RuntimeError):
+    """The Hub cannot be reached, knows no such repository, or does not allow what was asked for."""
+
+
 class LabelError(LearnevictError, ValueError):
     """Oracle labels that do not belong to this run (another block, length or layout)."""
 
@@ -70,6 +75,14 @@ class StockLayersWarning(LearnevictWarning):
 
 class TrainedOtherwiseWarning(LearnevictWarning):
     """A gate is used in another way than it was trained for."""
+
+
+class FromCacheWarning(LearnevictWarning):
+    """The Hub cannot be reached; what was downloaded earlier is used, and may be old."""
+
+
+class NotPushedWarning(LearnevictWarning):
+    """A checkpoint did not reach the Hub; training goes on, and what was saved here is untouched."""
 
 
 class PromptInPiecesWarning(LearnevictWarning):

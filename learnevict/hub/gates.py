@@ -1,0 +1,243 @@
+"""Gates as artefacts: config.json + model.safetensors, loadable by name, tied to the base model they were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from learnevict import methods
+from learnevict.config import Base, Budget, Layout
+from learnevict.errors import GateError, UsageError
+from learnevict.hub.fetch import CONFIG, MODEL_TYPE, fetch
+from learnevict.hub.reach import Address
+from learnevict.infer.identity import check_base, layout_of, weight_hash
+from learnevict.infer.load import HUB_ID, damage, whole_weights
+from learnevict.policy import Gate, Policy
+
+Answer = TypeVar("Answer")
+PACKAGE = Path(__file__).parent.parent
+GATES_FOLDER = PACKAGE / "gates"
+TESTBED = "testbed"
+
+
+class GatesConfig(PreTrainedConfig):
+    """What a gate is and which base model it belongs to.
+
+    Args:
+        method: a name of learnevict.methods or an import path.
+        layout: fields of learnevict.config.Layout.
+        settings: what the method's `build` needs besides the layout.
+        base_hash: fingerprint of the base model's weights (`weight_hash`).
+        base_name: where the base came from; only shown.
+        training: record of the run that made it.
+        base_revision: commit of the base on the Hub, empty if it did not come from there; only shown.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        method: str = "foresightkv",
+        layout: dict[str, int] | None = None,
+        settings: dict[str, Any] | None = None,
+        base_hash: str = "",
+        base_name: str = "",
+        training: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.method = method
+        self.layout = layout or {}
+        self.settings = settings or {}
+        self.base_hash = base_hash
+        self.base_name = base_name
+        self.base_revision = kwargs.pop("base_revision", "")
+        self.training = training or {}
+        self.hidden_size = self.layout.get("hidden_size", 0)  # DeepSpeed's "auto" buckets read this name
+        super().__init__(**kwargs)
+
+
+class Gates(PreTrainedModel):
+    """The trained part of a learned method, and nothing of the base model."""
+
+    config_class = GatesConfig
+    base_model_prefix = "gates"
+
+    def __init__(self, config: GatesConfig) -> None:
+        super().__init__(config)
+        self.gate: Gate = methods.load(config.method).build(Layout(**config.layout), **config.settings)
+        self.post_init()
+
+    def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+        """task(gate, ...): what trainers call, so that DDP and ZeRO see the parameters used."""
+        return self.gate(task, *args, **kwargs)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Gates initialise themselves."""
+
+    @classmethod
+    def make(cls, method: str, base: PreTrainedModel, **settings: Any) -> Gates:
+        """Fresh gates of a method for a base model.
+
+        Raises:
+            GateError: the method has no gate.
+        """
+        if "build" not in vars(methods.load(method)):
+            raise GateError(f"method {method!r} has no gate to train; learned methods have `build`")
+        config = GatesConfig(
+            method, asdict(layout_of(base.config)), settings, weight_hash(base), name_of(base),
+            base_revision=getattr(base.config, "_commit_hash", None) or "",
+        )  # fmt: skip
+        gates = cls(config)
+        gates.config.settings = gates.gate.settings() or settings
+        return gates
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        base: PreTrainedModel | None = None,
+        *,
+        revision: str | None = None,
+        allow_other_base: bool = False,
+    ) -> Gates:
+        """Gates from a folder or the Hub, checked against the base model they are going to serve.
+
+        Args:
+            source: a folder, the name of gates that ship with the package, "user/repo" or "user/repo@revision".
+            base: the model; None: whichever, `attach` checks it.
+            revision: branch, tag or commit on the Hub.
+            allow_other_base: accept gates trained on other weights of the same shape.
+
+        Raises:
+            GateError: nothing there, not gates, incomplete, or made for another base model.
+            HubError: no such repository or revision, no access, or no network.
+            UsageError: a revision of a folder.
+        """
+        place = locate(source, revision)
+        folder = place if isinstance(place, Path) else fetch(place).folder
+        try:
+            with whole_weights():
+                loaded: Any = cls.from_pretrained(str(folder), output_loading_info=True)
+        except SafetensorError as error:
+            raise GateError(f"cannot load gates from {str(source)!r}: {damage(str(folder), error)}") from error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise GateError(f"{str(source)!r} does not hold gates: {str(error).splitlines()[0]}") from error
+        gates: Gates = loaded[0]
+        wrong = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in loaded[1].items() if names]
+        if wrong:
+            raise GateError(
+                f"the weights in {str(source)!r} are not those of a {gates.method} gate ({'; '.join(wrong)}); save "
+                "them with save_pretrained, or download them again"
+            )
+        if base is not None:
+            gates.check(base, allow_other_base=allow_other_base)
+        return gates
+
+    def check(self, base: PreTrainedModel, *, allow_other_base: bool = False) -> None:
+        """Compare layout and weights with the base model.
+
+        Raises:
+            GateError: other shape (always), or other weights (unless allowed).
+        """
+        check_base(self.base(allow_other=allow_other_base), base)
+
+    def base(self, *, allow_other: bool = False) -> Base:
+        """The model these gates belong to."""
+        config = self.config
+        return Base(Layout(**config.layout), config.base_hash, config.base_name, allow_other)
+
+    def policy(self, budget: int | str | Budget, *, allow_other_base: bool = False, **options: Any) -> Policy:
+        """The policy that these gates score for; options as in the method's `policy`.
+
+        `attach` compares the model with the one the gates were trained on, unless `allow_other_base`.
+        """
+        policy = methods.load(self.config.method).policy(budget, gate=self.gate.eval(), **options)
+        return replace(policy, base=self.base(allow_other=allow_other_base))
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: Any, *, push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """As of any model of transformers, but for sharing: its card would be a form that nobody has filled in.
+
+        Raises:
+            UsageError: push_to_hub=True.
+        """
+        if push_to_hub:
+            raise UsageError(
+                "save_pretrained does not share gates; call push_to_hub, or `learnevict push` on the folder"
+            )
+        super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+        repo_id: str,
+        *,
+        rows: Sequence[Mapping[str, Any]] = (),
+        commit_message: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Share these gates: as `learnevict push` does from a folder, with the same card; `rows` as in `make_card`.
+
+        Returns:
+            Address of the commit.
+        """
+        from learnevict.hub.share import push_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            pushed = push_folder(
+                folder, repo_id, private=private, revision=revision, message=commit_message, rows=rows, token=token
+            )
+        return pushed.url
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.config.method
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path | Address:
+    """Where gates are: a folder, or an address on the Hub; what looks like a path never becomes a download.
+
+    Raises:
+        GateError: neither.
+        UsageError: a revision of a folder.
+    """
+    text, folder = str(source), Path(source).expanduser()
+    shipped = GATES_FOLDER / text
+    if not folder.exists() and "/" not in text and shipped.is_dir():
+        folder = shipped
+    if folder.exists() or text.startswith((".", "/", "~")) or (len(folder.parts) > 1 and folder.parent.exists()):
+        if not (folder / CONFIG).is_file():
+            raise GateError(f"no gates in {text!r}: expected a folder with config.json and model.safetensors")
+        if revision is not None:
+            raise UsageError(f"{text!r} is a folder and has no revision {revision!r}; drop it, or give a Hub id")
+        return folder
+    if "/" not in text:
+        raise GateError(
+            f"no gates {text!r}: give a folder with config.json and model.safetensors, a Hub id such as user/repo, or "
+            f"one of {', '.join(sorted(path.name for path in GATES_FOLDER.iterdir()))}"
+        )
+    return Address.parse(text, revision)
+
+
+def name_of(base: PreTrainedModel) -> str:
+    """What to call a base model: its Hub id, testbed, the name of its folder, or its type; never a path."""
+    name = str(getattr(base, "name_or_path", "") or base.config.model_type)
+    folder = Path(name)
+    if folder.is_dir():
+        return TESTBED if folder.resolve() == (PACKAGE / TESTBED / "data").resolve() else folder.resolve().name
+    return name if HUB_ID.fullmatch(name) else folder.name
+
+
+AutoConfig.register(GatesConfig.model_type, GatesConfig, exist_ok=True)
+AutoModel.register(GatesConfig, Gates, exist_ok=True)

@@ -1,0 +1,195 @@
+"""Rows of an evaluation as a card shows them: tables for people, a model index for the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from learnevict.errors import DataError
+from learnevict.infer.load import HUB_ID
+
+NONE = "–"
+Row = Mapping[str, Any]
+
+# Metric of the Hub: (name of a row's value, its interval, what to call it).
+METRICS = {
+    "accuracy": ("step_accuracy", ("ci_low", "ci_high"), "step accuracy"),
+    "exact_match": ("exact_match", ("exact_low", "exact_high"), "exact match"),
+    "perplexity": ("perplexity", (), "perplexity"),
+}
+
+HEADER = (
+    "family", "budget", "step accuracy", "exact match", "full cache", "best heuristic measured", "golden eviction",
+    "peak bytes, of full",
+)  # fmt: skip
+FIGURES = (
+    "budget", "step_accuracy", "ci_low", "ci_high", "exact_match", "exact_low", "exact_high", "perplexity",
+    "perplexity_ratio", "num_tokens", "samples", "kv_bytes_peak", "kv_bytes_full",
+)  # fmt: skip
+
+
+def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row per measured cell: step accuracy and exact match of one cell come from different runs.
+
+    Raises:
+        DataError: something else than rows.
+    """
+    cells: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if not {"method", "family", "budget"} <= set(row):
+            raise DataError(
+                "a row of an evaluation needs method, family and budget; `learnevict eval --out` writes such rows"
+            )
+        odd = [name for name in FIGURES if not isinstance(row.get(name), (int, float, type(None)))]
+        if odd:
+            raise DataError(f"{odd[0]} of a row of {row['method']} is no number: {row[odd[0]]!r}")
+        names = ("method", "family", "budget", "budget_share", "model", "split", "length", "rules")
+        cell = cells.setdefault(json.dumps([row.get(name) for name in names], sort_keys=True), dict(row))
+        cell.update({name: value for name, value in row.items() if cell.get(name) is None})
+    return list(cells.values())
+
+
+def results(rows: Sequence[Row], method: str) -> list[EvalResult]:
+    """The model index: every metric of every cell of the method."""
+    found: list[EvalResult] = []
+    for row in rows:
+        for kind, (name, bounds, title) in METRICS.items():
+            if row["method"] != method or row.get(name) is None:
+                continue
+            details = {"budget": row["budget"], "samples": row.get("samples")}
+            details |= {"budget_share": row.get("budget_share"), **{bound: row.get(bound) for bound in bounds}}
+            family = Path(str(row["family"])).name
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type="text" if kind == "perplexity" else "learnevict-testbed",
+                    dataset_name=family if kind == "perplexity" else f"learnevict testbed, {family}",
+                    dataset_config=family,
+                    dataset_split=row.get("split"),
+                    metric_type=kind,
+                    metric_name=f"{title} at {budget(row)}",
+                    metric_value=round(float(row[name]), 6),
+                    metric_args={key: value for key, value in details.items() if value is not None},
+                )
+            )
+    return found
+
+
+def tables(rows: Sequence[Row], method: str) -> list[str]:
+    """Markdown tables of the method's cells, with what other methods reached in the same cells."""
+    mine = [row for row in rows if row["method"] == method]
+    tasks = [row for row in mine if row.get("perplexity") is None]
+    texts = [row for row in mine if row.get("perplexity") is not None]
+    made = [task_table(tasks, rows)] if tasks else []
+    return made + ([text_table(texts)] if texts else [])
+
+
+def task_table(mine: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Accuracy by family and budget."""
+    lines = [
+        f"{terms(mine)} Square brackets: 95 % interval by bootstrap over samples (Wilson's for exact match). Step accuracy is "
+        "on given texts, exact match on answers that the model wrote itself. The best heuristic is that of these very samples, "
+        "which favours it.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        "|" + "---|" * len(HEADER),
+    ]
+    for row in mine:
+        others = [other for other in rows if _same_cell(other, row)]
+        heuristics = [other for other in others if other.get("kind") == "heuristic" and _score(other) is not None]
+        best = max(heuristics, key=lambda other: _score(other) or 0.0, default=None)
+        full = next((o for o in rows if o["method"] == "full" and o["family"] == row["family"]), None)
+        golden = next((other for other in others if other["method"] == "golden"), None)
+        cells = [
+            Path(str(row["family"])).name, budget(row), value(row, "accuracy"), value(row, "exact_match"), _shown(full),
+            NONE if best is None else f"{best['method']} {_shown(best)}", _shown(golden), _bytes(row),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def text_table(mine: Sequence[Row]) -> str:
+    """Perplexity of texts."""
+    lines = ["| text | tokens | budget | perplexity | ratio to the full cache |", "|---|---|---|---|---|"]
+    for row in mine:
+        ratio = row.get("perplexity_ratio")
+        cells = [
+            Path(str(row["family"])).name,
+            str(row.get("num_tokens") or NONE),
+            budget(row),
+            f"{row['perplexity']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} | {NONE if ratio is None else f'{ratio:.3f}'} |")
+    return "\n".join(lines)
+
+
+def terms(rows: Sequence[Row]) -> str:
+    """What the cells have in common, and where they differ every variant."""
+    models = sorted({str(row["model"]) for row in rows if row.get("model")})
+    samples = sorted({int(row["samples"]) for row in rows if row.get("samples")})
+    splits = sorted({f"{row.get('split')} split, {row.get('length')} length" for row in rows if row.get("split")})
+    rules = sorted({_rules(row["rules"]) for row in rows if row.get("rules")})
+    parts = ["Measured" + (f" on {' and '.join(Path(name).name for name in models)}" if models else "")]
+    parts += [" and ".join(splits)] if splits else []
+    parts += [f"{' or '.join(map(str, samples))} samples a cell"] if samples else []
+    return "; ".join([", ".join(parts), *rules]) + "."
+
+
+def budget(row: Row) -> str:
+    """A row's budget for people."""
+    if row["budget"] is None:
+        return "full cache"
+    share = f" ({row['budget_share']} of the length)" if row.get("budget_share") else ""
+    return f"{row['budget']} slots{share}"
+
+
+def value(row: Row, kind: str) -> str:
+    """A metric with its interval."""
+    name, bounds, _ = METRICS[kind]
+    if row.get(name) is None:
+        return NONE
+    ends = [row.get(bound) for bound in bounds]
+    interval = "" if None in ends else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+    return f"{row[name]:.3f}{interval}"
+
+
+def _same_cell(other: Row, row: Row) -> bool:
+    return all(other.get(name) == row.get(name) for name in ("family", "budget", "split", "length", "rules"))
+
+
+def _score(row: Row) -> float | None:
+    return row.get("step_accuracy") if row.get("step_accuracy") is not None else row.get("exact_match")
+
+
+def _shown(row: Row | None) -> str:
+    score = None if row is None else _score(row)
+    return NONE if score is None else f"{score:.3f}"
+
+
+def _bytes(row: Row) -> str:
+    peak, full = row.get("kv_bytes_peak"), row.get("kv_bytes_full")
+    return f"{peak:,} of {full:,}" if peak and full else NONE
+
+
+def _rules(rules: Mapping[str, Any]) -> str:
+    names = {"slack": "an eviction every {} tokens", "sinks": "{} sinks", "recent": "the last {} tokens kept"}
+    said = [text.format(rules[name]) for name, text in names.items() if rules.get(name) is not None]
+    return ", ".join([*said, "prompt protected" if rules.get("prompt") else "prompt not protected"])
+
+
+def shown(value: object) -> str:
+    """A value on one line of a table; of a path only its last part, since the rest is the machine's."""
+    text = one_line(value)
+    if re.search(r"[/\\]", text) and not HUB_ID.fullmatch(text):
+        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    return text
+
+
+def one_line(value: object) -> str:
+    """Text that cannot break out of a line, a cell or a code span."""
+    return " ".join(str(value).split()).replace("|", "/").replace("`", "'")

@@ -1,0 +1,222 @@
+"""Sharing gates: a folder becomes one commit on the Hub, and gates on the Hub become a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from learnevict.errors import DataError, GateError, HubError, UsageError
+from learnevict.hub.card import MARK, make_card
+from learnevict.hub.fetch import CARD, CONFIG, FILES, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
+from learnevict.hub.gates import Gates, locate
+from learnevict.hub.reach import COMMIT, PATIENCE, Address, asking, insist
+
+MAIN = "main"
+LARGEST = {CONFIG: 2**20, WEIGHTS: 2**31, CARD: 2**20, RUN: 10 * 2**20}
+"""Bytes. Gates are small: more than this is something else."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push came to: the commit's address, whether the repository is new, whether anything changed."""
+
+    address: Address
+    url: str
+    created: bool
+    changed: bool
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull came to: the folder, its commit, and which files changed."""
+
+    folder: Path
+    commit: str
+    changed: tuple[str, ...]
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Share a folder of gates as one commit: config.json, model.safetensors, run.json if there is one, and a card.
+
+    A push that broke off is repeated by the same call: large files that have arrived are not sent twice, a commit that
+    was made is not made again, and until it is made nothing of it can be seen.
+
+    Args:
+        folder: gates, or the name of those that ship with the package; only read.
+        repo_id: "user/repo", or "repo" of the token's owner; made if it does not exist.
+        private: who may see a repository that has to be made.
+        revision: branch; made from the default one if it does not exist.
+        message: of the commit.
+        rows: of an evaluation, for the card; a README.md that somebody wrote goes up instead of a card.
+        token: of the account; else the one that is logged in.
+
+    Raises:
+        GateError: the folder does not hold gates, or files too large for them.
+        HubError: not logged in, no access, no network.
+        UsageError: no Hub id, rows of other methods, a public repository that should be private.
+    """
+    place = _folder(folder)
+    gates = Gates.load(place)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise UsageError(f"revision {revision!r} is a commit, and commits cannot change; give a branch")
+    api = HfApi(token=token)
+    where, info = _look_at(api, repo_id, revision, private=private)
+    license = info.card_data.to_dict().get("license") if info is not None and info.card_data else None
+    card = _card(place, gates, where, rows or (), license)
+    sent: dict[str, str | bytes] = {name: str(place / name) for name in FILES if (place / name).is_file()}
+    sent[CARD] = card.encode()
+    branch = revision or MAIN
+    with asking(where, to_write=True):
+        if info is None:
+            insist(api.create_repo, where.repo_id, private=private or None, exist_ok=True)
+        if branch != MAIN:
+            insist(api.create_branch, where.repo_id, branch=branch, exist_ok=True)
+        head: Any = insist(api.model_info, where.repo_id, revision=branch, timeout=PATIENCE)
+        stale = {sibling.rfilename for sibling in head.siblings or []} & ({*FILES} - {*sent})
+        summary = message or f"{gates.method} gates for {gates.config.base_name or 'a base model'}"
+        # Again as a whole if the Hub fails: what has arrived is recognised, so nothing is committed twice.
+        made = insist(_commit, api, Address(where.repo_id, branch), sent, stale, summary)
+    return Pushed(
+        where, made.commit_url, info is None, made.oid != head.sha, tuple(name for name in FILES if name in sent)
+    )
+
+
+def open_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Make a repository if it does not exist; found out before the work whether it may be written to.
+
+    Returns:
+        "user/repo".
+
+    Raises:
+        HubError: not logged in, no access, no network.
+        UsageError: no Hub id, or a public repository that should be private.
+    """
+    api = HfApi(token=token)
+    where, info = _look_at(api, repo_id, None, private=private)
+    if info is None:
+        with asking(where, to_write=True):
+            insist(api.create_repo, where.repo_id, private=private or None, exist_ok=True)
+    return where.repo_id
+
+
+def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -> tuple[Address, Any]:
+    """The full address, and what the Hub knows of the repository; None if there is none that this token may see."""
+    if api.token is None and get_token() is None:
+        raise HubError("nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN to a token that may write")
+    where = Address(_full_id(api, repo_id), revision)
+    with asking(where, to_write=True):
+        try:
+            info: Any = insist(api.model_info, where.repo_id, timeout=PATIENCE)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code != 404:
+                raise
+            return where, None
+    if private and not info.private:
+        raise UsageError(
+            f"{where.repo_id} exists already and is public; change that on its page first, or give another name: nothing "
+            "was sent"
+        )
+    return where, info
+
+
+def _commit(api: HfApi, where: Address, sent: Mapping[str, str | bytes], stale: Collection[str], message: str) -> Any:
+    """One commit of these files, without the stale ones; what is the same already is left out, down to no commit."""
+    changes = [CommitOperationAdd(name, content) for name, content in sent.items()]
+    gone = [CommitOperationDelete(name) for name in sorted(stale)]
+    return api.create_commit(where.repo_id, [*changes, *gone], commit_message=message, revision=where.revision)
+
+
+def pull_folder(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
+    """Bring gates from the Hub into a folder, by default one with the repository's name, here.
+
+    A pull that broke off is finished by the same call. Beside FILES the folder gets origin.json, by which a later pull
+    recognises it.
+
+    Args:
+        repo_id: "user/repo" or "user/repo@revision".
+        folder: new, empty, or pulled from the same repository before.
+        revision: branch, tag or commit.
+
+    Raises:
+        HubError: no such repository or revision, no access, no network.
+        GateError: there are no gates in it.
+        DataError: something in the folder would be lost, or it cannot be written.
+    """
+    source = Address.parse(repo_id, revision)
+    snapshot: Snapshot = fetch(source)
+    Gates.load(snapshot.folder)
+    target = Path(source.repo_id.partition("/")[2] if folder is None else folder)
+    return Pulled(target, snapshot.commit, install(snapshot, target))
+
+
+def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Put the card of a folder of gates into it, unless somebody wrote another README.md there.
+
+    Raises:
+        GateError: the folder does not hold gates.
+    """
+    place = Path(folder)
+    text = _card(place, Gates.load(place), Address(repo_id), rows, None)
+    (place / CARD).write_text(text, encoding="utf-8")
+
+
+def _full_id(api: HfApi, repo_id: str) -> str:
+    """user/repo, also where only the repository was named."""
+    if "/" in repo_id:
+        return Address.parse(repo_id).repo_id
+    with asking(Address.parse(f"owner/{repo_id}"), to_write=True):
+        return f"{api.whoami()['name']}/{repo_id}"
+
+
+def _folder(source: str | Path) -> Path:
+    """A local folder that may be sent.
+
+    Raises:
+        GateError: no gates there, or files too large.
+    """
+    place = locate(source)
+    if not isinstance(place, Path):
+        raise GateError(f"no folder {str(source)!r}: what is pushed is a folder with config.json and model.safetensors")
+    check_kind(place / CONFIG, repr(str(source)))
+    if not (place / WEIGHTS).is_file():
+        raise GateError(
+            f"{str(source)!r} does not hold gates: there is no {WEIGHTS} in it; save them with save_pretrained"
+        )
+    for name, limit in LARGEST.items():
+        if (place / name).is_file() and (size := (place / name).stat().st_size) > limit:
+            raise GateError(
+                f"{name} in {str(source)!r} has {size} bytes, and gates at most {limit}; is it the right folder?"
+            )
+    return place
+
+
+def _card(place: Path, gates: Gates, where: Address, rows: Sequence[Mapping[str, Any]], license: str | None) -> str:
+    """A README.md that somebody wrote, or a fresh card."""
+    written = place / CARD
+    try:
+        text = written.read_text(encoding="utf-8") if written.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(written)!r}: {error}; save it as UTF-8, or remove it") from error
+    if text and MARK not in text:
+        if rows:
+            raise UsageError(
+                f"{str(written)!r} is a text of your own, so the rows have no place; remove it, or drop them"
+            )
+        return text
+    config: Any = gates.config
+    return make_card(config, gates.num_parameters(), where, rows, license)
