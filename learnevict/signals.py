@@ -82,14 +82,17 @@ class Attention:
         scores = logits.float() * self.scaling
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
-    def probabilities(self, logits: Tensor, visible: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor, visible: Tensor, bias: Tensor | None = None) -> Tensor:
         """Softmax in float32 over slots.
 
         Args:
             logits: [B, H, G, S, N], unscaled.
             visible: bool, broadcastable to logits. Rows that see nothing become zeros.
+            bias: float32, broadcastable to logits, added after scaling and cap; never a factor, which would favour
+                negative logits.
         """
-        scores = self.scores(logits).masked_fill(~visible, -torch.inf)
+        scores = self.scores(logits) if bias is None else self.scores(logits) + bias
+        scores = scores.masked_fill(~visible, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         sink = None
         if self.sinks is not None:

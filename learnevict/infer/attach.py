@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from learnevict.errors import CacheError, UsageError
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
+from learnevict.infer.deferred import hold_events
 from learnevict.infer.identity import check_base
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.modules import attention_modules, decoder_of, rotary_of
-from learnevict.infer.support import check_governor
+from learnevict.infer.probe import QUESTION, Question
+from learnevict.infer.soft import SOFT, Soft, soft_gate
+from learnevict.infer.support import check_governor, evicting_layers
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -58,6 +61,8 @@ class Step:
     valid: Tensor | None = None
     observe: Observer | None = None
     frequencies: Tensor | None = None
+    soft: Soft | None = None
+    question: Question | None = None
 
 
 @dataclass
@@ -75,15 +80,17 @@ _hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDict
 
 
 class Attachment:
-    """Keeps a model's hooks alive; a context manager that yields its cache.
+    """Keeps a model's hooks alive; a context manager that yields its cache, or how it is softened.
 
     Args:
         model: the model.
         cache: yielded on entry; None if only hooks were asked for.
+        soft: yielded instead; inside, forwards without cache are weighed by its gate.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: EvictingCache | None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache | None, soft: Soft | None = None) -> None:
+        self.model, self.cache, self.soft = model, cache, soft
+        self.tokens: list[Token[Soft | None]] = []
         hook(model)
         self.active = True
 
@@ -94,9 +101,14 @@ class Attachment:
             unhook(self.model)
 
     def __enter__(self) -> Any:
-        return self.cache
+        if self.soft is None:
+            return self.cache
+        self.tokens.append(SOFT.set(self.soft))
+        return self.soft
 
     def __exit__(self, *_: object) -> None:
+        if self.tokens:
+            SOFT.reset(self.tokens.pop())
         self.detach()
 
 
@@ -106,6 +118,7 @@ def attach(
     *,
     record: bool = False,
     prompt_length: list[int] | None = None,
+    soft: bool = False,
 ) -> Attachment:
     """Let `model` use evicting caches.
 
@@ -115,21 +128,29 @@ def attach(
             `EvictingCache(model.config, policy)` makes caches.
         record: the cache keeps its expiry trace.
         prompt_length: see EvictingCache.
+        soft: the policy's gate weighs attention instead of evicting, as soft gates are trained: inside `with`, call the model
+            on whole texts without a cache. Yields a learnevict.infer.soft.Soft, whose `notes` are the gate's.
 
     Returns:
         An Attachment: a context manager yielding the cache; `detach()` ends it outside `with`.
 
     Raises:
+        UsageError: soft without a policy whose scorer is a SoftGate, or with options of a cache.
         ModelError: the model does not dispatch attention through transformers' interface.
         BudgetError: the policy's budget does not fit this model.
         GateError: the policy's gates were trained for another model.
     """
+    if soft and (policy is None or record or prompt_length is not None):
+        raise UsageError("attach(soft=True) takes a model and a policy; record and prompt_length belong to a cache")
     cache = None
     if policy is not None:
         check_governor(policy)
         if (base := getattr(policy, "base", None)) is not None:
             check_base(base, model)
         policy.scorer.to(model.device)
+        if soft:
+            stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+            return Attachment(model, None, Soft(soft_gate(policy.scorer), frozenset(evicting_layers(stock))))
         cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length)
     return Attachment(model, cache)
 
@@ -171,6 +192,8 @@ def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, 
     given = {**given.pop("kwargs", {}), **given}
     cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
     _serving.set(cache)
+    if (soft := SOFT.get()) is not None and REPLAY.get() is None:
+        soft.begin(given)
     if cache is None:
         return
     tokens, mask = given.get("input_ids"), given.get("attention_mask")
@@ -182,12 +205,15 @@ def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, 
             "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
         )
     cache.begin(source.shape[0], source.shape[1], mask, tokens, source.device)
+    cache.place(mask, given.get("position_ids"))
 
 
 def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     cache = _serving.get()
     _serving.set(None)
     if cache is not None and output is not None:
+        cache.check_served()
+        hold_events(cache, module)
         cache.end()
 
 
@@ -198,11 +224,15 @@ def _hand_over(
     cache, replay = _serving.get(), REPLAY.get()
     index: Any = module.layer_idx
     frequencies = None if rotary is None else getattr(*rotary)
+    if (question := QUESTION.get()) is not None:
+        return args, {**kwargs, NAME: Step(None, hidden, frequencies=frequencies, question=question)}
     if replay is not None and index in replay.expiry:
         return args, {
             **kwargs,
             NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies),
         }
+    if (soft := SOFT.get()) is not None and replay is None and index in soft.layers:
+        return args, {**kwargs, NAME: Step(None, hidden, frequencies=frequencies, soft=soft)}
     if cache is not None and isinstance(layer := cache.layers[index], EvictingLayer):
         layer.expecting = True
         return args, {**kwargs, NAME: Step(layer, hidden, frequencies=frequencies)}
@@ -239,8 +269,13 @@ def attention_function(
     attention = Attention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, frequencies)
     if learnevict is None:
         out = plain_attention(query, key, value, attention_mask, attention)
+    elif learnevict.question is not None:
+        index: Any = module.layer_idx
+        out = learnevict.question.attend(index, (query, key, value), attention, kwargs.get("sliding_window"))
     elif learnevict.layer is not None:
         out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
+    elif learnevict.soft is not None:
+        out = learnevict.soft.attend(module.layer_idx, query, key, value, learnevict.hidden, attention)  # pyright: ignore[reportArgumentType]
     else:
         assert learnevict.expiry is not None
         if learnevict.observe is not None:
@@ -251,7 +286,7 @@ def attention_function(
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """Masks for stock layers; none for layers whose visibility comes from slot positions or a trace."""
-    decided = _serving.get() is not None or REPLAY.get() is not None
-    if decided and kwargs.get("local_size") is None:
+    decided = _serving.get() is not None or REPLAY.get() is not None or SOFT.get() is not None
+    if QUESTION.get() is not None or (decided and kwargs.get("local_size") is None):
         return None
     return eager_mask(*args, **kwargs)

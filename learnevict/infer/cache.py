@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
+from learnevict.infer.deferred import is_deferred
 from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.probe import check_questioned
 from learnevict.infer.storage import Meter, Place, targets
 from learnevict.infer.support import check_governor, check_rope, evicting_layers
 from learnevict.policy import Governor
@@ -47,7 +49,9 @@ class EvictingCache(Cache):
         self.policy = policy
         self.record = record
         self._warned = False
-        self.clock = Clock(policy.schedule, prompt_length)
+        self.clock = Clock(policy.schedule, prompt_length, deferred=is_deferred(policy))
+        self.mask: Tensor | None = None
+        self.places: Tensor | None = None
         self.text_config = text = config.get_text_config(decoder=True)
         check_rope(text)
         stock = DynamicCache(config=text).layers
@@ -65,6 +69,8 @@ class EvictingCache(Cache):
             )
         super().__init__(layers=layers)
         self.evicting = evicting
+        if policy.probe is not None:
+            check_questioned(self.layers)
         if policy.schedule.active and evicting:
             targets(policy, self.clock, self._slots()[0].place, [0])
         if len(evicting) < len(layers) and policy.schedule.active:
@@ -91,6 +97,7 @@ class EvictingCache(Cache):
         Raises:
             CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; the last
                 forward was interrupted.
+            UsageError: the forward would read beyond an event that has to wait for its end; nothing has changed then.
         """
         if self.clock.seen and len(self.clock.seen) != batch:
             raise CacheError(
@@ -114,15 +121,25 @@ class EvictingCache(Cache):
                 "prompt needs cache.reset() or a new cache, a next turn the whole conversation"
             )
         self._warn_of_pieces(size)
+        self.clock.read(batch, size, mask, tokens, device)
         for layer in self._slots():
             layer.attended = False
         if mask is not None and size > 1 and length and mask.shape[1] == length + size:
             for layer in self._slots():
                 layer.hide(mask[:, :length] == 0)
-        self.clock.read(batch, size, mask, tokens, device)
+
+    def place(self, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Where the forward planned by `begin` stands, for a probe that may follow it: its mask and its last position."""
+        whole = mask is not None and mask.shape[1] == self.clock.length + self.clock.pending
+        self.mask = mask if whole else None
+        self.places = None if position_ids is None else position_ids[..., -1:]
 
     def end(self) -> None:
-        """The forward planned by `begin` is over; called by the hook on the model.
+        """The forward planned by `begin` is over, and so are its events; called by the hook on the model."""
+        self.clock.commit()
+
+    def check_served(self) -> None:
+        """Called by the hook on the model when the layers of a forward have run.
 
         Raises:
             ModelError: an evicting layer was not served by learnevict's attention, so its slots are not what was read.
@@ -133,7 +150,6 @@ class EvictingCache(Cache):
                 f"the attention of layers {missed} did not pass through learnevict, so nothing they computed can be trusted; "
                 "this model's attention modules do not hand keyword arguments on: use its stock cache"
             )
-        self.clock.commit()
 
     def _warn_of_pieces(self, size: int) -> None:
         """Once per conversation: where the prompt ends cannot be seen when it comes in several forwards."""
@@ -236,6 +252,7 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
+        self.mask = self.places = None
         self._warned = False
         self.meter.reset()
         stock = DynamicCache(config=self.text_config).layers  # older releases keep zeros in place of tokens on reset()
@@ -254,6 +271,10 @@ class EvictingCache(Cache):
         if self.record and any(layer.expiry is not None for layer in self._slots()):
             raise CacheError("beams record no trace; create the cache with record=False")
         self.clock.reorder(beam_idx.tolist())
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
+        if self.places is not None and self.places.shape[-2] > 1:
+            self.places = self.places.index_select(-2, beam_idx.to(self.places.device))
         for layer in self.layers:
             layer.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learnevict.errors import UsageError
 from learnevict.policy import Schedule
 from learnevict.signals import NEVER, Rows
 
@@ -66,11 +67,18 @@ class Block:
 
 
 class Clock:
-    """Reads forwards as blocks and remembers where every row stands."""
+    """Reads forwards as blocks and remembers where every row stands.
 
-    def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None) -> None:
+    Args:
+        schedule: when events fall.
+        prompt_length: real tokens of each row's prompt; None: what is read before the first single step.
+        deferred: events are held after the forward, so none may read beyond one.
+    """
+
+    def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None, deferred: bool = False) -> None:
         self.schedule = schedule
         self.given_prompt_length = prompt_length
+        self.deferred = deferred
         self.reset()
 
     def reset(self) -> None:
@@ -102,13 +110,18 @@ class Clock:
         """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding.
 
         Once every row has begun, single tokens are always real: reading their mask would make each step wait for the device.
+
+        Raises:
+            UsageError: events are deferred, and a row reads on beyond its next one; nothing is planned then.
         """
         if not self.seen:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
             self.prompt_seen = [0] * batch
-        self.tokens = tokens
         queues = self._queues(batch, size, mask)
+        if self.deferred:
+            self._check_reach(queues)
+        self.tokens = tokens
         if not self.decoding:
             self._extend_prompt(queues, size)
         self.plan = []
@@ -121,6 +134,28 @@ class Clock:
         """The planned forward has run through all layers."""
         self.length += self.pending
         self.pending = 0
+
+    def next_event(self, row: int, seen: int) -> int:
+        """How many tokens a row has read at its first event after `seen`; NEVER if forwards may be of any length."""
+        schedule, prompt = self.schedule, self.prompt_length
+        grid = seen + schedule.period - seen % schedule.period
+        if not schedule.active or (schedule.prompt == "end" and prompt is None):  # then it ends with its forward
+            return NEVER
+        if schedule.prompt == "end" and prompt is not None:
+            return prompt[row] if seen < prompt[row] else grid if schedule.decode else NEVER
+        return grid
+
+    def _check_reach(self, queues: list[range] | list[list[int]]) -> None:
+        for row, queue in enumerate(queues):
+            left = self.next_event(row, self.seen[row]) - self.seen[row]
+            if len(queue) > left:
+                if not any(self.seen):
+                    self.reset()
+                raise UsageError(
+                    f"{len(queue)} tokens of row {row} come in one forward, but its next event is due after {left}, and this "
+                    "policy decides when all layers have run; read texts with learnevict.infer.prefill.prefill(model, cache, "
+                    "input_ids, attention_mask), which cuts them there"
+                )
 
     def _queues(self, batch: int, size: int, mask: Tensor | None) -> list[range] | list[list[int]]:
         if mask is None or (size == 1 and all(self.seen)):

@@ -19,6 +19,7 @@ from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.prefill import read_ahead
 from learnevict.policy import Governor
 from learnevict.signals import EMPTY, NEVER, Trace
 
@@ -201,15 +202,14 @@ class _Batch:
         """Generate and take stock."""
         gaps = [self.width - len(prompt) for prompt in self.prompts]
         rows = [[self.pad] * gap + prompt for gap, prompt in zip(gaps, self.prompts, strict=True)]
-        mask = [[0] * gap + [1] * (self.width - gap) for gap in gaps]
-        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+        mask = torch.tensor([[0] * gap + [1] * (self.width - gap) for gap in gaps])
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": mask}
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         config, watch = self._config(sampling), Stopwatch(streamer)
         stock = DynamicCache(config=self.model.config)
-        with (
-            seeded(sampling, self.model.device),
-            nullcontext(stock) if policy is None else self._attach(policy, record=record) as cache,
-        ):
+        attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
+        with seeded(sampling, self.model.device), attached as cache:
+            read_ahead(self.model, cache, **inputs)
             out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
         stop = time.perf_counter()
         answers = [self._cut(row) for row in out[:, self.width :].tolist()]

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.clock import Block, Clock
+from learnevict.infer.events import Event, check_room
 from learnevict.infer.history import Expiries, Ring
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
@@ -44,6 +45,7 @@ class EvictingLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Forget everything held."""
         self.storage: Storage | None = None
+        self.due: list[Event] = []
         self.ring = Ring(self.policy.scorer.window)
         self.history = Expiries()
         self.is_initialized = False
@@ -168,7 +170,7 @@ class EvictingLayer(CacheLayerMixin):
             else:
                 block.put(out, answer)
             if any(block.due):
-                self._hold_event(self.storage, block, signals)
+                self._open_event(self.storage, block, signals)
             rest = [left - size for left, size in zip(rest, block.sizes, strict=True)]
         self.storage.note_peak()
         return out
@@ -227,36 +229,37 @@ class EvictingLayer(CacheLayerMixin):
                 pool.ledger.columns[name] = column
         return out
 
-    def _hold_event(self, storage: Storage, block: Block, signals: Signals) -> None:
-        """Ask the policy what to keep in the rows that are due and hold more than their budget."""
+    def _open_event(self, storage: Storage, block: Block, signals: Signals) -> None:
         now = replace(signals, ring=self.ring.held, ledger=storage.pool.ledger.columns, memo={})
+        event = Event(storage, block, now)
         if self.policy.scorer.refreshes:
-            self._refresh(storage.pool, block, now)
-        targets = storage.targets(block.after)
-        over = [due and live > target for due, live, target in zip(block.due, storage.live, targets, strict=True)]
-        keep = self.policy.keep(now) if any(over) else None
-        if keep is None:
-            return
-        drop = ~keep & now.occupied
-        if not all(over):
-            drop &= torch.tensor(over).to(drop.device, non_blocking=True).view(-1, 1, 1)
-        storage.live = [target if was else live for was, live, target in zip(over, storage.live, targets, strict=True)]
-        self._check(storage, now.occupied & ~drop)
-        self._evict(storage, drop, block.rows.now + 1)
-        storage.give_back()
+            event.refresh(self.policy)
+        self.due.append(event.waiting() if self.clock.deferred else event)
+        if not self.clock.deferred:
+            self.decide()
 
-    def _check(self, storage: Storage, kept: Tensor) -> None:
-        """What is kept beyond the budget would be overwritten; on CUDA this is a device assertion, which waits for nobody."""
-        room = torch.tensor(storage.live).to(kept.device, non_blocking=True)
-        counts = kept.sum(-1)
-        most = -(-counts.sum(-1) // counts.shape[1]) if self.policy.allocator.ragged else counts.amax(-1)
-        try:
-            torch.ops.aten._assert_async.msg((most <= room).all(), "a policy kept more slots than its budget")
-        except RuntimeError as error:
-            raise CacheError(
-                f"the policy keeps {most.tolist()} slots per head in layer {self.place.index}, but its budget leaves "
-                f"{storage.live}; keep(signals) must not exceed signals.budget"
-            ) from error
+    def decide(self, asked: Tensor | None = None) -> None:
+        """Hold the events that are due: ask the policy what to keep in rows that hold more than their budget.
+
+        Args:
+            asked: float32 [B, H, G, P, N], what a probe attends to.
+        """
+        storage, events, self.due = self.storage, self.due, []
+        drop: Tensor | None = None
+        for event in events:
+            assert storage is not None
+            rows, targets = event.crowded(), event.targets()
+            keep = self.policy.keep(replace(event.signals, asked=asked)) if any(rows) else None
+            if keep is None:
+                continue
+            part = event.drop(keep, rows)
+            drop = part if drop is None else drop | part
+            storage.live = [new if row else old for row, old, new in zip(rows, storage.live, targets, strict=True)]
+        if drop is None or storage is None:
+            return
+        check_room(storage, (storage.pool.position >= 0) & ~drop, self.policy, self.place.index)
+        self.evict(drop, events[-1].block.rows.now + 1)
+        storage.give_back()
 
     def hide(self, hidden: Tensor) -> None:
         """Evict tokens that the caller has since marked as padding, bool [B, columns read]."""
@@ -266,19 +269,11 @@ class EvictingLayer(CacheLayerMixin):
         index = position.clamp_min(0).flatten(1).long()
         drop = hidden.gather(1, index).view_as(position) & (position >= 0)
         end = torch.full((hidden.shape[0],), hidden.shape[1], device=hidden.device)
-        self._evict(self.storage, drop, end)
+        self.evict(drop, end)
 
-    def _evict(self, storage: Storage, drop: Tensor, end: Tensor) -> None:
-        """Empty the slots `drop`; their tokens are gone from column `end` [B] on."""
+    def evict(self, drop: Tensor, end: Tensor) -> None:
+        """Empty the slots `drop`, bool [B, H, N]; their tokens are gone from column `end` [B] on."""
+        assert self.storage is not None
         if self.record:
-            self.history.note(drop, storage.pool.position, end.view(-1, 1, 1))
-        storage.evict(drop)
-
-    def _refresh(self, pool: SlotPool | PagePool, block: Block, now: Signals) -> None:
-        """Let the scorer bring its notes up to date in the rows whose event this is."""
-        columns = pool.ledger.columns
-        for name, fresh in self.policy.scorer.refresh(now).items():
-            if not all(block.due):
-                due = torch.tensor(block.due).to(fresh.device, non_blocking=True)
-                fresh = torch.where(due.view(-1, *([1] * (fresh.ndim - 1))), fresh, columns[name])
-            columns[name] = fresh.to(columns[name].dtype)
+            self.history.note(drop, self.storage.pool.position, end.view(-1, 1, 1))
+        self.storage.evict(drop)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
 
 from learnevict.errors import ModelError, UsageError
@@ -35,14 +38,32 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTr
     source, local = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kind, local_files_only=local, trust_remote_code=False
-        )
+        with whole_weights():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=kind, local_files_only=local, trust_remote_code=False
+            )
     except SafetensorError as error:
         raise ModelError(f"cannot load model {name!r}: {damage(source, error)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     return model.to(where).eval(), tokenizer
+
+
+@contextmanager
+def whole_weights() -> Generator[None]:
+    """What `from_pretrained` loads inside is whole in every process.
+
+    Under ZeRO-3, transformers would deal each weight out to the processes. That suits what DeepSpeed trains and wraps; the base
+    is neither, and gates are dealt out by DeepSpeed itself when training begins.
+    """
+    asked = deepspeed_integration._hf_deepspeed_config_weak_ref  # transformers has no public name for it
+    config = None if asked is None else asked()
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(config)
 
 
 def load_config(name: str) -> PreTrainedConfig:

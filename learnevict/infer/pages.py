@@ -80,6 +80,14 @@ class PagePool:
             self._move(pages)
         self._set_table(self.table)
 
+    def narrow(self, widest: int) -> None:
+        """Give up what the logical view has beyond `widest` slots, more than which no head holds."""
+        depth = max(-(-widest // self.page), 1)
+        if depth < self.table.shape[2]:
+            slots = torch.arange(depth * self.page, device=self.table.device)
+            self.ledger.resize(depth * self.page, slots.expand(*self.table.shape[:2], -1))
+            self._set_table(self.table[:, :, :depth].contiguous())
+
     def _set_table(self, table: Tensor) -> None:
         """Take `table`, which names no page twice, and turn it round."""
         batch, heads, depth = table.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -46,7 +47,9 @@ class Meter:
 class Storage:
     """The pool of one layer, and how many slots per head of each row are taken in it (`live`, on the host).
 
-    Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way.
+    Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way. Where
+    heads of all layers compete (scope "model"), a layer's share is known only once an event has told it (`settle`): `held`
+    slots of each row in all heads, `longest` in its fullest one, and pages are fitted to that.
     """
 
     def __init__(self, policy: Governor, clock: Clock, place: Place, key: Tensor, value: Tensor, meter: Meter) -> None:
@@ -55,12 +58,14 @@ class Storage:
         self.policy, self.clock = policy, clock
         self.place = replace(place, row_bytes_per_token=place.num_evicting * heads * per_slot)
         self.live = [0] * batch
+        self.shared = policy.scope == "model"
+        self.held, self.longest = [0] * batch, [0] * batch
         self.meter = meter
         self.peak_nbytes = 0
         self.fitted, self.unassigned = 0, True
         self.rounding = 0
         self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
-        if policy.allocator.ragged:
+        if policy.allocator.ragged or self.shared:
             slots = self.targets([0])[0] + clock.schedule.period
             page = max(1, min(PAGE_SLOTS, slots // PAGE_OVERHEAD))
             self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
@@ -76,8 +81,11 @@ class Storage:
         coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
         need = max(live + size for live, size in zip(self.live, coming, strict=True))
         if isinstance(pool, PagePool):
-            ahead = [schedule.period - before % schedule.period for before in block.before]
-            self._fit_pages(pool, need, ahead)
+            ahead = self._ahead(block.before)
+            if self.shared:
+                self._fit_share(pool, [max(pair) for pair in zip(ahead, coming, strict=True)])
+            else:
+                self._fit_pages(pool, need, ahead)
             if self.unassigned or any(
                 size and room == schedule.period for size, room in zip(block.sizes, ahead, strict=True)
             ):
@@ -105,10 +113,45 @@ class Storage:
             pool.fit(total, widest)
             self.fitted, self.unassigned = total, True
 
+    def _ahead(self, seen: Sequence[int]) -> list[int]:
+        """Tokens to the end of each row's block."""
+        period = self.clock.schedule.period
+        return [period - tokens % period for tokens in seen]
+
+    def _share(self, pool: PagePool, room: list[int]) -> tuple[int, int]:
+        """Slots in all, and in the fullest head, if room[b] tokens come to every head of row b."""
+        heads = pool.position.shape[1]
+        total = sum(held + heads * tokens for held, tokens in zip(self.held, room, strict=True))
+        return total, max(longest + tokens for longest, tokens in zip(self.longest, room, strict=True))
+
+    def _fit_share(self, pool: PagePool, room: list[int]) -> None:
+        total, widest = self._share(pool, room)
+        if total > self.fitted or widest > pool.position.shape[2]:
+            pool.fit(total, widest)
+            self.fitted, self.unassigned = total, True
+
+    def settle(self, held: list[int], longest: list[int]) -> None:
+        """Fit pages to what an event of all layers has left here, and to the blocks that come next."""
+        pool = self.pool
+        assert isinstance(pool, PagePool)
+        self.held, self.longest = held, longest
+        self.live = [-(-slots // pool.position.shape[1]) for slots in held]
+        room = self._ahead(self.clock.seen)
+        total, widest = self._share(pool, room)
+        pool.narrow(widest)
+        pool.fit(total, widest)
+        pool.assign(room)
+        self.fitted, self.unassigned = total, False
+        self.note_peak()
+
     def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
         """Enter the fresh tokens of a block."""
         self.pool.write(key, value, block.position, notes, block.sizes)
         self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
+        if self.shared:
+            heads = key.shape[1]
+            self.held = [held + heads * size for held, size in zip(self.held, block.sizes, strict=True)]
+            self.longest = [longest + size for longest, size in zip(self.longest, block.sizes, strict=True)]
 
     def evict(self, drop: Tensor) -> None:
         """Empty the slots `drop`, bool [B, H, N]; the caller says how many are left by setting `live`."""
@@ -138,7 +181,9 @@ class Storage:
     def select(self, index: Tensor) -> None:
         """Rows of the batch, int64 [b]."""
         self.pool.select(index)
-        self.live = [self.live[i] for i in index.tolist()]
+        for name in ("live", "held", "longest"):
+            old = getattr(self, name)
+            setattr(self, name, [old[i] for i in index.tolist()])
         self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
 
 

@@ -33,6 +33,8 @@ def check_governor(policy: Any) -> None:
         UsageError: it lacks parts of learnevict.policy.Governor.
     """
     parts = ("keep", "budget", "scorer", "allocator", "schedule", "guard", "name", "scope", "probe")
+    if getattr(policy, "scope", None) == "model":
+        parts = (*parts, "keep_together")
     missing = [part for part in parts if not hasattr(policy, part)]
     if missing:
         raise UsageError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import TraceError
 from learnevict.infer.attach import attach
+from learnevict.infer.prefill import prefill
 from learnevict.policy import Governor
 from learnevict.signals import NEVER, Trace
 
@@ -25,7 +26,7 @@ FOREVER = 2**32 - 1
 
 @torch.no_grad()
 def record(model: PreTrainedModel, policy: Governor, ids: list[int], prompt_length: int | None = None) -> Trace:
-    """The eviction history of one text, read in a single forward: the event loop runs inside it.
+    """The eviction history of one text.
 
     Args:
         model: the model.
@@ -35,7 +36,7 @@ def record(model: PreTrainedModel, policy: Governor, ids: list[int], prompt_leng
     """
     given = None if prompt_length is None else [prompt_length]
     with attach(model, policy, record=True, prompt_length=given) as cache:
-        model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+        prefill(model, cache, torch.tensor([ids], device=model.device), last_only=True)
     return cache.trace()
 
 

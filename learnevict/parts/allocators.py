@@ -1,4 +1,4 @@
-"""Who may hold how much: splits of a budget over layers (Pyramid) and over the heads of a layer (Ada)."""
+"""Who may hold how much: splits of a budget over layers (Pyramid), the heads of a layer (Ada) or all heads (Together)."""
 
 from __future__ import annotations
 
@@ -65,15 +65,9 @@ class Ada(Allocator):
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
         """See Allocator."""
-        heads = scores.shape[1]
-        candidate = ~protected & (scores > -torch.inf)
-        kept, room = protected.sum(-1), candidate.sum(-1)
-        ordered = scores.masked_fill(~candidate, -torch.inf).sort(-1, descending=True).values
-        free = (heads * budget.long() - kept.sum(-1)).clamp_min(0).minimum(room.sum(-1))
+        ordered, room, free = contest(scores, protected, budget)
         share = self._divide(best_of_all(ordered, free, room), free).minimum(room)
-        slot = torch.arange(scores.shape[-1], device=scores.device)
-        rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
-        return kept + share + best_of_all(rest, free - share.sum(-1), room - share)
+        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
 
     def _divide(self, found: Tensor, free: Tensor) -> Tensor:
         """(1 - alpha) * found + alpha * free / H by largest remainder: int64 [B, H] that sums to free [B]."""
@@ -83,6 +77,54 @@ class Ada(Allocator):
         whole, remainder = exact // (MILLE * heads), exact % (MILLE * heads)
         place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return whole + (place < (free - whole.sum(-1)).unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class Together(Allocator):
+    """The best slots of all heads, above a floor that each keeps; for comparable scores, and for policies of scope "model".
+
+    Of the F slots beside protected ones that H heads share, each head keeps its own best floor * F / H, rounded down, if
+    it has so many; all that is left goes to the best of the rest, whoever holds them (global ranking of arXiv 2601.17668
+    and 2605.09649, with the safeguard of 2407.11550: a pure threshold leaves heads without any slot). Unlike Ada's share,
+    the floor takes nothing from a head that would win as much anyway; 0 is the pure threshold, 1 uniform.
+    """
+
+    floor: float = 0.2
+    ragged = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"floor is the share of an equal split that every head keeps, 0 to 1, not {self.floor}")
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """See Allocator."""
+        ordered, room, free = contest(scores, protected, budget)
+        share = room.minimum(self.least(free, scores.shape[1]).unsqueeze(-1))
+        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
+
+    def least(self, free: Tensor, heads: int) -> Tensor:
+        """Slots beside protected ones that every head keeps, if it has so many, of `free` [B] that they all share."""
+        return free * round(self.floor * MILLE) // (MILLE * heads)
+
+
+def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What heads compete with and for; arguments as of Allocator.counts.
+
+    Returns:
+        scores of candidates [B, H, N], best first, -inf behind them; candidates int64 [B, H]; slots to share out int64 [B].
+    """
+    candidate = ~protected & (scores > -torch.inf)
+    room = candidate.sum(-1)
+    ordered = scores.masked_fill(~candidate, -torch.inf).sort(-1, descending=True).values
+    free = (scores.shape[1] * budget.long() - protected.sum((1, 2))).clamp_min(0).minimum(room.sum(-1))
+    return ordered, room, free
+
+
+def best_beyond(share: Tensor, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
+    """What of `free` is left beyond each head's `share` of its best slots goes to the best of the rest, int64 [B, H]."""
+    slot = torch.arange(ordered.shape[-1], device=ordered.device)
+    rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
+    return best_of_all(rest, free - share.sum(-1), room - share)
 
 
 def best_of_all(scores: Tensor, count: Tensor, room: Tensor) -> Tensor:

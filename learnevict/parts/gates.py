@@ -1,18 +1,20 @@
-"""Two kinds of gates, and what their trainers ask of them: judges that rank slots, tables that look entries up."""
+"""Kinds of gates, and what their trainers ask of them: judges and rankers of slots, surrogates of the oracle, tables."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
+from learnevict.errors import GateError
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy, Scorer
-from learnevict.signals import Signals
+from learnevict.signals import Column, Signals
 
 
 class Judge(Gate):
@@ -20,9 +22,11 @@ class Judge(Gate):
 
     Attributes:
         calibrated: bool [], whether `calibrate` has been called.
+        scope: who competes in training: slots of a head, or of all heads and layers (its scores then compare).
     """
 
     mode = "replay"
+    scope: Literal["layer", "model"] = "layer"
     calibrated: Tensor
 
     @abstractmethod
@@ -40,6 +44,74 @@ class Judge(Gate):
     @abstractmethod
     def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:
         """Take the scale of inputs from one batch of states, {layer: [M, H, n, in]} and {layer: bool [M, H, n]}."""
+
+
+class Learner(Gate):
+    """Learns from one pass of the frozen base, layer by layer, with the oracle's verdict beside (learnevict.train.stream).
+
+    Attributes:
+        oracle: what its paper would have it predict, a name of learnevict.oracle.PRESETS.
+        objective: how its numbers are compared with the oracle's, a name of learnevict.train.stream.OBJECTIVES.
+        at_cuts: True if it ranks the slots held at an event, False if it judges tokens as they are written.
+    """
+
+    mode = "stream"
+    oracle: str
+    objective: str
+    at_cuts: bool
+
+    @abstractmethod
+    def judged(self, signals: Signals) -> Tensor:
+        """What is compared with the oracle, with gradient, float32 [B, H, tokens or slots]."""
+
+    def calibrate(self, signals: Signals) -> None:
+        """Take the scale of inputs from whole texts of one layer, once and before training; nothing by default."""
+
+
+class Surrogate(Learner):
+    """Estimates the oracle's number of a token when it is written, and notes it in the column "estimate"."""
+
+    columns = (Column("estimate"),)
+    at_cuts = False
+
+    @abstractmethod
+    def estimate(self, signals: Signals) -> Tensor:
+        """Of fresh tokens, with gradient, float32 [B, H, S]."""
+
+    def judged(self, signals: Signals) -> Tensor:
+        """See Learner."""
+        return self.estimate(signals)
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return {"estimate": self.estimate(signals)}
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return signals.ledger["estimate"]
+
+
+class Ranker(Learner):
+    """Scores all slots at an event, with gradient; what it notes with tokens as they are written may be learned too."""
+
+    at_cuts = True
+
+    def judged(self, signals: Signals) -> Tensor:
+        """See Learner."""
+        return self.score(signals)
+
+
+def hidden_of(signals: Signals, method: str) -> Tensor:
+    """Inputs of the attention module for fresh tokens, float32 [B, S, E].
+
+    Raises:
+        GateError: there are none, as in a replay from stored queries.
+    """
+    if signals.hidden is None:
+        raise GateError(
+            f"{method} reads hidden states, but layer {signals.layer} was given none; run it inside a model"
+        )
+    return signals.hidden.float()
 
 
 class Table(Gate):

@@ -7,10 +7,10 @@ offer; the library of words is `learnevict.parts`.
 """
 
 from learnevict.policy.scorers import Fade, Gate, Probe, Scorer, SoftGate
-from learnevict.policy.sentence import Assembly, Governor, Policy
+from learnevict.policy.sentence import Assembly, Governor, Policy, keep_best
 from learnevict.policy.words import Allocator, Draw, Guard, Schedule, TopK, Uniform
 
 __all__ = [
-    "Policy", "Governor", "Assembly", "Scorer", "Gate", "SoftGate", "Fade", "Probe",
+    "Policy", "Governor", "Assembly", "keep_best", "Scorer", "Gate", "SoftGate", "Fade", "Probe",
     "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
 ]  # fmt: skip

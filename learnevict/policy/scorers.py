@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -97,9 +97,14 @@ class Fade:
 
 
 class SoftGate(Gate):
-    """A gate that notes a rate when a token is written, and in training weighs attention by it instead of evicting."""
+    """A gate that notes a rate when a token is written, and in training weighs attention by it instead of evicting.
+
+    Attributes:
+        losses: what it is taught by: weights by name in learnevict.train.soft.LOSSES.
+    """
 
     mode = "soft"
+    losses: Mapping[str, float] = {}
 
     @abstractmethod
     def fade(self, notes: dict[str, Tensor]) -> Fade:

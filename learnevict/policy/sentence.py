@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learnevict.config import Base, Budget
-from learnevict.errors import BudgetError
+from learnevict.errors import BudgetError, UsageError
 from learnevict.policy.scorers import Probe, Scorer
 from learnevict.policy.words import Allocator, Draw, Guard, Schedule, TopK, Uniform
 from learnevict.signals import EMPTY, Signals
@@ -63,11 +63,13 @@ class Policy:
         name: shown in tables and traces.
         base: the model its gate was trained for; None if it has none.
         scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
-            so that layers and heads compete for L * H * budget slots. Forwards then must not reach beyond an event.
+            so that layers and heads compete for L * H * budget slots. Forwards then must not reach beyond an event: read
+            texts with learnevict.infer.prefill.
         probe: tokens that question the cache before every event, which then falls after the forward too.
 
     Raises:
         BudgetError: a token budget smaller than guards + fresh block.
+        UsageError: scope "model" with an allocator that gives every head the same.
     """
 
     budget: Budget
@@ -88,7 +90,11 @@ class Policy:
                 f"a fresh block of {self.schedule.period} tokens; the smallest that works is {self.floor} (or use a smaller "
                 "slack)"
             )
-
+        if self.scope == "model" and not self.allocator.ragged:
+            raise UsageError(
+                f'scope="model" lets heads compete, but {type(self.allocator).__name__} gives every head the same; use '
+                'allocators.Together(), or scope="layer"'
+            )
         if self.budget.unit == "bytes" and self.schedule.active and self.schedule.prompt == "end":
             raise BudgetError(
                 f"a budget of {self.budget} is a hard total, but this schedule holds the whole prompt before its first event; "
@@ -107,24 +113,33 @@ class Policy:
         return self.draw.choose(scores, counts, signals.position)
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """The slots to keep in each layer, bool [B, H, N_l]: heads of all layers are shared out like those of one."""
-        ranked = [self.rank(signals) for signals in layers]
-        width = max(scores.shape[-1] for scores, _ in ranked)
+        """The slots to keep in each layer, bool [B, H, N_l]: heads of all layers are shared out like those of one.
 
-        def side_by_side(parts: list[Tensor], empty: float) -> Tensor:
-            pad = torch.nn.functional.pad
-            return torch.cat([pad(part, (0, width - part.shape[-1]), value=empty) for part in parts], dim=1)
-
-        scores = side_by_side([scores for scores, _ in ranked], -torch.inf)
-        protected = side_by_side([protected for _, protected in ranked], False)
-        position = side_by_side([signals.position for signals in layers], EMPTY)
-        budget = torch.stack([signals.budget for signals in layers]).float().mean(0).int()
-        counts = self.allocator.counts(scores, protected, budget)
-        keep = self.draw.choose(scores, counts, position).split([part.shape[1] for part, _ in ranked], dim=1)
-        return [part[..., : scores.shape[-1]] for part, (scores, _) in zip(keep, ranked, strict=True)]
+        Together they hold at most L * H times the mean of the layers' budgets; their scores must be comparable.
+        """
+        return keep_best(layers, [self.rank(signals) for signals in layers], self.allocator, self.draw)
 
     def rank(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N]."""
         protected = self.guard.protect(signals)
         scores = self.scorer.score(signals).float().masked_fill(~signals.occupied, -torch.inf)
         return scores.masked_fill(protected, torch.inf), protected
+
+
+def keep_best(
+    layers: Sequence[Signals], ranked: Sequence[tuple[Tensor, Tensor]], allocator: Allocator, draw: Draw
+) -> list[Tensor]:
+    """The best slots of all layers, bool [B, H, N_l] of each; `ranked` as of Policy.rank."""
+    width = max(scores.shape[-1] for scores, _ in ranked)
+
+    def side_by_side(parts: list[Tensor], empty: float) -> Tensor:
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(part, (0, width - part.shape[-1]), value=empty) for part in parts], dim=1)
+
+    scores = side_by_side([scores for scores, _ in ranked], -torch.inf)
+    protected = side_by_side([protected for _, protected in ranked], False)
+    position = side_by_side([signals.position for signals in layers], EMPTY)
+    budget = torch.stack([signals.budget for signals in layers]).sum(0) // len(layers)
+    counts = allocator.counts(scores, protected, budget)
+    keep = draw.choose(scores, counts, position).split([part.shape[1] for part, _ in ranked], dim=1)
+    return [part[..., : scores.shape[-1]] for part, (scores, _) in zip(keep, ranked, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from learnevict import Gates, methods
 from learnevict.oracle.collect import golden_trace
+from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy
 from tests.laws import zoo
 from tests.laws.run import LENGTH, Run, batch, read
@@ -20,7 +21,7 @@ BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
 LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
 AMPLE = 4 * LENGTH
 
-# Name: (method, options beside those of every case).
+# Name: (method, options beside those of every case). `together=floor` lets the heads of all layers compete.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in methods.METHODS},
     "random/slack0": ("random", {"slack": 0}),
@@ -29,6 +30,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "snapkv/rkv": ("snapkv", {"variant": "rkv"}),
     "snapkv/prefill_end": ("snapkv", {"schedule": "prefill_end"}),
     "snapkv/prefill_only": ("snapkv", {"schedule": "prefill_only"}),
+    "keydiff/together": ("keydiff", {"together": 0.2}),
+    "h2o/together_slack0": ("h2o", {"together": 0.0, "slack": 0}),
+    "snapkv/together_end": ("snapkv", {"together": 0.2, "schedule": "prefill_end"}),
+    "lookahead_kv/together": ("lookahead_kv", {"together": 0.2}),
 }
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)
@@ -38,6 +43,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("full", "bounded"): "nothing is evicted, so the cache grows",
     ("snapkv/prefill_only", "bounded"): "a prefill-only variant: nothing is evicted while decoding",
     ("snapkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
+    ("snapkv/together_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
     (
         "pyramidkv",
         "identity",
@@ -77,6 +83,15 @@ def never(model: PreTrainedModel, ids: Tensor, budget: int) -> Any:
     return Trace(full_trace(model, ids).expiry.contiguous(), "golden", budget, SLACK)
 
 
+def make_policy(variant: str, budget: int, **terms: Any) -> Policy:
+    """The policy of a variant; its own options win over `terms`."""
+    method, options = VARIANTS[variant]
+    terms |= options
+    floor = terms.pop("together", None)
+    policy = methods.load(method).policy(budget, **terms)
+    return policy if floor is None else replace(policy, scope="model", allocator=Together(floor))
+
+
 @dataclass(frozen=True)
 class Case:
     """One method on one model."""
@@ -104,9 +119,8 @@ class Case:
 
     def policy(self, ids: Tensor, mask: Tensor, budget: int = BUDGET) -> Policy:
         """The method's policy for this text."""
-        name, options = VARIANTS[self.method]
-        terms = {"slack": SLACK, "sinks": SINKS, "recent": self.recent} | options
-        return methods.load(name).policy(budget, **terms, **extras(name, self, ids, mask, budget))
+        terms = {"slack": SLACK, "sinks": SINKS, "recent": self.recent}
+        return make_policy(self.method, budget, **terms, **extras(VARIANTS[self.method][0], self, ids, mask, budget))
 
     def fresh_run(self, seed: int = 0, budget: int = BUDGET) -> Run:
         """The text read through a new cache, prompt first and then token by token."""

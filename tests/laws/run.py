@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict import EvictingCache, attach
+from learnevict.infer.prefill import cuts
 from learnevict.policy import Policy
 from learnevict.signals import Trace
 from tests.laws.judge import position_ids
@@ -62,6 +63,16 @@ def pieces(prompt: int, length: int) -> list[int]:
     return [prompt, *([1] * (length - prompt))]
 
 
+def cut_at_events(cache: EvictingCache, mask: Tensor, sizes: list[int]) -> list[int]:
+    """The same forwards; where events wait for the end of a forward, cut at those of all rows."""
+    if not cache.clock.deferred:
+        return sizes
+    flags = mask.bool().tolist()
+    ends = {sum(sizes[: index + 1]) for index in range(len(sizes))}
+    stops = sorted(ends | {stop for stop in cuts(cache.clock, flags, len(flags), mask.shape[1]) if stop <= max(ends)})
+    return [stop - before for before, stop in zip([0, *stops], stops, strict=False)]
+
+
 class Reader:
     """Feeds ids to a model piece by piece, from where its cache stands; several readers may take turns on one model."""
 
@@ -70,7 +81,7 @@ class Reader:
     ) -> None:
         self.model, self.cache, self.ids, self.mask = model, cache, ids, mask
         self.places = position_ids(mask)
-        self.sizes = sizes
+        self.sizes = cut_at_events(cache, mask, sizes)
         self.logits: list[Tensor] = []
         self.moments: list[Moment] = []
 

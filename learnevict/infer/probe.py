@@ -1,0 +1,204 @@
+"""Questioning a cache: a probe's tokens run through the decoder, attend to the slots and to each other, and are forgotten.
+
+Nothing of the probe is stored anywhere: its forward has no cache, evicting layers lend it their slots and sliding-window
+layers the window they keep. Its positions are those of the tokens that would come next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from learnevict.errors import CacheError, ModelError, NotAttachedError
+from learnevict.infer.attention import plain_attention
+from learnevict.infer.clock import Clock
+from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.modules import decoder_of
+from learnevict.infer.pages import PagePool
+from learnevict.infer.slots import SlotPool
+from learnevict.policy import Probe
+from learnevict.signals import Attention
+
+Receive = Callable[[int, Tensor], None]
+
+
+class Questioned(Protocol):
+    """What is asked of the cache.
+
+    Attributes:
+        layers: its cache layers, evicting and stock.
+        clock: how much has been read.
+        mask: [B, columns read] of the last forward, 0 = padding; None if it had none, or one of its own columns only.
+        places: position ids of the last forward's last column, [..., 1]; None if it had none.
+    """
+
+    layers: list[Any]
+    clock: Clock
+    mask: Tensor | None
+    places: Tensor | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A probe on its way through the layers.
+
+    Attributes:
+        cache: what it reads.
+        receive: is told the index of every evicting layer and what was asked of it, float32 [B, H, G, P, N].
+    """
+
+    cache: Questioned
+    receive: Receive
+
+    @property
+    def end(self) -> int:
+        """Columns read, those of a forward that is just ending included."""
+        return self.cache.clock.length + self.cache.clock.pending
+
+    def attend(
+        self, index: int, states: tuple[Tensor, Tensor, Tensor], attention: Attention, window: int | None
+    ) -> Tensor:
+        """The probe's attention in one layer: query [B, Hq, P, d], key and value [B, H, P, d] -> [B, Hq, P, dv]."""
+        layer = self.cache.layers[index]
+        if isinstance(layer, EvictingLayer):
+            assert layer.store is not None
+            store = still(layer.store) if torch.is_grad_enabled() else layer.store
+            out, asked = probe_attention(store, *states, attention)
+            self.receive(index, asked)
+            return out
+        if window is None or window != layer.sliding_window:
+            raise ModelError(
+                f"layer {index} keeps a window of {layer.sliding_window} tokens, but its attention names {window}; learnevict "
+                "cannot run a probe through this model"
+            )
+        held = layer.keys.shape[2]
+        column = torch.arange(self.end - held, self.end + states[0].shape[2], device=states[0].device)
+        now = column[held:].view(-1, 1)
+        seen = (column <= now) & (now - column < window) & self._real(column).unsqueeze(1)
+        keys, values = (torch.cat(pair, 2) for pair in ((layer.keys, states[1]), (layer.values, states[2])))
+        return plain_attention(states[0], keys, values, seen.unsqueeze(1).to(torch.int8) - 1, attention)
+
+    def _real(self, column: Tensor) -> Tensor:
+        """Which columns hold tokens, bool [B, n]."""
+        first = torch.tensor(self.cache.clock.first).to(column.device, non_blocking=True)
+        real = column >= first.unsqueeze(-1)
+        if self.cache.mask is None:
+            return real
+        padded = self.cache.mask.bool()[:, column.clamp_max(self.end - 1)]
+        return real & (padded | (column >= self.end))
+
+
+QUESTION: ContextVar[Question | None] = ContextVar("learnevict_question", default=None)
+
+
+def ask(model: PreTrainedModel, cache: Questioned, probe: Probe) -> dict[int, Tensor]:
+    """What a probe attends to in every evicting layer, with gradient to its parameters where that is on.
+
+    Args:
+        model: attached; it has read a text into `cache`.
+        cache: an EvictingCache; nothing in it changes.
+        probe: the tokens.
+
+    Returns:
+        {layer: float32 [B, H, G, P, N]}, probabilities over the slots and the probe's own keys, of which the slots' part
+        is given: rows sum to at most 1. Empty slots get 0. With gradients on, slots are copied: the cache may go on.
+
+    Raises:
+        CacheError: nothing has been read yet.
+        NotAttachedError: the model carries no learnevict hooks.
+        ModelError: layers that are neither evicted from nor sliding windows.
+    """
+    found: dict[int, Tensor] = {}
+    question(decoder_of(model), cache, probe, found.__setitem__)
+    if len(found) < sum(isinstance(layer, EvictingLayer) for layer in cache.layers):
+        raise NotAttachedError("a probe met a model without learnevict hooks; call attach(model) first")
+    return found
+
+
+def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Receive) -> None:
+    """Run a probe through the decoder; see `ask`. `receive` is told each layer's answer before the next layer runs."""
+    check_questioned(cache.layers)
+    if not cache.clock.seen:
+        raise CacheError("a probe questions what has been read, and this cache has read nothing; run the model first")
+    weight = next(decoder.parameters())
+    tokens = probe.embeddings.to(weight.device, weight.dtype)
+    batch, num = len(cache.clock.seen), len(tokens)
+    asking = Question(cache, receive)
+    ahead = torch.arange(num, device=weight.device)
+    places = (ahead + asking.end).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
+    token = QUESTION.set(asking)
+    try:
+        with probe.adapted(decoder):
+            decoder(
+                inputs_embeds=tokens.expand(batch, -1, -1),
+                attention_mask=torch.ones(batch, num, dtype=torch.int64, device=weight.device),
+                position_ids=places,
+                use_cache=False,
+            )
+    finally:
+        QUESTION.reset(token)
+
+
+def check_questioned(layers: list[Any]) -> None:
+    """Refuse caches of which a probe cannot see all layers as a token would.
+
+    Raises:
+        ModelError: a layer is neither evicted from nor a sliding window.
+    """
+    wrong = sorted(
+        {type(one).__name__ for one in layers if not isinstance(one, EvictingLayer | DynamicSlidingWindowLayer)}
+    )
+    if wrong:
+        raise ModelError(
+            f"a probe cannot be run beside cache layers of kind {', '.join(wrong)}: reading it would change their state; use a "
+            "method without a probe"
+        )
+
+
+def still(store: SlotPool | PagePool) -> SlotPool | PagePool:
+    """The same slots in memory of their own: a gradient needs them as they are now, and the cache may go on."""
+    found = copy(store)
+    found.keys, found.values = store.keys.clone(), store.values.clone()
+    return found
+
+
+def probe_attention(
+    store: SlotPool | PagePool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
+) -> tuple[Tensor, Tensor]:
+    """Attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
+
+    Args:
+        store: slots of the layer.
+        query: [B, Hq, P, d]; key [B, H, P, d]; value [B, H, P, dv]; post-RoPE.
+
+    Returns:
+        output [B, Hq, P, dv] and the slots' probabilities, float32 [B, H, G, P, N].
+    """
+    batch, query_heads, num, width = query.shape
+    heads = key.shape[1]
+    grouped = query.reshape(batch, heads, -1, width)
+    shape = (batch, heads, query_heads // heads, num, -1)
+    stored, own = store.logits(grouped).view(shape), (grouped @ key.transpose(-1, -2)).view(shape)
+    occupied = (store.position >= 0)[:, :, None, None, :]
+    causal = torch.ones(num, num, dtype=torch.bool, device=query.device).tril()
+    stored = attention.scores(stored).masked_fill(~occupied, -torch.inf)
+    own = attention.scores(own).masked_fill(~causal, -torch.inf)
+    top = torch.maximum(stored.detach().amax(-1, keepdim=True), own.detach().amax(-1, keepdim=True))
+    drain: Tensor | float = 0.0
+    if attention.sinks is not None:
+        sink = attention.sinks.float().view(1, heads, -1, 1, 1)
+        top = torch.maximum(top, sink.detach())
+        drain = (sink - top).exp()
+    stored, own = (stored - top).exp(), (own - top).exp()
+    total = stored.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + drain
+    asked, own = stored / total, own / total
+    out = store.mix(asked.flatten(2, 3)) + own.flatten(2, 3).to(value.dtype) @ value
+    return out.reshape(batch, query_heads, num, -1), asked

@@ -1,0 +1,245 @@
+"""Attention that a gate weighs instead of evicting: how soft gates learn, through the model, in one pass without a cache.
+
+The weight of key i at query t is exp(logit + bias(t, i)), the bias being what the gate's `fade` says (arXiv
+2512.03324, version 2). It is added and never multiplied: a factor on the logit would raise forgotten keys whose logit is
+negative. Queries go in tiles that are computed again in the backward pass, so no layer keeps a [T, T] matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from learnevict.errors import CacheError, ModelError, UsageError
+from learnevict.policy import Fade, Scorer, SoftGate
+from learnevict.signals import EMPTY, Attention, Rows, Signals
+
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A whole text seen as slots, one per column; padding is empty. key [B, H, T, d]; value [B, H, T, dv]."""
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+
+    @property
+    def room(self) -> int:
+        """Columns."""
+        return self.key.shape[2]
+
+    def logits(self, query: Tensor) -> Tensor:
+        """See Slots."""
+        return query @ self.key.transpose(-1, -2)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """See Slots."""
+        step = max(1, self.room // 4)
+        for start in range(0, self.room, step):
+            part = slice(start, min(start + step, self.room))
+            yield part, self.key[:, :, part], self.value[:, :, part]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one forward reads: tokens int64 [B, T] (None if embeddings were given), real tokens bool [B, T], rows."""
+
+    tokens: Tensor | None
+    valid: Tensor
+    rows: Rows
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Text:
+        """The text in the arguments of a decoder's forward.
+
+        Raises:
+            CacheError: a cache, or a mask that is not [batch, tokens].
+        """
+        if given.get("past_key_values") is not None:
+            raise CacheError(
+                "attach(soft=True) weighs a whole text at once and evicts nothing: call the model without past_key_values "
+                "(use_cache=False), or attach without soft to run under eviction"
+            )
+        tokens, mask = given.get("input_ids"), given.get("attention_mask")
+        source = tokens if tokens is not None else given["inputs_embeds"]
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise CacheError("attach(soft=True) needs a 2D attention mask [batch, tokens]; 4D masks are not supported")
+        shape = source.shape[:2]
+        valid = torch.ones(shape, dtype=torch.bool, device=source.device) if mask is None else mask.bool()
+        column = torch.arange(shape[1], dtype=torch.int32, device=source.device)
+        first = torch.where(valid, column, shape[1]).amin(-1).int()
+        now = torch.where(valid, column, EMPTY).amax(-1).int()
+        return cls(tokens, valid, Rows(first, now, valid.sum(-1).int(), first, now + 1))
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [B, T], columns; -1 where padded."""
+        column = torch.arange(self.valid.shape[1], dtype=torch.int32, device=self.valid.device)
+        return torch.where(self.valid, column, EMPTY).int()
+
+
+@dataclass
+class Soft:
+    """What `with attach(model, policy, soft=True) as soft:` yields.
+
+    Attributes:
+        gate: who weighs.
+        layers: those that would evict; the others attend as they always do.
+        notes: of the last forward, {layer: what the gate's `write` said, {name: [B, H, T, ...]}}.
+        text: of the last forward.
+    """
+
+    gate: SoftGate
+    layers: frozenset[int]
+    notes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    text: Text | None = None
+
+    @property
+    def fades(self) -> list[Fade]:
+        """How the gate faded each layer in the last forward, in order of layers."""
+        return [self.gate.fade(self.notes[layer]) for layer in sorted(self.notes)]
+
+    def begin(self, given: Mapping[str, Any]) -> None:
+        """A forward of the decoder starts; `given` are its arguments."""
+        self.text, self.notes = Text.of(given), {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> Tensor:
+        """Attention of one layer, weighed: query [B, Hq, T, d], key [B, H, T, d], value [B, H, T, dv] -> [B, Hq, T, dv]."""
+        text = self.text
+        assert text is not None
+        slots = Sequence(key, value, text.position.unsqueeze(1).expand(-1, key.shape[1], -1))
+        signals = Signals(
+            layer=layer,
+            slots=slots,
+            rows=text.rows,
+            budget=text.rows.seen,  # between events a policy knows none
+            ledger={},
+            query=query,
+            query_position=text.position,
+            attention=attention,
+            key=key,
+            value=value,
+            hidden=hidden,
+            tokens=text.tokens,
+        )
+        self.notes[layer] = self.gate.write(signals)
+        return soft_attention(query, key, value, self.gate.fade(self.notes[layer]), text.valid, attention)
+
+
+SOFT: ContextVar[Soft | None] = ContextVar("learnevict_soft", default=None)
+
+
+def soft_gate(scorer: Scorer) -> SoftGate:
+    """The scorer, if it can weigh attention.
+
+    Raises:
+        UsageError: it can not.
+    """
+    if not isinstance(scorer, SoftGate):
+        raise UsageError(
+            f"attach(soft=True) needs a policy scored by a SoftGate, which weighs attention; {type(scorer).__name__} cannot: "
+            "drop soft, or give the policy of trimkv, wg_kv or dms"
+        )
+    return scorer
+
+
+def soft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fade: Fade,
+    valid: Tensor,
+    attention: Attention,
+    *,
+    tile: int = TILE,
+    again: bool = True,
+) -> Tensor:
+    """Causal attention with the bias of `fade` on the logits, differentiable in everything.
+
+    Args:
+        query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
+        fade: rate float32 [B, H, T].
+        valid: bool [B, T], False for padding.
+        attention: scaling, cap and sinks; the bias comes after the cap.
+        tile: queries at a time.
+        again: compute tiles again in the backward pass instead of keeping their probabilities.
+
+    Returns:
+        [B, Hq, T, dv]
+    """
+    length, parts = query.shape[2], []
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
+        whole = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], fade.rate[..., :stop], valid[:, :stop])
+        run = partial(_tile, window=fade.window, attention=attention)
+        kept = not again or not torch.is_grad_enabled()
+        parts.append(run(*whole) if kept else checkpoint(run, *whole, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, dim=2)
+
+
+def _tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    valid: Tensor,
+    window: int | None,
+    attention: Attention,
+) -> Tensor:
+    """The last queries [B, Hq, s, d] of a text of n columns, over all of these."""
+    batch, heads, num = rate.shape
+    size = query.shape[2]
+    column = torch.arange(num, device=query.device)
+    row = column[num - size :]
+    logits = query.reshape(batch, heads, -1, query.shape[-1]) @ key.transpose(-1, -2)
+    visible = (column <= row.view(-1, 1)) & valid[:, None, None, None]
+    bias = Fade(rate, window).bias(row, column).unsqueeze(2)
+    weights = attention.probabilities(logits.view(batch, heads, -1, size, num), visible, bias)
+    out = weights.flatten(2, 3).to(value.dtype) @ value
+    return out.view(batch, -1, size, value.shape[-1])
+
+
+@contextmanager
+def layers_again(model: nn.Module, attached: Callable[[Soft], AbstractContextManager[Any]]) -> Generator[None]:
+    """Inside, decoder layers of a soft forward keep their inputs only and are computed again in the backward pass.
+
+    That may come after the attachment has ended, and on another thread, so each layer attaches itself again. Dropout of
+    the model stays off.
+
+    Args:
+        model: the base.
+        attached: makes an attachment for the text it is given.
+
+    Raises:
+        ModelError: the model has no layers that can be computed again.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        soft = SOFT.get()
+        return nullcontext(), nullcontext() if soft is None else attached(replace(soft, notes={}))
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no layers that transformers can checkpoint; train without it")
+    before = [(layer, layer.gradient_checkpointing, layer.training) for layer in layers]
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        layer.gradient_checkpointing = layer.training = True
+    try:
+        yield
+    finally:
+        for layer, checkpoints, training in before:
+            layer.gradient_checkpointing, layer.training = checkpoints, training

@@ -1,0 +1,72 @@
+"""Gates that decide once per token whether it stays after its time in the recent window: WG-KV, DMS.
+
+The note "admission" is log g, g in (0, 1), written with the token. In training it is a bias on the token's logit once the
+token is `window` old. At inference it ranks: a head keeps the tokens with the largest g that its budget allows, whatever g is.
+The papers keep all tokens above a threshold instead, so their caches have no bound.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.config import Budget
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Fade, Policy, SoftGate
+from learnevict.signals import Column, Signals
+
+
+class AdmissionGate(SoftGate):
+    """A gate whose note is log g.
+
+    Args:
+        window: tokens that are not weighed yet, W.
+        noise: scale of the logistic noise on the logits of g while training.
+
+    Attributes:
+        least: the smallest g that weighs attention in training; smaller ones count as this.
+    """
+
+    columns = (Column("admission"),)
+    least: float = 0.0
+
+    def __init__(self, window: int, noise: float = 0.0) -> None:
+        super().__init__()
+        self.window_size, self.noise = window, noise
+
+    @abstractmethod
+    def logits(self, signals: Signals) -> Tensor:
+        """Logits of g for fresh tokens, float32 [B, H, S]."""
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """{"admission": log g, float32 [B, H, S]}."""
+        logits = self.logits(signals)
+        if self.training and self.noise:
+            logits = logits + self.noise * logistic(logits)
+        return {"admission": torch.nn.functional.logsigmoid(logits)}
+
+    def score(self, signals: Signals) -> Tensor:
+        """log g, float32 [B, H, N]; the same at every age."""
+        return signals.ledger["admission"]
+
+    def fade(self, notes: dict[str, Tensor]) -> Fade:
+        """log g, not below that of `least`, on tokens at least `window` old."""
+        rate = notes["admission"]
+        return Fade(rate.clamp_min(math.log(self.least)) if self.least else rate, self.window_size)
+
+
+def logistic(like: Tensor) -> Tensor:
+    """Standard logistic noise, the difference of two Gumbels, from the global generator."""
+    uniform = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
+    return uniform.logit()
+
+
+def admit(name: str, budget: int | str | Budget, gate: AdmissionGate, **options: Unpack[Options]) -> Policy:
+    """The policy of an admission gate: its window is the recent window, unless `recent` says otherwise."""
+    given: dict[str, Any] = {"recent": gate.window_size, **options}
+    return compose(name, budget, gate, **given)
