@@ -1,65 +1,94 @@
-"""Distil golden eviction into a judge that ranks cached tokens (supervised stage of ForesightKV, arXiv 2602.03203).
+"""Teach the gates of a learned method what the future wants of each token; the base model stays frozen.
 
     python recipes/distill.py --method foresightkv --output_dir runs/foresightkv
+    python recipes/distill.py --method foresightkv --help                    # flags of its trainer and gate
+    python recipes/distill.py config.yaml --max_steps 100                    # flags from a file, others after it
     accelerate launch recipes/distill.py --labels runs/labels --output_dir runs/foresightkv
+    python recipes/distill.py --model Qwen/Qwen3-0.6B --data user/chats --streaming --packed --max_length 2048
 
-The base model is frozen; only the gates are trained, on the states that teacher-forced runs under eviction go through.
-Departures from the paper: one model copy on one device; half of the rows follow the judge's own evictions instead of the
-oracle's; pairs are sampled and weighted by the gap of their labels; the budget is drawn anew for every batch, so one judge
-serves them all; AdamW instead of Adam. Labels come from a store (recipes/oracle.py) or, without --labels, are made on the way.
-Resume with --resume_from_checkpoint true.
+A method's gate says in which mode it learns (learnevict.train.modes): "replay" ranks the states of teacher-forced runs under
+eviction, "stream" regresses on the oracle's numbers layer by layer, "soft" weighs attention and learns through the model,
+"probe" learns tokens that ask. Departures from each paper are told in its method's file; where a paper keeps a second copy of
+the model, or labels on a disk, one frozen copy makes them on the way (--labels takes those of recipes/oracle.py).
+With --eval_steps the gates are judged against the oracle on texts nobody trains on; the best checkpoint is what comes out.
+Resume with --resume_from_checkpoint true: the run ends as if nothing had happened.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import torch
-import transformers
-from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
-from learnevict import __version__, testbed
-from learnevict.errors import DataError, LabelError, UsageError, told_in_one_line
-from learnevict.hub import Gates, weight_hash
-from learnevict.testbed.corpus import load_base, read_source
-from learnevict.train.labels import LabelStore, hash_documents
-from learnevict.train.ranker import Collator, RankingConfig, RankingTrainer
+from learnevict.errors import told_in_one_line
+from learnevict.hub import weight_hash
+from learnevict.testbed.corpus import families_of, load_base, read_for_learning
+from learnevict.train.data import Collator
+from learnevict.train.flags import Flags
+from learnevict.train.flags import parse as parse_flags
+from learnevict.train.launch import find_tools, launch_defaults
+from learnevict.train.record import Record, changed
+from learnevict.train.running import hash_data, make_gates, read_data, resume_point, settle
+from learnevict.train.validation import BEST, Patience, Validation
 
 
 @dataclass
 class Config:
-    """What to distil; training flags are those of transformers.TrainingArguments."""
+    """What to distil.
+
+    Attributes:
+        method: a name of `learnevict list`, or the import path of your own.
+        start_from: gates to train further, a folder or Hub id; their settings hold.
+        model: base model: testbed, a folder or a Hub id.
+        labels: folder of recipes/oracle.py, for modes that can use it; otherwise labels are made on the way.
+        data: testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub.
+        data_config: of a dataset of the Hub.
+        data_split: of a dataset.
+        column: where the text or the chat is; otherwise text, messages, or prompt and completion.
+        families: of the testbed, comma-separated; otherwise all.
+        documents: to learn from at most.
+        max_length: tokens of a document at most; exactly, if packed.
+        packed: join texts and cut them into pieces of max_length.
+        streaming: read as needed, without end; the position is part of a checkpoint.
+        period: tokens between events; the testbed's texts have 350.
+        sinks: first tokens that stay.
+        recent: last tokens that stay.
+        eval_documents: held out for evaluations: the first of the data, or validation samples of the testbed.
+        eval_budgets: what the gates are judged under: 48, 25% or 64MiB.
+        patience: evaluations without improvement after which training stops; 0 never stops.
+        smoke: seconds instead of minutes, the same code.
+    """
 
     method: str = "foresightkv"
-    start_from: str | None = None  # gates to train further; their size stays
+    start_from: str | None = None
     model: str = "testbed"
-    labels: str | None = None  # folder of recipes/oracle.py
-    data: str = "testbed"  # used when no labels are given
-    families: str = ""  # testbed only: comma-separated, default all
+    labels: str | None = None
+    data: str = "testbed"
+    data_config: str | None = None
+    data_split: str = "train"
+    column: str | None = None
+    families: str = ""
     documents: int = 4000
     max_length: int = 4096
-    hidden: int = 64  # the paper's judge has 16, for a base of 4 B parameters
-    period: int = 16  # "evict every 256 tokens" (Section 4.1), scaled to texts of 350 tokens
-    min_budget: int = 36
-    max_budget: int = 160
-    own_rows: float = 0.5  # 0 in the paper: states of the golden run only
-    pairs: int = 256
+    packed: bool = False
+    streaming: bool = False
+    period: int = 16
+    sinks: int = 4
+    recent: int = 8
+    eval_documents: int = 32
+    eval_budgets: list[str] = field(default_factory=lambda: ["64"])
+    patience: int = 0
     smoke: bool = False
 
 
 DEFAULTS = {
-    "output_dir": "runs/foresightkv",
+    "output_dir": "runs/{method}",
     "per_device_train_batch_size": 8,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-3,
     "max_steps": 600,
     "warmup_steps": 20,
     "lr_scheduler_type": "cosine",
-    "max_grad_norm": 1.0,  # Section 4.1
     "weight_decay": 0.01,
     "logging_steps": 20,
     "save_steps": 100,
@@ -69,101 +98,70 @@ DEFAULTS = {
     "dataloader_pin_memory": False,
     "seed": 7,
 }
+"""Of training arguments, where a method's TRAINING says nothing."""
 
 
-def read_documents(config: Config, base: transformers.PreTrainedModel, tokenizer: object) -> list:
-    """Labelled documents from the store, or plain ones."""
-    if config.labels is None:
-        names = tuple(config.families.split(",")) if config.families else testbed.FAMILIES
-        return read_source(config.data, tokenizer, config.documents, config.max_length, families=names)
-    store = LabelStore(Path(config.labels))
-    if store.manifest.base_hash != weight_hash(base):
-        raise LabelError(f"{config.labels!r} holds labels of another base model; make them anew with recipes/oracle.py")
-    if store.manifest.block != config.period:
-        raise LabelError(
-            f"{config.labels!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"
-        )
-    return store.documents()
-
-
-def long_enough(documents: list, shortest: int) -> list:
-    """Documents from which something is evicted at the smallest budget; says how many are left out."""
-    kept = [document for document in documents if len(document.input_ids) >= shortest]
-    if not kept:
-        raise DataError(f"no text has the {shortest} tokens that --min_budget and --period ask for; lower them")
-    if len(kept) < len(documents):
-        print(f"{len(documents) - len(kept)} of {len(documents)} texts are shorter than {shortest} tokens and left out")
-    return kept
-
-
-def make_gates(config: Config, base: transformers.PreTrainedModel) -> Gates:
-    """Fresh gates of a method that learns by ranking, or those to train further."""
-    if config.start_from:
-        gates = Gates.load(config.start_from, base)
-        if gates.method != config.method or gates.config.settings.get("period") != config.period:
-            raise UsageError(
-                f"{config.start_from!r} holds {gates.method} of period {gates.config.settings.get('period')}, not "
-                f"{config.method} of {config.period}; give --method and --period as they are"
-            )
-        return gates
-    try:
-        return Gates.make(config.method, base, hidden=config.hidden, period=config.period)
-    except TypeError as error:
-        raise UsageError(
-            f"method {config.method!r} has gates but no judge to distil ({error}); tables are fitted with recipes/tables.py"
-        ) from error
-
-
-def main(config: Config, training: TrainingArguments) -> None:
-    """Train and save."""
-    if config.smoke:
-        config.documents, config.hidden = 8, 8
-        training.max_steps, training.save_steps, training.per_device_train_batch_size = 3, 2, 4
+def main(flags: Flags) -> None:
+    """Read, teach, judge, save."""
+    settle(flags)
+    config, course, training = flags.common, flags.course, flags.training
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
-    documents = long_enough(read_documents(config, base, tokenizer), config.min_budget + config.period + 1)
-    gates = make_gates(config, base)
-    before = gates.config.training
-    record = {
-        "config": asdict(config),
-        "max_steps": training.max_steps,
-        "data_hash": hash_documents(documents),
-        "base_hash": weight_hash(base),
-        "seed": training.seed,
-        "versions": {"learnevict": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "python": platform.python_version(),
-    }
-    if before:
-        record["before"] = before  # of the gates in --start_from
-    gates.config.training = record
-    trainer = RankingTrainer(
-        model=gates,
-        args=training,
-        train_dataset=documents,
-        data_collator=Collator(tokenizer.pad_token_id or 0),
-        base=base,
-        ranking=RankingConfig(config.period, (config.min_budget, config.max_budget), config.own_rows, config.pairs),
+    gates = make_gates(flags, base)
+    names = families_of(config.families)
+    read = lambda source, limit, held: read_for_learning(source, tokenizer, limit, held, names)  # noqa: E731
+    documents, held_out = read_data(flags, base, tokenizer, read)
+    facts = {
+        "base_hash": weight_hash(base), "data_hash": hash_data(documents), "eval_data_hash": hash_data(held_out or None)
+    }  # fmt: skip
+    checkpoint = resume_point(training, facts, fresh_over_old=config.smoke)
+    terms = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
+    record = Record(
+        training.output_dir,
+        "distill",
+        vars(config),
+        goes_on=checkpoint is not None,
+        writes=training.process_index == 0,
+        mode={"name": course.mode.name, **vars(flags.mode)},
+        gate=flags.settings,
+        training=changed(training),
+        max_steps=training.max_steps,
+        seeds={"seed": training.seed, "data_seed": training.data_seed},
+        **facts,
     )
-    resume = training.resume_from_checkpoint
-    if resume and str(resume).lower() == "true":
-        resume = get_last_checkpoint(training.output_dir)
-        if resume is None:
-            raise UsageError(f"nothing to resume in {training.output_dir!r}; drop --resume_from_checkpoint")
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(training.output_dir)
+    gates.config.training = {**record.origin, "before": gates.config.training}
+    with record:
+        trainer = course.trainer(
+            model=gates,
+            args=training,
+            train_dataset=documents,
+            data_collator=Collator(tokenizer.pad_token_id or 0),
+            base=base,
+            validation=Validation(held_out, tuple(config.eval_budgets), terms=terms) if held_out else None,
+            callbacks=[Patience(config.patience)] if config.patience else [],
+            **{course.mode.argument: flags.mode},
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training.output_dir)
+        best = {"step": trainer.state.best_global_step, BEST: trainer.state.best_metric} if held_out else None
+        record.add(log=trainer.state.log_history, best=best, steps=trainer.state.global_step)
+        if config.streaming:
+            record.add(data_hash=documents.digest)
+    if training.push_to_hub:
+        trainer.push_to_hub()  # once more: the record is finished now
+    if training.push_to_hub:
+        trainer.push_to_hub()  # once more, with the finished record
+    trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
-        record["log"] = trainer.state.log_history
-        (Path(training.output_dir) / "run.json").write_text(json.dumps(record, indent=1))
         print(f"gates in {training.output_dir}")
 
 
-def parse(arguments: list[str]) -> tuple[Config, TrainingArguments]:
-    """Flags over DEFAULTS."""
-    parser = HfArgumentParser((Config, TrainingArguments))  # pyright: ignore[reportArgumentType]
-    parser.set_defaults(**DEFAULTS)
-    return parser.parse_args_into_dataclasses(arguments)[:2]
+def parse(arguments: list[str]) -> Flags:
+    """Flags of the recipe, of the method's trainer and gate, and of transformers.TrainingArguments."""
+    return parse_flags(arguments, Config, {**DEFAULTS, **launch_defaults()}, __doc__)
 
 
 if __name__ == "__main__":
     with told_in_one_line("with a checkpoint in --output_dir, --resume_from_checkpoint true goes on"):
-        main(*parse(sys.argv[1:]))
+        find_tools()
+        main(parse(sys.argv[1:]))

@@ -2,28 +2,28 @@
 
     python recipes/oracle.py --out runs/labels                              # the testbed
     python recipes/oracle.py --model path/to/model --data texts.jsonl --out runs/labels
+    accelerate launch recipes/oracle.py --out runs/labels                   # or torchrun --nproc-per-node 2
 
-One full-cache pass per document, labels streamed layer by layer (never [T, T]); shards of Parquet, each written whole.
-Run the same command again to resume; a folder that holds labels of another base, data or block is refused.
+One full-cache pass per document, labels streamed layer by layer (never [T, T]); shards of Parquet, each written whole, shared
+out among the processes. Run the same command again to resume, with any number of processes; a folder that holds labels of
+another base, data or block is refused.
 Paper: golden eviction, Section 3.1 of ForesightKV (arXiv 2602.03203). Departure: block means over real rows only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import track
 from transformers import HfArgumentParser
 
-from learnevict import testbed
 from learnevict.errors import told_in_one_line
-from learnevict.hub import weight_hash
-from learnevict.oracle import golden_labels
-from learnevict.testbed.corpus import load_base, read_source
-from learnevict.train.labels import Document, LabelStore, Manifest, hash_documents
-from learnevict.train.ranker import Collator
+from learnevict.infer.load import quiet
+from learnevict.testbed.corpus import families_of, load_base, read_source
+from learnevict.train.labelling import Labelling, fill_store, processes
+from learnevict.train.sources import Source
 
 
 @dataclass(frozen=True)
@@ -32,61 +32,50 @@ class Config:
 
     out: Path = Path("runs/labels")
     model: str = "testbed"
-    data: str = "testbed"  # "testbed", or a local .txt / .jsonl file
+    data: str = "testbed"  # "testbed", a file, a folder, or a dataset of the Hub: see learnevict.train.sources
+    data_config: str | None = None
+    data_split: str = "train"
+    column: str | None = None
     families: str = ""  # testbed only: comma-separated, default all
     documents: int = 2000
     max_length: int = 4096
+    packed: bool = False
+    streaming: bool = False
     block: int = 16  # "mean over queries in a block of 256" (Section 3.1); the testbed's texts are 350 tokens long
     batch_size: int = 16
     per_shard: int = 200
     first_seed: int = 0
+    threads: int = 1  # of each process on a CPU; sums of another number of threads may differ in the last bit
     smoke: bool = False
-
-
-def label(model: torch.nn.Module, documents: list[Document], config: Config, pad: int) -> list[Document]:
-    """The same documents with labels float16 [L, H, T, M]."""
-    done = []
-    for start in range(0, len(documents), config.batch_size):
-        batch = documents[start : start + config.batch_size]
-        inputs = Collator(pad)(batch)
-        layers, _ = golden_labels(model, inputs["input_ids"], inputs["attention_mask"], block=config.block)
-        like = next(part for part in layers if part is not None)
-        full = torch.stack([torch.zeros_like(like) if part is None else part for part in layers])
-        for row, document in enumerate(batch):
-            size = len(document.input_ids)
-            blocks = -(-size // config.block)
-            part = full[:, row, :, full.shape[3] - size :, :blocks].to(torch.float16)
-            done.append(Document(**{**vars(document), "labels": part.cpu()}))
-    return done
 
 
 def main(config: Config) -> None:
     """Label what is missing."""
     if config.smoke:
         config = Config(**{**vars(config), "documents": 6, "per_shard": 3, "batch_size": 3})
-    model, tokenizer = load_base(config.model)
-    families = tuple(config.families.split(",")) if config.families else testbed.FAMILIES
+    state = processes()
+    quiet(bars=False)
+    model, tokenizer = load_base(config.model, device=str(state.device))
+    source = Source(
+        config.data, config.data_config, config.data_split, config.column, config.max_length, config.packed, config.streaming
+    )  # fmt: skip
     documents = read_source(
-        config.data, tokenizer, config.documents, config.max_length, first_seed=config.first_seed, families=families
+        source, tokenizer, config.documents, first_seed=config.first_seed, families=families_of(config.families)
     )
-    text = model.config.get_text_config(decoder=True)
-    manifest = Manifest(
-        base_hash=weight_hash(model),
-        data=config.data if config.data == "testbed" else Path(config.data).name,
-        data_hash=hash_documents(documents),
-        block=config.block,
-        reduce="golden",
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_key_value_heads,
-        num_documents=len(documents),
-        documents_per_shard=config.per_shard,
-    )
-    store = LabelStore(config.out, manifest)
-    missing = store.missing()
-    print(f"{len(documents)} documents, {manifest.num_shards} shards, {manifest.num_shards - len(missing)} done before")
-    for shard in track(missing, "labelling", disable=not missing):
-        store.write(shard, label(model, [documents[i] for i in store.span(shard)], config, tokenizer.pad_token_id or 0))
-    print(f"labels in {config.out}")
+    name = config.data if config.data == "testbed" else Path(config.data).name
+    pad = tokenizer.pad_token_id or 0
+    labelling = Labelling(name, config.block, config.batch_size, config.per_shard, pad, config.threads)
+    if state.is_main_process:
+        print(f"{len(documents)} documents")
+    done = fill_store(config.out, model, documents, labelling, config=vars(config), watch=watched)
+    if state.is_main_process:
+        print(f"{done}\nlabels in {config.out}")
+    state.destroy_process_group()
+
+
+def watched(shards: Sequence[int]) -> Iterable[int]:
+    """A bar for the main process's share."""
+    return track(shards, "labelling", disable=not shards)
 
 
 if __name__ == "__main__":

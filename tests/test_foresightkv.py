@@ -13,9 +13,11 @@ from learnevict import attach, methods, oracle
 from learnevict.config import Budget
 from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub import Gates, layout_of
+from learnevict.infer.prefill import prefill
 from learnevict.infer.replay import replay
 from learnevict.methods.foresightkv import DECAY, NEEDED, RECENT, ForesightGate
 from learnevict.policy import Guard, Schedule
+from learnevict.train.ranker import joined
 from learnevict.train.states import record_states
 
 PERIOD, BUDGET, WINDOW = 8, 24, 8
@@ -49,7 +51,7 @@ def judge_for(model: Qwen3ForCausalLM) -> ForesightGate:
 def run(model: Qwen3ForCausalLM, gate: ForesightGate, ids: torch.Tensor, mask: torch.Tensor | None = None):
     policy = methods.foresightkv.policy(BUDGET, gate=gate, slack=PERIOD)
     with torch.no_grad(), attach(model, policy, record=True) as cache:
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = prefill(model, cache, ids, mask)
     return logits, cache.trace()
 
 
@@ -286,3 +288,22 @@ def test_gates_refuse_another_base(tmp_path):
         Gates.load(tmp_path, wider, allow_other_base=True)
     with pytest.raises(GateError, match="no gates in"):
         Gates.load(tmp_path / "nothing", model)
+
+
+def test_states_of_all_layers_belong_together_where_all_heads_compete():
+    """Scope "model": rows that follow the oracle share the slots of all heads out by label, above the floor."""
+    model, ids = tiny(), torch.randint(0, 64, (2, 48))
+    gate = judge_for(model)
+    gate.scope = "model"
+    labels, _ = oracle.golden_labels(model, ids, block=PERIOD)
+    rules = {"budget": BUDGET, "schedule": Schedule(PERIOD), "guard": Guard()}
+    states = record_states(
+        model, gate, labels, ids, torch.ones_like(ids), own=torch.zeros(2, dtype=torch.bool), scope="model", **rules
+    )
+    stacked = {layer: part.stacked() for layer, part in states.items()}
+    assert len({part[1].shape[0] for part in stacked.values()}) == 1, "layers recorded different events"
+    held = torch.stack([(part[2].sum(-1)) for part in stacked.values()])
+    assert len(set(held[:, -1].flatten().tolist())) > 1, "heads hold all the same, so nothing was shared out"
+    raced = joined([(part[1], part[1], part[2]) for part in stacked.values()])
+    assert raced[0].shape[1] == 1
+    assert int(raced[2].sum()) == sum(int(part[2].sum()) for part in stacked.values())

@@ -19,7 +19,7 @@ from learnevict import __version__
 from learnevict.cli.results import INTERRUPTED, say
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging
 
-COMMANDS = ("infer", "list", "eval", "report", "viz", "doctor", "demo")
+COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "doctor", "demo")
 USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

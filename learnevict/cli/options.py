@@ -72,7 +72,9 @@ Method = Annotated[
 Checkpoint = Annotated[
     str | None,
     typer.Option(
-        "--ckpt", help="Trained gates: a folder or a Hub id. The testbed brings its own.", rich_help_panel=POLICY
+        "--ckpt",
+        help="Trained gates: a folder, or user/repo or user/repo@revision on the Hub. The testbed brings its own.",
+        rich_help_panel=POLICY,
     ),
 ]
 OtherBase = Annotated[

@@ -29,6 +29,15 @@ METHODS: tuple[str, ...] = (
     "keydiff",
     "golden",
     "foresightkv",
+    "trimkv",
+    "wg_kv",
+    "dms",
+    "kvzap",
+    "fast_kvzip",
+    "kvp",
+    "kvpop",
+    "judge_q",
+    "lookahead_kv",
 )
 
 

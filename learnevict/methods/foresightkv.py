@@ -9,14 +9,16 @@ depend on the event period; recent-window features slice the query axis; decayed
 ledger columns; probabilities enter as logarithms; the size of every rotary pair is given beside the rotated key, because it
 survives rotation; age and budget / length let one judge serve many budgets; two more notes, the peak so far and the tokens
 since a token was last needed; two hidden layers; higher means keep. Attention is read from the last `window` queries of every
-period: a judge remembers the period it was trained with, and `policy` uses that unless told otherwise.
+period: a judge remembers the period it was trained with, and `policy` uses that unless told otherwise; so it does with the
+scope: beside the paper's equal budgets ("layer"), slots of all heads and layers may compete ("model").
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,17 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
+from learnevict.parts.allocators import Together
 from learnevict.parts.gates import Judge
+from learnevict.parts.headwise import centre_and_scale
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("ForesightKV: learning long-term contribution for KV cache eviction", "2602.03203", 2026, "learned")
+TRAINING = {"learning_rate": 3e-3}
 
+Scope = Literal["layer", "model"]
 WINDOW = 16
 RECENT = (4, 8)  # the paper's 8/16/32 of a period of 128-256, scaled to a ring of 16 queries
 DECAY = 0.9  # Section 3.2: per event there, per WINDOW tokens here
@@ -63,14 +69,18 @@ class ForesightGate(Judge):
         hidden: width of the two hidden layers.
         window: past queries looked at per event.
         period: tokens between events in training; None before.
+        scope: who competed in training: slots of a head ("layer"), or of all heads and layers ("model").
     """
 
     observes = False
     refreshes = True
 
-    def __init__(self, layout: Layout, hidden: int = 64, window: int = WINDOW, period: int | None = None) -> None:
+    def __init__(
+        self, layout: Layout, hidden: int = 64, window: int = WINDOW, period: int | None = None, scope: Scope = "layer"
+    ) -> None:
         super().__init__()
         self.period = period
+        self.scope: Scope = scope
         self.config = JudgeConfig(layout, hidden, window)
         group = layout.num_query_heads // layout.num_heads
         self.window = window
@@ -93,7 +103,8 @@ class ForesightGate(Judge):
 
     def settings(self) -> dict:
         """What __init__ needs to build this gate again, as JSON."""
-        return {"hidden": self.config.hidden, "window": self.config.window, "period": self.period}
+        own = {"hidden": self.config.hidden, "window": self.config.window, "period": self.period}
+        return own if self.scope == "layer" else {**own, "scope": self.scope}
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Add what the last queries paid to the running notes; once per event."""
@@ -129,17 +140,13 @@ class ForesightGate(Judge):
 
     @torch.no_grad()
     def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:
-        """Centre and scale inputs by what one batch of states looks like; once, before training.
+        """Centre and scale inputs by what the states of one batch, that of all processes, look like; once, before training.
 
         Args:
             features: {layer: float32 [M, H, n, in]}; candidates: {layer: bool [M, H, n]}.
         """
         for layer, part in features.items():
-            mask = candidates[layer].unsqueeze(-1)
-            count = mask.sum((0, 2)).clamp_min(1)
-            mean = (part * mask).sum((0, 2)) / count
-            spread = ((part - mean[:, None]).square() * mask).sum((0, 2)) / count
-            self.mean[layer, :, 0], self.scale[layer, :, 0] = mean, spread.sqrt().clamp_min(1e-2)
+            self.mean[layer, :, 0], self.scale[layer, :, 0] = centre_and_scale(part, candidates[layer].unsqueeze(-1))
         self.calibrated.fill_(1)
 
     def features(self, keys: Tensor, values: Tensor, notes: Tensor) -> Tensor:
@@ -191,19 +198,29 @@ class ForesightGate(Judge):
         return self._paid(signals)
 
 
-def build(layout: Layout, **settings: int | None) -> ForesightGate:
+def build(layout: Layout, **settings: Any) -> ForesightGate:
     """A fresh judge for a base model."""
-    return ForesightGate(layout, **settings)  # pyright: ignore[reportArgumentType]
+    return ForesightGate(layout, **settings)
 
 
-def policy(budget: int | str | Budget, *, gate: ForesightGate, **options: Unpack[Options]) -> Policy:
+def policy(
+    budget: int | str | Budget,
+    *,
+    gate: ForesightGate,
+    scope: Scope | None = None,
+    floor: float = 0.2,
+    **options: Unpack[Options],
+) -> Policy:
     """Evict what the judge ranks lowest, every `slack` tokens (paper: 256 in training, 128 in its inference code).
 
-    Another slack than the one the judge was trained with is allowed, and said in a TrainedOtherwiseWarning.
+    Another slack or scope than the judge was trained with is allowed, and said in a TrainedOtherwiseWarning.
 
     Args:
-        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
+        budget: slots per (layer, kv head), for scope "model" on average over all of them: tokens, "25%" or "64MiB".
         gate: trained judges, from `Gates.from_pretrained(...)`.
+        scope: "layer", as in the paper: every head holds the budget; "model": slots of all heads and layers compete, which
+            takes scores that compare (a judge trained for it). None: as trained.
+        floor: share of an equal split that every head keeps, for scope "model".
         **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
     if gate.period is not None and options.setdefault("slack", gate.period) != gate.period:
@@ -213,4 +230,14 @@ def policy(budget: int | str | Budget, *, gate: ForesightGate, **options: Unpack
             TrainedOtherwiseWarning,
             stacklevel=2,
         )
-    return compose("foresightkv", budget, gate, **options)
+    if scope is not None and scope != gate.scope:
+        warnings.warn(
+            f"this judge was trained for scope {gate.scope!r}, not {scope!r}; drop scope to use that, or train one with "
+            f"--scope {scope}",
+            TrainedOtherwiseWarning,
+            stacklevel=2,
+        )
+    if (scope or gate.scope) == "layer":
+        return compose("foresightkv", budget, gate, **options)
+    together = compose("foresightkv", budget, gate, allocator=Together(floor), **options)
+    return replace(together, scope="model")

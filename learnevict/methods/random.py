@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
+from learnevict.ops.hashing import finalise, uniform
 from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
@@ -33,20 +34,7 @@ class Hashed(Scorer):
         head = torch.arange(place.shape[1], device=place.device).view(1, -1, 1)
         start = finalise(torch.full_like(head, self.seed) ^ 0x5E_ED)
         word = finalise(finalise(start + (signals.layer << 20) + head) + place)
-        return (shift(word, 40)).float() * 2.0**-24
-
-
-def shift(word: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def finalise(word: Tensor) -> Tensor:
-    """SplitMix64's mixing of int64 words, modulo 2**64."""
-    word = word + (0x9E3779B97F4A7C15 - 2**64)
-    word = (word ^ shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    word = (word ^ shift(word, 27)) * (0x94D049BB133111EB - 2**64)
-    return word ^ shift(word, 31)
+        return uniform(word)
 
 
 def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[Terms]) -> Policy:

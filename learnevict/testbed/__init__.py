@@ -87,5 +87,8 @@ def load(dtype: Any = None, device: Any = None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
+    from learnevict.infer.load import whole_weights
+
+    with whole_weights():
+        model: Any = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
     return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path())

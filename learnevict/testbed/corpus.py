@@ -1,47 +1,89 @@
-"""What recipes ask for by name: the bundled model or any other, its training samples or a local file."""
+"""What recipes ask for by name: the bundled model or any other, its training samples or the user's texts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from learnevict import testbed
+from learnevict.errors import UsageError
 from learnevict.infer.load import load
-from learnevict.train.data import read_texts
+from learnevict.train.data import read_documents
 from learnevict.train.labels import Document
+from learnevict.train.sources import Source
+
+TESTBED = "testbed"
 
 
 def load_base(name: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
     """The bundled model ("testbed", float32), a local folder or a Hub id, with its tokenizer."""
-    if name != "testbed":
+    if name != TESTBED:
         return load(name, device=device)
     model, tokenizer = testbed.load()
     return (model if device == "auto" else model.to(device)), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def read_source(
-    source: str,
+    source: str | Source,
     tokenizer: Any,
     limit: int,
-    max_length: int,
+    max_length: int = 4096,
     *,
     first_seed: int = 0,
     families: tuple[str, ...] = testbed.FAMILIES,
     split: str = "train",
 ) -> list[Document]:
-    """Up to `limit` documents: of "testbed", families in turn and seeds from `first_seed`, or of a .txt / .jsonl file.
+    """Up to `limit` documents: of "testbed", families in turn and seeds from `first_seed`, or of what the user named.
+
+    Args:
+        source: "testbed", a file, folder or dataset, as train.sources.Source has it.
+        tokenizer: of the base model.
+        limit: documents at most.
+        max_length: tokens of a document at most, where `source` is a name.
+        first_seed, families, split: of the testbed.
 
     Raises:
-        DataError: the file cannot be read or holds no text.
+        DataError: the source cannot be read or holds no text.
+        UsageError: the testbed is asked for what it does not do.
     """
-    if source != "testbed":
-        return read_texts(Path(source), tokenizer, limit, max_length)
-    documents = []
-    for index in range(limit):
-        family, seed = families[index % len(families)], first_seed + index // len(families)
-        sample = testbed.generate(family, seed, split=split)
-        ids = tokenizer(f"{sample.prompt} {sample.response}", add_special_tokens=False)["input_ids"]
-        documents.append(Document(ids, len(sample.prompt.split()), family, seed))
-    return documents
+    where = source if isinstance(source, Source) else Source(source, max_length=max_length)
+    if where.name != TESTBED:
+        return read_documents(where, tokenizer, limit)[0]
+    if where.packed:
+        raise UsageError("samples of the testbed are read one by one, as its model has learned them; drop --packed")
+    pairs = ((name, seed) for seed in range(first_seed, first_seed + limit) for name in families)
+    return [_sample(tokenizer, name, seed, split, where.max_length) for name, seed in islice(pairs, limit)]
+
+
+def read_for_learning(
+    source: Source, tokenizer: Any, limit: int, held_out: int, families: tuple[str, ...] = testbed.FAMILIES
+) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from, and others to judge by: the source's first, or the testbed's validation samples.
+
+    Raises:
+        DataError: the source cannot be read or holds too little.
+    """
+    if source.name != TESTBED:
+        return read_documents(source, tokenizer, limit, skip=held_out)
+    others = read_source(source, tokenizer, held_out, families=families, split="validation")
+    return read_source(source, tokenizer, limit, families=families), others
+
+
+def families_of(text: str) -> tuple[str, ...]:
+    """Families of the testbed between commas; all, if none is named.
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    names = tuple(part for part in text.split(",") if part) or testbed.FAMILIES
+    if unknown := [name for name in names if name not in testbed.FAMILIES]:
+        raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(testbed.FAMILIES)}")
+    return names
+
+
+def _sample(tokenizer: Any, family: str, seed: int, split: str, max_length: int) -> Document:
+    sample = testbed.generate(family, seed, split=split)
+    ids = tokenizer(f"{sample.prompt} {sample.response}", add_special_tokens=False)["input_ids"][:max_length]
+    return Document(ids, min(len(sample.prompt.split()), max_length), family, seed)

@@ -3,7 +3,8 @@
     folder/manifest.json            what the labels are: base, data, block, reducer, layout; hashes
     folder/data/train-00003-of-00010.parquet
 
-Shards are written under another name and renamed when whole, so a killed run leaves whole shards and resumes at the next.
+Shards are written under another name and renamed when whole, so a killed run leaves whole shards; which are missing is seen
+from the files. A shard's bytes depend on its documents alone, not on who writes it or when.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class LabelStore:
         self.manifest: Manifest = wanted
         if found is None:
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_name(f"manifest.{os.getpid()}.tmp")  # processes of one run all write the same
             temporary.write_text(json.dumps(asdict(self.manifest), indent=1))
             os.replace(temporary, path)
 
@@ -129,10 +130,15 @@ class LabelStore:
             for document in documents
             if document.labels is not None
         ]
-        temporary = self.path(shard).with_suffix(".tmp")
+        temporary = self.path(shard).with_suffix(f".{os.getpid()}.tmp")  # a worker may outlive its killed launcher
         table = Dataset.from_list(rows, features=features).data.table
         parquet.write_table(table, temporary, compression="zstd")
         os.replace(temporary, self.path(shard))
+
+    def clean(self) -> None:
+        """Remove what killed runs had begun to write; when nothing is missing, nobody writes."""
+        for path in (self.folder / "data").glob("*.tmp"):
+            path.unlink(missing_ok=True)
 
     def documents(self) -> list[Document]:
         """All documents of the shards written so far.

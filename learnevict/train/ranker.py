@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from learnevict.errors import BudgetError, DataError
+from learnevict.ops.hashing import hashed
+from learnevict.ops.processes import highest
 from learnevict.oracle import golden_labels
 from learnevict.parts.gates import Judge
 from learnevict.policy import Guard, Schedule
 from learnevict.train import objectives
-from learnevict.train.labels import Document
+from learnevict.train.data import Collator as Collator
+from learnevict.train.draws import Draws
 from learnevict.train.states import States, record_states
 from learnevict.train.trainer import GateTrainer
 
@@ -45,35 +48,6 @@ class RankingConfig:
         return Guard(self.sinks, self.recent).reserved(self.period) + 1
 
 
-def log_label(target: Tensor) -> Tensor:
-    """Labels on a logarithmic scale from 0 (below 1e-3) to 1 (all attention)."""
-    return 1 + torch.log10(target.clamp_min(1e-3)) / 3
-
-
-class Collator:
-    """Left-pads documents; labels, if stored, become one tensor per layer."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, documents: list[Document]) -> dict[str, Any]:
-        """input_ids, attention_mask [B, T] and stored_labels: [L, B, H, T, M] or None."""
-        width = max(len(d.input_ids) for d in documents)
-        ids = torch.full((len(documents), width), self.pad)
-        mask = torch.zeros(len(documents), width, dtype=torch.long)
-        stored = documents[0].labels is not None
-        blocks = max(d.labels.shape[-1] for d in documents if d.labels is not None) if stored else 0
-        first = documents[0].labels
-        labels = None if first is None else torch.zeros(first.shape[0], len(documents), first.shape[1], width, blocks)
-        for row, document in enumerate(documents):
-            size = len(document.input_ids)
-            ids[row, width - size :] = torch.tensor(document.input_ids)
-            mask[row, width - size :] = 1
-            if labels is not None and document.labels is not None:
-                labels[:, row, :, width - size :, : document.labels.shape[-1]] = document.labels.float()
-        return {"input_ids": ids, "attention_mask": mask, "stored_labels": labels}
-
-
 class RankingTrainer(GateTrainer):
     """Mode "replay": judges rank what they meet in runs under eviction.
 
@@ -98,50 +72,62 @@ class RankingTrainer(GateTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Record the states of a batch, score them with gradient, and compare with the oracle."""
-        states = self._record(inputs)
+        draws = self.draws(len(inputs["input_ids"]))
+        states = self._record(inputs, draws)
         stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
         gate: Judge = self.gate
         if not bool(gate.calibrated):
             gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
         scores: dict[int, Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
-        total = torch.zeros((), device=self.args.device)
-        for layer, (_, targets, candidates) in stacked.items():
-            labels = log_label(targets)
-            total = total + objectives.pairwise(scores[layer], labels, candidates, pairs=self.ranking.pairs)
-            total = total + self.ranking.regression * objectives.regression(scores[layer], labels, candidates)
-            share = objectives.kept_share(scores[layer].detach(), targets, candidates, self.ranking.period)
-            self.note(kept_share=share)
-        loss = total / len(stacked)
+        parts = [
+            (scores[layer], objectives.log_label(targets), usable) for layer, (_, targets, usable) in stacked.items()
+        ]
+        raced = parts if gate.scope == "layer" else [joined(parts)]
+        num_pairs = self.ranking.pairs * len(parts) // len(raced)
+        row, seen = torch.cat(next(iter(states.values())).moments).unbind(-1)
+        losses = [
+            objectives.pairwise(*part, pairs=num_pairs, words=hashed(draws.rows[row], seen, race))
+            for race, part in enumerate(raced)
+        ]
+        aside = [self.ranking.regression * objectives.regression(*part) for part in parts]
+        for score, target, usable in parts:
+            self.note(kept_share=objectives.kept_share(score.detach(), target, usable, self.ranking.period))
+        loss = torch.stack(losses).mean() + torch.stack(aside).mean()
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _record(self, inputs: dict[str, Any]) -> dict[int, States]:
+    def _record(self, inputs: dict[str, Any], draws: Draws) -> dict[int, States]:
         config = self.ranking
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = inputs["stored_labels"]
         if labels is None:
             labels, _ = golden_labels(self.base, ids, mask, block=config.period)
-        low, high = (torch.tensor(float(b)).log() for b in config.budgets)
-        budget = int((low + (high - low) * torch.rand(())).exp().round())
-        longest = ids.shape[1] - config.period - 1
+        width = highest(ids.shape[1], ids.device)
+        longest = width - config.period - 1
         if longest < config.floor:
             raise DataError(
-                f"a batch of texts of at most {ids.shape[1]} tokens: nothing would be evicted from them even at the smallest "
+                f"a batch of texts of at most {width} tokens: nothing would be evicted from them even at the smallest "
                 f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
             )
-        budget = min(budget, longest)
         return record_states(
             self.base,
-            self.gate,
+            self.whole.now().gate,
             list(labels),
             ids,
             mask,
-            budget=budget,
+            budget=min(draws.budget(config.budgets), longest),
             schedule=Schedule(config.period),
             guard=Guard(config.sinks, config.recent),
-            own=torch.rand(len(ids), device=ids.device) < config.own_rows,
+            own=draws.per_row(0) < config.own_rows,
+            scope=self.gate.scope,
         )
 
 
 def judge_all(judge: Judge, features: dict[int, Tensor]) -> dict[int, Tensor]:
     """Scores of recorded states: {layer: [M, H, N, in]} -> {layer: [M, H, N]}."""
     return {layer: judge.judge(layer, part) for layer, part in features.items()}
+
+
+def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, labels and candidates [M, H, N] of several layers as one race of all their slots, [M, 1, L * H * N]."""
+    scores, labels, usable = (torch.cat([part.flatten(1) for part in kind], 1) for kind in zip(*parts, strict=True))
+    return scores.unsqueeze(1), labels.unsqueeze(1), usable.unsqueeze(1)

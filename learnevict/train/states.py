@@ -6,6 +6,7 @@ does, so that the judge also meets the states that its own mistakes lead to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 from learnevict.config import Budget
 from learnevict.errors import BudgetError
 from learnevict.infer.attach import attach
+from learnevict.infer.prefill import prefill
 from learnevict.ops import keep_top
+from learnevict.parts.allocators import Together
 from learnevict.parts.gates import Judge
-from learnevict.policy import Allocator, Guard, Schedule, Uniform
+from learnevict.policy import Allocator, Guard, Schedule, TopK, Uniform, keep_best
 from learnevict.signals import Signals
 
 
@@ -26,12 +29,14 @@ from learnevict.signals import Signals
 class States:
     """States of one layer, stacked over events and rows.
 
-    features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N].
+    features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N];
+    moments int64 [M, 2], the row that each state is of, and the tokens it had seen.
     """
 
     features: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     candidates: list[Tensor] = field(default_factory=list)
+    moments: list[Tensor] = field(default_factory=list)
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """All states as three tensors; shorter ones are padded with slots that are no candidates."""
@@ -56,12 +61,21 @@ class Recorder:
     guard: Guard
     allocator: Allocator = field(default_factory=Uniform)
     name: str = "recorder"
-    scope: Literal["layer"] = "layer"
+    scope: Literal["layer", "model"] = "layer"
     probe: None = None
     states: dict[int, States] = field(default_factory=dict)
 
     def keep(self, signals: Signals) -> Tensor:
         """Take down the rows whose event this is and evict by the oracle or by the judge."""
+        scores, _ = self._take_down(signals)
+        return keep_top(scores, signals.position, signals.budget.view(-1, 1).expand(scores.shape[:2]))
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """The same where slots of all layers compete; their states then belong together, row by row."""
+        return keep_best(layers, [self._take_down(signals) for signals in layers], self.allocator, TopK())
+
+    def _take_down(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Scores that decide, as of Policy.rank, and what is protected."""
         future = self.future[signals.layer]
         assert future is not None
         rows, occupied = signals.rows, signals.occupied
@@ -70,19 +84,18 @@ class Recorder:
         index = block.view(-1, 1, 1, 1).long().expand(*future.shape[:3], 1)
         target = future.gather(-1, index).squeeze(-1).gather(-1, at)
         protected = self.guard.protect(signals)
-        due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)
         notes = self.scorer.notes(signals)
         parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
         features = torch.cat(parts, dim=2)
-        pick = due.nonzero().flatten()
+        pick = ((rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)).nonzero().flatten()
         here = self.states.setdefault(signals.layer, States())
         here.features.append(features[pick])
         here.targets.append(target[pick])
         here.candidates.append((occupied & ~protected)[pick])
+        here.moments.append(torch.stack([pick, rows.seen[pick].long()], dim=-1))
         judged = self.scorer.judge(signals.layer, features)
-        score = torch.where(self.own.view(-1, 1, 1), judged, target)
-        score = score.masked_fill(~occupied, -torch.inf).masked_fill(protected, torch.inf)
-        return keep_top(score, signals.position, signals.budget.view(-1, 1).expand(score.shape[:2]))
+        score = torch.where(self.own.view(-1, 1, 1), judged, target).masked_fill(~occupied, -torch.inf)
+        return score.masked_fill(protected, torch.inf), protected
 
 
 @torch.no_grad()
@@ -97,6 +110,7 @@ def record_states(
     schedule: Schedule,
     guard: Guard,
     own: Tensor,
+    scope: Literal["layer", "model"] = "layer",
 ) -> dict[int, States]:
     """One teacher-forced run of a batch under eviction, with the states its events went through.
 
@@ -109,6 +123,7 @@ def record_states(
         schedule: its period must be the labels' block.
         guard: never evicted, never candidates.
         own: bool [B], rows that follow the judge; the others follow the oracle.
+        scope: who competes: slots of a head, or of all heads and layers.
 
     Raises:
         BudgetError: the budget cannot hold guards and a fresh block.
@@ -119,10 +134,11 @@ def record_states(
             f"{guard.reserved(schedule.period) + 1}"
         )
     recorder = Recorder(
-        Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard
-    )
+        Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard,
+        Together() if scope == "model" else Uniform(), scope=scope,
+    )  # fmt: skip
     with attach(model, recorder) as cache:
-        model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        prefill(model, cache, input_ids, attention_mask, last_only=True)
     return recorder.states
 
 

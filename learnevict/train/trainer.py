@@ -1,37 +1,70 @@
-"""What all trainers share: the model is the gates alone, the base model stands outside, frozen."""
+"""What all trainers share: the model is the gates alone, the base model stands outside, frozen; a run resumes exactly."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from learnevict.errors import UsageError
+from learnevict.ops.hashing import hashed
+from learnevict.train.draws import Draws
+from learnevict.train.sharing import SharingTrainer
+from learnevict.train.validation import Validation, summarise, validate
+from learnevict.train.whole import Whole
+
+PROGRESS = "progress_{rank}.json"
 
 
-class GateTrainer(Trainer):
+class GateTrainer(SharingTrainer):
     """transformers.Trainer for gates; a mode overrides `compute_loss`.
 
     Parameters may be used with gradient inside `model(task, ...)` only, which calls task(gate, ...): DDP and ZeRO watch
-    for that call.
+    for that call; without gradient outside of it, as `whole`. Whatever is random is hashed from `draws`, or comes from torch's
+    global generator, whose state checkpoints hold; what else a trainer needs to go on, `progress` and `restore` carry.
 
     Args:
         base: the model whose cache is governed; never trained, never saved.
+        validation: what to judge by at evaluations; None: there are none.
     """
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, base: PreTrainedModel, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, base: PreTrainedModel, validation: Validation | None = None, **kwargs: Any) -> None:
+        documents = None if validation is None else validation.documents
+        super().__init__(*args, **{"eval_dataset": documents, **kwargs})
         self.model_accepts_loss_kwargs = False
         self.base = base.eval().requires_grad_(False)
+        self.validation = validation
         self.figures: dict[str, list[float]] = {}
+        self.whole = Whole(self)
+        self.batch = (-1, 0)
+
+    @property
+    def gates(self) -> Any:
+        """The model without what DDP or DeepSpeed put around it."""
+        return self.accelerator.unwrap_model(self.model)
 
     @property
     def gate(self) -> Any:
         """What is trained; of the kind that the mode teaches."""
-        gates: Any = self.accelerator.unwrap_model(self.model)
-        return gates.gate
+        return self.gates.gate
+
+    def draws(self, rows: int) -> Draws:
+        """What may be drawn for the next batch, of which this process has so many rows; the same however they are shared."""
+        step, part = self.state.global_step, self.batch[1] + 1 if self.batch[0] == self.state.global_step else 0
+        self.batch = (step, part)
+        rank, world = self.args.process_index, self.args.world_size
+        number = torch.arange(rows, device=self.args.device)
+        number = number * world + rank if isinstance(self.train_dataset, IterableDataset) else number + rank * rows
+        return Draws.of(hashed(self.args.seed, step, part), number)
 
     def note(self, **figures: float | Tensor) -> None:
         """Figures of one batch; their means since the last line enter the next line of the log."""
@@ -40,17 +73,107 @@ class GateTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer.log, with what was noted."""
-        noted = {name: round(sum(found) / len(found), 5) for name, found in self.figures.items() if found}
-        self.figures.clear()
+        data: Any = self.train_dataset
+        if isinstance(data, IterableDataset):  # has no epochs: say how much of the run is done
+            self.state.epoch = self.state.global_step / max(self.state.max_steps, 1)
+        if "train_loss" in logs:  # of the whole run, also where it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        noted = {}
+        if not any(name.startswith("eval_") for name in logs):
+            noted = {name: round(sum(found) / len(found), 5) for name, found in self.figures.items() if found}
+            self.figures.clear()
         super().log({**logs, **noted}, *args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        """Validation loss."""
-        with torch.no_grad():
-            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Judge the gates against the oracle (train.validation) and log it; training goes on as if nothing had been.
+
+        Raises:
+            UsageError: there is nothing to judge by.
+        """
+        if self.validation is None:
+            raise UsageError("nothing to judge by: give the trainer a validation, or the recipe --eval_documents")
+        rank, world = self.args.process_index, self.args.world_size
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            found = validate(
+                self.whole.now(),
+                self.base,
+                self.validation,
+                self.data_collator,
+                slice(rank, None, world),
+            )
+        parts: Any = gather_object([found]) if world > 1 else [found]
+        pooled = {budget: [one for part in parts for one in part[budget]] for budget in found}
+        metrics = summarise(pooled, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside what Trainer puts there, as JSON; a mode with more state adds to it."""
+        streamed = isinstance(self.train_dataset, IterableDataset)
+        data: Any = self.train_dataset
+        return {
+            "figures": self.figures,
+            "loss": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
+            "world_size": self.args.world_size,
+            "stream": data.state_dict() if streamed else None,
+        }
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Take up what `progress` gave."""
+        self.figures = {name: list(found) for name, found in progress["figures"].items()}
+        running, self._total_loss_scalar, self._globalstep_last_logged = progress["loss"]
+        self._tr_loss = torch.tensor(running, device=self.args.device)
+        if progress["stream"] is not None:
+            data: Any = self.train_dataset
+            data.load_state_dict(progress["stream"])
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream deals documents to the processes itself, and its loader draws from a generator of its own."""
+        data: Any = self.train_dataset
+        if not isinstance(data, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            data, batch_size=self._train_batch_size, collate_fn=self.data_collator, generator=torch.Generator()
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Everything a process needs to go on is on the disk before trainer_state.json, which is written last."""
+        super()._save_rng_state(output_dir)
+        path = Path(output_dir) / PROGRESS.format(rank=self.args.process_index)
+        path.write_text(json.dumps(self.progress()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / PROGRESS.format(rank=self.args.process_index)
+            self.restore(json.loads(path.read_text()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Gates only, as config.json + model.safetensors; no pickled arguments."""
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        """Gates only, as config.json + model.safetensors, by one process; no pickled arguments."""
+        folder, gates = output_dir or self.args.output_dir, self.gates
+        if self.args.should_save:
+            gates.save_pretrained(folder, state_dict=state_dict)
+
+
+def last_checkpoint(folder: str | Path, world_size: int) -> str | None:
+    """The newest whole checkpoint in a folder; one that a killed run had not finished is passed over.
+
+    Raises:
+        UsageError: it was written by another number of processes.
+    """
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            before = json.loads((path / PROGRESS.format(rank=0)).read_text())["world_size"]
+        except (OSError, ValueError):
+            continue
+        if before != world_size:
+            raise UsageError(f"{str(path)!r} was written by {before} processes; resume with as many, not {world_size}")
+        if all((path / PROGRESS.format(rank=rank)).is_file() for rank in range(world_size)):
+            return str(path)
+    return None

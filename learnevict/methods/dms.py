@@ -1,0 +1,75 @@
+"""DMS: dynamic memory sparsification, tokens are marked for eviction when written and evicted later (arXiv 2506.05345).
+
+    alpha_i = sigmoid(w . h_i + b)      chance that token i is evicted, per kv head; b starts at -5
+    training:  log(1 - alpha_i) is added to the logit of key i once it is `window` old; logistic noise on alpha's logit
+    inference: keep the slots with the largest 1 - alpha_i
+
+Reading the mark late, after the window, is the point of the method: eviction at once degrades the model sharply. Departures:
+a linear map of the attention module's input in place of a channel borrowed from a query head, so the base stays frozen (the
+paper's adapter variant); a head evicts down to its budget instead of all that alpha > 1/2 marks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.errors import GateError
+from learnevict.methods import Paper
+from learnevict.parts.admission import AdmissionGate, admit
+from learnevict.parts.options import Options
+from learnevict.policy import Policy
+from learnevict.signals import Signals
+
+PAPER = Paper("Inference-Time Hyper-Scaling with KV Cache Compression", "2506.05345", 2025, "learned")
+
+
+class SparsityGate(AdmissionGate):
+    """Marks per layer and kv head.
+
+    Args:
+        layout: of the base model.
+        window: tokens before a mark takes effect; 256 in the paper.
+        bias: initial b; at -5 nothing is evicted at first.
+        noise: scale of the logistic noise while training (1: a Gumbel-sigmoid of temperature 1).
+    """
+
+    losses = {"student_divergence": 1.0, "shortfall": 1.0}  # noqa: RUF012
+
+    def __init__(self, layout: Layout, window: int = 256, bias: float = -5.0, noise: float = 1.0) -> None:
+        super().__init__(window, noise)
+        self.bias_at_first = bias
+        self.weight = nn.Parameter(0.02 * torch.randn(layout.num_layers, layout.hidden_size, layout.num_heads))
+        self.bias = nn.Parameter(torch.full((layout.num_layers, layout.num_heads), float(bias)))
+
+    def settings(self) -> dict[str, Any]:
+        """What __init__ needs to build this gate again, as JSON."""
+        return {"window": self.window_size, "bias": self.bias_at_first, "noise": self.noise}
+
+    def logits(self, signals: Signals) -> Tensor:
+        """Logits of 1 - alpha, float32 [B, H, S]."""
+        if signals.hidden is None:
+            raise GateError("dms reads what attention modules are given, but this run has no hidden states")
+        layer = signals.layer
+        marks = (signals.hidden.to(self.weight.dtype) @ self.weight[layer]).float() + self.bias[layer].float()
+        return -marks.transpose(1, 2)
+
+
+def build(layout: Layout, **settings: Any) -> SparsityGate:
+    """A fresh gate for a base model."""
+    return SparsityGate(layout, **settings)
+
+
+def policy(budget: int | str | Budget, *, gate: SparsityGate, **options: Unpack[Options]) -> Policy:
+    """Evict what is most surely marked; the last `recent` tokens, by default the gate's window, stay.
+
+    Args:
+        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+    """
+    return admit("dms", budget, gate, **options)

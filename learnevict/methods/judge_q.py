@@ -1,0 +1,60 @@
+"""Judge Q: soft tokens ask the cache what a response would (arXiv 2509.10798).
+
+    s_i = mean over a group's query heads and over P soft tokens of A[t, i]
+
+P = 32 soft tokens E [P, E] are read after the text, attend to it and to each other, and are forgotten. They are all that
+is trained: their mean attention A_soft to the prompt against that of the model's own response A_resp, per layer and query
+head: L = mean (A_soft - A_resp)^2. Gates do not depend on the budget. An event costs a forward of P tokens.
+
+Departures: the tokens are asked before every event, inside the prompt and while decoding, and trained for both
+(schedule="prefill_only" is the paper's single question at the end of the prompt); sinks and recent tokens are protected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.methods import Paper
+from learnevict.parts.options import Options, compose
+from learnevict.parts.probes import SoftTokens
+from learnevict.policy import Policy
+
+PAPER = Paper(
+    "Judge Q: Trainable Queries for Optimized Information Retention in KV Cache Eviction", "2509.10798", 2025, "learned"
+)
+TRAINING: dict[str, Any] = {
+    "num_tokens": 32,  # 32
+    "response": 128,  # the whole response
+    "cuts": 2,  # 0: the paper asks at the end of the prompt only
+    "learning_rate": 1e-2,
+    "max_steps": 400,  # 50,000 prompts of ShareGPT, responses written by the model
+    "warmup_steps": 20,
+    "per_device_train_batch_size": 8,
+}
+
+
+class JudgeQGate(SoftTokens):
+    """The soft tokens."""
+
+    objective = "mse"
+    oracle = "judgeq"
+
+
+def build(layout: Layout, **settings: int) -> JudgeQGate:
+    """Fresh soft tokens for a base model."""
+    return JudgeQGate(layout, **settings)
+
+
+def policy(budget: int | str | Budget, *, gate: JudgeQGate, **options: Unpack[Options]) -> Policy:
+    """Keep what the soft tokens attend to.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+    """
+    return replace(compose("judge_q", budget, gate, **options), probe=gate)

@@ -1,0 +1,99 @@
+"""KVP: a small ranker per head orders the cache for all budgets at once (arXiv 2602.10238).
+
+    f = w . GELU(W GELU(W_k k + W_v v + W_p p + b) + b)        per layer and kv head; p: log(1 + position), log(1 + age)
+
+The ranker is taught by regret over all budgets: a ranking of n slots that the future pays I_1 .. I_n costs the sum of
+(rank - 1) I. I is attention summed over all later queries, then the largest of the group (oracle.KVP). Under the Plackett-Luce
+law of f the expected cost has a closed form, which is the default objective; objective="rloo" is the paper's sampled gradient
+of the same (learnevict.train.regret).
+
+Departures: two hidden layers of 64 (the paper says 256, its parameter count more); logarithms of position and age for the
+plain position, which does not carry over to longer texts; keys and values are centred and scaled; events while decoding too,
+where the paper ranks once after the prompt, so a slot may be ranked many times; the last 16 tokens of the paper are `recent`
+and the fresh block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.methods import Paper
+from learnevict.parts.gates import Ranker
+from learnevict.parts.headwise import HeadwiseMLP
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Policy
+from learnevict.signals import Signals
+
+PAPER = Paper("Learning to Evict from Key-Value Cache", "2602.10238", 2026, "learned")
+TRAINING: dict[str, Any] = {
+    "learning_rate": 3e-3,  # 5e-5
+    "lr_scheduler_type": "cosine",  # to 1e-6
+    "warmup_steps": 20,  # 100
+    "max_grad_norm": 5.0,  # the same
+    "max_steps": 400,  # 4000
+    "cuts": 4,  # one, uniform, per sample
+    "per_device_train_batch_size": 8,
+}
+
+
+class KVPGate(Ranker):
+    """Rankers of all layers and kv heads.
+
+    Args:
+        layout: of the base model.
+        hidden: width of the two hidden layers.
+    """
+
+    oracle = "kvp"
+    objective = "regret"
+
+    def __init__(self, layout: Layout, hidden: int = 64) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.network = HeadwiseMLP(layout, {"key": layout.head_dim, "value": layout.value_dim, "place": 2}, hidden)
+
+    def settings(self) -> dict[str, Any]:
+        """What __init__ needs to build this gate again, as JSON."""
+        return {"hidden": self.hidden}
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
+        place = places(signals)
+        for part, keys, values in signals.pieces(self.network.width):
+            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, "place": place[:, :, part]})
+        return out
+
+    def calibrate(self, signals: Signals) -> None:
+        """See Learner."""
+        assert signals.key is not None
+        assert signals.value is not None
+        fresh = {"key": signals.key, "value": signals.value}
+        self.network.calibrate(signals.layer, fresh, signals.query_position >= 0)
+
+
+def places(signals: Signals) -> Tensor:
+    """log(1 + position in the row) and log(1 + age) of every slot, float32 [B, H, N, 2]."""
+    since = signals.position - signals.rows.first.view(-1, 1, 1)
+    return torch.stack([since, signals.age], -1).clamp_min(0).float().log1p()
+
+
+def build(layout: Layout, **settings: Any) -> KVPGate:
+    """Fresh rankers for a base model."""
+    return KVPGate(layout, **settings)
+
+
+def policy(budget: int | str | Budget, *, gate: KVPGate, **options: Unpack[Options]) -> Policy:
+    """Evict what the ranker puts last.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+    """
+    return compose("kvp", budget, gate, **options)

@@ -1,0 +1,124 @@
+"""KVpop: slots are scored late, when they are to be evicted, in the light of what has been read since (arXiv 2607.05061).
+
+    z_t = GRU(z_{t-1}, h_t)                                     per layer, h: what its attention module reads, z of 16 numbers
+    f_i = MLP([k_i, v_i, z_i, z_now, log(1 + age), log(budget / length)])            per layer and kv head, higher stays
+
+A token's worth shows only after it was written, so the score of a slot sees the state of the text at its own time and the
+state now. Every slot carries the state of its time in the ledger column "state"; the newest slot's is the current one, from
+which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Taught golden labels, the attention
+of the future, at random events of a full-cache pass, through the recurrence (learnevict.train.stream).
+
+Known of the paper (openreview R54wzDIb0L) are its outlines: stateful, delayed scoring at eviction time under a fixed budget
+per head, a future-attention target, guidance by an xLSTM. Ours and not the paper's: a GRU in place of the xLSTM, one small
+one per layer, read through its state alone; what the score network is given; the pairwise objective on logarithms of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.methods import Paper
+from learnevict.parts.gates import Ranker, hidden_of
+from learnevict.parts.headwise import HeadwiseMLP
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Policy
+from learnevict.signals import Column, Signals
+
+PAPER = Paper("KVpop: Key-Value Cache Eviction by Stateful Delayed Importance Scoring", "2607.05061", 2026, "learned")
+TRAINING: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_steps": 400,
+    "cuts": 4,
+    "per_device_train_batch_size": 8,
+}  # of the paper's settings none are known
+
+
+class KVpopGate(Ranker):
+    """Recurrent cells of all layers, and score networks of all layers and kv heads.
+
+    Args:
+        layout: of the base model.
+        state: numbers per state.
+        hidden: width of the score network.
+    """
+
+    oracle = "golden"
+    objective = "pairwise"
+
+    def __init__(self, layout: Layout, state: int = 16, hidden: int = 64) -> None:
+        super().__init__()
+        self.state, self.hidden, self.num_heads = state, hidden, layout.num_heads
+        self.columns = (Column("state", (state,)),)
+        self.cells = nn.ModuleList(
+            nn.GRU(layout.hidden_size, state, batch_first=True) for _ in range(layout.num_layers)
+        )
+        widths = {"key": layout.head_dim, "value": layout.value_dim, "then": state, "now": state, "clock": 2}
+        self.network = HeadwiseMLP(layout, widths, hidden)
+
+    def settings(self) -> dict[str, Any]:
+        """What __init__ needs to build this gate again, as JSON."""
+        return {"state": self.state, "hidden": self.hidden}
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """The states of fresh tokens, the same for all heads, float32 [B, H, S, state]."""
+        hidden = hidden_of(signals, "kvpop")
+        before = current(signals).unsqueeze(0).contiguous()
+        states = self.cells[signals.layer](hidden, before)[0]
+        return {"state": states.unsqueeze(1).expand(-1, self.num_heads, -1, -1)}
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
+        now = current(signals)[:, None, None].expand(-1, self.num_heads, -1, -1)
+        then, clock = signals.ledger["state"], clocks(signals)
+        for part, keys, values in signals.pieces(self.network.width):
+            own: Mapping[str, Tensor] = {"then": then[:, :, part], "clock": clock[:, :, part]}
+            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, "now": now, **own})
+        return out
+
+    def calibrate(self, signals: Signals) -> None:
+        """See Learner."""
+        assert signals.key is not None
+        assert signals.value is not None
+        fresh = {"key": signals.key, "value": signals.value}
+        self.network.calibrate(signals.layer, fresh, signals.query_position >= 0)
+
+
+def current(signals: Signals) -> Tensor:
+    """State of the newest token held, [B, state]; zeros where none is. Every head holds the newest."""
+    newest = signals.position[:, 0].argmax(-1).view(-1, 1, 1)
+    states = signals.ledger["state"][:, 0]
+    found = states.gather(1, newest.expand(-1, 1, states.shape[-1])).squeeze(1)
+    return found * signals.occupied[:, 0].any(-1, keepdim=True)
+
+
+def clocks(signals: Signals) -> Tensor:
+    """log(1 + age) of every slot and log(budget / length), float32 [B, H, N, 2]."""
+    age = signals.age.clamp_min(0).float().log1p()
+    share = (signals.budget.float() / signals.rows.seen).clamp_max(1.0).log()
+    return torch.stack([age, share.view(-1, 1, 1).expand_as(age)], -1)
+
+
+def build(layout: Layout, **settings: Any) -> KVpopGate:
+    """Fresh cells and networks for a base model."""
+    return KVpopGate(layout, **settings)
+
+
+def policy(budget: int | str | Budget, *, gate: KVpopGate, **options: Unpack[Options]) -> Policy:
+    """Evict what the network ranks lowest, seen from now.
+
+    Args:
+        budget: tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+    """
+    return compose("kvpop", budget, gate, **options)

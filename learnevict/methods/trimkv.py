@@ -1,0 +1,180 @@
+"""TRIM-KV: a token gets a retention when it is written and fades geometrically (arXiv 2512.03324); DBTrimKV ranks globally.
+
+    log beta_i = logsigmoid(W2 gelu(W1 h_i + b1) + b2)      per kv head; h_i is the input of the attention module
+    training:  (t - i) log beta_i is added to the logit of key i at query t
+    inference: keep the slots with the largest (t + 1 - i) log beta_i
+
+`scope="model"` is DBTrimKV (arXiv 2605.09649): the slots of all layers and heads compete by what they are worth over the next
+`horizon` tokens, the sum of beta_i^(s - i) over s = t + 1 ... t + horizon. A gate made with `tied=True` shares its output
+projection over layers, so that worths compare, and learns under one capacity for all heads.
+
+Departures: the bias is added, as in version 2 of the paper, and never a factor as in its eager code, which raises forgotten
+keys with negative logits; retentions are float32, by logsigmoid and not log(sigmoid), which is 0 from a bias of 17 on; of equal
+scores the older goes; DBTrimKV's horizon is fixed, because nobody knows how long a text will get.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.errors import GateError, TrainedOtherwiseWarning, UsageError
+from learnevict.methods import Paper
+from learnevict.parts.allocators import Together
+from learnevict.parts.options import Options, compose
+from learnevict.policy import Fade, Policy, Scorer, SoftGate
+from learnevict.signals import Column, Signals
+
+PAPER = Paper("Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs", "2512.03324", 2025, "learned")
+
+
+class TrimGate(SoftGate):
+    """Retention of every token, per layer and kv head.
+
+    Args:
+        layout: of the base model.
+        hidden: width of the hidden layer; 512 in the paper's code.
+        bias: initial b2. At 18, of the paper's recipe, beta is 1 - 1.5e-8: the model starts with full attention.
+        tied: DBTrimKV's gate: two hidden layers, and one output projection for all layers.
+        dropout: on hidden units while training; 0.1 in the paper's recipe.
+    """
+
+    columns = (Column("retention"),)
+
+    def __init__(
+        self, layout: Layout, hidden: int = 512, bias: float = 18.0, tied: bool = False, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.made = {"hidden": hidden, "bias": bias, "tied": tied, "dropout": dropout}
+        self.tied, self.dropout = tied, dropout
+        self.losses: Mapping[str, float] = {
+            "divergence": 1.0,
+            "next_token": 1.0,
+            "hinge_together" if tied else "hinge": 1.0,
+        }
+        layers, outputs = layout.num_layers, 1 if tied else layout.num_layers
+        self.weight_in = normal(layers, layout.hidden_size, hidden)
+        self.bias_in = nn.Parameter(torch.zeros(layers, hidden))
+        if tied:
+            self.weight_mid = normal(layers, hidden, hidden)
+            self.bias_mid = nn.Parameter(torch.zeros(layers, hidden))
+        self.weight_out = normal(outputs, hidden, layout.num_heads)
+        self.bias_out = nn.Parameter(torch.full((outputs, layout.num_heads), float(bias)))
+
+    def settings(self) -> dict[str, Any]:
+        """What __init__ needs to build this gate again, as JSON."""
+        return self.made
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """{"retention": log beta of fresh tokens, float32 [B, H, S]}."""
+        if signals.hidden is None:
+            raise GateError("trimkv reads what attention modules are given, but this run has no hidden states")
+        layer, gelu = signals.layer, nn.functional.gelu
+        x = signals.hidden.to(self.weight_in.dtype)
+        x = self._drop(gelu(x @ self.weight_in[layer] + self.bias_in[layer]))
+        if self.tied:
+            x = self._drop(gelu(x @ self.weight_mid[layer] + self.bias_mid[layer]))
+        output = 0 if self.tied else layer
+        logits = (x @ self.weight_out[output]).float() + self.bias_out[output].float()
+        return {"retention": nn.functional.logsigmoid(logits).transpose(1, 2)}
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout, self.training)
+
+    def score(self, signals: Signals) -> Tensor:
+        """Log retention after the next token, float32 [B, H, N]."""
+        return next_age(signals) * signals.ledger["retention"]
+
+    def fade(self, notes: dict[str, Tensor]) -> Fade:
+        """Geometric."""
+        return Fade(notes["retention"])
+
+
+@dataclass(frozen=True)
+class Worth(Scorer):
+    """Log of what a token's retention sums up to over the next `horizon` tokens."""
+
+    gate: TrimGate
+    horizon: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.gate.columns)
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """As the gate."""
+        return self.gate.write(signals)
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        rate = signals.ledger["retention"]
+        return next_age(signals) * rate + log_geometric(rate, self.horizon)
+
+    def to(self, device: torch.device) -> Scorer:
+        """Moves the gate."""
+        self.gate.to(device)
+        return self
+
+
+def next_age(signals: Signals) -> Tensor:
+    """Ages at the next token, float32 [B, H, N]."""
+    return (signals.age + 1).float()
+
+
+def log_geometric(rate: Tensor, terms: int) -> Tensor:
+    """log of 1 + e^r + ... + e^((terms - 1) r) = log((1 - e^(terms r)) / (1 - e^r)) for rates r <= 0, also near 0."""
+    rate = rate.clamp_max(-1e-30)  # at 0 both differences vanish; the limit is `terms`
+    return torch.log(torch.expm1(terms * rate) / torch.expm1(rate))
+
+
+def normal(*shape: int) -> nn.Parameter:
+    """Weights of standard deviation 0.02."""
+    return nn.Parameter(0.02 * torch.randn(*shape))
+
+
+def build(layout: Layout, **settings: Any) -> TrimGate:
+    """A fresh gate for a base model."""
+    return TrimGate(layout, **settings)
+
+
+def policy(
+    budget: int | str | Budget,
+    *,
+    gate: TrimGate,
+    scope: str = "layer",
+    floor: float = 0.2,
+    horizon: int = 128,
+    **options: Unpack[Options],
+) -> Policy:
+    """Evict what has faded most (paper: every 128 tokens).
+
+    Args:
+        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        scope: "layer": every head holds the budget; "model": heads of all layers compete (DBTrimKV).
+        floor: share of the budget beside guards that no head falls below; only with scope="model".
+        horizon: tokens ahead over which worth is summed; only with scope="model".
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+
+    Raises:
+        UsageError: another scope, or a floor beyond 0 to 1.
+    """
+    if scope == "layer":
+        return compose("trimkv", budget, gate, **options)
+    if scope != "model":
+        raise UsageError(f"trimkv has no scope {scope!r}; choose layer or model")
+    if not gate.tied:
+        warnings.warn(
+            "this gate was not made with tied=True, so what it says in one layer need not compare with another; train a "
+            'tied one, or use scope="layer"',
+            TrainedOtherwiseWarning,
+            stacklevel=2,
+        )
+    worth = Worth(gate, horizon)
+    return replace(compose("trimkv", budget, worth, allocator=Together(floor), **options), scope="model")

@@ -1,0 +1,115 @@
+"""WG-KV: a gate on keys decides what is written to memory when a token leaves the recent window (arXiv 2512.17452).
+
+    g_i = sigmoid(w2 . gelu(W1 [rms(k_i before RoPE); rms(k_i)] + b1) + b2)      per kv head, 2 d inputs, 4 d hidden units
+    training:  log max(g_i, 0.001) is added to the logit of key i once it is `window` old
+    inference: keep the slots with the largest g_i
+
+Departures: the cache holds keys after RoPE, so the key before it is the same key turned back by its position (exact but for
+rounding); b2 starts at 3, so that the model starts near full attention; a head keeps its budget of the largest gates instead
+of all above 0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from learnevict.config import Budget, Layout
+from learnevict.errors import ModelError
+from learnevict.methods import Paper
+from learnevict.parts.admission import AdmissionGate, admit
+from learnevict.parts.options import Options
+from learnevict.policy import Policy
+from learnevict.signals import Signals
+
+PAPER = Paper(
+    "KV Admission: Learning What to Write for Efficient Long-Context Inference", "2512.17452", 2025, "learned"
+)
+
+
+class WriteGate(AdmissionGate):
+    """Gates of all layers and kv heads as grouped linear maps, weights [L, H, in, out].
+
+    Args:
+        layout: of the base model.
+        window: tokens before the gate counts; 256 in the paper.
+        hidden: width of the hidden layer; None: 4 d, as in the paper.
+        bias: initial b2.
+    """
+
+    losses = {"hidden_error": 1.0, "admitted": 0.04}  # noqa: RUF012 - lambda is 0.04 by default, up to 0.16
+    least = 1e-3
+
+    def __init__(self, layout: Layout, window: int = 256, hidden: int | None = None, bias: float = 3.0) -> None:
+        super().__init__(window)
+        size, width = layout.head_dim, hidden or 4 * layout.head_dim
+        self.made = {"window": window, "hidden": hidden, "bias": bias}
+        heads = (layout.num_layers, layout.num_heads)
+        scale = 1 / math.sqrt(2 * size)
+        self.weight_before = nn.Parameter(scale * torch.randn(*heads, size, width))
+        self.weight_after = nn.Parameter(scale * torch.randn(*heads, size, width))
+        self.bias_in = nn.Parameter(torch.zeros(*heads, 1, width))
+        self.weight_out = nn.Parameter(torch.zeros(*heads, width, 1))
+        self.bias_out = nn.Parameter(torch.full((*heads, 1, 1), float(bias)))
+
+    def settings(self) -> dict[str, Any]:
+        """What __init__ needs to build this gate again, as JSON."""
+        return self.made
+
+    def logits(self, signals: Signals) -> Tensor:
+        """Logits of g, float32 [B, H, S]."""
+        assert signals.key is not None
+        batch, heads, size, width = signals.key.shape
+        layer, kind = signals.layer, self.weight_out.dtype
+
+        def grouped(keys: Tensor) -> Tensor:  # heads lead, so weights are not copied per row
+            return nn.functional.rms_norm(keys, (width,)).transpose(0, 1).reshape(heads, -1, width).to(kind)
+
+        x = grouped(unrotated(signals)) @ self.weight_before[layer]
+        x = x + grouped(signals.key.float()) @ self.weight_after[layer] + self.bias_in[layer]
+        logits = nn.functional.gelu(x) @ self.weight_out[layer] + self.bias_out[layer]
+        return logits.float().view(heads, batch, size).transpose(0, 1)
+
+
+def unrotated(signals: Signals) -> Tensor:
+    """Fresh keys turned back by their positions in the row, float32 [B, H, S, d].
+
+    Raises:
+        ModelError: the model's rotary embedding is not known.
+    """
+    frequency = signals.attention.frequencies
+    if frequency is None:
+        raise ModelError(
+            "wg_kv undoes rotary embeddings, but this model's were not recognised (halves of the head dimension rotated by "
+            "`rotary_emb.inv_freq`); use another method"
+        )
+    assert signals.key is not None
+    key, half = signals.key.float(), frequency.shape[0]
+    place = (signals.query_position - signals.rows.first.view(-1, 1)).clamp_min(0)
+    angle = (place.unsqueeze(-1) * frequency.float()).unsqueeze(1)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = key[..., :half], key[..., half : 2 * half]
+    out = key.clone()
+    out[..., :half] = first * cos + second * sin
+    out[..., half : 2 * half] = second * cos - first * sin
+    return out
+
+
+def build(layout: Layout, **settings: Any) -> WriteGate:
+    """Fresh gates for a base model."""
+    return WriteGate(layout, **settings)
+
+
+def policy(budget: int | str | Budget, *, gate: WriteGate, **options: Unpack[Options]) -> Policy:
+    """Keep what the gate would write; the last `recent` tokens, by default the gate's window, stay.
+
+    Args:
+        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
+        gate: trained, from `Gates.from_pretrained(...)`.
+        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
+    """
+    return admit("wg_kv", budget, gate, **options)

@@ -1,0 +1,268 @@
+"""How close a policy comes to the oracle, in figures that need no task: for training logs, and columns of tables.
+
+    top recall        share of the tokens the oracle would keep, of those that may go at an event, that the policy keeps
+    regret            attention lost over all budgets by following the policy's scores, over the best ranking's (1 is best)
+    attention kept    full-cache attention that falls on tokens still held; mean over queries, and the worst block
+    loss ratio        loss under eviction over that with the full cache
+    gap closed        (loss of random - loss) / (loss of random - loss of golden), under the same budget, period and guards
+
+    judge_policy(model, policy, input_ids, attention_mask)                     # {"oracle_gap_closed": 0.93, ...}
+    reference = Reference.of(model, input_ids, attention_mask, block=16)       # or once per batch of texts, and then
+    judge(model, policy, reference).figures()                                  # the same for every policy
+
+Sources: top recall is ForesightKV's (arXiv 2602.03203), regret KVP's (arXiv 2602.10238).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.errors import UsageError
+from learnevict.infer.attach import attach
+from learnevict.infer.prefill import prefill
+from learnevict.oracle.reference import Reference, losses
+from learnevict.oracle.watching import Note, watched
+from learnevict.policy import Governor, Guard
+from learnevict.signals import NEVER, Trace
+
+
+def top_recall(
+    scores: Float[Tensor, "*B N"],
+    targets: Float[Tensor, "*B N"],
+    candidates: Bool[Tensor, "*B N"],
+    count: Int[Tensor, "*B"],
+) -> Float[Tensor, "*B"]:
+    """Share of the `count` candidates with the highest targets that are among the `count` with the highest scores.
+
+    Of equal ones the first is left out, as the older is evicted. NaN where count is 0.
+    """
+    chosen = _places(-scores.masked_fill(~candidates, -torch.inf)) < count.unsqueeze(-1)
+    wanted = _places(-targets.masked_fill(~candidates, -torch.inf)) < count.unsqueeze(-1)
+    return (chosen & wanted & candidates).sum(-1) / count.minimum(candidates.sum(-1))
+
+
+def ranking_cost(
+    scores: Float[Tensor, "*B N"], targets: Float[Tensor, "*B N"], candidates: Bool[Tensor, "*B N"]
+) -> Float[Tensor, "*B"]:
+    """Targets lost over all budgets by evicting from the lowest score up: sum over places r = 1, 2, ... of (r - 1) I_r.
+
+    The best ranking costs `ranking_cost(targets, targets, candidates)`; the regret is the ratio of both, 1 at best.
+
+    Source: section 4 of arXiv:2602.10238, summed in closed form.
+    """
+    place = _places(-scores.masked_fill(~candidates, -torch.inf))
+    return (place * targets.masked_fill(~candidates, 0)).sum(-1)
+
+
+def kept_attention(
+    labels: Float[Tensor, "*L B H T M"], expiry: Int[Tensor, "*L B H T"], rank: Int[Tensor, "B T"], block: int
+) -> Float[Tensor, "*L B H M"]:
+    """Share of the full-cache attention of every block of queries that falls on tokens still held.
+
+    Exact for tokens that go between blocks; one that goes inside a block counts for the part of it that saw it.
+
+    Args:
+        labels: mean attention of each block's queries to each key.
+        expiry: columns.
+        rank: each real token's number in its row, -1 for padding.
+        block: queries per block.
+
+    Returns:
+        NaN for blocks without queries.
+    """
+    seen = (rank >= 0).cumsum(-1).unsqueeze(1).expand(expiry.shape)
+    before = seen.gather(-1, (expiry.clamp(1, expiry.shape[-1]) - 1).long())  # real tokens until it goes
+    before = torch.where(before == seen[..., -1:], NEVER, before)
+    start = torch.arange(labels.shape[-1], device=labels.device) * block
+    held = ((before.unsqueeze(-1) - start) / block).clamp(0, 1)
+    return (labels * held).sum(-2) / labels.sum(-2)
+
+
+def gap_closed(random: float, method: float, golden: float) -> float:
+    """0 is as lossy as random eviction, 1 as golden; NaN where these do not differ."""
+    return (random - method) / (random - golden) if random != golden else float("nan")
+
+
+def _places(scores: Tensor) -> Tensor:
+    """Each score's place in ascending order along the last dimension, int64; of equal ones the last comes first."""
+    order = scores.flip(-1).argsort(dim=-1, stable=True)
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place).flip(-1)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a policy kept beside what the oracle would have kept. One entry per text, float64 [B]; figures are ratios of sums.
+
+    Attributes:
+        wanted_kept, wanted: tokens that the oracle would keep, over heads and events, and how many of them are kept.
+        cost, least_cost: see `ranking_cost`; summed over heads and events, NaN if the policy has no scores.
+        attention_kept, queries: share of attention kept summed over queries, heads and layers, and their number.
+        attention_least: share kept of the block, head and layer that keeps least; 1 if nothing was evicted.
+    """
+
+    wanted_kept: Tensor
+    wanted: Tensor
+    cost: Tensor
+    least_cost: Tensor
+    attention_kept: Tensor
+    queries: Tensor
+    attention_least: Tensor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The same with what it cost: losses summed over spoken tokens, float64 [B]."""
+
+    choices: Choices
+    loss: Tensor
+    full_loss: Tensor
+    random_loss: Tensor
+    golden_loss: Tensor
+
+    def figures(self) -> dict[str, float]:
+        """Over all texts; those that are not defined (nothing was evicted, no scores) are left out."""
+        chosen = self.choices
+        loss, chance, best = (float(part.sum()) for part in (self.loss, self.random_loss, self.golden_loss))
+        found = {
+            "loss": loss / len(self.loss),
+            "loss_ratio": _over(self.loss, self.full_loss),
+            "oracle_gap_closed": gap_closed(chance, loss, best),
+            "top_recall": _over(chosen.wanted_kept, chosen.wanted),
+            "regret": _over(chosen.cost, chosen.least_cost),
+            "attention_kept": _over(chosen.attention_kept, chosen.queries),
+            "attention_kept_min": float(chosen.attention_least.min()),
+        }
+        return {name: value for name, value in found.items() if value == value}
+
+
+def judge_policy(
+    model: PreTrainedModel,
+    policy: Governor,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"] | None = None,
+    *,
+    prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
+    spoken: Bool[Tensor, "B T"] | None = None,
+) -> dict[str, float]:
+    """Run a policy teacher-forced over texts and say how close it comes to the oracle. Repeatedly: see `judge`.
+
+    Args:
+        model: the base model.
+        policy: governs the cache; its schedule's period is the block of the labels.
+        input_ids, attention_mask, prompt_length, spoken: texts, padded on the left; see Reference.of.
+
+    Returns:
+        Figures by name; see the module. Those that are not defined here are left out.
+    """
+    period = policy.schedule.period
+    reference = Reference.of(model, input_ids, attention_mask, block=period, prompt_length=prompt_length, spoken=spoken)
+    return judge(model, policy, reference).figures()
+
+
+@torch.no_grad()
+def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> Judged:
+    """One forced run of a policy over the texts of a reference, text by text.
+
+    Random and golden eviction under the same terms are run once per reference, whatever is judged.
+
+    Raises:
+        UsageError: the policy has events at another period than the labels have blocks.
+    """
+    listening, notes = watched(policy)
+    with attach(model, listening, record=True, prompt_length=reference.prompt.tolist()) as cache:
+        logits = prefill(model, cache, reference.input_ids, reference.attention_mask)
+    trace = cache.trace()
+    choices = compare(policy, reference, trace, notes)
+    chance, golden = reference.losses_between(model, reference.roll(trace.expiry[reference.layers], guard_of(policy)))
+    return Judged(choices, losses(logits, reference.input_ids, reference.spoken), reference.loss, chance, golden)
+
+
+def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[Note]) -> Choices:
+    """What was kept in a run over the texts of a reference, from its trace and the scores overheard.
+
+    Raises:
+        UsageError: the policy has events at another period than the labels have blocks.
+    """
+    if policy.schedule.active and policy.schedule.period != reference.block:
+        raise UsageError(
+            f"{policy.name} has an event every {policy.schedule.period} tokens, but the labels have blocks of "
+            f"{reference.block}; make the reference with block={policy.schedule.period}"
+        )
+    expiry, guard = trace.expiry[reference.layers], guard_of(policy)
+    return Choices(
+        *recalled(reference, expiry, guard),
+        *ranked(reference, expiry, guard, notes),
+        *attended(reference, expiry),
+    )
+
+
+def guard_of(policy: Governor) -> Guard:
+    """What of a policy's guard holds for everybody: a window that grows with the budget is the policy's own choice."""
+    return Guard(policy.guard.sinks, policy.guard.recent, policy.guard.prompt)
+
+
+def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard) -> tuple[Tensor, Tensor]:
+    """Tokens that stay although they might have gone and the oracle would keep too, and all it would keep: [B] each."""
+    roll, rank = reference.roll(expiry, guard), reference.rank
+    hits, total = rank.new_zeros(len(rank)), rank.new_zeros(len(rank))
+    for m in range((int(rank.max()) + 1) // reference.block):
+        seen = (m + 1) * reference.block
+        end = ((rank == seen - 1).int().argmax(-1) + 1)[:, None, None]
+        there = (rank == seen - 1).any(-1)[:, None, None]
+        held = (expiry >= end) & roll.candidates(seen).unsqueeze(1) & there
+        goes = held & (expiry == end)
+        count = (held & ~goes).sum(-1) * goes.any(-1)
+        best = _places(-reference.future[..., m + 1].masked_fill(~held, -torch.inf)) < count.unsqueeze(-1)
+        hits, total = hits + (best & held & ~goes).sum((0, 2, 3)), total + count.sum((0, 2))
+    return hits.double(), total.double()
+
+
+def ranked(
+    reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[Note]
+) -> tuple[Tensor, Tensor]:
+    """Costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
+    batch = len(reference.rank)
+    if not notes:
+        return torch.full((batch,), torch.nan).double(), torch.full((batch,), torch.nan).double()
+    cost, least = torch.zeros(batch).double(), torch.zeros(batch).double()
+    for note in notes:
+        layer, where = reference.layers.index(note.layer), note.position.clamp_min(0).long()
+        now = note.now.clamp_min(0).long()
+        seen = reference.rank.gather(1, now[:, None]) + 1
+        rank = reference.rank.unsqueeze(1).expand(-1, where.shape[1], -1).gather(-1, where)
+        free = (rank >= guard.sinks) & (rank < (seen - max(guard.recent, reference.block)).unsqueeze(-1))
+        if guard.prompt:
+            free &= rank >= reference.prompt.view(-1, 1, 1)
+        free &= note.position >= 0
+        block = (-(-seen // reference.block)).clamp(max=reference.labels.shape[-1]).view(-1, 1, 1, 1)
+        future = reference.future[layer]
+        wanted = future.gather(-1, block.expand(*future.shape[:3], 1)).squeeze(-1).gather(-1, where)
+        went = (expiry[layer] == (now + 1).view(-1, 1, 1)).any(-1).cpu()
+        cost += (ranking_cost(note.scores, wanted, free).double().cpu() * went).sum(-1)
+        least += (ranking_cost(wanted, wanted, free).double().cpu() * went).sum(-1)
+    return cost, least
+
+
+def attended(reference: Reference, expiry: Int[Tensor, "L B H T"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention kept summed over queries that come after a row's first eviction, their number, and the least: [B] each."""
+    share = kept_attention(reference.labels, expiry, reference.rank, reference.block)
+    blocks = torch.arange(share.shape[-1], device=share.device) * reference.block
+    queries = (reference.rank.amax(-1, keepdim=True) + 1 - blocks).clamp(0, reference.block)
+    first = expiry.amin((0, 2, 3))
+    seen = (reference.rank >= 0).cumsum(-1).gather(1, (first.clamp(1, expiry.shape[-1]) - 1).long()[:, None])
+    queries = queries * ((first != NEVER).unsqueeze(-1) & (blocks >= seen))
+    weight = queries[None, :, None].expand(share.shape)
+    total = (share.nan_to_num() * weight).double().sum((0, 2, 3))
+    worst = share.masked_fill(weight == 0, 1.0).amin((0, 2, 3)).double()
+    return total, weight.double().sum((0, 2, 3)), worst
+
+
+def _over(above: Tensor, below: Tensor) -> float:
+    return float(above.sum() / below.sum()) if float(below.sum()) else float("nan")

@@ -1,0 +1,142 @@
+"""What policies are measured against on a batch of texts: the full cache, its labels, random and golden eviction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.infer.replay import replay
+from learnevict.oracle.collect import golden_labels
+from learnevict.oracle.reducers import horizon
+from learnevict.oracle.shared import Roll, held_after, ranks
+from learnevict.policy import Guard
+from learnevict.signals import NEVER, Trace
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the full cache makes of a batch of texts: made once, and used by every policy judged on them.
+
+    Attributes:
+        input_ids, attention_mask: [B, T], padded on the left by multiples of the block (see `align`), on the right by the rest.
+        prompt: int64 [B], real tokens of prompts.
+        spoken: bool [B, T], tokens whose loss counts.
+        block: tokens between events.
+        layers: indices of evicting layers.
+        labels: golden labels of those, [L, B, H, T, M].
+        loss: summed loss of each row with the full cache, float64 [B].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt: Tensor
+    spoken: Tensor
+    block: int
+    layers: list[int]
+    labels: Tensor
+    loss: Tensor
+    bounds: dict[tuple[bytes, Guard], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        *,
+        block: int,
+        prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
+        spoken: Bool[Tensor, "B T"] | None = None,
+    ) -> Reference:
+        """One full-cache pass.
+
+        Args:
+            attention_mask: 0 = padding.
+            block: the event period of the policies to come.
+            prompt_length: real tokens of each prompt; default none.
+            spoken: tokens whose loss counts; default all real ones after the prompt.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if spoken is None:
+            begins = torch.zeros(len(mask)) if prompt_length is None else torch.as_tensor(prompt_length)
+            spoken = mask.bool() & (mask.cumsum(-1) > begins.to(mask.device).clamp_min(1).unsqueeze(-1))
+        input_ids, mask, spoken = align(block, mask, input_ids, mask, spoken)
+        found, logits = golden_labels(model, input_ids, mask, block=block)
+        layers = [index for index, part in enumerate(found) if part is not None]
+        prompt = torch.zeros(len(input_ids), dtype=torch.int64) if prompt_length is None else prompt_length
+        prompt = torch.as_tensor(prompt, device=input_ids.device).long()
+        labels = torch.stack([part for part in found if part is not None])
+        return cls(input_ids, mask, prompt, spoken, block, layers, labels, losses(logits, input_ids, spoken))
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """int64 [B, T], see `ranks`."""
+        return ranks(self.attention_mask.bool(), (self.input_ids.shape[0], self.input_ids.shape[1]))
+
+    @cached_property
+    def future(self) -> Tensor:
+        """The largest label of blocks m, m + 1, ...; [L, B, H, T, M + 1], zeros behind the end."""
+        return torch.nn.functional.pad(horizon(self.labels), (0, 1))
+
+    @cached_property
+    def lottery(self) -> Tensor:
+        """A fixed random number for every token of a layer and head, wherever padding puts it: [L, B, H, T]."""
+        layers, _, heads, length, _ = self.labels.shape
+        drawn = torch.rand(length, layers, heads, generator=torch.Generator().manual_seed(0)).to(self.labels.device)
+        where = self.rank.clamp_min(0).unsqueeze(1).expand(-1, heads, -1)
+        return torch.stack([part.expand(len(where), -1, -1).gather(-1, where) for part in drawn.permute(1, 2, 0)])
+
+    def roll(self, expiry: Int[Tensor, "L B H T"], guard: Guard) -> Roll:
+        """Uniform eviction under these guards that holds as many slots, on average over heads, as a policy has held."""
+        ends = [(m + 1) * self.block for m in range(self.labels.shape[-1])]
+        held = [held_after(expiry, self.rank, seen).double().mean((0, 2)).ceil().long() for seen in ends]
+        prompt = self.prompt if guard.prompt else torch.zeros_like(self.prompt)
+        shape = (self.labels.shape[0], self.labels.shape[2])
+        return Roll(self.rank, torch.stack(held, -1), shape, self.block, guard, prompt)
+
+    def losses_between(self, model: PreTrainedModel, roll: Roll) -> tuple[Tensor, Tensor]:
+        """Losses of each row under random and under golden eviction, float64 [B] each; remembered."""
+        key = (roll.limit.cpu().numpy().tobytes(), Guard(roll.guard.sinks, roll.guard.recent, roll.guard.prompt))
+        if key not in self.bounds:
+            chance = self.replayed(model, roll.trace(lambda m, _: self.lottery))
+            self.bounds[key] = (chance, self.replayed(model, roll.trace(lambda m, _: self.future[..., m + 1])))
+        return self.bounds[key]
+
+    @torch.no_grad()
+    def replayed(self, model: PreTrainedModel, trace: Trace) -> Tensor:
+        """Loss of each row under a trace of the evicting layers."""
+        shape = (model.config.get_text_config(decoder=True).num_hidden_layers, *trace.expiry.shape[1:])
+        whole = trace.expiry.new_full(shape, NEVER)
+        whole[self.layers] = trace.expiry
+        logits = replay(model, self.input_ids, Trace(whole), self.attention_mask).logits
+        return losses(logits, self.input_ids, self.spoken)
+
+
+def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> list[Tensor]:
+    """Move rows to the left by less than a block, so that events fall at the same columns in all of them.
+
+    A policy that decides when all layers have run needs a forward per event, and would need one per row's event otherwise.
+
+    Args:
+        attention_mask: texts are padded on the left.
+        parts: [B, T] each; zeros fill up on the right.
+    """
+    column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    source = column + attention_mask.long().argmax(-1, keepdim=True) % block
+    inside = source < len(column)
+    return [part.gather(1, source.clamp_max(len(column) - 1)) * inside for part in parts]
+
+
+def losses(
+    logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"], spoken: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B"]:
+    """Summed loss of the spoken tokens of each row, float64."""
+    target = input_ids[:, 1:]
+    found = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
+    return (found.view_as(target) * spoken[:, 1:]).double().sum(-1)

@@ -1,0 +1,223 @@
+"""The command line of a training recipe: its own flags, those of the method's trainer and gate, and TrainingArguments.
+
+    python recipes/distill.py --method NAME [flags]          --help shows the flags of that method
+    python recipes/distill.py config.yaml [flags]            flags win over the file, the file over the method's defaults
+
+A name that several parts know (the event period, say) is one flag, and all of them get its value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from learnevict.errors import UsageError
+from learnevict.train.modes import Course, course, required
+
+TRAINING_FIELDS = {one.name for one in fields(TrainingArguments) if one.init}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, the description is left as it is written."""
+
+
+@dataclass
+class Flags:
+    """What a command line says.
+
+    Attributes:
+        common: the recipe's own config.
+        course: method, mode, and the names of the gate's settings.
+        mode: the mode's config.
+        settings: of the gate, for its `build`.
+        training: of the Trainer.
+        given: names that the file or the command line mentions.
+    """
+
+    common: Any
+    course: Course
+    mode: Any
+    settings: dict[str, Any]
+    training: TrainingArguments
+    given: set[str]
+
+    def asked(self, name: str) -> bool:
+        """Whether the user has set this flag."""
+        return name in self.given
+
+
+def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], description: str | None = None) -> Flags:
+    """Read a command line.
+
+    Args:
+        arguments: words after the program's name; the first may be a YAML file of flags.
+        common: dataclass of the recipe's own flags; has `method`.
+        defaults: the recipe's, for any flag; the method's TRAINING wins over them. "{method}" in text is its name.
+        description: shown by --help.
+
+    Raises:
+        UsageError: an unknown method, flag of the file, or default.
+        SystemExit: from argparse, after --help or an unknown flag.
+    """
+    words = list(arguments)
+    written: dict[str, Any] = {}
+    if words and words[0].endswith((".yaml", ".yml")):
+        written = read_yaml(Path(words.pop(0)))
+    method = str(_early(words, ["method"]).get("method", written.get("method", _default(common, "method"))))
+    early = {**written, **_early(words, required(method))}
+    teaching = course(method, **{name: literal(early[name]) for name in required(method) if name in early})
+    groups = _groups(common, teaching)
+    kinds: Any = [*(group for group in groups if fields(group)), TrainingArguments]
+    usage = "%(prog)s [config.yaml] [--method NAME] [flags]"
+    parser: Any = HfArgumentParser(
+        kinds, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False
+    )
+    parser._action_groups.sort(key=lambda group: group.title == "options")  # TrainingArguments come last
+    known = {action.dest for action in parser._actions} - {"help"}
+    _refuse_unknown(written, known, "the configuration file")
+    _refuse_unknown(teaching.defaults, known, f"TRAINING of {method!r}")
+    own = {name: text.format(method=method) if isinstance(text, str) else text for name, text in defaults.items()}
+    preset = {**own, **teaching.defaults, **dict(_as_defaults(written))}
+    parser.set_defaults(**preset)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in preset
+    try:
+        *parts, training, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
+    except ValueError as error:  # training arguments that contradict each other
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError(f"{' '.join(unknown)} is no flag of method {method!r}; see --help")
+    values = {**vars(training), **{name: value for part in parts for name, value in vars(part).items()}}
+    return Flags(
+        common(**{one.name: values[one.name] for one in fields(common)}),
+        teaching,
+        teaching.config(**dict(_for_config(teaching.config, values))),
+        {name: values[name] for name in teaching.settings},
+        training,
+        set(written) | {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")},
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Flags of a file: one mapping of names to values.
+
+    Raises:
+        UsageError: it cannot be read, or is no mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read flags from {str(path)!r}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{str(path)!r} holds no flags; write one a line, as in `learning_rate: 0.001`")
+    return {str(name).replace("-", "_"): value for name, value in found.items()}
+
+
+def literal(text: Any) -> Any:
+    """What a flag without a type means: 16 is a number, true a truth value, anything else text."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false", "none", "null") else text)
+    except ValueError:
+        return None if text.lower() == "none" else text
+
+
+def _groups(common: type, teaching: Course) -> list[type]:
+    """Dataclasses of flags without a name twice, one for each part of --help."""
+    taken = set(TRAINING_FIELDS)
+    groups = []
+    for title, one in (("what to learn, and from what", common), (f"trainer ({teaching.mode.name})", teaching.config)):
+        groups.append(_group(title, [part for part in _typed(one) if part[0] not in taken]))
+        taken |= {part.name for part in fields(one)}
+    needed = required(teaching.method)
+    gate = [
+        (name, *_setting(value, needed=name in needed))
+        for name, value in teaching.settings.items()
+        if name not in taken
+    ]
+    return [*groups, _group(f"gate of {teaching.method}", gate)]
+
+
+def _group(title: str, parts: list[tuple[str, Any, Field]]) -> type:
+    return make_dataclass(
+        re.sub(r"\W+", "_", title).title(), parts, namespace={"_argument_group_name": title}, kw_only=True
+    )
+
+
+def _typed(config: type) -> Iterator[tuple[str, Any, Field]]:
+    """Fields of a dataclass as HfArgumentParser takes them: tuples become lists, help comes from the docstring."""
+    hints, told = get_type_hints(config), _attributes(inspect.getdoc(config) or "")
+    for one in fields(config):
+        kind = hints[one.name]
+        help_text = {"help": one.metadata.get("help", told.get(one.name, " "))}
+        flag: Any = field(default=one.default, metadata=help_text)
+        if get_origin(kind) is tuple:
+            kind, start = list[kind.__args__[0]], [] if one.default is MISSING else list(one.default)
+            flag = field(default_factory=start.copy, metadata=help_text)
+        elif one.default_factory is not MISSING:
+            flag = field(default_factory=one.default_factory, metadata=help_text)
+        yield one.name, kind, flag
+
+
+def _setting(value: Any, *, needed: bool) -> tuple[Any, Field]:
+    """Type and field of a gate's setting, from its default."""
+    kind: Any = type(value) if isinstance(value, bool | int | float | str) else literal
+    flag: Any = field(default=MISSING if needed else value, metadata={"help": " "})
+    return kind, flag
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """What the "Attributes" of a docstring say, by name."""
+    section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", section, re.MULTILINE)
+    joined = {name: " ".join(said.split()).replace("%", "%%") for names, said in found for name in names.split(", ")}
+    return {name: said[0].lower() + said[1:] for name, said in joined.items()}
+
+
+def _for_config(config: type, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values of a config's fields, lists as the tuples that it wants."""
+    hints = get_type_hints(config)
+    for one in fields(config):
+        wanted = get_origin(hints[one.name]) is tuple
+        yield one.name, tuple(values[one.name]) if wanted else values[one.name]
+
+
+def _early(words: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Values of a few flags, before all of them are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
+    return vars(parser.parse_known_args(list(words))[0])
+
+
+def _default(config: type, name: str) -> Any:
+    return next(one.default for one in fields(config) if one.name == name)
+
+
+def _as_defaults(written: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values of a file as argparse reads words: text is converted and checked, lists are taken as they are."""
+    for name, value in written.items():
+        yield (
+            name,
+            value if isinstance(value, list | None) else json.dumps(value) if isinstance(value, dict) else str(value),
+        )
+
+
+def _refuse_unknown(names: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(set(names) - known):
+        own = ", ".join(sorted(known - TRAINING_FIELDS))
+        raise UsageError(
+            f"{where} sets {', '.join(unknown)}, which nobody here knows; known are {own}, and the fields of "
+            "transformers.TrainingArguments"
+        )

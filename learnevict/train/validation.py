@@ -1,0 +1,148 @@
+"""Judging gates while they learn: how much of the way from random eviction to the oracle's they have come."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from learnevict import methods
+from learnevict.config import Budget
+from learnevict.errors import BudgetError, UsageError
+from learnevict.hub import Gates
+from learnevict.oracle.metrics import Judged, judge
+from learnevict.oracle.reference import Reference
+from learnevict.policy import Policy
+from learnevict.train.labels import Document
+
+Collate = Callable[[list[Document]], dict[str, Any]]
+"""Documents to a batch."""
+BEST = "eval_oracle_gap_closed"
+"""What early stopping and the choice of the best checkpoint look at; higher is better."""
+
+
+@dataclass
+class Validation:
+    """What gates are judged by.
+
+    Attributes:
+        documents: that nobody trains on.
+        budgets: tokens, "25%" or "64MiB"; figures are means over them, and given for each if there are several.
+        batch_size: documents at a time.
+        terms: of the eviction: sinks, recent, slack; options that a method does not have are left out.
+        memory: bytes of the full cache's labels that are kept between evaluations; the rest is made anew.
+    """
+
+    documents: Sequence[Document]
+    budgets: tuple[str, ...] = ("25%",)
+    batch_size: int = 8
+    terms: dict[str, Any] = field(default_factory=dict)
+    memory: int = 2**30
+    kept: dict[int, Reference] = field(default_factory=dict, repr=False)
+
+    def policies(self, gates: Gates) -> dict[str, Policy]:
+        """The gates under every budget.
+
+        Raises:
+            BudgetError: there is none, or one that cannot be held.
+        """
+        if not self.budgets:
+            raise BudgetError("nothing to judge under: give --eval_budgets, for instance 25%")
+        taken = inspect.signature(methods.load(gates.method).policy).parameters
+        free = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+        terms = {name: value for name, value in self.terms.items() if free or name in taken}
+        return {
+            str(budget): gates.policy(Budget.parse(budget), allow_other_base=True, **terms) for budget in self.budgets
+        }
+
+    def references(self, base: PreTrainedModel, collate: Collate, block: int, share: slice) -> Iterator[Reference]:
+        """What the full cache makes of this process's share, batch after batch."""
+        mine = list(self.documents[share])
+        for start in range(0, len(mine), self.batch_size):
+            reference = self.kept.get(start)
+            if reference is None:
+                batch = collate(mine[start : start + self.batch_size])
+                ids, mask, prompt = (
+                    batch[name].to(base.device) for name in ("input_ids", "attention_mask", "prompt_length")
+                )
+                reference = Reference.of(base, ids, mask, block=block, prompt_length=prompt)
+                if sum(one.labels.nbytes for one in [*self.kept.values(), reference]) <= self.memory:
+                    self.kept[start] = reference
+            yield reference
+
+
+@torch.no_grad()
+def validate(
+    gates: Gates, base: PreTrainedModel, validation: Validation, collate: Collate, share: slice = slice(None)
+) -> dict[str, list[Judged]]:
+    """Judge gates under every budget, on a share of the documents.
+
+    Args:
+        gates: being trained.
+        base: the frozen model, on its device.
+        validation: what to judge by.
+        collate: documents to a batch.
+        share: of the documents, for this process.
+
+    Returns:
+        What every batch of texts has come to, by budget; `summarise` makes figures of it.
+    """
+    policies = validation.policies(gates)
+    found: dict[str, list[Judged]] = {budget: [] for budget in policies}
+    block = next(iter(policies.values())).schedule.period
+    for reference in validation.references(base, collate, block, share):
+        for budget, policy in policies.items():
+            found[budget].append(judge(base, policy, reference))
+    return found
+
+
+def summarise(found: dict[str, list[Judged]], prefix: str) -> dict[str, float]:
+    """Figures of learnevict.oracle.metrics: {"eval_NAME": mean over budgets, "eval_NAME_25%": if there are several}.
+
+    Raises:
+        UsageError: nothing was evicted, so there is nothing to judge.
+    """
+    by_budget: dict[str, dict[str, float]] = {}
+    for budget, parts in found.items():
+        pooled = {one.name: torch.cat([getattr(part, one.name).cpu() for part in parts]) for one in fields(Judged)}
+        by_budget[budget] = Judged(**pooled).figures()
+        if BEST.removeprefix("eval_") not in by_budget[budget]:
+            raise UsageError(
+                f"the documents held out are too short for --eval_budgets {budget}: nothing is evicted, or all the same is"
+            )
+    figures: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in by_budget.values() for name in values):
+        values = {budget: values[name] for budget, values in by_budget.items() if name in values}
+        figures[f"{prefix}_{name}"] = round(sum(values.values()) / len(values), 5)
+        if len(by_budget) > 1:
+            figures |= {f"{prefix}_{name}_{budget}": round(value, 5) for budget, value in values.items()}
+    return figures
+
+
+class Patience(TrainerCallback):
+    """Stops when so many evaluations in a row have not been better than the best before them.
+
+    It reads the log and keeps no state of its own, so a resumed run stops where the other one would have.
+    """
+
+    def __init__(self, evaluations: int) -> None:
+        self.evaluations = evaluations
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that had stopped already stays stopped."""
+        control.should_training_stop = self.lost(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After every evaluation."""
+        control.should_training_stop = control.should_training_stop or self.lost(state)
+
+    def lost(self, state: TrainerState) -> bool:
+        """Whether patience is at its end."""
+        values = [line[BEST] for line in state.log_history if BEST in line]
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.evaluations

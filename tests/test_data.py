@@ -1,0 +1,182 @@
+"""Documents: from files, folders and chats; packed or one by one; streamed, stopped anywhere and gone on with."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from learnevict import testbed
+from learnevict.errors import DataError, UsageError
+from learnevict.testbed.corpus import families_of, read_for_learning, read_source
+from learnevict.train.data import Collator, Encoder, long_enough, read_documents
+from learnevict.train.labels import Document
+from learnevict.train.sources import Source
+from learnevict.train.streaming import Stream
+
+TOKENIZER = testbed.build_tokenizer()
+WORDS = [word for word in TOKENIZER.get_vocab() if not word.startswith("<")]
+
+
+def text(number: int, length: int = 5) -> str:
+    return " ".join(WORDS[(7 * number + i) % len(WORDS)] for i in range(length))
+
+
+def ids(said: str) -> list[int]:
+    return TOKENIZER(said, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text(i)}) for i in range(9)))
+    return path
+
+
+def test_the_first_documents_are_held_out(jsonl):
+    learn, held_out = read_documents(Source(str(jsonl)), TOKENIZER, 4, skip=2)
+    assert [one.input_ids for one in held_out] == [ids(text(i)) for i in range(2)]
+    assert [one.input_ids for one in learn] == [ids(text(i)) for i in range(2, 6)]
+    with pytest.raises(DataError, match="only 9 documents, and 9 are held out"):
+        read_documents(Source(str(jsonl)), TOKENIZER, 4, skip=9)
+
+
+def test_every_kind_of_local_source_reads_the_same(tmp_path, jsonl):
+    import datasets
+
+    table = datasets.Dataset.from_list([{"text": text(i)} for i in range(9)])
+    (tmp_path / "files").mkdir()
+    table.select(range(5)).to_parquet(tmp_path / "files" / "a.parquet")
+    table.select(range(5, 9)).to_parquet(tmp_path / "files" / "b.parquet")
+    table.to_parquet(tmp_path / "one.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": table, "other": table.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    expected = [one.input_ids for one in read_documents(Source(str(jsonl)), TOKENIZER, 99)[0]]
+    for name in ("files", "one.parquet", "saved", "splits"):
+        found = read_documents(Source(str(tmp_path / name)), TOKENIZER, 99)[0]
+        assert [one.input_ids for one in found] == expected, name
+    assert len(read_documents(Source(str(tmp_path / "splits"), split="other"), TOKENIZER, 99)[0]) == 1
+    with pytest.raises(DataError, match="has no split 'nope'; it has train, other"):
+        read_documents(Source(str(tmp_path / "splits"), split="nope"), TOKENIZER, 99)
+
+
+def test_what_cannot_be_read_is_told_and_never_downloaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("a")
+    (tmp_path / "mixed" / "b.jsonl").write_text("{}")
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    for name, message in (
+        ("nowhere.parquet", "there is no such file or folder"),
+        ("./nowhere", "there is no such file or folder"),
+        ("nowhere.txt", "cannot read"),
+        (str(tmp_path / "empty"), "found none of these"),
+        (str(tmp_path / "mixed"), "found files of 2 formats"),
+        (str(tmp_path / "bad.parquet"), "cannot read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_documents(Source(name), TOKENIZER, 9)
+
+
+def test_a_prompt_is_everything_before_the_last_answer():
+    chat = [
+        {"role": "user", "content": text(0)},
+        {"role": "assistant", "content": text(1)},
+        {"role": "user", "content": text(2)},
+        {"role": "assistant", "content": text(3)},
+        {"role": "user", "content": text(4)},
+    ]
+    found, prompt = Encoder(TOKENIZER, 999).encode({"messages": chat}, "here")
+    assert found == ids(TOKENIZER.apply_chat_template(chat[:4], tokenize=False))
+    assert found[:prompt] == ids(TOKENIZER.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True))
+    assert found[prompt : prompt + 5] == ids(text(3))
+    assert Encoder(TOKENIZER, 999, column="turns").encode({"turns": chat}, "here") == (found, prompt)
+    asked, prompt = Encoder(TOKENIZER, 999).encode({"messages": chat[:1]}, "here")
+    assert prompt == len(asked)
+    assert Encoder(TOKENIZER, 3).encode({"messages": chat}, "here") == (found[:3], 3)
+
+
+def test_prompt_and_completion_columns():
+    row = {"prompt": text(0), "completion": text(1)}
+    assert Encoder(TOKENIZER, 999).encode(row, "here") == (ids(text(0)) + ids(text(1)), 5)
+    turns = {
+        "prompt": [{"role": "user", "content": text(0)}],
+        "completion": [{"role": "assistant", "content": text(1)}],
+    }
+    chat = {"messages": [*turns["prompt"], *turns["completion"]]}
+    assert Encoder(TOKENIZER, 999).encode(turns, "here") == Encoder(TOKENIZER, 999).encode(chat, "here")
+
+
+def test_a_row_without_text_names_its_columns():
+    with pytest.raises(DataError, match=r"row 3 has no text.*its columns are body, n; name one with --column"):
+        Encoder(TOKENIZER, 9).encode({"body": "a", "n": 1}, "row 3")
+    assert Encoder(TOKENIZER, 9, column="body").encode({"body": text(0)}, "row 3") == (ids(text(0)), 0)
+    plain = testbed.build_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        Encoder(plain, 9).encode({"messages": [{"role": "user", "content": "a"}]}, "row 3")
+
+
+def test_packing_joins_and_cuts(jsonl):
+    source = Source(str(jsonl), max_length=8, packed=True)
+    found = read_documents(source, TOKENIZER, 99)[0]
+    joined = [token for i in range(9) for token in [*ids(text(i)), TOKENIZER.eos_token_id]]
+    assert [one.input_ids for one in found] == [joined[i : i + 8] for i in range(0, len(joined) - 7, 8)]
+    with pytest.raises(DataError, match="no text of 999 tokens"):
+        read_documents(Source(str(jsonl), max_length=999, packed=True), TOKENIZER, 9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stream_goes_on_exactly_where_it_was(jsonl, packed):
+    source = Source(str(jsonl), max_length=4 if packed else 99, packed=packed, streaming=True)
+    whole = list(islice(Stream(source, TOKENIZER, skip=2), 30))
+    assert [one.input_ids for one in whole[:3]] == [one.input_ids for one in read_documents(source, TOKENIZER, 3, 2)[0]]
+    for stop in (0, 1, 6, 7, 13, 20):
+        first = Stream(source, TOKENIZER, skip=2)
+        begun = list(islice(first, stop))
+        state = json.loads(json.dumps(first.state_dict()))
+        second = Stream(source, TOKENIZER, skip=2)
+        second.load_state_dict(state)
+        rest = list(islice(second, 30 - stop))
+        assert begun + rest == whole, stop
+        assert len(second.digest) == 64
+
+
+def test_processes_share_a_stream(jsonl):
+    source = Source(str(jsonl), streaming=True)
+    alone = list(islice(Stream(source, TOKENIZER), 12))
+    both = [Stream(source, TOKENIZER, rank=rank, num_ranks=2) for rank in range(2)]
+    found = [list(islice(one, 6)) for one in both]
+    assert [one for pair in zip(*found, strict=True) for one in pair] == alone
+    assert both[0].state_dict() == both[1].state_dict()
+
+
+def test_a_stream_without_documents_ends_with_an_error(jsonl):
+    with pytest.raises(DataError, match="no document of at least 6 tokens"):
+        next(iter(Stream(Source(str(jsonl), streaming=True), TOKENIZER, shortest=6)))
+    assert next(iter(Stream(Source(str(jsonl), streaming=True), TOKENIZER, shortest=5))).input_ids == ids(text(0))
+
+
+def test_the_testbed_holds_out_other_samples():
+    learn, held_out = read_for_learning(Source("testbed"), TOKENIZER, 4, 3, families_of("recall,program"))
+    assert [one.family for one in learn] == ["recall", "program", "recall", "program"]
+    assert [one.seed for one in learn] == [0, 0, 1, 1]
+    assert not {tuple(one.input_ids) for one in learn} & {tuple(one.input_ids) for one in held_out}
+    assert 0 < learn[0].prompt_length < len(learn[0].input_ids)
+    with pytest.raises(UsageError, match="drop --packed"):
+        read_source(Source("testbed", packed=True), TOKENIZER, 1)
+    with pytest.raises(UsageError, match="no such task family: sudoku"):
+        families_of("sudoku")
+
+
+def test_batches_are_left_padded_and_know_their_prompts():
+    batch = Collator(9)([Document([1, 2, 3], 2, "a", 0), Document([4], 0, "a", 1)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert torch.equal(batch["prompt_length"], torch.tensor([2, 0]))
+    assert batch["stored_labels"] is None
+    with pytest.raises(DataError, match="no text has the 4 tokens"):
+        long_enough([Document([1, 2, 3], 0, "a", 0)], 4)

@@ -1,0 +1,88 @@
+"""Records of runs: there while a run lasts, honest about how it ended, silent about whose machine it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from learnevict.errors import DataError
+from learnevict.train.record import Record, changed, commit, read_record
+
+
+@dataclass(frozen=True)
+class Given:
+    folder: Path = Path("runs/x")
+    budgets: tuple[int, int] = (1, 2)
+
+
+def test_a_record_is_there_while_the_run_lasts(tmp_path):
+    with Record(tmp_path / "run", "distill", {"given": Given()}, base_hash="b") as record:
+        early = read_record(tmp_path / "run")
+        assert early is not None
+        assert (early["status"], early["base_hash"]) == ("running", "b")
+        assert early["config"] == {"given": {"folder": "runs/x", "budgets": [1, 2]}}
+        record.add(log=[{"loss": 1.0}])
+        assert read_record(tmp_path / "run")["log"] == [{"loss": 1.0}]
+    late = read_record(tmp_path / "run")
+    assert late["status"] == "finished"
+    assert late["seconds"] >= 0
+    assert {"python", "torch", "transformers", "learnevict"} <= set(late["versions"])
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_how_it_ended_is_told(tmp_path):
+    for error, status in ((KeyboardInterrupt(), "interrupted"), (ValueError("no"), "failed")):
+        with pytest.raises(type(error)), Record(tmp_path, "distill"):
+            raise error
+        assert read_record(tmp_path)["status"] == status
+    assert read_record(tmp_path)["error"] == "ValueError: no"
+
+
+def test_a_run_that_goes_on_remembers_the_sessions_before(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Record(tmp_path, "oracle"):
+        raise KeyboardInterrupt
+    with Record(tmp_path, "oracle", goes_on=True):
+        pass
+    with Record(tmp_path, "oracle", goes_on=True):
+        pass
+    assert [one["status"] for one in read_record(tmp_path)["sessions"]] == ["interrupted", "finished"]
+    with Record(tmp_path, "oracle"):
+        assert "sessions" not in read_record(tmp_path)
+
+
+def test_only_one_process_writes(tmp_path):
+    with Record(tmp_path / "run", "oracle", writes=False) as record:
+        record.add(log=1)
+    assert not (tmp_path / "run").exists()
+    assert read_record(tmp_path / "run") is None
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(DataError, match="not the record of a run"):
+            read_record(tmp_path)
+
+
+def test_nothing_of_the_machines_owner(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    training = TrainingArguments(output_dir="runs/x", learning_rate=0.5, hub_token="hf_other", report_to="none")
+    with (
+        pytest.raises(ValueError, match="x"),
+        Record(tmp_path, "distill", training=changed(training), data="/home/somebody/a"),
+    ):
+        raise ValueError("/home/somebody/x")
+    text = (tmp_path / "run.json").read_text()
+    assert not any(word in text for word in ("somebody", "hf_secret", "hf_other", str(Path.cwd()), str(tmp_path)))
+    assert (json.loads(text)["data"], json.loads(text)["error"]) == ("~/a", "ValueError: ~/x")
+    assert json.loads(text)["training"] == {"output_dir": "runs/x", "learning_rate": 0.5}
+
+
+def test_the_commit_is_that_of_this_code():
+    found = commit()
+    assert found is None or (len(found["commit"]) == 40 and isinstance(found["dirty"], bool))
