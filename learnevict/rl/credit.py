@@ -1,0 +1,95 @@
+"""Who is to blame: from the loss of every token along a group of traces to an advantage for every single draw.
+
+    trace      one number per trace, for all of its draws (ForesightKV, arXiv 2602.03203)
+    to_go      per event: only what comes after it
+    attention  per draw: what comes after it, weighed by how much the full cache attends there to the evicted token
+
+All are relative to the mean of the group at the same token, so what no eviction can change cancels. The last is no unbiased
+estimate: it leaves out what a token does for later ones through other tokens, and gives up that signal for two orders of
+magnitude less noise: of 16 slots evicted in each of 8 heads at an event, mostly one or two mattered.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.infer.replay import replay
+from learnevict.oracle.collect import full_trace
+from learnevict.rl.draw import NOTHING
+from learnevict.rl.episode import Races
+from learnevict.signals import Attention
+
+TILE = 32
+"""Queries whose attention is held at one time."""
+
+
+def relative(costs: Float[Tensor, "B T"], group: int) -> Float[Tensor, "B T"]:
+    """Costs minus their group's mean at every token; rows of a group follow each other."""
+    grouped = costs.view(-1, group, costs.shape[-1])
+    return (grouped - grouped.mean(1, keepdim=True)).view_as(costs)
+
+
+def to_go_credit(costs: Float[Tensor, "B T"], races: Races) -> Float[Tensor, "B E R K"]:
+    """Minus the relative cost of the tokens read after each event. The logits of column t predict column t + 1.
+
+    Costs stand at the column that predicts.
+    """
+    behind = torch.nn.functional.pad(costs.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    found = behind.gather(-1, races.end.clamp_max(costs.shape[-1]))
+    return -found[:, :, None, None].expand(races.order.shape)
+
+
+@torch.no_grad()
+def attention_credit(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "S T"],
+    attention_mask: Int[Tensor, "S T"],
+    costs: Float[Tensor, "B T"],
+    expiry: Int[Tensor, "L B H T"],
+) -> tuple[Float[Tensor, "L B H T"], Float[Tensor, "S T V"]]:
+    """What each evicted token is blamed for: minus the sum over later columns of attention x relative cost.
+
+    Attention is that of the full cache, mean over the group of query heads; columns count from the token's expiry on.
+
+    Args:
+        model: the base.
+        input_ids, attention_mask: each text once.
+        costs: relative costs of B = S * group traces.
+        expiry: of the traces, the length of the text where a token stays.
+
+    Returns:
+        credit of every token of every trace (0 where it stays), and the full-cache logits.
+    """
+    texts = len(input_ids)
+    blame = torch.zeros(expiry.shape, device=costs.device)
+    own = costs.view(texts, -1, costs.shape[-1])
+
+    def observe(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> None:
+        ends = expiry[layer].view(texts, -1, *expiry.shape[2:])
+        found = blame[layer].view_as(ends)
+        heads, length, width = key.shape[1:]
+        for start in range(0, length, TILE):
+            stop = min(start + TILE, length)
+            rows = query[:, :, start:stop].reshape(texts, heads, -1, width)
+            logits = (rows @ key[:, :, :stop].transpose(-1, -2)).view(texts, heads, -1, stop - start, stop)
+            column = torch.arange(length, device=key.device)
+            causal = column[:stop] <= column[start:stop].unsqueeze(-1)
+            visible = causal & attention_mask[:, None, None, None, :stop].bool()
+            weights = attention.probabilities(logits, visible).mean(2)
+            missed = ends[..., None, :stop] <= column[start:stop].view(-1, 1)
+            found[..., :stop] -= torch.einsum("shqt,sgq,sghqt->sght", weights, own[:, :, start:stop], missed.float())
+
+    logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe).logits
+    return blame, logits
+
+
+def of_draws(credit: Float[Tensor, "L B H T"], races: Races) -> Float[Tensor, "B E R K"]:
+    """Credit of tokens, looked up for the draws that evicted them."""
+    whose = credit[list(races.layers)].transpose(0, 1).flatten(1)
+    found = whose.gather(-1, races.tokens.clamp_min(0).flatten(1)).view(races.tokens.shape)
+    return found.masked_fill(races.order == NOTHING, 0.0)

@@ -1,0 +1,68 @@
+"""What a trace costs: the language model's loss along it against the loss with everything kept, token by token.
+
+Eviction hurts where the model was sure: at tokens of low entropy its loss grows most (ForesightKV, arXiv 2602.03203), while
+at forks either branch is fine. Costs stand at the column that predicts; they are 0 where nothing is counted.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learnevict.errors import UsageError
+
+COSTS = ("low_entropy", "thresholded", "plain")
+THRESHOLD = 1.5  # eta of the paper's reward
+QUANTILE = 0.8  # the paper leaves out the 20 % of tokens with the highest entropy
+CERTAIN = (
+    0.1  # nats; a model that is sure of nearly everything would lose its hardest tokens, which eviction hits first
+)
+
+
+def token_costs(
+    kind: str,
+    logits: Float[Tensor, "B T V"],
+    full: Float[Tensor, "B T V"],
+    input_ids: Int[Tensor, "B T"],
+    counted: Bool[Tensor, "B T"],
+    ceiling: float = 2.0,
+) -> Float[Tensor, "B T"]:
+    """The cost of every prediction.
+
+    Args:
+        kind: "low_entropy": the loss that eviction adds, from 0 to `ceiling`, where the full cache is sure; "thresholded":
+            the paper's square of it where it exceeds 1.5, without ceiling; "plain": from 0 to `ceiling` everywhere.
+        logits: along the trace; full: with everything kept.
+        input_ids: the text.
+        counted: tokens whose prediction counts, in the column of the token.
+        ceiling: in nats; a token lost is a token lost, however surely.
+
+    Raises:
+        UsageError: no such kind.
+    """
+    if kind not in COSTS:
+        raise UsageError(f"cost {kind!r} is unknown; choose {', '.join(COSTS)}")
+    added = losses(logits, input_ids) - losses(full, input_ids)
+    predicts = torch.nn.functional.pad(counted[:, 1:], (0, 1))
+    if kind != "plain":
+        predicts = predicts & sure(full, predicts)
+    if kind == "thresholded":
+        return added.square() * (added > THRESHOLD) * predicts
+    return added.clamp(0.0, ceiling) * predicts
+
+
+def losses(logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Of predicting the next token, float32; 0 in the last column."""
+    found = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+    )
+    return torch.nn.functional.pad(found.view(len(input_ids), -1), (0, 1))
+
+
+def sure(full: Float[Tensor, "B T V"], predicts: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Columns whose entropy is at most the QUANTILE of the row's over the columns of `predicts`, or below CERTAIN."""
+    log_share = full.float().log_softmax(-1)
+    spread = -(log_share.exp() * log_share).sum(-1)
+    limit = torch.nanquantile(spread.masked_fill(~predicts, torch.nan), QUANTILE, dim=-1, keepdim=True)
+    return spread <= limit.clamp_min(CERTAIN)

@@ -1,0 +1,174 @@
+"""GRPO over evictions, on TRL's GRPOTrainer: its groups, clipping, losses, KL and metrics; our rollouts and log-probabilities.
+
+In TRL's words a prompt is a text that the model reads, a completion is what was evicted: one action per draw, in the order
+event, layer, head, draw (or event, draw, where all heads race together). Three things differ from what TRL does with words,
+and each is covered by tests/test_grpo.py, which says what to look at when TRL moves:
+
+    rollout_func                           samples traces in one teacher-forced forward (or in free generation)
+    _get_per_token_logps_and_entropies     the exact log-probability of the stored draws under the gate as it is now
+    _generate_and_score_completions        advantages per draw [rows, actions] instead of one per row, which TRL's loss accepts
+
+The first id of a completion is the number of its rollout; it is masked and counts for nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from learnevict.errors import UsageError
+from learnevict.hub import Gates
+from learnevict.parts.gates import Judge
+from learnevict.rl.episode import Episode
+from learnevict.rl.free import Verifier, sample_answers
+from learnevict.rl.rollout import RefineConfig, Text, log_probabilities, sample_group
+from learnevict.train.data import Collator
+from learnevict.train.sharing import SharingTrainer
+from learnevict.train.validation import Validation, summarise, validate
+from learnevict.train.whole import Whole
+
+
+class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """See the module.
+
+    Args:
+        gates: of a method whose gate is a Judge; its scope becomes that of `refine`.
+        base: the model whose cache is governed; frozen.
+        refine: how.
+        verifier: marks free answers, from a row of the data and the text; needed for refine.free_every.
+        validation: what to judge by at evaluations; None: there are none.
+        args: a GRPOConfig; per_device_train_batch_size x steps_per_generation must hold whole groups.
+        train_dataset: rows {"prompt": token ids of prompt and answer, "prompt_length": int, ...}.
+        processing_class: the base's tokenizer.
+
+    Raises:
+        UsageError: gates that are no judge, groups that are split over processes, or no verifier.
+    """
+
+    def __init__(
+        self,
+        gates: Gates,
+        *,
+        base: PreTrainedModel,
+        refine: RefineConfig,
+        verifier: Verifier | None = None,
+        validation: Validation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if gates.gate.mode != "replay":
+            raise UsageError(f"{gates.method} has no judge to refine; methods with mode 'replay' have (foresightkv)")
+        if refine.free_every and verifier is None:
+            raise UsageError("free answers need a verifier that marks them; drop --free_every for data without one")
+        self.base = base.eval().requires_grad_(False)
+        self.refine, self.verifier, self.validation = refine, verifier, validation
+        self.rows: list[dict[str, Any]] = []
+        self.episode: Episode | None = None
+        self.advantages: Tensor | None = None
+        gates.generation_config = base.generation_config  # TRL reads pad and end tokens there
+        judge: Any = gates.gate
+        judge.scope = refine.scope
+        gates.config.settings = judge.settings()
+        super().__init__(model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, **kwargs)  # pyright: ignore[reportArgumentType]
+        self.whole = Whole(self)
+        options: Any = self.args
+        self.group = int(options.num_generations)
+        local = options.per_device_train_batch_size * options.steps_per_generation
+        if local % self.group:
+            raise UsageError(
+                f"a process samples {local} traces at a time, which are no whole groups of {self.group}; make "
+                "per_device_train_batch_size a multiple of num_generations"
+            )
+        if refine.kl:
+            reference = Gates(gates.config)  # pyright: ignore[reportArgumentType]
+            reference.load_state_dict(gates.state_dict())
+            self.ref_model = reference.eval().requires_grad_(False).to(self.accelerator.device)
+            self.beta = refine.kl
+
+    @property
+    def judge(self) -> Judge:
+        """What is refined, with whole weights; all processes ask together."""
+        gate: Any = self.whole.now().gate
+        return gate
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As TRL, with advantages per draw."""
+        self.rows = inputs
+        output = super()._generate_and_score_completions(inputs)
+        if self.advantages is not None:
+            output["advantages"] = self.advantages
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, None]:
+        """Of the draws of the rollouts named in the first action, [rows, actions]."""
+        rows = input_ids[:, -logits_to_keep]
+        found: tuple[Tensor, Tensor] = model(log_probabilities, self.episode, rows)
+        log_probs, entropies = (torch.nn.functional.pad(part, (1, 0)) for part in found)
+        return log_probs, entropies, None
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Judge the gates against the oracle, as learnevict.train.validation does.
+
+        Raises:
+            UsageError: there is nothing to judge by.
+        """
+        if self.validation is None:
+            raise UsageError("nothing to judge by: give the trainer a validation, or the recipe --eval_documents")
+        gates = self.whole.now()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            sums = validate(gates, self.base, self.validation, Collator(0))
+        metrics = summarise(sums, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *_: Any, rows: Any = (), **__: Any) -> None:
+        """TRL asks for a card at every checkpoint; ours belongs to what is shared."""
+        if self.args.push_to_hub:
+            super().create_model_card(rows)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Gates only, as config.json + model.safetensors; no pickled arguments."""
+        folder = output_dir or self.args.output_dir
+        gates: Any = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save:
+            gates.save_pretrained(folder, state_dict=state_dict)
+
+
+def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
+    """TRL's rollout_func: traces of every row and their actions, with `reward` and `cost` for the reward function."""
+    refine, step = trainer.refine, trainer.state.global_step
+    texts = [Text(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
+    where, judge = trainer.accelerator, trainer.judge
+    terms: Any = {"seeds": (trainer.args.seed, step, where.process_index * len(texts)), "device": where.device}
+    if refine.free_every and step % refine.free_every == refine.free_every - 1:
+        sampled = sample_answers(trainer.base, judge, texts, refine, mark=partial(mark, trainer), **terms)
+    else:
+        sampled = sample_group(trainer.base, judge, texts, refine, group=trainer.group, **terms)
+    trainer.episode = sampled.episode
+    trainer.advantages = None
+    if sampled.credit is not None:
+        moments = torch.stack([sampled.credit.square().sum(), sampled.taken.sum()])
+        spread = where.reduce(moments, reduction="sum")
+        trainer.advantages = sampled.credit / (spread[0] / spread[1]).sqrt().clamp_min(1e-6)
+    return {"prompt_ids": prompts, **sampled.completions()}
+
+
+def language_model_reward(*, reward: list[float], cost: list[float], log_metric: Any, **_: Any) -> list[float]:
+    """Minus what the trace cost, as the rollout has found; TRL's reward function."""
+    log_metric("cost", sum(cost) / len(cost))
+    return reward
+
+
+def mark(trainer: EvictionTrainer, row: int, answer: list[int]) -> float:
+    """What the verifier says of a row's answer."""
+    assert trainer.verifier is not None
+    tokenizer: Any = trainer.processing_class
+    return trainer.verifier(trainer.rows[row], tokenizer.decode(answer))

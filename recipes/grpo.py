@@ -1,0 +1,155 @@
+"""Refine a judge by GRPO over its own evictions (reinforcement stage of ForesightKV, arXiv 2602.03203).
+
+    python recipes/grpo.py --start_from runs/foresightkv --output_dir runs/refined
+    python recipes/grpo.py --scope model --output_dir runs/together           # slots of all heads and layers compete
+    accelerate launch recipes/grpo.py --start_from runs/foresightkv --output_dir runs/refined
+
+A text is read G times under sampled evictions, and what a trace adds to the language model's loss, at tokens that the full
+cache is sure of, is what it costs. The base model is frozen and never writes a word (but see --free_every).
+Departures from the paper: the log-probability is that of the sampling law (Plackett-Luce over the stored pool); budgets are
+drawn anew for every step; the cost of a token is capped; and credit is given draw by draw, by the attention that the full
+cache pays from the costly tokens to the evicted ones, where the paper gives one number to all draws of a trace
+(--credit trace; --credit to_go counts what comes after an event). Resume with --resume_from_checkpoint true.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import HfArgumentParser, set_seed
+from trl import GRPOConfig
+
+from learnevict.errors import UsageError, told_in_one_line
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.rl.rollout import RefineConfig
+from learnevict.rl.trainer import EvictionTrainer
+from learnevict.testbed import generate, verify
+from learnevict.testbed.corpus import families_of, load_base, read_for_learning
+from learnevict.train.labels import Document, hash_documents
+from learnevict.train.launch import check_launch, find_tools, launch_defaults
+from learnevict.train.record import Record, changed
+from learnevict.train.running import resume_point
+from learnevict.train.sources import Source
+from learnevict.train.validation import Validation
+
+
+@dataclass
+class Config:
+    """What to refine, and on what.
+
+    Attributes:
+        start_from: gates of a method with a judge, a folder or Hub id.
+        model: base model: testbed, a folder or a Hub id.
+        data: testbed; a file, a folder or a dataset of the Hub with prompts and answers.
+        families: of the testbed, comma-separated; otherwise all.
+        documents: to learn from at most.
+        max_length: tokens of a document at most.
+        eval_documents: held out for evaluations (--eval_strategy steps).
+        smoke: seconds instead of minutes, the same code.
+    """
+
+    start_from: str = str(GATES_FOLDER / "testbed-foresightkv-sl")
+    model: str = "testbed"
+    data: str = "testbed"
+    families: str = ""
+    documents: int = 4000
+    max_length: int = 4096
+    eval_documents: int = 16
+    smoke: bool = False
+
+
+DEFAULTS = {
+    "output_dir": "runs/refined",
+    "per_device_train_batch_size": 48,
+    "num_generations": 8,  # Section 4.1: 8 traces a text
+    "learning_rate": 1.5e-3,  # the paper: 3e-4, for 200 steps of 32 texts
+    "max_steps": 300,
+    "warmup_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 7,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+
+
+def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
+    """Read, refine, save."""
+    if config.smoke:
+        config.documents, config.eval_documents = 8, 2
+        training.max_steps, training.save_steps, training.logging_steps = 2, 2, 1
+    check_launch(training)
+    set_seed(training.seed)
+    base, tokenizer = load_base(config.model, device=str(training.device))
+    gates = Gates.load(config.start_from, base)
+    source = Source(config.data, max_length=config.max_length)
+    held = config.eval_documents if training.do_eval else 0
+    documents, held_out = read_for_learning(source, tokenizer, config.documents, held, families_of(config.families))
+    facts = {"base_hash": weight_hash(base), "data_hash": hash_documents(documents)}
+    checkpoint = resume_point(training, facts, fresh_over_old=config.smoke)
+    terms = {"sinks": refine.sinks, "recent": refine.recent, "slack": refine.period}
+    record = Record(
+        training.output_dir,
+        "grpo",
+        vars(config),
+        goes_on=checkpoint is not None,
+        writes=training.process_index == 0,
+        refine=refine,
+        training=changed(training),
+        seeds={"seed": training.seed},
+        **facts,
+    )
+    gates.config.training = {**record.origin, "before": gates.config.training}
+    with record:
+        trainer = EvictionTrainer(
+            gates,
+            base=base,
+            refine=refine,
+            verifier=marked if config.data == "testbed" else None,
+            validation=Validation(held_out, (str(refine.min_budget), str(refine.max_budget)), terms=terms),
+            args=training,
+            train_dataset=Dataset.from_list([row_of(document) for document in documents]),
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training.output_dir)
+        record.add(log=trainer.state.log_history, steps=trainer.state.global_step)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"gates in {training.output_dir}")
+
+
+def row_of(document: Document) -> dict[str, Any]:
+    """A document as TRL's datasets have them: its prompt is all that the model reads."""
+    own = {"prompt_length": document.prompt_length, "family": document.family, "seed": document.seed}
+    return {"prompt": document.input_ids, **own}
+
+
+def marked(row: dict[str, Any], text: str) -> float:
+    """1 if the answer of a testbed sample is right."""
+    return float(verify(generate(row["family"], row["seed"], split="train"), text))
+
+
+def parse(arguments: list[str]) -> tuple[Config, RefineConfig, GRPOConfig]:
+    """Flags over DEFAULTS."""
+    parser = HfArgumentParser((Config, RefineConfig, GRPOConfig), description=__doc__)  # pyright: ignore[reportArgumentType]
+    parser.set_defaults(**DEFAULTS, **launch_defaults())
+    try:
+        return parser.parse_args_into_dataclasses(arguments)[:3]
+    except ValueError as error:  # training arguments that contradict each other
+        raise UsageError(str(error)) from error
+
+
+if __name__ == "__main__":
+    with told_in_one_line("with a checkpoint in --output_dir, --resume_from_checkpoint true goes on"):
+        find_tools()
+        main(*parse(sys.argv[1:]))
