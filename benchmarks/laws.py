@@ -169,16 +169,22 @@ class Bench:
         return self.bounded(case, self._bfloat16(case)[1])
 
     def no_sync(self, case: Any) -> Verdict:
-        """Places in learnevict that wait for the card in the second decode step and the event step after it."""
+        """Places in learnevict that wait for the card in the second decode step and the event steps after it.
+
+        Events of scope "model" may: how much each layer holds is read by the host (tests/test_audit.py).
+        """
         ids, mask = case.text()
         from learnevict import attach
 
-        with attach(case.model, case.policy(ids, mask)) as cache:
-            reader = iter(self.run.Reader(case.model, cache, ids, mask, self.run.pieces(self.run.PROMPT, ids.shape[1])))
-            next(reader), next(reader)
+        policy = case.policy(ids, mask)
+        with attach(case.model, policy) as cache:
+            reader = self.run.Reader(case.model, cache, ids, mask, self.run.pieces(self.run.PROMPT, ids.shape[1]))
+            next(moment for moment in reader if moment.length > self.run.PROMPT)
             places: set[str] = set()
             for step in range(self.run.PROMPT + 1, self.run.PROMPT + 1 + 2 * max(case.slack, 1)):
-                places |= waits(case.model, cache, ids[:, step : step + 1], mask[:, : step + 1])
+                found = waits(case.model, cache, ids[:, step : step + 1], mask[:, : step + 1])
+                event = any((step + 1 - pad) % max(case.slack, 1) == 0 for pad in self.run.PADS)
+                places |= set() if event and policy.scope == "model" else found
         ours = sorted(place for place in places if place.startswith("learnevict/"))
         return Verdict(float(len(ours)), 0.0, note="; ".join(ours))
 

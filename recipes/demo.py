@@ -58,7 +58,7 @@ def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
         console.print(f"the judge in {folder} has learned this already", soft_wrap=True)
     else:
         flags = ["--labels", str(labels), "--output_dir", str(folder), "--max_steps", str(steps)]
-        distill.main(*distill.parse([*flags, "--save_strategy", "no"]))
+        distill.main(distill.parse([*flags, "--save_strategy", "no"]))
     return folder
 
 

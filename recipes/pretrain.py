@@ -37,6 +37,7 @@ from learnevict.errors import UsageError, told_in_one_line
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.schooling import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
+from learnevict.train.record import Record
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()
@@ -298,7 +299,13 @@ def main(config: Config) -> None:
         raise UsageError(f"the model has been trained for {state['step']} steps already; give --steps above that")
     state = state or {"step": 0, "seconds": 0.0, "curve": []}
     if not config.export:
-        train(config, model, optimizers, state)
+        facts = {"seeds": {"seed": config.seed}, "data_hash": testbed.fingerprint()}
+        with Record(
+            config.out, "pretrain", asdict(replace(config, out="", data="")), goes_on=state["step"] > 0,
+            writes=rank() == 0, **facts,
+        ) as run:  # fmt: skip
+            train(config, model, optimizers, state)
+            run.add(log=state["curve"])
     if rank() == 0:
         record = export(config, state)
         print(json.dumps({key: record[key] for key in ("accuracy", "exact_match", "long")}))

@@ -10,7 +10,6 @@ that does not beat the second has learned no context beyond a clause.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from learnevict.errors import told_in_one_line
@@ -18,9 +17,11 @@ from learnevict.evals.contenders import COMPARISON, contender
 from learnevict.evals.plan import Plan, Subject
 from learnevict.evals.suite import run
 from learnevict.evals.tuning import BONUSES
-from learnevict.hub import Gates
+from learnevict.hub import Gates, weight_hash
 from learnevict.testbed.corpus import load_base, read_source
-from learnevict.train.ranker import Collator
+from learnevict.train.data import Collator
+from learnevict.train.labels import hash_documents
+from learnevict.train.record import Record
 from learnevict.train.tables import fit_tables
 
 SEPARATOR = ";"
@@ -29,24 +30,32 @@ SEPARATOR = ";"
 def main(out: Path, documents: int, samples: int) -> None:
     """Fit on training seeds, choose bonuses by step accuracy on validation seeds, save."""
     model, tokenizer = load_base("testbed")
-    texts = read_source("testbed", tokenizer, documents, 4096)
-    collate = Collator(tokenizer.pad_token_id)
-    batches = (collate(texts[start : start + 16]) for start in range(0, len(texts), 16))
-    separator = tokenizer.get_vocab()[SEPARATOR]
-    found = [Gates.make("lexical", model), Gates.make("clausal", model, separator=separator)]
-    fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
-    plan = Plan(budgets=("1/4", "1/8"), num_samples=samples, split="validation", free="none")
-    for gates in found:
-        tried = {}
-        for bonus in BONUSES:
-            gates.gate.bonus.fill_(bonus)
-            rows, _ = run(plan, Subject(model, tokenizer), [contender(gates.method, gates)])
-            tried[bonus] = sum(row["step_accuracy"] for row in rows) / len(rows)
-            print(f"{gates.method}, bonus {bonus}: step accuracy {tried[bonus]:.4f}")
-        gates.gate.bonus.fill_(max(tried, key=lambda bonus: tried[bonus]))
-        gates.config.training = {"documents": documents, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
-        gates.save_pretrained(out / f"testbed-{gates.method}")
-        print(json.dumps({gates.method: gates.config.training}))
+    texts = read_source("testbed", tokenizer, documents)
+    config = {"documents": documents, "samples": samples}
+    with Record(out, "tables", config, base_hash=weight_hash(model), data_hash=hash_documents(texts)) as record:
+        collate = Collator(tokenizer.pad_token_id)
+        batches = (collate(texts[start : start + 16]) for start in range(0, len(texts), 16))
+        separator = tokenizer.get_vocab()[SEPARATOR]
+        found = [Gates.make("lexical", model), Gates.make("clausal", model, separator=separator)]
+        fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
+        plan = Plan(budgets=("1/4", "1/8"), num_samples=samples, split="validation", free="none")
+        for gates in found:
+            tried = tune(gates, plan, Subject(model, tokenizer))
+            gates.config.training = {**record.origin, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
+            gates.save_pretrained(out / f"testbed-{gates.method}")
+            record.add(**{gates.method: gates.config.training["validation"]})
+
+
+def tune(gates: Gates, plan: Plan, subject: Subject) -> dict[float, float]:
+    """Set the bonus that does best; returns the step accuracy of each."""
+    tried: dict[float, float] = {}
+    for bonus in BONUSES:
+        gates.gate.bonus.fill_(bonus)
+        rows, _ = run(plan, subject, [contender(gates.method, gates)])
+        tried[bonus] = sum(row["step_accuracy"] for row in rows) / len(rows)
+        print(f"{gates.method}, bonus {bonus}: step accuracy {tried[bonus]:.4f}")
+    gates.gate.bonus.fill_(max(tried, key=lambda bonus: tried[bonus]))
+    return tried
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from learnevict.errors import GateError, UsageError
 from learnevict.hub import Gates, weight_hash
 from learnevict.policy import Guard, Policy
 
-GOLDEN, FULL = "golden", "full"
+GOLDEN, FULL, RANDOM = "golden", "full", "random"
 
 
 @dataclass(frozen=True)

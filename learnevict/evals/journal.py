@@ -124,6 +124,31 @@ class Journal:
             self._take(row)
 
 
+def forget(path: Path, name: str) -> int:
+    """Drop all numbers of one contender, and of its settings tried in tuning ("NAME window=8"), from a record.
+
+    The file is written anew beside the old one and takes its place at once.
+
+    Returns:
+        How many batches are gone; 0 if there is no such file.
+
+    Raises:
+        DataError: the file cannot be read or written, or is no record.
+    """
+    if not path.exists():
+        return 0
+    load(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line).get("method", "").split(" ")[0] != name]
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text("".join(kept), encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise DataError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    return len(lines) - len(kept)
+
+
 def load(path: Path) -> tuple[dict[str, Any], Journal]:
     """Configuration and numbers of a finished record.
 

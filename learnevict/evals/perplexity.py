@@ -19,6 +19,7 @@ from learnevict.evals.contenders import GOLDEN, Contender, Rules
 from learnevict.evals.texts import read_file
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
+from learnevict.infer.prefill import prefill
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor
@@ -102,8 +103,12 @@ def perplexity(
     total, last, cache = 0.0, None, None
     with nullcontext() if policy is None else attach(model, policy, prompt_length=[0]) as evicting:
         for part in ids.split(chunk, dim=1):
-            output = model(input_ids=part, past_key_values=evicting if cache is None else cache, use_cache=True)
-            logits, cache = output.logits[0].float(), output.past_key_values
+            if evicting is None:
+                output = model(input_ids=part, past_key_values=cache, use_cache=True)
+                found, cache = output.logits, output.past_key_values
+            else:
+                found, cache = prefill(model, evicting, part), evicting
+            logits = found[0].float()
             before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
             target = part[0, 1:] if last is None else part[0]
             total += float(torch.nn.functional.cross_entropy(before, target, reduction="sum"))

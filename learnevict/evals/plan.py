@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from learnevict import testbed
@@ -36,6 +36,8 @@ class Plan:
         free: who answers freely: nobody, only the full cache, or all.
         batch_size: samples per forward.
         temperature, tries: of free answers; 0 is greedy, tries are averaged (avg@k).
+        oracle: compare what is kept with what the oracle would keep; costs about a fifth more.
+        lenient: a method that a budget is too small for has a row that says so, instead of stopping the run.
     """
 
     families: tuple[str, ...] = testbed.FAMILIES
@@ -50,6 +52,8 @@ class Plan:
     batch_size: int = 32
     temperature: float = 0.0
     tries: int = 1
+    oracle: bool = True
+    lenient: bool = False
 
     @property
     def seeds(self) -> range:
@@ -59,13 +63,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one family at one budget, as asked for ("1/4") and in tokens (None: the full cache)."""
+    """One method on one family at one budget, as asked for ("1/4") and in tokens (None: the full cache).
+
+    `impossible`: why the method cannot be held to the budget; it has no modes then.
+    """
 
     contender: Contender
     family: str
     asked: str
     budget: int | str | None
     modes: tuple[str, ...]
+    impossible: str | None = None
 
     def key(self, mode: str) -> Key:
         """Where the journal keeps its numbers."""
@@ -93,14 +101,25 @@ def cells(plan: Plan, contenders: Sequence[Contender], family: str) -> Iterator[
         tokens = resolve(budget, family, plan.length, prompt=not plan.rules.prompt)
         for one in contenders:
             if one.method != FULL:
-                yield Cell(one, family, budget, tokens, teacher + free)
+                yield _possible(plan, Cell(one, family, budget, tokens, teacher + free))
+
+
+def _possible(plan: Plan, cell: Cell) -> Cell:
+    """The cell, or one without modes if the plan is lenient and the budget too small."""
+    if not plan.lenient:
+        return cell
+    try:
+        _check_cell(plan, cell)
+    except BudgetError as error:
+        return replace(cell, modes=(), impossible=str(error))
+    return cell
 
 
 def check(plan: Plan, contenders: Sequence[Contender]) -> None:
     """Refuse what cannot work, before hours are spent.
 
     Raises:
-        BudgetError: a budget that some method cannot be held to.
+        BudgetError: a budget that some method cannot be held to, unless the plan is lenient.
         UsageError: unknown families, nothing to do, or golden where it is not defined.
     """
     check_families(plan.families)
@@ -114,7 +133,8 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
         raise UsageError("greedy answers are all alike: several tries need a temperature above 0")
     for family in plan.families:
         for cell in cells(plan, contenders, family):
-            _check_cell(plan, cell)
+            if cell.impossible is None:
+                _check_cell(plan, cell)
 
 
 def check_families(families: Sequence[str]) -> None:

@@ -6,13 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
 from learnevict.evals.budgets import is_share
-from learnevict.evals.contenders import FULL
+from learnevict.evals.contenders import FULL, GOLDEN, RANDOM
 from learnevict.evals.journal import Journal, Key
 from learnevict.evals.perplexity import Perplexity
 from learnevict.evals.plan import Cell, Plan, Subject
@@ -22,6 +23,9 @@ KEYS = (
     "kv_bytes_end", "kv_bytes_full", "tokens_generated", "tokens_per_second", "samples",
 )  # fmt: skip
 """The keys that every row has, here and in demo reports; null where not run. Others may follow."""
+
+ORACLE_KEYS = ("oracle_gap_closed", "top_recall", "regret", "attention_kept", "attention_kept_min")
+"""What rows of the testbed have besides; null where not asked for, or not defined."""
 
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
@@ -40,6 +44,9 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
     row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
     for fill in (_teacher, _free):
         row |= fill(journal, cell, plan)
+    row |= _oracle(journal, cell, plan)
+    if cell.impossible is not None:
+        row["impossible"] = cell.impossible
     return row | {
         **_origin(cell, subject.name),
         "split": plan.split,
@@ -84,6 +91,27 @@ def _teacher(journal: Journal, cell: Cell, plan: Plan) -> Row:
         "loss_ratio": ratio,
         **_bytes(journal, key, seeds),
     }
+
+
+def _oracle(journal: Journal, cell: Cell, plan: Plan) -> Row:
+    """How close to the oracle; the gap closed is that of the loss, from random to golden in the same cell."""
+    key, seeds = cell.key("teacher"), plan.seeds
+
+    def ratio(above: str, below: str) -> float | None:
+        top, bottom = journal.column(key, seeds, above), journal.column(key, seeds, below)
+        return sum(top) / sum(bottom) if top and bottom and sum(bottom) else None
+
+    least = journal.column(key, seeds, "attention_least")
+    losses = [journal.column(replace(key, method=name), seeds, "loss") for name in (key.method, RANDOM, GOLDEN)]
+    method, chance, best = (None if one is None else sum(one) for one in losses)
+    closed = None
+    if cell.budget is not None and method is not None and chance is not None and best is not None and chance != best:
+        closed = (chance - method) / (chance - best)
+    found = (
+        closed, ratio("wanted_kept", "wanted"), ratio("cost", "least_cost"), ratio("attention_kept", "queries"),
+        min(least) if least else None,
+    )  # fmt: skip
+    return dict(zip(ORACLE_KEYS, found, strict=True))
 
 
 def _free(journal: Journal, cell: Cell, plan: Plan) -> Row:
@@ -164,6 +192,20 @@ def joined(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
 
 def _place(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("family", "method", "budget", "budget_share"))
+
+
+def forget_rows(path: Path, name: str) -> int:
+    """Drop the rows of one contender, and of its settings tried in tuning, from a file; how many there were.
+
+    Raises:
+        DataError: the file cannot be read or written, or holds something else.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    rows = read_rows(path)
+    kept = [row for row in rows if row["method"].split(" ")[0] != name]
+    write_rows(path, kept)
+    return len(rows) - len(kept)
 
 
 def read_rows(path: Path) -> list[Row]:

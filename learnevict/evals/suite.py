@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from learnevict import testbed
 from learnevict.errors import UsageError
 from learnevict.evals.budgets import longest_response
@@ -14,9 +16,12 @@ from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
 from learnevict.evals.journal import Journal
 from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
 from learnevict.evals.rows import Row, joined, make_row, read_earlier, write_rows
-from learnevict.evals.teacher import Scores, Storage, judge, judge_golden, read
+from learnevict.evals.teacher import Scores, Storage, Texts, judge, judge_golden, read, reference
+from learnevict.oracle.reference import Reference
 
 Advance = Callable[[str, int], None]
+MOST_BATCHES = 32
+"""Whose texts and labels are kept in memory; 50 samples of the testbed take some 30 MB."""
 
 
 def run(
@@ -51,14 +56,23 @@ def run(
     journal = Journal(record, configuration(plan, subject), resume=resume)
     rows: list[Row] = []
     for family in plan.families:
+        done: list[Cell] = []
+        reader = Reader(plan, subject, family)
         for cell in cells(plan, contenders, family):
             for mode in cell.modes:
-                _run_cell(plan, subject, cell, mode, journal, advance)
+                _run_cell(reader, cell, mode, journal, advance)
             if cell.contender in contenders:
+                done.append(cell)
                 rows.append(make_row(journal, cell, plan, subject))
-                if out is not None:
-                    write_rows(out, joined(earlier, rows))
+                _write(out, earlier, rows)
+        rows[-len(done) :] = [make_row(journal, cell, plan, subject) for cell in done]  # golden and random are there now
+        _write(out, earlier, rows)
     return rows, journal
+
+
+def _write(out: Path | None, earlier: Sequence[Row], rows: Sequence[Row]) -> None:
+    if out is not None:
+        write_rows(out, joined(earlier, rows))
 
 
 def journal_path(out: Path) -> Path:
@@ -66,34 +80,58 @@ def journal_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.samples.jsonl")
 
 
-def _run_cell(plan: Plan, subject: Subject, cell: Cell, mode: str, journal: Journal, advance: Advance | None) -> None:
-    key = cell.key(mode)
+class Reader:
+    """Texts of one family, and what the oracle says of them: both are made once for all methods and budgets."""
+
+    def __init__(self, plan: Plan, subject: Subject, family: str) -> None:
+        self.plan, self.subject, self.family = plan, subject, family
+        self.kept: dict[tuple[int, ...], tuple[Texts, Reference | None]] = {}
+
+    def samples(self, seeds: Sequence[int]) -> list[testbed.Sample]:
+        """Of these seeds."""
+        plan = self.plan
+        return [testbed.generate(self.family, seed, split=plan.split, length=plan.length) for seed in seeds]
+
+    def texts(self, seeds: Sequence[int]) -> tuple[Texts, Reference | None]:
+        """Their texts, aligned, with labels if the plan asks for them."""
+        key = tuple(seeds)
+        if key not in self.kept:
+            model, rules = self.subject.model, self.plan.rules
+            texts = read(self.subject.tokenizer, self.samples(seeds), model.device).aligned(rules.block)
+            while len(self.kept) >= MOST_BATCHES:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = texts, reference(model, texts, rules) if self.plan.oracle else None
+        return self.kept[key]
+
+
+def _run_cell(reader: Reader, cell: Cell, mode: str, journal: Journal, advance: Advance | None) -> None:
+    key, plan = cell.key(mode), reader.plan
     missing = journal.missing(key, plan.seeds, cell.identity)
     label = f"{cell.family} {cell.contender.name} {cell.asked}"
     if advance is not None:
         advance(label, plan.num_samples - len(missing))
     for start in range(0, len(missing), plan.batch_size):
         seeds = missing[start : start + plan.batch_size]
-        journal.add(key, seeds, _run_batch(plan, subject, cell, mode, seeds))
+        journal.add(key, seeds, _run_batch(reader, cell, mode, seeds))
         if advance is not None:
             advance(label, len(seeds))
 
 
-def _run_batch(plan: Plan, subject: Subject, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:
+def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:
     """One batch of one cell: what goes into the journal."""
-    model, tokenizer, rules = subject.model, subject.tokenizer, plan.rules
-    samples = [testbed.generate(cell.family, seed, split=plan.split, length=plan.length) for seed in seeds]
+    plan, model, tokenizer = reader.plan, reader.subject.model, reader.subject.tokenizer
+    rules = plan.rules
     golden = cell.budget if cell.contender.method == GOLDEN and isinstance(cell.budget, int) else None
     policy = None
     if cell.budget is not None and golden is None:
         policy = cell.contender.policy(cell.budget, rules, cell.options)
     if mode == "teacher":
-        texts = read(tokenizer, samples, model.device)
+        texts, beside = reader.texts(seeds)
         if golden is not None:
-            return _scores(judge_golden(model, texts, golden, rules, verify=plan.seed in seeds))
-        return _scores(judge(model, texts, policy))
+            return _scores(judge_golden(model, texts, golden, rules, verify=plan.seed in seeds, beside=beside))
+        return _scores(judge(model, texts, policy, beside))
     limit = 2 * longest_response(cell.family, plan.length)
-    decoding = Decoding(limit, plan.temperature, plan.tries, seeds[0])
+    decoding, samples = Decoding(limit, plan.temperature, plan.tries, seeds[0]), reader.samples(seeds)
     if golden is not None:
         return _answers(answer_golden(model, tokenizer, samples, golden, rules, decoding))
     return _answers(answer(model, tokenizer, samples, policy, decoding))
@@ -101,7 +139,14 @@ def _run_batch(plan: Plan, subject: Subject, cell: Cell, mode: str, seeds: list[
 
 def _scores(scores: Scores) -> dict[str, Any]:
     loss = [round(value, 6) for value in scores.loss]
-    return {"right": scores.right, "seen": scores.seen, "loss": loss, "spoken": scores.spoken, **_held(scores.storage)}
+    given = {"right": scores.right, "seen": scores.seen, "loss": loss, "spoken": scores.spoken}
+    chosen = {} if scores.choices is None else {name: _short(part) for name, part in vars(scores.choices).items()}
+    return {**given, **{name: part for name, part in chosen.items() if part}, **_held(scores.storage)}
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits each; [] if there are none (NaN)."""
+    return [float(f"{value:.6g}") for value in values.tolist() if value == value]
 
 
 def _answers(answers: Answers) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Teacher-forced judging: the reference text is read once, under eviction, and every prediction along it is scored.
 
-One forward of prompt and response through an evicting cache is the whole run: the event loop lives inside attention.
+One forward of prompt and response through an evicting cache is the whole run: the event loop lives inside attention. (Policies
+that decide when all layers have run need several, see infer.prefill.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from learnevict.errors import TraceError
 from learnevict.evals.contenders import GOLDEN, Rules
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.prefill import read_once
 from learnevict.infer.replay import replay
 from learnevict.methods import golden
-from learnevict.oracle.collect import golden_trace
+from learnevict.oracle import golden as roll_golden
+from learnevict.oracle.metrics import Choices, compare
+from learnevict.oracle.reference import Reference, align
+from learnevict.oracle.watching import watched
 from learnevict.policy import Governor
+from learnevict.signals import Trace
 from learnevict.testbed import Sample
 
 TOLERANCE = 1e-3
@@ -29,7 +35,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Texts:
-    """Reference texts, padded on the left.
+    """Reference texts, padded on the left (see `aligned` for an exception).
 
     Attributes:
         input_ids: int64 [B, T].
@@ -45,6 +51,12 @@ class Texts:
     spoken: Bool[Tensor, "B T"]
     prompt_length: list[int]
 
+    def aligned(self, block: int) -> Texts:
+        """The same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
+        parts = (self.input_ids, self.attention_mask, self.checked, self.spoken)
+        ids, mask, checked, spoken = align(block, self.attention_mask, *parts)
+        return Texts(ids, mask, checked, spoken, self.prompt_length)
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -57,13 +69,17 @@ class Storage:
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry per sample: checked tokens right, checked tokens, and the summed loss of so many response tokens."""
+    """One entry per sample: checked tokens right, checked tokens, and the summed loss of so many response tokens.
+
+    `choices`: what was kept beside what the oracle would have kept, if that was asked for.
+    """
 
     right: list[int]
     seen: list[int]
     loss: list[float]
     spoken: list[int]
     storage: Storage | None = None
+    choices: Choices | None = None
 
 
 def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Texts:
@@ -80,53 +96,80 @@ def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Text
     return Texts(ids.to(device), mask.to(device), checked.to(device), spoken.to(device), prompts)
 
 
+def reference(model: Any, texts: Texts, rules: Rules) -> Reference:
+    """What the oracle says of texts: one full-cache pass, for all methods that are judged on them."""
+    return Reference.of(
+        model, texts.input_ids, texts.attention_mask, block=rules.block, prompt_length=texts.prompt_length,
+        spoken=texts.spoken,
+    )  # fmt: skip
+
+
 @torch.no_grad()
-def judge(model: Any, texts: Texts, policy: Governor | None) -> Scores:
-    """Scores of the texts under a policy (None: the model as it is, with its stock cache)."""
+def judge(model: Any, texts: Texts, policy: Governor | None, beside: Reference | None = None) -> Scores:
+    """Scores of the texts under a policy (None: the model as it is, with its stock cache).
+
+    Args:
+        beside: of the same texts, which are aligned; what the policy keeps is then compared with what the oracle would.
+    """
     if policy is None:
         output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=positions(texts))
         held = sum(map(stored_bytes, output.past_key_values.layers)) / len(texts.input_ids)
         return score(texts, output.logits, Storage(held, held, held))
-    logits, cache = evicted_logits(model, texts, policy)
-    return score(texts, logits, storage(cache))
+    if beside is None:
+        logits, cache = evicted_logits(model, texts, policy)
+        return score(texts, logits, storage(cache))
+    listening, notes = watched(policy)
+    logits, cache = evicted_logits(model, texts, listening, record=True)
+    return replace(score(texts, logits, storage(cache)), choices=compare(policy, beside, cache.trace(), notes))
 
 
 @torch.no_grad()
-def judge_golden(model: Any, texts: Texts, budget: int, rules: Rules, *, verify: bool = False) -> Scores:
+def judge_golden(
+    model: Any, texts: Texts, budget: int, rules: Rules, *, verify: bool = False, beside: Reference | None = None
+) -> Scores:
     """Scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
 
     Args:
         verify: also run the trace incrementally, through the cache, and compare; gives the storage too.
+        beside: see `judge`; its labels are used.
 
     Raises:
         TraceError: both runs disagree.
     """
-    prompts = torch.tensor(texts.prompt_length) if rules.prompt else None
-    trace = golden_trace(
-        model, texts.input_ids, texts.attention_mask, budget=budget, block=rules.block, guard=rules.guard,
-        prompt_length=prompts,
-    )  # fmt: skip
+    texts = texts.aligned(rules.block)
+    beside = reference(model, texts, rules) if beside is None else beside
+    trace = golden_trace_of(model, beside, budget, rules)
     logits = replay(model, texts.input_ids, trace, texts.attention_mask).logits
-    if not verify:
-        return score(texts, logits, None)
     policy = golden.policy(budget, trace=trace, **rules.options)
+    scores = replace(score(texts, logits, None), choices=compare(policy, beside, trace, []))
+    if not verify:
+        return scores
     again, cache = evicted_logits(model, texts, policy)
     apart = float((again - logits)[texts.attention_mask.bool()].abs().max())
     if logits.dtype == torch.float32 and apart > TOLERANCE:
         raise TraceError(
             f"the {GOLDEN} trace replayed and run incrementally gives logits {apart:.2g} apart; please report this"
         )
-    return score(texts, logits, storage(cache))
+    return replace(scores, storage=storage(cache))
 
 
-def evicted_logits(model: Any, texts: Texts, policy: Governor) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
-    """Logits of one forward through an evicting cache, and the cache."""
-    with attach(model, policy, prompt_length=texts.prompt_length) as cache:
-        output = model(
-            input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=positions(texts),
-            past_key_values=cache,
-        )  # fmt: skip
-    return output.logits, cache
+def golden_trace_of(model: Any, beside: Reference, budget: int, rules: Rules) -> Trace:
+    """The golden trace of texts whose labels are known."""
+    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
+    for index, part in zip(beside.layers, beside.labels, strict=True):
+        labels[index] = part
+    valid = beside.attention_mask.bool()
+    prompt = beside.prompt if rules.prompt else None
+    return roll_golden(labels, budget=budget, block=rules.block, guard=rules.guard, valid=valid, prompt_length=prompt)
+
+
+def evicted_logits(
+    model: Any, texts: Texts, policy: Governor, *, record: bool = False
+) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
+    """Logits of texts read through an evicting cache, and the cache."""
+    with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:
+        logits = read_once(model, cache, texts.input_ids, texts.attention_mask)
+    return logits, cache
 
 
 def positions(texts: Texts) -> Int[Tensor, "B T"]:

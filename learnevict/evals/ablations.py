@@ -1,0 +1,66 @@
+"""What recipes/ablate.py has found: what each correction of the reinforcement stage buys, as a table and as curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError
+from learnevict.evals import metrics
+from learnevict.evals.report import table
+
+Variant = dict[str, Any]
+SMOOTHED = 10
+"""Steps over which a curve of costs is averaged."""
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """Variants in the order they were run; the first is the start.
+
+    Raises:
+        DataError: the file is not one of recipes/ablate.py.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert all({"name", "steps", "cost", "counts"} <= set(one) for one in found)
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise DataError(f"{str(path)!r} is no file of recipes/ablate.py ({type(error).__name__}: {error})") from error
+    return found
+
+
+def ablation_table(variants: Sequence[Variant]) -> str:
+    """Step accuracy of every variant, and what it gains over the start, paired by sample."""
+    start, shares = variants[0], list(variants[0]["counts"])
+    lines: list[list[str]] = []
+    for one in variants:
+        cells = [one["name"], str(one["steps"])]
+        for share in shares:
+            counts, before = one["counts"][share], start["counts"][share]
+            accuracy = sum(counts["right"]) / sum(counts["seen"])
+            if one is start:
+                cells.append(f"{accuracy:.3f}")
+                continue
+            gain = metrics.paired_difference(counts["right"], before["right"], counts["seen"])
+            cells.append(f"{accuracy:.3f} ({gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}])")
+        lines.append(cells)
+    return table(["variant", "steps", *shares], lines)
+
+
+def plot_curves(variants: Sequence[Variant], path: Path) -> Path:
+    """Cost of the sampled traces against steps, one line a variant, averaged over SMOOTHED steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for one in variants:
+        costs = one["cost"]
+        if len(costs) >= SMOOTHED:
+            means = [sum(costs[i : i + SMOOTHED]) / SMOOTHED for i in range(len(costs) - SMOOTHED + 1)]
+            axes.plot(range(SMOOTHED, len(costs) + 1), means, label=one["name"])
+    axes.set(xlabel="step", ylabel="cost of a trace, nats per token", title="Refinement, short runs on program")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,36 @@
+"""Draws without a generator: a hash of what a draw is for, so that it depends on that and on nothing else.
+
+Who draws next, how a batch is padded and how its rows are shared out among processes then changes no draw. SplitMix64's
+finaliser on int64, modulo 2**64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hashed(*parts: Tensor | int) -> Tensor:
+    """An int64 word for every combination of whole numbers, which are broadcast against each other; their order matters."""
+    word = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        word = finalise(word + torch.as_tensor(part, dtype=torch.int64))
+    return word
+
+
+def uniform(word: Tensor) -> Tensor:
+    """Words as float32 in [0, 1): their top 24 bits."""
+    return shift(word, 40).float() * 2.0**-24
+
+
+def shift(word: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def finalise(word: Tensor) -> Tensor:
+    """SplitMix64's mixing of int64 words, modulo 2**64."""
+    word = word + (0x9E3779B97F4A7C15 - 2**64)
+    word = (word ^ shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    word = (word ^ shift(word, 27)) * (0x94D049BB133111EB - 2**64)
+    return word ^ shift(word, 31)
