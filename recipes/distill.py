@@ -149,8 +149,6 @@ def main(flags: Flags) -> None:
             record.add(data_hash=documents.digest)
     if training.push_to_hub:
         trainer.push_to_hub()  # once more: the record is finished now
-    if training.push_to_hub:
-        trainer.push_to_hub()  # once more, with the finished record
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         print(f"gates in {training.output_dir}")

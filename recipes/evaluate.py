@@ -1,8 +1,12 @@
 """The comparisons behind docs/results.md: methods x families x budgets on the bundled model, on seeds nobody trained on.
 
-    python recipes/evaluate.py                                  # everything; hours on two cores
-    python recipes/evaluate.py --stage main --families recall   # a part of it, e.g. one process per family
-    scripts/write_tables                                        # then: tables and plots
+    python recipes/evaluate.py                                              # everything; hours on two cores
+    python recipes/evaluate.py --stage main --families recall               # a part of it, e.g. one process per family
+    python recipes/evaluate.py --stage main,free --replace foresightkv      # after its gates were trained anew
+    scripts/write_tables                                                    # then: tables and plots
+
+Who takes part: all methods that need no training, and every folder testbed-NAME in --gates, under that NAME: refined gates, and
+"NAME-sl" beside them, the supervised ones that refinement started from. Learned methods without gates are left out.
 
 Stages, in order: `tune` picks the baselines' settings and the best heuristic on validation seeds; `main` compares all
 methods under the same rules; `published` leaves each method its own recent window; `prompt` protects the prompt; `long` takes
@@ -14,6 +18,7 @@ each keeps its settings in docs/results/tuning/FAMILY.tuned.json, and all of the
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -24,17 +29,20 @@ from learnevict.cli.judging import progress
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning
 from learnevict.evals.contenders import Contender, Rules, contender
+from learnevict.evals.journal import forget
 from learnevict.evals.plan import Plan, Subject, check_families, count
-from learnevict.evals.suite import run
+from learnevict.evals.rows import forget_rows
+from learnevict.evals.suite import journal_path, run
 from learnevict.evals.tuning import Tuned
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
-SHARES = ("1/3", "1/4", "1/6", "1/8")
+SHARES = ("1/3", "1/4", "1/6", "1/8", "1/12", "1/15")
+SPOKEN = ("1/4", "1/6", "1/8", "1/12")
 BESIDE_PROMPT = ("32", "24")  # answers have about 100 tokens; those of recall and dialogue have 15: nothing to evict
 TALKATIVE = ("program", "ledger", "procedure")
-SPEAKERS = ("full", "random", "lexical", "keydiff", "golden", "foresightkv")
-FAR = ("full", "random", "lexical", "clausal", "h2o", "keydiff", "golden", "foresightkv")
+SPEAKERS = ("full", "random", "keydiff", "golden", "foresightkv-sl", "foresightkv")
+FAR = ("full", "random", "h2o", "keydiff", "golden")  # and whoever has gates
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Config:
 
     stage: str = "all"
     families: str = ",".join(testbed.FAMILIES)
+    methods: str = ""  # names between commas; default: those of the stage
+    replace: str = ""  # a name whose numbers are dropped first
     samples: int = 200
     tuning_samples: int = 64
     gates: str = str(GATES_FOLDER)
@@ -60,78 +70,101 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     model, tokenizer = testbed.load(device=config.device)
     subject = Subject(model, tokenizer)
+    field = everybody(config, subject)
+    check_names([*listed(config.methods), *listed(config.replace)], field)
     for stage in STAGES if "all" in config.stage.split(",") else config.stage.split(","):
         for family in families:
+            if config.replace:
+                drop(config, stage, family)
             if stage == "tune":
-                tune(config, subject, family)
+                tune(config, subject, family, field)
             else:
-                compare(config, subject, stage, family)
+                compare(config, subject, (stage, family), field)
 
 
-def tune(config: Config, subject: Subject, family: str) -> None:
+def everybody(config: Config, subject: Subject) -> dict[str, Contender]:
+    """All that can take part, by name: methods in their order, of one method the refined gates last."""
+    folders = sorted(Path(config.gates).glob("testbed-*"), key=lambda path: path.name, reverse=True)
+    gates = {folder.name.removeprefix("testbed-"): Gates.load(folder, subject.model) for folder in folders}
+    found: dict[str, Contender] = {}
+    for method in methods.METHODS:
+        if methods.load(method).PAPER.kind != "learned":
+            found[method] = contender(method)
+        found |= {name: contender(method, one, name=name) for name, one in gates.items() if one.method == method}
+    return found
+
+
+def drop(config: Config, stage: str, family: str) -> None:
+    """Forget a contender's numbers, so that they are made anew."""
+    out = rows_path(config, stage, family)
+    for name in listed(config.replace):
+        batches, rows = forget(journal_path(out), name), forget_rows(out, name)
+        print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
+
+
+def tune(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> None:
     """Settings of one family's heuristics; the other families' are left as they are."""
     plan = Plan((family,), budgets(config), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
-    folder = Path(config.out)
-    tables = [one.gates for one in contenders(config, subject, tuning.TABLES) if one.gates is not None]
-    field = tuning.candidates(names, tables)
-    with progress(count(plan, field)) as advance:
-        found = tuning.tune(plan, subject, field, folder / "tuning" / f"{family}.jsonl", advance=advance)
+    tables = [gates for name in tuning.TABLES if name in field and (gates := field[name].gates) is not None]
+    settings = tuning.candidates(names, tables)
+    with progress(count(plan, settings)) as advance:
+        found = tuning.tune(plan, subject, settings, rows_path(config, "tune", family), advance=advance)
     tuning.save_part(found, part_path(config, family), tuned_path(config))
     for budget, accuracy in found.accuracy[family].items():
         best = found.best(family, budget)
         print(f"{family} {budget}: {best} {found.settings[family][budget][best]} {accuracy[best]:.3f}")
 
 
-def compare(config: Config, subject: Subject, stage: str, family: str) -> None:
+def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict[str, Contender]) -> None:
     """One table, one family."""
-    plan = Plan((family,), budgets(config), config.samples, free="none", batch_size=config.batch_size)
-    names = methods.METHODS
+    stage, family = cell
+    plan = Plan((family,), budgets(config), config.samples, free="none", batch_size=config.batch_size, lenient=True)
+    trained = [name for name, one in field.items() if one.gates is not None]
+    names: Sequence[str] = list(field)
     if stage == "published":
         plan = replace(plan, rules=Rules(sinks=None, recent=None), budgets=("1/4",))
-        names = tuple(tuning.training_free())  # the others have no window of their own
+        names = tuning.training_free()  # the others have no window of their own
     elif stage == "long":
-        plan, names = replace(plan, length="long", budgets=("1/4", "1/8")), FAR
+        plan, names = replace(plan, length="long", budgets=("1/4", "1/8")), [*FAR, *trained]
     elif stage == "free":
-        plan, names = replace(plan, budgets=("1/4", "1/8"), teacher=False, free="all"), SPEAKERS
+        plan, names = replace(plan, budgets=spoken(config), teacher=False, free="all"), SPEAKERS
     elif stage == "prompt":
         if family not in TALKATIVE:
             return
-        plan, names = replace(plan, budgets=BESIDE_PROMPT, rules=Rules(prompt=True)), FAR
-    known = settings(config, subject, family) if stage in ("main", "long", "free") else None
-    field = contenders(config, subject, names, known)
-    out = Path(config.out) / stage / f"{family}.jsonl"
-    with progress(count(plan, field)) as advance:
-        rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
+        plan, names = replace(plan, budgets=BESIDE_PROMPT, rules=Rules(prompt=True)), [*FAR, *trained]
+    known = settings(config, subject, family, field) if stage in ("main", "long", "free") else None
+    chosen = [field[name] for name in listed(config.methods) or names if name in field]
+    chosen = [replace(one, tuned=known.of(one.method) if known else {}) for one in chosen]
+    out = rows_path(config, stage, family)
+    with progress(count(plan, chosen)) as advance:
+        rows, _ = run(plan, subject, chosen, out, resume=True, advance=advance)
     print(f"{stage} {family}: {len(rows)} rows in {out}")
 
 
-def settings(config: Config, subject: Subject, family: str) -> Tuned:
+def settings(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> Tuned:
     """Tuned settings, from the family's own file if it is there: no other process writes that one."""
     part = part_path(config, family)
     known = tuning.load(part if part.exists() else tuned_path(config))
-    known.check(weight_hash(subject.model))
+    known.check(weight_hash(subject.model), {name: field[name].gates for name in tuning.TABLES if name in field})
     if family not in known.settings:
         raise UsageError(f"{family} was not tuned; run --stage tune --families {family} first")
     return known
 
 
-def contenders(config: Config, subject: Subject, names: tuple[str, ...], known: Tuned | None = None) -> list[Contender]:
-    """Methods with the testbed's gates, and tuned settings or their own."""
-    found: list[Contender] = []
-    for name in names:
-        folder = Path(config.gates) / f"testbed-{name}"
-        learned = methods.load(name).PAPER.kind == "learned"
-        if learned and config.smoke and not folder.is_dir():
-            continue
-        gates = Gates.load(folder, subject.model) if learned else None
-        found.append(contender(name, gates, tuned=known.of(name) if known else None))
-    return found
-
-
 def budgets(config: Config) -> tuple[str, ...]:
     """Shares of a family's mean length."""
     return ("1/4",) if config.smoke else SHARES
+
+
+def spoken(config: Config) -> tuple[str, ...]:
+    """The same for free answers."""
+    return ("1/4",) if config.smoke else SPOKEN
+
+
+def rows_path(config: Config, stage: str, family: str) -> Path:
+    """Where rows go."""
+    return Path(config.out) / ("tuning" if stage == "tune" else stage) / f"{family}.jsonl"
 
 
 def tuned_path(config: Config) -> Path:
@@ -142,6 +175,21 @@ def tuned_path(config: Config) -> Path:
 def part_path(config: Config, family: str) -> Path:
     """Where one family's settings are kept, beside the numbers they come from."""
     return Path(config.out) / "tuning" / f"{family}.tuned.json"
+
+
+def listed(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_names(names: Sequence[str], field: dict[str, Contender]) -> None:
+    """Refuse who cannot take part.
+
+    Raises:
+        UsageError: naming who can.
+    """
+    if unknown := [name for name in names if name not in field]:
+        raise UsageError(f"nobody is called {', '.join(unknown)}; there are {', '.join(field)}")
 
 
 def stages(text: str) -> str:

@@ -55,7 +55,10 @@ def shares(run: Run, budget: int) -> list[int]:
 
 
 def check_slots(run: Run, budget: int) -> None:
-    """In every head (ragged ones: on average; scope "model": over all layers) at most the layer's share and the fresh tokens, after an event no less."""
+    """In every head at most the layer's share and the fresh tokens, after an event no less.
+
+    Ragged heads: on average over the layer; scope "model": over all layers.
+    """
     for moment in run.moments:
         for row, pad in enumerate(PADS):
             seen = max(moment.length - pad, 0)

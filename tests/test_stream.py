@@ -17,9 +17,11 @@ from learnevict.methods.golden import Hindsight
 from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, receiving, reconstruct
 from learnevict.policy import Gate, Guard, Policy, Schedule, Scorer
 from learnevict.signals import Column, Signals
+from learnevict.train.course import OBJECTIVES
 from learnevict.train.data import Collator
 from learnevict.train.labels import Document
 from learnevict.train.lessons import Lesson, Times
+from learnevict.train.ridge import fit_linear
 from learnevict.train.stream import StreamConfig, StreamTrainer, study
 from tests.laws import zoo
 from tests.laws.cases import random_gates
@@ -140,7 +142,7 @@ def spied(monkeypatch, gate, config: StreamConfig, inputs: dict) -> list[tuple[T
         met.append((scores.detach(), targets, candidates))
         return scores.sum() * 0
 
-    monkeypatch.setitem(__import__("learnevict.train.stream", fromlist=["OBJECTIVES"]).OBJECTIVES, "bce", objective)
+    monkeypatch.setitem(OBJECTIVES, "bce", objective)
     study(gate, zoo.build("qwen3"), inputs, replace(config, objective="bce"))
     return met
 
@@ -303,6 +305,41 @@ def test_training_learns(method, tmp_path):
     again = Gates.load(tmp_path / "gates", zoo.build("qwen3"))
     for name, tensor in taught.model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_the_linear_surrogate_in_closed_form():
+    """The normal equations in one go; its error is that of least squares, which no other weights go below."""
+    model, gates = zoo.build("qwen3"), Gates.make("kvzap", zoo.build("qwen3"), kind="linear")
+    ids, mask = text()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    fit_linear(model, gates, [inputs], CONFIG, strength=1e-4)
+    labels, _ = golden_labels(model, ids, mask, block=PERIOD)
+    received = {}
+    with torch.no_grad():
+        see = receiving(lambda i, one: received.update({i: one}))
+        replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
+    for layer, one in received.items():
+        rows, wanted = [], []
+        for row, pad in enumerate(PADS):
+            last = (LENGTH - pad - 1) // PERIOD
+            for i in range(2, last * PERIOD):
+                rows.append([*one.hidden[row, pad + i].double().tolist(), 1.0])
+                ahead = labels[layer][row, :, pad + i, i // PERIOD + 1 :].amax(-1)
+                wanted.append(ahead.clamp_min(1e-6).double().log().tolist())
+        x, y = torch.tensor(rows).double(), torch.tensor(wanted).double()
+        shrunk = 1e-4 * len(rows) * torch.eye(x.shape[1]).double()
+        shrunk[-1, -1] = 0
+        found = torch.linalg.inv(x.T @ x + shrunk) @ x.T @ y
+        torch.testing.assert_close(gates.gate.weight[layer], found[:-1].float(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(gates.gate.bias[layer], found[-1].float(), rtol=2e-3, atol=2e-3)
+    with torch.no_grad():
+        fitted, _ = study(gates.gate, model, inputs, CONFIG)
+        gates.gate.weight += 0.05 * torch.randn_like(gates.gate.weight)
+        assert fitted < study(gates.gate, model, inputs, CONFIG)[0]
+    with pytest.raises(GateError, match="linear surrogates"):
+        fit_linear(model, random_gates("kvzap", "qwen3"), [inputs], CONFIG)
+    with pytest.raises(DataError, match="more than 6 tokens"):
+        fit_linear(model, gates, [], CONFIG)
 
 
 def test_networks_are_calibrated_once():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from learnevict.cli.console import main
 from learnevict.errors import DataError, LabelError
 from learnevict.train.data import read_texts
 from learnevict.train.labelling import Labelling, describe, fill_store, label
@@ -168,6 +169,18 @@ def test_filling_a_store_goes_on_and_ends_alike(tmp_path):
     assert read_record(tmp_path / "one")["num_tokens"] == 55
     with pytest.raises(LabelError, match="data_hash, num_documents differ"):
         fill_store(tmp_path / "one", model, texts[:4], labelling)
+
+
+def test_the_command_labels_and_goes_on(tmp_path, capsys):
+    words = ["oracle", "--documents", "2", "--families", "recall", "--max-length", "40", "--per-shard", "1", "--json"]
+    for told in ("2 shards, 0 done before; 80 tokens in", "2 shards, 2 done before"):
+        assert main([*words, "--device", "cpu", "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr()
+        assert told in said.err
+        assert json.loads(said.out)["num_shards"] == 2
+    assert len(LabelStore(tmp_path).documents()) == 2
+    assert main([*words, "--families", "sudoku"]) == 2
+    assert "no such task family: sudoku" in capsys.readouterr().err
 
 
 def environment() -> dict[str, str]:

@@ -21,12 +21,12 @@ def run(
     length: e.Long = None, seed: e.FirstSeed = None, text: e.Text = None, max_tokens: e.MaxTokens = None,
     methods: e.Methods = "", budgets: e.Budgets = "1/4", ckpt: e.Checkpoints = None, tuned: e.Tuned = False,
     allow_other_base: o.OtherBase = False, sinks: o.Sinks = None, recent: o.Recent = None, slack: o.Slack = None,
-    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = None, free: e.Free = None,
+    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = None, oracle: e.Oracle = None, free: e.Free = None,
     temperature: e.Temperature = None, tries: e.Tries = None, model: o.Model = "testbed", device: o.Device = "auto",
     dtype: o.Dtype = o.Precision.auto, batch_size: e.BatchSize = None, as_json: e.AsJson = False, out: e.Out = None,
     resume: e.Resume = False,
 ) -> None:  # fmt: skip
-    """Judge methods under small caches: accuracy with intervals, exact match, loss against the full cache, bytes.
+    """Judge methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
 
     Examples:
 
@@ -49,7 +49,7 @@ def run(
     )  # fmt: skip
     sampled = {
         "num_samples": samples, "split": split and split.value, "length": length and length.value, "seed": seed,
-        "teacher": teacher, "temperature": temperature, "tries": tries, "batch_size": batch_size,
+        "teacher": teacher, "oracle": oracle, "temperature": temperature, "tries": tries, "batch_size": batch_size,
     }  # fmt: skip
     if task is e.Task.perplexity:
         flags = {"families": families or None, "keep_prompt": keep_prompt or None, "tuned": tuned or None, "free": free}
@@ -77,7 +77,10 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(row))
 
 
-FLAGS = {"num_samples": "--samples", "teacher": "--teacher/--no-teacher", "free": "--free/--no-free"}
+FLAGS = {
+    "num_samples": "--samples", "teacher": "--teacher/--no-teacher", "oracle": "--oracle/--no-oracle",
+    "free": "--free/--no-free",
+}  # fmt: skip
 
 
 def _refuse(values: dict[str, Any], whose: str) -> None:
@@ -146,6 +149,12 @@ def _kib(row: dict[str, Any]) -> str:
     return f"{row['kv_bytes_peak'] / 1024:.0f} / {row['kv_bytes_full'] / 1024:.0f}"
 
 
+def _attention(row: dict[str, Any]) -> str:
+    if row.get("attention_kept") is None:
+        return ""
+    return f"{row['attention_kept']:.3f} ({row['attention_kept_min']:.3f})"
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "family": lambda row: row["family"],
     "method": lambda row: row["method"],
@@ -155,6 +164,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": lambda row: _number(row, "perplexity", ".3f"),
     "ratio": lambda row: _number(row, "perplexity_ratio", ".3f"),
     "loss ratio": lambda row: _number(row, "loss_ratio", ".3g"),
+    "gap closed": lambda row: _number(row, "oracle_gap_closed", ".3f"),
+    "recall": lambda row: _number(row, "top_recall", ".3f"),
+    "regret": lambda row: _number(row, "regret", ".3f"),
+    "attention kept (min)": _attention,
     "tokens": lambda row: _number(row, "tokens_generated", ".0f"),
     "tokens/s": lambda row: _number(row, "tokens_per_second", ".0f"),
     "KiB peak / full": _kib,

@@ -82,21 +82,24 @@ class Judging:
                 f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
             )
         known = tuning.load() if self.tuned else None
-        if known is not None:
-            known.check(weight_hash(opened.model))
         found = {name: gates.get(name) or self._shipped(name) for name in wanted}
+        if known is not None:
+            known.check(weight_hash(opened.model), found)
+        of = {name: one.method if one is not None else name for name, one in found.items()}
         return [
-            contender(name, one, tuned=known.of(name) if known else None, allow_other_base=self.allow_other_base)
+            contender(
+                of[name], one, tuned=known.of(of[name]) if known else None, name=name,
+                allow_other_base=self.allow_other_base,
+            )
             for name, one in found.items()
-        ]
+        ]  # fmt: skip
 
     def _shipped(self, name: str) -> Any:
-        """The testbed's own gates of a learned method."""
-        from learnevict import methods
+        """The testbed's own gates of that name: a learned method's, or those its refinement started from ("NAME-sl")."""
         from learnevict.hub import GATES_FOLDER, Gates
 
         folder = GATES_FOLDER / f"{TESTBED}-{name}"
-        if methods.load(name).PAPER.kind != "learned" or not self.opened.speaks_testbed or not folder.is_dir():
+        if Path(name).name != name or not self.opened.speaks_testbed or not folder.is_dir():
             return None
         return Gates.load(folder, self.opened.model, allow_other_base=self.allow_other_base)
 

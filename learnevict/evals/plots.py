@@ -1,4 +1,4 @@
-"""Accuracy against budget: one panel a family, one line a method, named where its budget is smallest."""
+"""Accuracy against budget: one panel a family, one line a method; the ones to look at are coloured and named at their end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from learnevict.errors import DataError, UsageError
 from learnevict.evals.rows import Row
 
 STRONG = ("#0b6bcb", "#c2410c", "#7c3aed", "#0f766e")
+BROWN = ("#92400e", "#b45309", "#a16207")
 MUTED = ("#94a3b8", "#a8a29e", "#9ca3af", "#b6a58c", "#8fa89b", "#b39ab3", "#9fb1c9", "#c4a49a", "#a3b18a", "#b8b08d")
+FEW = 12
+"""Up to so many methods are all named."""
+BASELINES = ("random", "lexical")
 INK = "#1f2937"
+NAMED = 1.1
 
 
 def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     """Draw step accuracy (or exact match where there is none) against slots kept, with intervals.
 
-    Golden is the dashed reference, the full cache a dotted line, learned methods are coloured, heuristics muted.
+    Golden is the dashed reference, the full cache a dotted line, the best learned methods are coloured, the best heuristics
+    brown, the others thin and muted; of many only the former, random and lexical are named.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -34,8 +40,9 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     columns = min(3, len(families))
     lines = -(-len(families) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
+    looks = styles(rows)
     for axis, family in zip(axes.flat, families, strict=False):
-        _panel(axis, family, [row for row in rows if row["family"] == family])
+        _panel(axis, family, [row for row in rows if row["family"] == family], looks)
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
     if title:
@@ -50,20 +57,30 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     return path
 
 
-def _panel(axis: Any, family: str, rows: Sequence[Row]) -> None:
-    measure, low, high = ("step_accuracy", "ci_low", "ci_high")
-    if all(row.get(measure) is None for row in rows):
-        measure, low, high = ("exact_match", "exact_low", "exact_high")
+def _measure(rows: Sequence[Row]) -> tuple[str, str, str]:
+    """What is drawn, and its interval."""
+    if all(row.get("step_accuracy") is None for row in rows):
+        return "exact_match", "exact_low", "exact_high"
+    return "step_accuracy", "ci_low", "ci_high"
+
+
+def _panel(axis: Any, family: str, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
+    measure, low, high = _measure(rows)
     sized = [row for row in rows if isinstance(row.get("budget"), int) and row.get(measure) is not None]
     ends: list[tuple[float, str, str]] = []
-    for method, look in styles(sized).items():
+    there = {row["method"] for row in sized}
+    for method, look in looks.items():
+        if method not in there:
+            continue
         points = sorted((row for row in sized if row["method"] == method), key=lambda row: row["budget"])
         x, y = [row["budget"] for row in points], [row[measure] for row in points]
-        axis.plot(x, y, marker="o", markersize=3, **look)
-        if all(row.get(low) is not None for row in points):
+        named = look["linewidth"] >= NAMED
+        axis.plot(x, y, marker="o", markersize=3 if named else 1.5, **look)
+        if named and all(row.get(low) is not None for row in points):
             edges = [[row[edge] for row in points] for edge in (low, high)]
             axis.fill_between(x, *edges, color=look["color"], alpha=0.12, linewidth=0)
-        ends.append((y[0], method, look["color"]))
+        if named:
+            ends.append((y[0], method, look["color"]))
     full = next((row for row in rows if row.get("budget") is None and row.get(measure) is not None), None)
     if full is not None:
         axis.axhline(full[measure], color=INK, linestyle=":", linewidth=1)
@@ -73,19 +90,36 @@ def _panel(axis: Any, family: str, rows: Sequence[Row]) -> None:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn, the important ones last, on top."""
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    """How each method is drawn, the important ones last, on top; lines thinner than NAMED have no name."""
+    ranking = _ranking(rows)
     learned = {row["method"] for row in rows if row.get("kind") == "learned"}
-    strong, muted = iter(STRONG * len(names)), iter(MUTED * len(names))
+    few = len(ranking) <= FEW
+    strong, brown, muted = iter(STRONG), iter(BROWN), iter(MUTED * len(ranking))
     looks: dict[str, dict[str, Any]] = {}
-    for name in sorted(names, key=lambda name: (name == "golden", name in learned)):
+    for name in ranking:  # best first
+        color = None
         if name == "golden":
             looks[name] = {"color": INK, "linestyle": "--", "linewidth": 1.6}
-        elif name in learned:
-            looks[name] = {"color": next(strong), "linewidth": 2.2}
+            continue
+        if name in learned and name not in BASELINES:
+            color = next(strong, None)
+        elif name not in BASELINES:
+            color = next(brown, None)
+        if color is not None:
+            looks[name] = {"color": color, "linewidth": 2.2 if name in learned else 1.4}
         else:
-            looks[name] = {"color": next(muted), "linewidth": 1.1}
-    return looks
+            looks[name] = {"color": next(muted), "linewidth": NAMED if few or name in BASELINES else 0.7}
+    return dict(reversed(sorted(looks.items(), key=lambda item: (item[0] != "golden", -item[1]["linewidth"]))))
+
+
+def _ranking(rows: Sequence[Row]) -> list[str]:
+    """Methods by their mean accuracy under budgets, the best first."""
+    measure = _measure(rows)[0]
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if isinstance(row.get("budget"), int) and row.get(measure) is not None:
+            values.setdefault(row["method"], []).append(row[measure])
+    return sorted(values, key=lambda name: -sum(values[name]) / len(values[name]))
 
 
 def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from learnevict.errors import DataError
 from learnevict.evals.plots import plot
-from learnevict.evals.rows import KEYS, TEXT_KEYS, Row
+from learnevict.evals.rows import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
 
 LEARNED, REFERENCE = "learned", "reference"
 
@@ -36,13 +36,17 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """All rows with the common keys, and those of texts if there are any; an empty field is null."""
+    """All rows with the common keys, and those of the oracle and of texts if there are any; an empty field is null."""
     text = io.StringIO()
-    columns: list[str] = [*KEYS, *(key for key in TEXT_KEYS if any(key in row for row in rows))]
+    columns: list[str] = [*KEYS, *(key for key in (*ORACLE_KEYS, *TEXT_KEYS) if any(_has(row, key) for row in rows))]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _has(row: Row, key: str) -> bool:
+    return row.get(key) is not None
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -129,6 +133,14 @@ def show_loss(row: Row) -> str:
     return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.3g}"
 
 
+def show_oracle(row: Row) -> str:
+    """Recall, regret and attention kept."""
+    if row.get("top_recall") is None:
+        return ""
+    regret = "–" if row.get("regret") is None else f"{row['regret']:.2f}"
+    return f"{row['top_recall']:.3f} / {regret} / {row['attention_kept']:.3f}"
+
+
 def show_bytes(row: Row) -> str:
     """Most bytes held, and those of a full cache."""
     if row.get("kv_bytes_peak") is None:
@@ -140,10 +152,15 @@ EXACT = (
     "Exact match of the final answer in free generation; 95 % Wilson interval, bootstrap where tries are averaged (and mean "
     "tokens generated)."
 )
+ORACLE = (
+    "Beside the oracle: recall of the tokens it would keep / attention lost over all budgets by the order of scores, over the "
+    "least possible / share of the full cache's attention that falls on tokens still held."
+)
 MEASURES: dict[str, Callable[[Row], str]] = {
     "Step accuracy: reference text, checked tokens only; 95 % bootstrap interval over samples.": show_accuracy,
     EXACT: show_exact,
     "Perplexity of the text (over that with the full cache).": show_perplexity,
     "Loss of the response over that with the full cache.": show_loss,
+    ORACLE: show_oracle,
     "KiB of keys and values per sample: peak, of a full cache's.": show_bytes,
 }

@@ -9,11 +9,13 @@ from typing import Any
 
 from learnevict.evals import journal as journals
 from learnevict.evals import metrics
-from learnevict.evals.contenders import GOLDEN
+from learnevict.evals.contenders import FULL, GOLDEN
 from learnevict.evals.journal import Journal, Key
 from learnevict.evals.metrics import Cell, Estimate
 from learnevict.evals.rows import Row, read_rows
 from learnevict.evals.suite import journal_path
+
+Share = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,39 @@ class Results:
                 return row
         return None
 
-    def counts(self, method: str, family: str, budget: str, name: str = "right") -> list[float] | None:
-        """Per-sample numbers of a cell; None where not run."""
+    def counts(
+        self, method: str, family: str, budget: str | None, name: str = "right", mode: str = "teacher"
+    ) -> list[float] | None:
+        """Per-sample numbers of a cell; None where not run. Budget None: the full cache."""
         if family not in self.journals:
             return None
-        return self.journals[family].column(Key(method, family, budget, "teacher"), self.seeds[family], name)
+        return self.journals[family].column(Key(method, family, budget or FULL, mode), self.seeds[family], name)
+
+    def shares(self, method: str, family: str, budget: str | None, mode: str) -> Share | None:
+        """What was right and of how many, by sample: checked tokens ("teacher") or whole answers ("free")."""
+        if mode == "free":
+            exact = self.counts(method, family, budget, "exact", mode)
+            return None if exact is None else (exact, [1.0] * len(exact))
+        right, seen = (self.counts(method, family, budget, name) for name in ("right", "seen"))
+        return None if right is None or seen is None else (right, seen)
+
+    def mean(self, method: str, budget: str | None, mode: str) -> Estimate | None:
+        """Mean over all families; None unless all were run."""
+        found = [self.shares(method, family, budget, mode) for family in self.families]
+        whole = [part for part in found if part is not None]
+        return metrics.mean_share(whole) if found and len(whole) == len(found) else None
+
+    def test(
+        self, method: str, other: str, families: Sequence[str], budget: str, mode: str
+    ) -> tuple[Estimate, float] | None:
+        """How much better a method is than another on the same samples, with p; None where one was not run."""
+        pairs: list[metrics.Pairs] = []
+        for family in families:
+            one, two = (self.shares(name, family, budget, mode) for name in (method, other))
+            if one is None or two is None:
+                return None
+            pairs.append((one[0], two[0], one[1]))
+        return metrics.paired_test(pairs) if pairs else None
 
     def cell(self, method: str, best: str, family: str, budget: str) -> Cell | None:
         """A method between `best` and golden; None where one of them was not run."""
@@ -66,6 +96,16 @@ class Results:
         if seen is None or any(part is None for part in parts):
             return None
         return Cell(*(part for part in parts if part is not None), seen=seen)
+
+    @property
+    def gates(self) -> dict[str, set[str]]:
+        """Hashes of the gates behind each contender's numbers: one each, unless some are stale."""
+        found: dict[str, set[str]] = {}
+        for journal in self.journals.values():
+            for key, identity in journal.identity.items():
+                if identity and "gates" in identity:
+                    found.setdefault(key.method, set()).add(identity["gates"])
+        return found
 
     def gap_closed(self, method: str, best: dict[str, str], budget: str) -> Estimate:
         """Pooled over the families of `best`, which names what the gap is measured from in each."""

@@ -71,6 +71,7 @@ def _origin(cell: Cell, model: str) -> Row:
     return {
         "budget_share": cell.asked if is_share(cell.asked) else None,
         "kind": cell.contender.kind,
+        "gates_of": None if cell.contender.gates is None else cell.contender.method,
         "model": model,
     }
 

@@ -65,7 +65,9 @@ def run(
                 done.append(cell)
                 rows.append(make_row(journal, cell, plan, subject))
                 _write(out, earlier, rows)
-        rows[-len(done) :] = [make_row(journal, cell, plan, subject) for cell in done]  # golden and random are there now
+        rows[-len(done) :] = [
+            make_row(journal, cell, plan, subject) for cell in done
+        ]  # golden and random are there now
         _write(out, earlier, rows)
     return rows, journal
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
+from learnevict.evals.ablations import ablation_table, plot_curves, read_variants
 from learnevict.evals.benchmarks import benchmark_tables
-from learnevict.evals.metrics import SMALLEST_GAP, Estimate
+from learnevict.evals.label_table import TriedLabels, label_tables
 from learnevict.evals.plots import plot
-from learnevict.evals.report import grid, in_order, provenance, show_accuracy, show_exact, table
+from learnevict.evals.report import table
 from learnevict.evals.results import Results, read_results
-from learnevict.evals.rows import Row
-from learnevict.hub import weight_hash
-from learnevict.testbed.vocabulary import VALUES
+from learnevict.evals.sections import (
+    agreement_line,
+    family_parts,
+    folded,
+    full_cache_table,
+    gap_tables,
+    overview,
+    recall_line,
+    refined_tables,
+)
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 
 START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
+LEGEND = (
+    "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README; NAME-sl "
+    "are the supervised gates that NAME was refined from. Families open on a click."
+)
 TITLES = {
     "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection."),
     "published": (
@@ -32,11 +43,7 @@ TITLES = {
         "The prompt stays and budgets count the rest. Answers of recall and dialogue are too short to evict from.",
     ),
     "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
-    "free": (
-        "Free generation",
-        "The model reads its own words; exact match of the final answer with its 95 % Wilson interval (and mean tokens "
-        "generated).",
-    ),
+    "free": ("Free generation", "The model reads its own words."),
 }
 
 
@@ -44,24 +51,36 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
     """Write docs/results.md and one plot per table.
 
     Args:
-        results: a folder per table (see TITLES) with JSONL rows.
+        results: a folder per table (see TITLES) with JSONL rows; labels.json and ablations.json if they were made.
         docs: where results.md goes.
         benchmarks: JSON files of benchmarks; may be missing.
         tuned: names the best heuristic of every cell; without it no gap is shown.
 
     Raises:
-        DataError: nothing to show, files that cannot be read, or results of different weights or tasks.
+        DataError: nothing to show, files that cannot be read, or results of different weights, tasks or gates.
     """
     found = {name: read_results(sorted_rows(results / name)) for name in TITLES if sorted_rows(results / name)}
     if not found:
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
-    parts, written = [HEADER, "# Results", full_cache_table(found)], []
     check_same_origin([*found.values()], tuned)
+    parts, written = [HEADER, "# Results", LEGEND, full_cache_table(found)], []
     for name, part in found.items():
         parts += section(name, part, tuned)
         if any(row["budget"] is not None for row in part.rows):
             written.append(plot(part.rows, docs / f"results-{name}.png"))
             parts.append(f"![accuracy against budget](results-{name}.png)")
+        if name == "main":
+            parts += refined_tables(part, found.get("free"))
+    if (ablations := results / "ablations.json").exists():
+        variants = read_variants(ablations)
+        written.append(plot_curves(variants, docs / "ablations.png"))
+        parts += [
+            "## What each part of refinement buys",
+            ablation_table(variants),
+            "![cost against steps](ablations.png)",
+        ]
+    if (labels := results / "labels.json").exists():
+        parts += label_tables(TriedLabels.open(labels))
     parts += benchmark_tables(benchmarks)
     written.append(docs / "results.md")
     written[-1].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -69,7 +88,7 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
 
 
 def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
-    """All numbers of the page belong to the same weights and the same tasks.
+    """All numbers of the page belong to the same weights and tasks, and all of one name to the same gates.
 
     Raises:
         DataError: some are stale.
@@ -79,24 +98,39 @@ def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
         values = {record[name] for record in records}
         if len(values) > 1:
             raise DataError(f"results of different {name} ({', '.join(sorted(values))}); run recipes/evaluate.py anew")
+    gates: dict[str, set[str]] = {}
+    for name, one in (tuned.record.get("gates", {}) if tuned else {}).items():
+        gates.setdefault(name, set()).add(one)
+    for results in found:
+        for name, hashes in results.gates.items():
+            gates.setdefault(name, set()).update(hashes)
+    if mixed := {name: hashes for name, hashes in gates.items() if len(hashes) > 1}:
+        said = "; ".join(f"{name}: {', '.join(sorted(hashes))}" for name, hashes in mixed.items())
+        raise DataError(
+            f"results of different gates under one name ({said}); run recipes/evaluate.py --replace {next(iter(mixed))}"
+        )
 
 
 def check_bundled(results: Path) -> None:
-    """The page is about the model that ships: rows of earlier weights are stale.
+    """The page is about the model and the gates that ship: rows of earlier ones are stale.
 
     Raises:
-        DataError: some rows belong to other weights or tasks.
+        DataError: some rows belong to other weights, tasks or gates.
     """
-    expected = {"weights": weight_hash(testbed.load()[0]), "tasks": testbed.fingerprint()}
+    model, _ = testbed.load()
+    expected = {"weights": weight_hash(model), "tasks": testbed.fingerprint()}
+    shipped = {one.name.removeprefix("testbed-"): one for one in GATES_FOLDER.glob("testbed-*")}
+    hashes = {name: weight_hash(Gates.load(folder, model)) for name, folder in shipped.items()}
     for name in TITLES:
         files = sorted_rows(results / name)
-        for record in read_results(files).configurations if files else []:
-            stale = [key for key, value in expected.items() if record[key] != value]
-            if stale:
-                raise DataError(
-                    f"rows in {str(results / name)!r} belong to other {' and '.join(stale)} than the bundled model's; run "
-                    "recipes/evaluate.py anew"
-                )
+        found = read_results(files) if files else Results()
+        stale = {key for record in found.configurations for key, value in expected.items() if record[key] != value}
+        stale |= {f"gates of {one}" for one, ran in found.gates.items() if ran != {hashes.get(one)}}
+        if stale:
+            raise DataError(
+                f"rows in {str(results / name)!r} belong to other {' and '.join(sorted(stale))} than those that ship; run "
+                "recipes/evaluate.py anew, for gates with --replace NAME"
+            )
 
 
 def sorted_rows(folder: Path) -> list[Path]:
@@ -109,125 +143,14 @@ def sorted_rows(folder: Path) -> list[Path]:
 def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str]:
     """One table of comparisons with what follows from it."""
     title, rules = TITLES[name]
-    parts = [f"## {title}", rules]
-    measure = show_exact if name == "free" else show_accuracy
-    if name != "free":
-        parts.append("Step accuracy with its 95 % bootstrap interval over samples.")
-    for family in results.families:
-        rows = [row for row in results.rows if row["family"] == family]
-        parts += [f"### {title}: {family}", provenance(rows), grid(rows, measure)]
+    mode = "free" if name == "free" else "teacher"
+    parts = [f"## {title}", rules, *overview(results, mode)]
     if name == "main":
         parts += gap_tables(results, tuned)
     if name == "free":
-        parts.append(recall_line(results))
-        parts.append(agreement_line(results))
-    return parts
-
-
-def full_cache_table(found: dict[str, Results]) -> str:
-    """Exact match with the full cache, family by family."""
-    rows = [row for name in ("free", "main") if name in found for row in found[name].rows]
-    full = [row for row in rows if row["method"] == "full" and row["exact_match"] is not None]
-    lines: list[list[str]] = []
-    for family in in_order(full, "family"):
-        row = next(row for row in full if row["family"] == family)
-        measured = [other["step_accuracy"] for other in rows if _is_full(other, family)]
-        shown = next((f"{value:.3f}" for value in measured if value is not None), "–")
-        lines.append(
-            [family, f"{row['exact_match']:.3f}", shown, f"{row['tokens_generated']:.0f}", str(row["samples"])]
-        )
-    header = ["family", "exact match", "step accuracy", "tokens generated", "samples"]
-    return "## The testbed with its full cache\n\n" + table(header, lines) if full else ""
-
-
-def _is_full(row: Row, family: str) -> bool:
-    return row["method"] == "full" and row["family"] == family
-
-
-def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
-    """How much of the way to golden learned methods go, from the best heuristic and from lexical."""
-    parts = ["### Gap closed"]
-    if tuned is None:
-        parts.append("Not shown: heuristics have not been tuned (recipes/evaluate.py --stage tune).")
-    else:
-        parts.append(
-            "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on "
-            f"validation seeds, random among them. Cells whose gap is below {SMALLEST_GAP} are not scored. The pooled line "
-            "divides the sum of the scored families' differences by the sum of their gaps, so a family counts as much "
-            "as its gap is wide; how many of the five it holds stands behind it, and below it which are left out."
-        )
-        parts.append(_gap_table(results, tuned.best))
-    if "lexical" in results.methods():
-        parts += ["The same from lexical:", _gap_table(results, lambda family, budget: "lexical")]
-        parts += ["Step accuracy above lexical, paired:", _difference_table(results, "lexical")]
-    return parts
-
-
-def _gap_table(results: Results, best: Callable[[str, str], str]) -> str:
-    lines: list[list[str]] = []
-    notes: list[str] = []
-    for method in [name for name in results.methods("learned") if name != "lexical"]:
-        for family in results.families:
-            bases = [(budget, best(family, budget)) for budget in results.budgets]
-            closed = [(results.gap_closed(method, {family: base}, budget), base) for budget, base in bases]
-            cells = [_show(one) + ("" if base == "lexical" else f" from {base}") for one, base in closed]
-            lines.append([method, family, *cells])
-        pooled = [_pooled(results, method, best, budget) for budget in results.budgets]
-        lines.append([method, "pooled", *(shown for shown, _ in pooled)])
-        notes += [
-            f"{method} at {budget}: {left}" for budget, (_, left) in zip(results.budgets, pooled, strict=True) if left
-        ]
-    shown = table(["method", "family", *results.budgets], lines)
-    return shown + (f"\n\nLeft out of the pooled line: {'; '.join(notes)}." if notes else "")
-
-
-def _pooled(results: Results, method: str, best: Callable[[str, str], str], budget: str) -> tuple[str, str]:
-    """The gap closed over all families with how many of them it holds, and which it leaves out, with the reason."""
-    bases = {family: best(family, budget) for family in results.families}
-    left = {family: "not run" for family in testbed.FAMILIES if family not in bases}
-    left |= results.left_out(method, bases, budget)
-    num = len({*testbed.FAMILIES, *bases})
-    shown = f"{_show(results.gap_closed(method, bases, budget))} ({num - len(left)} of {num} families)"
-    return shown, ", ".join(f"{family} ({reason})" for family, reason in left.items())
-
-
-def _difference_table(results: Results, other: str) -> str:
-    lines: list[list[str]] = []
-    for method in [name for name in results.methods("learned") if name != other]:
-        for family in results.families:
-            found = [results.difference(method, other, family, budget) for budget in results.budgets]
-            lines.append([method, family, *("–" if one is None else _show(one) for one in found)])
-    return table(["method", "family", *results.budgets], lines)
-
-
-def _show(estimate: Estimate) -> str:
-    return "not scored" if math.isnan(estimate.value) else str(estimate)
-
-
-def recall_line(results: Results) -> str:
-    """Learned methods on recall at 1/4, where random should be at chance."""
-    random = results.row("random", "recall", "1/4")
-    learned = [row for name in results.methods("learned") if (row := results.row(name, "recall", "1/4"))]
-    if random is None or not learned:
-        return ""
-    chance = 1 / len(VALUES)
-    shown = ", ".join(f"{row['method']} {row['exact_match']:.3f}" for row in learned)
-    return (
-        f"Recall at 1/4, exact match: {shown}; random {random['exact_match']:.3f}. One word guessed among "
-        f"{len(VALUES)} is right with {chance:.3f}, a whole answer hardly ever."
-    )
-
-
-def agreement_line(results: Results) -> str:
-    """How far golden's second text follows the one its labels were made from."""
-    rows = [row for row in results.rows if row.get("agreement") is not None]
-    if not rows:
-        return ""
-    mean, fully = (sum(row[name] for row in rows) / len(rows) for name in ("agreement", "agreed_fully"))
-    return (
-        f"Golden runs twice; its second text follows the first for {100 * mean:.0f} % of its tokens on average, and to "
-        f"the end in {100 * fully:.0f} % of samples. After leaving it, recency decides."
-    )
+        parts += [recall_line(results), agreement_line(results)]
+    best = tuned.best if tuned is not None and name == "main" else None
+    return parts + [folded(family, family_parts(results, family, mode, best)) for family in results.families]
 
 
 def method_table() -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from learnevict import methods
-from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.errors import DataError, UsageError
 from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.plan import Plan, Subject, configuration
 from learnevict.evals.rows import Row
 from learnevict.evals.suite import Advance, run
-from learnevict.hub import Gates
+from learnevict.hub import Gates, weight_hash
 
 TABLES = ("lexical", "clausal")
 BONUSES = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -42,7 +42,7 @@ class Tuned:
     """What tuning found.
 
     Attributes:
-        record: configuration of the run: model, weights, tasks, rules, samples.
+        record: configuration of the run: model, weights, tasks, rules, samples, and hashes of the tables that were tuned.
         settings: by family, budget and method.
         accuracy: step accuracy on validation under them, by family, budget and method.
     """
@@ -63,15 +63,26 @@ class Tuned:
             raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
         return max((name for name in found if name not in TABLES), key=lambda name: found[name])
 
-    def check(self, weights: str) -> None:
-        """Refuse settings tuned on another model.
+    def check(self, weights: str, gates: Mapping[str, Gates | None] | None = None) -> None:
+        """Refuse settings tuned on another model, or with other tables.
+
+        Args:
+            weights: hash of the model's weights.
+            gates: by method; those with tuned settings must be the ones that were tuned.
 
         Raises:
-            UsageError: the hash of the model's weights is another.
+            UsageError: a hash is another.
         """
         if self.record.get("weights") != weights:
             raise UsageError(
                 "the settings were tuned on other weights; drop --tuned, or run recipes/evaluate.py --stage tune"
+            )
+        tuned = {name: one for name, one in (gates or {}).items() if one is not None and self.of(name)}
+        known = self.record.get("gates", {})
+        if others := [name for name, one in tuned.items() if known.get(name) != weight_hash(one)]:
+            raise UsageError(
+                f"the settings of {', '.join(others)} were tuned with other gates than these; drop --tuned, or run "
+                "recipes/evaluate.py --stage tune"
             )
 
     def of(self, method: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -112,13 +123,12 @@ def tune(
         field: what `candidates` lists.
         out: rows of all settings; goes on where it was interrupted.
 
-    Raises:
-        BudgetError: a budget too small for a method whatever its settings.
+    Settings that a budget is too small for are left out there.
     """
-    plan = replace(plan, split="validation", teacher=True, free="none")
-    field = [one for one in field if _feasible(one, plan)]
+    plan = replace(plan, split="validation", teacher=True, free="none", oracle=False, lenient=True)
     rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
-    record = {**configuration(plan, subject), "samples": plan.num_samples, "seed": plan.seed}
+    gates = {one.method: weight_hash(one.gates) for one in field if one.gates is not None}
+    record = {**configuration(plan, subject), "samples": plan.num_samples, "seed": plan.seed, "gates": gates}
     return choose(rows, field, record)
 
 
@@ -130,6 +140,8 @@ def choose(rows: Sequence[Row], field: Sequence[Contender], record: Mapping[str,
         one, asked = by_name[row["method"]], row["budget_share"] or str(row["budget"])
         accuracy = tuned.accuracy.setdefault(row["family"], {}).setdefault(asked, {})
         settings = tuned.settings.setdefault(row["family"], {}).setdefault(asked, {})
+        if row["step_accuracy"] is None:
+            continue
         if row["step_accuracy"] > accuracy.get(one.method, -1.0):
             accuracy[one.method] = row["step_accuracy"]
             settings[one.method] = dict(one.settings)
@@ -195,14 +207,3 @@ def load(path: Path = TUNED) -> Tuned:
         raise DataError(
             f"{str(path)!r} holds no tuned settings; make them with recipes/evaluate.py --stage tune"
         ) from error
-
-
-def _feasible(one: Contender, plan: Plan) -> bool:
-    """Whether a setting fits every budget; a window may be longer than the smallest budget allows."""
-    from learnevict.evals.plan import check
-
-    try:
-        check(plan, [one])
-    except BudgetError:
-        return False
-    return True

@@ -51,7 +51,7 @@ class Learner(Gate):
 
     Attributes:
         oracle: what its paper would have it predict, a name of learnevict.oracle.PRESETS.
-        objective: how its numbers are compared with the oracle's, a name of learnevict.train.stream.OBJECTIVES.
+        objective: how its numbers are compared with the oracle's, a name of learnevict.train.course.OBJECTIVES.
         at_cuts: True if it ranks the slots held at an event, False if it judges tokens as they are written.
     """
 

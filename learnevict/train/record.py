@@ -15,7 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from learnevict import __version__
 from learnevict.errors import DataError
@@ -186,14 +187,18 @@ def installed(name: str) -> str | None:
 
 
 def changed(training: TrainingArguments) -> dict[str, Any]:
-    """Training arguments that differ from transformers' defaults; tokens are left out."""
-    plain_one = type(training)(output_dir=str(training.output_dir), use_cpu=training.use_cpu)
-    given, plain = training.to_dict(), plain_one.to_dict()
-    secret = {name for name in given if name.endswith("token")}
+    """Training arguments that differ from transformers' defaults; tokens are left out.
+
+    Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
+    """
+    given = training.to_dict()
+    plain = {one.name: None if one.default is MISSING else one.default for one in fields(training)}
+    plain["accelerator_config"] = AcceleratorConfig().to_dict()
+    nothing = (None, False, "", "none", [], {})
     return {
         name: value
         for name, value in given.items()
-        if name not in secret and (name == "output_dir" or value != plain.get(name))
+        if not name.endswith("token") and value != plain.get(name) and not (value in nothing and plain[name] in nothing)
     }
 
 

@@ -32,6 +32,8 @@ class SoftConfig:
         budgets: smallest and largest budget, drawn per batch log-uniformly; equal: one budget, as in the TRIM-KV papers.
             Retentions know no budget, so a range makes one compromise that serves all of it.
         capacity: factor on what the gate pays for holding tokens.
+        power: a token of weight w counts w ** power in what is held; 1 in the papers. Peaked attention finds a token through
+            a weight of 1 %, which would cost 1 % of a slot, while eviction takes it away; with 0.2 it costs 40 %.
         compression: where evicting a share is the aim (dms), the ratio to reach.
         ramp: share of training over which that ratio rises from 1.
         answers_only: losses count predictions of the response only; the whole text where a document has no prompt.
@@ -40,6 +42,7 @@ class SoftConfig:
 
     budgets: tuple[int, int] = (32, 96)
     capacity: float = 1.0
+    power: float = 1.0
     compression: float = 8.0
     ramp: float = 0.5
     answers_only: bool = False
@@ -63,6 +66,7 @@ class Run:
         fades: what the gate did, per layer.
         budget: slots per head.
         target: share of tokens to evict.
+        power: see SoftConfig.
     """
 
     tokens: Tensor
@@ -73,11 +77,12 @@ class Run:
     fades: list[Fade]
     budget: int
     target: float
+    power: float = 1.0
 
     @property
     def rates(self) -> list[Tensor]:
-        """Log retentions, or log gates, of each layer, float32 [B, H, T]."""
-        return [fade.rate for fade in self.fades]
+        """Log retentions, or log gates, of each layer as they count, float32 [B, H, T]."""
+        return [fade.rate * self.power for fade in self.fades]
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class SoftTrainer(GateTrainer):
             )
         valid = text["attention_mask"].bool()
         target = config.target(self.state.global_step / max(self.state.max_steps, 1))
-        run = Run(text["input_ids"], valid, scored, teacher, student, soft.fades, budget, target)
+        run = Run(text["input_ids"], valid, scored, teacher, student, soft.fades, budget, target, config.power)
         total = torch.zeros((), device=valid.device)
         for name, weight in gate.losses.items():
             value = LOSSES[name].value(run)

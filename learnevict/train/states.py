@@ -87,7 +87,8 @@ class Recorder:
         notes = self.scorer.notes(signals)
         parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
         features = torch.cat(parts, dim=2)
-        pick = ((rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)).nonzero().flatten()
+        reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
+        pick = (reads & (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)).nonzero().flatten()
         here = self.states.setdefault(signals.layer, States())
         here.features.append(features[pick])
         here.targets.append(target[pick])

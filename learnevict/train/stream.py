@@ -6,128 +6,22 @@ dropped: no hidden state is stored. All of it happens inside one `model(study, .
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.errors import DataError, GateError, UsageError
-from learnevict.infer.replay import replay
+from learnevict.errors import DataError, GateError
 from learnevict.ops.hashing import hashed
 from learnevict.ops.processes import highest
-from learnevict.oracle import (
-    GOLDEN,
-    PRESETS,
-    Received,
-    Reducers,
-    Repeating,
-    full_trace,
-    future_attention,
-    golden,
-    golden_labels,
-    receiving,
-    reconstruct,
-    target,
-)
-from learnevict.oracle.reconstruct import target_inputs
 from learnevict.parts.gates import Learner
-from learnevict.policy import Guard
-from learnevict.train import objectives, regret
+from learnevict.train import regret
+from learnevict.train.course import Course
+from learnevict.train.course import StreamConfig as StreamConfig
 from learnevict.train.draws import Draws
-from learnevict.train.lessons import Lesson, Times
+from learnevict.train.lessons import Lesson
 from learnevict.train.trainer import GateTrainer
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "bce": objectives.cross_entropy,
-    "mse": objectives.log_error,
-    "pairwise": objectives.pairwise_on_logs,
-    "regret": regret.expected_regret,
-    "rloo": regret.rloo,
-}
-"""By name: from scores, targets and candidates [B, H, N] to a loss. Those in SAMPLED take `pairs`."""
-SAMPLED = ("pairwise", "regret")
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """What a streamed gate learns from.
-
-    Attributes:
-        target: "reconstruction" (attention of the text's repetition, KVzip) or "future" (of the text's own later blocks); the
-            former needs a model that can repeat a text.
-        objective: a name of OBJECTIVES; "": the gate's own.
-        period: tokens between events, and queries per label block.
-        along: read the texts with a "full" cache, or under "golden" eviction, so that states are those of small caches.
-        budgets: smallest and largest budget, drawn per batch log-uniformly: of golden eviction, and shown to rankers.
-        cuts: events per text, for gates that rank slots.
-        horizon: label blocks that count as the future; None: to the end of the text.
-        pairs: drawn per text and head, for objectives over pairs; 0: all pairs, or the objective's default.
-        sinks, recent: guards; what they protect is no candidate.
-        chunk, repeat, tail: of "reconstruction", see oracle.Repeating; `repeat` are the token ids of its prompt.
-    """
-
-    target: Literal["reconstruction", "future"] = "future"
-    objective: str = ""
-    period: int = 16
-    along: Literal["full", "golden"] = "full"
-    budgets: tuple[int, int] = (36, 160)
-    cuts: int = 4
-    horizon: int | None = None
-    pairs: int = 0
-    sinks: int = 4
-    recent: int = 8
-    chunk: int = 2048
-    repeat: tuple[int, ...] = ()
-    tail: int = 0
-
-    def __post_init__(self) -> None:
-        if self.target not in ("reconstruction", "future") or self.along not in ("full", "golden"):
-            raise UsageError(
-                f"target {self.target!r} along {self.along!r} is unknown; choose reconstruction or future, full or golden"
-            )
-        if self.objective and self.objective not in OBJECTIVES:
-            raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
-        if self.budgets[0] <= self.guard.reserved(self.period):
-            raise UsageError(
-                f"training budgets of {self.budgets[0]} to {self.budgets[1]} cannot hold the guards and a fresh block of "
-                f"{self.period}; the smallest that works is {self.guard.reserved(self.period) + 1}"
-            )
-
-    @property
-    def guard(self) -> Guard:
-        """What is never evicted."""
-        return Guard(self.sinks, self.recent)
-
-    @property
-    def repeating(self) -> Repeating:
-        """How texts are repeated."""
-        return Repeating(self.chunk, self.sinks, self.repeat, self.tail)
-
-    def reduce(self, gate: Learner) -> Reducers:
-        """The target's reducers: the gate's own, or golden's for the future of one whose own are those of a repetition.
-
-        Raises:
-            UsageError: a reconstruction for a gate whose oracle looks at the future.
-        """
-        own = PRESETS[gate.oracle]
-        if self.target == "reconstruction" and not own.needs_queries:
-            raise UsageError(f"a gate of oracle {gate.oracle!r} learns from the future; give target='future'")
-        return GOLDEN if own.needs_queries and self.target == "future" else own
-
-    def loss(self, gate: Learner, words: Tensor) -> Objective:
-        """The objective, with its options; `words` int64 [B] are what its draws come from."""
-        name = self.objective or gate.objective
-        options: dict[str, Any] = {"pairs": self.pairs} if self.pairs and name in SAMPLED else {}
-        if name in (*SAMPLED, "rloo"):
-            options["words"] = words
-        return partial(OBJECTIVES[name], **options)
 
 
 class StreamTrainer(GateTrainer):
@@ -178,99 +72,44 @@ def study(
         DataError: no text of the batch has a candidate with a future.
     """
     ids = inputs["input_ids"]
-    course = _Course(gate, inputs, config, draws or Draws.anew(len(ids), ids.device))
-    course.read(base)
-    if not course.losses:
+    teacher = _Teacher(gate, Course(config, config.reduce(gate), inputs, draws or Draws.anew(len(ids), ids.device)))
+    teacher.course.read(base, teacher.teach)
+    if not teacher.losses:
         raise DataError(
             f"a batch of texts of at most {ids.shape[1]} tokens, from which nothing would be evicted; leave "
             f"out texts shorter than {config.guard.reserved(config.period) + 2 * config.period} tokens"
         )
-    return torch.stack(course.losses).mean(), torch.stack(course.regrets).mean()
+    return torch.stack(teacher.losses).mean(), torch.stack(teacher.regrets).mean()
 
 
-class _Course:
-    """One batch on its way through the layers."""
+class _Teacher:
+    """Compares a gate with the oracle, layer by layer of a course."""
 
-    def __init__(self, gate: Learner, inputs: dict[str, Any], config: StreamConfig, draws: Draws) -> None:
-        self.gate, self.config, self.draws = gate, config, draws
-        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
-        self.stored: Tensor | None = inputs.get("stored_labels")
-        self.valid = self.mask.bool()
-        self.times = Times.of(self.ids, self.valid)
-        self.reduce = config.reduce(gate)
+    def __init__(self, gate: Learner, course: Course) -> None:
+        self.gate, self.course, self.config = gate, course, course.config
         self.learning = torch.is_grad_enabled()
-        self.expiry: Tensor | None = None
         self.losses: list[Tensor] = []
         self.regrets: list[Tensor] = []
-        longest = highest(self.ids.shape[1], self.ids.device) - config.period - 1
-        self.budget = max(min(draws.budget(config.budgets), longest), config.budgets[0])
         self.cuts = [
-            self.times.draw_cut(config.guard, config.period, draws.per_row(cut))
-            for cut in range(config.cuts if gate.at_cuts else 0)
+            course.times.draw_cut(self.config.guard, self.config.period, course.draws.per_row(cut))
+            for cut in range(self.config.cuts if gate.at_cuts else 0)
         ]
-        if self.stored is not None and self.reduce != GOLDEN and config.along == "full":
-            raise UsageError(
-                f"stored labels are golden ones, but this gate learns {gate.oracle!r}; train it without them"
-            )
 
-    @torch.no_grad()
-    def read(self, base: PreTrainedModel) -> None:
-        """The pass, or the passes that labels and states need."""
-        config = self.config
-        repeated = config.target == "reconstruction"
-        if config.along == "full" and repeated:
-            reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce, visit=self.teach)
-            return
-        labels: list[Tensor | None] | None = None
-        trace = full_trace(base, self.ids)
-        if config.along == "golden":
-            wanted = self._golden(base)
-            trace = golden(wanted, budget=self.budget, block=config.period, guard=config.guard, valid=self.valid)
-            self.expiry = trace.expiry
-            labels = wanted if self.reduce == GOLDEN else None
-            if repeated:
-                labels = reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce)
-            elif labels is None:
-                labels = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
-        elif self.stored is not None and self.reduce == GOLDEN:
-            labels = list(self.stored)
-
-        def see(layer: int, received: Received) -> None:
-            found = self._label(base, layer, received) if labels is None else labels[layer]
-            assert found is not None
-            self.teach(layer, received, found)
-
-        replay(base, self.ids, trace, self.mask, observe=receiving(see), logits_to_keep=1)
-
-    def teach(self, layer: int, received: Received, labels: Tensor) -> None:
-        """Add the loss of one layer; labels [B, heads, T], or [B, heads, T, M] of blocks."""
-        gate, config = self.gate, self.config
-        expiry = None if self.expiry is None else self.expiry[layer]
-        lesson = Lesson.of(layer, self.times, received, expiry)
-        written = lesson.written(gate.columns)
+    def teach(self, lesson: Lesson, labels: Tensor) -> None:
+        """Add the losses of one layer; arguments as of Course.read's `visit`."""
+        gate, written = self.gate, lesson.written(self.gate.columns)
         gate.calibrate(written)
-        if labels.ndim == 4:
-            labels = target(labels, self.reduce, received.key.shape[1], window=config.horizon)
         with torch.set_grad_enabled(self.learning):
             if gate.at_cuts:
                 self._teach_cuts(lesson, gate.write(written), labels)
             else:
-                self._teach_tokens(gate.judged(written), labels)
-
-    def _teach_tokens(self, scores: Tensor, labels: Tensor) -> None:
-        """All tokens but sinks. Labels of blocks: what those after a token's own want, so the last block teaches nothing."""
-        times, period = self.times, self.config.period
-        own, last = times.rank // period, (times.length.unsqueeze(-1) - 1) // period
-        there = (times.rank < times.length.unsqueeze(-1)) & (times.rank >= self.config.sinks)
-        if labels.ndim == 4:
-            there &= own < last
-        self._compare(scores, times.verdict(labels, own + 1), there.unsqueeze(1))
+                self._compare(gate.judged(written), *self.course.of_tokens(labels))
 
     def _teach_cuts(self, lesson: Lesson, written: dict[str, Tensor], labels: Tensor) -> None:
         """All slots at some events but protected ones."""
-        gate, config, times = self.gate, self.config, self.times
+        gate, config, times = self.gate, self.config, self.course.times
         notes = lesson.notes(written, gate.columns)
-        budget = torch.full_like(times.length, self.budget).int()
+        budget = torch.full_like(times.length, self.course.budget).int()
         for seen, possible in self.cuts:
             signals = lesson.cut(seen, config.period, budget, notes, gate.window)
             candidates = signals.occupied & ~config.guard.protect(signals) & possible.view(-1, 1, 1)
@@ -282,18 +121,6 @@ class _Course:
         candidates = candidates.expand_as(scores)
         if not highest(int(candidates.any()), candidates.device):  # of all processes: they go on together
             return
-        words = hashed(self.draws.rows, len(self.losses))
+        words = hashed(self.course.draws.rows, len(self.losses))
         self.losses.append(self.config.loss(self.gate, words)(scores, targets, candidates))
         self.regrets.append(regret.regret(scores.detach(), targets, candidates))
-
-    def _golden(self, base: PreTrainedModel) -> list[Tensor | None]:
-        """Golden labels, stored or made."""
-        if self.stored is not None:
-            return list(self.stored)
-        return golden_labels(base, self.ids, self.mask, block=self.config.period)[0]
-
-    def _label(self, base: PreTrainedModel, layer: int, received: Received) -> Tensor:
-        """Block labels of one layer, [B, heads, T, M]."""
-        inputs = target_inputs(base, self.reduce, layer, received)
-        period, query, key = self.config.period, received.query, received.key
-        return future_attention(query, key, block=period, valid=self.valid, reduce=self.reduce, **inputs)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from learnevict import methods
@@ -108,8 +109,7 @@ def summarise(found: dict[str, list[Judged]], prefix: str) -> dict[str, float]:
     """
     by_budget: dict[str, dict[str, float]] = {}
     for budget, parts in found.items():
-        pooled = {one.name: torch.cat([getattr(part, one.name).cpu() for part in parts]) for one in fields(Judged)}
-        by_budget[budget] = Judged(**pooled).figures()
+        by_budget[budget] = pool(parts).figures()
         if BEST.removeprefix("eval_") not in by_budget[budget]:
             raise UsageError(
                 f"the documents held out are too short for --eval_budgets {budget}: nothing is evicted, or all the same is"
@@ -121,6 +121,18 @@ def summarise(found: dict[str, list[Judged]], prefix: str) -> dict[str, float]:
         if len(by_budget) > 1:
             figures |= {f"{prefix}_{name}_{budget}": round(value, 5) for budget, value in values.items()}
     return figures
+
+
+def pool(parts: list[Judged]) -> Judged:
+    """Several batches as one, on the host: what they hold per text, one after the other."""
+
+    def joined(found: list[Any]) -> Any:
+        if isinstance(found[0], Tensor):
+            return torch.cat([one.cpu() for one in found])
+        names = [one.name for one in fields(found[0])]
+        return replace(found[0], **{name: joined([getattr(one, name) for one in found]) for name in names})
+
+    return joined(parts)
 
 
 class Patience(TrainerCallback):

@@ -55,6 +55,6 @@ class Whole:
     def _gathered(self, gates: Gates) -> AbstractContextManager[Any]:
         if not self.zero3:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(list(gates.parameters()))
