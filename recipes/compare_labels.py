@@ -7,7 +7,7 @@
 Every variant turns a full-cache pass into an eviction trace of the same total size, which is replayed in one pass and judged
 on checked tokens.
 - Labels: golden attention (Section 3.1 of arXiv 2602.03203) and other reductions of it; weighted by values; CAOTE's form (arXiv
-  2504.14051), attention / (1 - attention) x distance between value and output.
+  2504.14051), attention / (1 - attention) x distance between value and output; the gradient of the loss.
 - Horizons: max, sums, squares, and an optimal plan ("priced": the dual of keeping what the future uses most, per head).
 - The evicted run: labels recomputed from its queries and keys, beside what is left in it, event by event, or with queries
   weighted by the loss that eviction caused.
@@ -34,14 +34,14 @@ from learnevict import testbed
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.budgets import resolve
 from learnevict.evals.contenders import COMPARISON
-from learnevict.evals.hindsight import Case, from_the_left
+from learnevict.evals.hindsight import Case, by_value, caote, contribution, distance, from_the_left, largest
 from learnevict.evals.label_table import Tried, TriedLabels
 from learnevict.evals.plan import check_families
 from learnevict.evals.teacher import read
 from learnevict.hub import weight_hash
 from learnevict.oracle import horizon
-from learnevict.oracle.reconstruct import Received
 from learnevict.oracle.shared import Share, profile, slots_of
+from learnevict.oracle.utility import gradient_utility
 from learnevict.signals import Trace
 
 
@@ -70,40 +70,15 @@ class Hints:
     climbs: int
 
 
-# --- labels: what one query says of one key ---
+# --- labels and horizons: what one query says of one key, and the future as a whole ---
 
 
-def distance(p: Tensor, one: Received, layer: int) -> Tensor:
-    """|v - o| for every query and key, [B, H, G, T, T]."""
-    value = one.value.unsqueeze(2)
-    output = p @ value
-    square = value.square().sum(-1).unsqueeze(-2) + output.square().sum(-1, keepdim=True) - 2 * output @ value.mT
-    return square.clamp_min(0).sqrt()
-
-
-def caote(p: Tensor, one: Received, layer: int) -> Tensor:
-    """The change of the output if the key goes."""
-    return p / (1 - p).clamp_min(1e-3) * distance(p, one, layer)
-
-
-def contribution(case: Case, p: Tensor, one: Received, layer: int) -> Tensor:
-    """Attention x |W_O v|."""
-    weight = case.model.model.layers[layer].self_attn.o_proj.weight.detach()
-    heads = weight.unflatten(1, (one.key.shape[1], case.group, -1))
-    return p * torch.einsum("ehgd,bhtd->bhget", heads, one.value).norm(dim=3).unsqueeze(3)
-
-
-def by_value(p: Tensor, one: Received, layer: int) -> Tensor:
-    """Attention x |v|."""
-    return p * one.value.norm(dim=-1)[:, :, None, None]
-
-
-def largest(p: Tensor, one: Received, layer: int) -> Tensor:
-    """The query head of the group that attends most."""
-    return p.amax(2, keepdim=True)
-
-
-# --- horizons: what the future as a whole says ---
+def useful(case: Case) -> Trace:
+    """First-order worth of every key to the response's likelihood, one number for all events."""
+    texts = case.texts
+    worth = gradient_utility(case.model, texts.input_ids, texts.attention_mask, scored=texts.spoken)
+    scores = torch.stack([part for part in worth if part is not None])
+    return case.roll().trace(lambda m, _: scores)
 
 
 def fading_max(labels: Tensor, factor: float) -> Tensor:
@@ -211,6 +186,7 @@ VARIANTS: dict[str, Callable[[Case, Hints], Trace]] = {
     "x |W_O v|": lambda c, _: c.follow(c.labels(partial(contribution, c))),
     "x |v - o|": lambda c, _: c.follow(c.labels(lambda p, one, layer: p * distance(p, one, layer))),
     "CAOTE": lambda c, _: c.follow(c.labels(caote)),
+    "gradient utility": lambda c, _: useful(c),
     "evicted run, once": lambda c, _: again(c, 1, False),
     "evicted run, 3 times": lambda c, _: again(c, 3, False),
     "competing, 3 times": lambda c, _: again(c, 3, True),

@@ -144,14 +144,14 @@ def test_evaluations_choose_the_best_and_change_nothing(tmp_path, distill, flags
     plain, judged, rest = tmp_path / "plain", tmp_path / "judged", tmp_path / "rest.jsonl"
     rest.write_text("\n".join(texts.read_text().split("\n")[3:]))  # what is left when three are held out
     distill.main(distill.parse([*flags, "--data", str(rest), "--output_dir", str(plain)]))
-    more = ["--eval_steps", "2", "--eval_budgets", "24", "32", "--patience", "9", "--output_dir", str(judged)]
+    more = ["--eval_steps", "2", "--eval_budgets", "24", "50%", "--patience", "9", "--output_dir", str(judged)]
     distill.main(distill.parse([*flags, *more]))
     assert_equal(weights(plain / "checkpoint-4"), weights(judged / "checkpoint-4"))
     record = read_record(judged)
     lines = {line["step"]: line for line in record["log"] if BEST in line}
     assert sorted(lines) == [2, 4]
-    assert {"eval_top_recall", "eval_attention_kept", f"{BEST}_24", f"{BEST}_32"} <= set(lines[2])
-    assert lines[2][BEST] == pytest.approx((lines[2][f"{BEST}_24"] + lines[2][f"{BEST}_32"]) / 2, abs=1e-4)
+    assert {"eval_top_recall", "eval_attention_kept", f"{BEST}_24", f"{BEST}_50%"} <= set(lines[2])
+    assert lines[2][BEST] == pytest.approx((lines[2][f"{BEST}_24"] + lines[2][f"{BEST}_50%"]) / 2, abs=1e-4)
     best = max(lines, key=lambda step: lines[step][BEST])
     assert record["best"] == {"step": best, BEST: lines[best][BEST]}
     assert_equal(weights(judged), weights(judged / f"checkpoint-{best}"))

@@ -16,24 +16,26 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict import testbed
 from learnevict.cli import main
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
-from learnevict.evals import metrics, perplexity, tables, tuning
+from learnevict.evals import metrics, perplexity, sections, tables, tuning
 from learnevict.evals.budgets import mean_length, resolve
 from learnevict.evals.contenders import COMPARISON, Contender, Rules, contender
 from learnevict.evals.generation import Decoding, agreement, answer, answer_golden
-from learnevict.evals.journal import Journal, Key
+from learnevict.evals.journal import Journal, Key, forget
 from learnevict.evals.journal import load as load_journal
+from learnevict.evals.label_table import Tried, TriedLabels, label_tables
 from learnevict.evals.metrics import Cell
 from learnevict.evals.plan import Plan, Subject, check
 from learnevict.evals.report import write_report
-from learnevict.evals.results import of_run, read_results
-from learnevict.evals.rows import KEYS, read_rows, write_rows
+from learnevict.evals.results import Results, of_run, read_results
+from learnevict.evals.rows import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
 from learnevict.evals.suite import journal_path, run
 from learnevict.evals.teacher import Texts, judge, judge_golden, read
-from learnevict.hub import Gates
+from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
 from learnevict.infer.replay import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
+from learnevict.oracle.metrics import judge_policy
 from tests.interrupting import ctrl_c_after
 
 SMALL = Rules(slack=4, sinks=1, recent=2)
@@ -127,6 +129,24 @@ def test_a_paired_difference_knows_the_pairs():
     found = metrics.paired_difference(better, one, seen)
     assert found.value == pytest.approx(0.1) and found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
     assert metrics.paired_difference(one, one, seen) == metrics.Estimate(0.0, 0.0, 0.0)
+
+
+def test_a_paired_test_counts_the_draws_in_which_nothing_is_gained():
+    generator = np.random.default_rng(0)
+    one, other = generator.integers(0, 10, 40).astype(float), generator.integers(0, 10, 40).astype(float)
+    seen = [10.0] * 40
+    found, p = metrics.paired_test([(one.tolist(), other.tolist(), seen)])
+    again = np.random.default_rng([0, 0]).integers(0, 40, (10_000, 40))
+    drawn = (one - other)[again].sum(-1) / 400
+    assert p == pytest.approx(((drawn <= 1e-12).sum() + 1) / 10_001) and 0.01 < p < 0.99
+    assert found.value == pytest.approx((one - other).sum() / 400)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
+    assert metrics.paired_test([((one + 1).tolist(), one.tolist(), seen)])[1] == pytest.approx(1 / 10_001)
+    assert metrics.paired_test([(one.tolist(), one.tolist(), seen)])[1] == 1.0
+    both = metrics.paired_test([((one + 1).tolist(), one.tolist(), seen), ([2.0, 4.0], [2.0, 0.0], [4.0, 4.0])])[0]
+    assert both.value == pytest.approx((0.1 + 0.5) / 2), "families count alike"
+    mean = metrics.mean_share([(one.tolist(), seen), ([1.0, 1.0], [2.0, 2.0])])
+    assert mean.value == pytest.approx((one.sum() / 400 + 0.5) / 2) and mean.low < mean.value < mean.high
 
 
 def test_gap_closed_of_one_cell_is_the_ratio_of_sums():
@@ -426,6 +446,62 @@ def test_budgets_are_shares_of_the_mean_length():
     assert mean_length("recall", prompt=False) < 20
 
 
+def test_a_lenient_plan_says_what_is_not_possible(subject, tmp_path):
+    plan = small_plan(budgets=("20", "64"), num_samples=2, free="none", lenient=True)
+    out = tmp_path / "rows.jsonl"
+    rows, _ = run(plan, subject, [contender("random"), contender("golden")], out)
+    assert [(row["method"], row["budget"], row["samples"]) for row in rows] == [
+        ("random", 20, 2), ("golden", 20, 2), ("random", 64, 2), ("golden", 64, 2)
+    ]  # fmt: skip
+    assert all("smallest that works is 21" in row["impossible"] and row["step_accuracy"] is None for row in rows[:2])
+    assert all("impossible" not in row and row["step_accuracy"] is not None for row in rows[2:])
+    assert "not possible" in sections.folded(
+        "recall", sections.family_parts(read_results([out]), "recall", "teacher", None)
+    )
+
+
+def test_what_is_judged_can_be_dropped_and_judged_anew(subject, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    plan = small_plan(free="none", num_samples=2, budgets=("64",))
+    field = [contender("random"), contender("h2o"), contender("h2o", name="h2o variant=kvpress")]
+    before, _ = run(plan, subject, field, out)
+    assert forget(journal_path(out), "h2o") == 2 and forget_rows(out, "h2o") == 2
+    assert [row["method"] for row in read_rows(out)] == ["random"]
+    assert "h2o" not in journal_path(out).read_text() and len(journal_path(out).read_text().splitlines()) == 3
+    assert (
+        forget(journal_path(out), "h2o")
+        == forget(tmp_path / "none", "h2o")
+        == forget_rows(tmp_path / "none", "h2o")
+        == 0
+    )
+    again, _ = run(plan, subject, field, out, resume=True)
+    assert [row["step_accuracy"] for row in again] == [row["step_accuracy"] for row in before]
+    (tmp_path / "poem").write_text("roses\n")
+    with pytest.raises(DataError, match="no record"):
+        forget(tmp_path / "poem", "h2o")
+
+
+def test_rows_tell_how_near_the_oracle_is(finished, subject):
+    """The columns are those of learnevict.oracle.metrics, and golden is their measure."""
+    rows = finished[1]
+    full_row, random_row, golden_row = rows[:3]
+    assert all(full_row[name] is None for name in ORACLE_KEYS)
+    assert (golden_row["oracle_gap_closed"], golden_row["top_recall"], golden_row["regret"]) == (1.0, 1.0, None)
+    assert random_row["oracle_gap_closed"] == 0.0 and random_row["top_recall"] < 1 < random_row["regret"]
+    assert random_row["attention_kept_min"] < random_row["attention_kept"] < golden_row["attention_kept"] < 1
+    given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
+    policy = random.policy(resolve("1/4", "recall"), **COMPARISON.options)
+    figures = judge_policy(
+        subject.model, policy, given.input_ids, given.attention_mask, prompt_length=given.prompt_length,
+        spoken=given.spoken,
+    )  # fmt: skip
+    for name in ORACLE_KEYS[1:]:
+        assert random_row[name] == pytest.approx(figures[name], rel=1e-3), name
+    plan = small_plan(free="none", oracle=False, num_samples=2, budgets=("64",))
+    (row,) = run(plan, subject, [contender("random")])[0]
+    assert row["top_recall"] is None and row["step_accuracy"] is not None
+
+
 # --- tuning ---
 
 
@@ -487,6 +563,48 @@ def test_every_setting_of_every_grid_makes_a_policy():
     check(small_plan(budgets=("1/8",)), field)
 
 
+def test_tuned_settings_belong_to_the_tables_they_were_tuned_with():
+    base = tiny()
+    gates = Gates.make("lexical", base)
+    settings = {"recall": {"1/4": {"lexical": {"bonus": 0.1}, "h2o": {}}}}
+    found = tuning.Tuned({"weights": "w", "gates": {"lexical": weight_hash(gates)}}, settings, {})
+    found.check("w", {"lexical": gates, "h2o": None, "foresightkv": Gates.make("foresightkv", base)})
+    with pytest.raises(UsageError, match="lexical were tuned with other gates"):
+        dataclasses.replace(found, record={"weights": "w"}).check("w", {"lexical": gates})
+    with pytest.raises(UsageError, match="other weights"):
+        found.check("v")
+
+
+def test_the_page_refuses_two_gates_under_one_name():
+    def results(gates: str) -> Results:
+        journal = Journal(None, {})
+        journal.missing(Key("lexical", "recall", "1/4", "teacher"), [0], {"method": "lexical", "gates": gates})
+        return Results([], {"recall": journal})
+
+    tables.check_same_origin([results("a"), results("a")], None)
+    with pytest.raises(DataError, match=r"lexical: a, b.*--replace lexical"):
+        tables.check_same_origin([results("a"), results("b")], None)
+    tuned = tuning.Tuned({"weights": "w", "tasks": "t", "gates": {"lexical": "b"}}, {}, {})
+    with pytest.raises(DataError, match="lexical: a, b"):
+        tables.check_same_origin([results("a")], tuned)
+
+
+def test_labels_tried_are_kept_and_shown(tmp_path):
+    path = tmp_path / "labels.json"
+    found = TriedLabels.open(path, {"samples": 2, "split": "validation"})
+    for name, right in (("golden", [3, 4]), ("better", [5, 6])):
+        found.add(Tried("recall", "1/8", 40, name, right, [8, 8], 6.0, 2.0, 1.5))
+    again = TriedLabels.open(path, {"samples": 2, "split": "validation"})
+    assert again.has("recall", "1/8", "better") and not again.has("recall", "1/12", "better")
+    page = "\n".join(label_tables(again))
+    assert "| golden | 0.438 (3) |" in page and "| better | 0.688 + (3) |" in page
+    with pytest.raises(UsageError, match="choose another --out"):
+        TriedLabels.open(path, {"samples": 3, "split": "validation"})
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no comparison of labels"):
+        TriedLabels.open(path)
+
+
 def test_lexical_is_tuned_like_the_heuristics_but_never_the_best_of_them():
     field = tuning.candidates(["random"], [Gates.make("lexical", tiny())])
     assert [one.method for one in field].count("lexical") == 6
@@ -511,7 +629,7 @@ def test_a_report_has_table_and_plot(finished, tmp_path):
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
     assert f"| random | {rows[1]['step_accuracy']:.3f} [" in page.decode() and "| method | 1/4 | 40 |" in page.decode()
     lines = sheet.decode().splitlines()
-    assert lines[0] == ",".join(KEYS) and len(lines) == 6 and lines[1].startswith("full,recall,,,")
+    assert lines[0] == ",".join((*KEYS, *ORACLE_KEYS)) and len(lines) == 6 and lines[1].startswith("full,recall,,,")
 
 
 def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
@@ -561,6 +679,7 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
     assert [path.name for path in written] == ["results-main.png", "results.md"]
     page = written[-1].read_text()
     assert "| golden |" in page and "](results-main.png)" in page and "bootstrap interval" in page
+    assert "<summary>recall</summary>" in page and page.count("<details>") == page.count("</details>") == 1
     bench.mkdir()
     (bench / "decode.json").write_text('{"rows": [{"tokens": 1024}]}')
     with pytest.raises(DataError, match="no file of a benchmark"):
@@ -586,11 +705,30 @@ def test_the_pooled_gap_says_what_it_pools():
             place = {"method": method, "family": family, "budget": 9, "budget_share": "1/4", "kind": kind}
             rows.append(place | {"seed": 0, "samples": 3})
     accuracy = {family: {"1/4": {"random": 0.5}} for family in right}
-    text = "\n".join(tables.gap_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
-    assert "| foresightkv | pooled | 0.500 [0.500, 0.500] (2 of 5 families) |" in text
-    left = "foresightkv at 1/4: procedure (not run), recall (gap 0.000), dialogue (not run)"
-    assert f"Left out of the pooled line: {left}." in text
+    text = "\n".join(sections.gap_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
+    assert "| foresightkv | 0.500 [0.500, 0.500] (2) |" in text
+    assert "Left out: 1/4: procedure (not run), recall (gap 0.000), dialogue (not run)." in text
     assert "as its gap is wide" in text and "weigh the same" not in text
+
+
+def test_refinement_is_tested_against_its_start():
+    """Two families; in one refinement helps every sample, in the other it changes nothing."""
+    journal, rows = Journal(None, {}), []
+    for family, gain in (("program", 1), ("recall", 0)):
+        for method, right in (("foresightkv", 4 + gain), ("foresightkv-sl", 4), ("golden", 9)):
+            seeds = range(6)
+            journal.add(Key(method, family, "1/8", "teacher"), seeds, {"right": [right] * 6, "seen": [10] * 6})
+            journal.add(Key(method, family, "1/8", "free"), seeds, {"exact": [float(right > 4)] * 6})
+            kind = "reference" if method == "golden" else "learned"
+            place = {"method": method, "family": family, "budget": 9, "budget_share": "1/8", "kind": kind}
+            rows.append(place | {"seed": 0, "samples": 6})
+    results = of_run(rows, journal)
+    text = "\n".join(sections.refined_tables(results, results))
+    assert text.count("| program | +0.100 [+0.100, +0.100], p = 0.0001 |") == 1
+    assert text.count("| recall | +0.000 [+0.000, +0.000], p = 1.0000 |") == 2
+    assert "| all | +0.050 [+0.050, +0.050], p = 0.0001 |" in text
+    assert "| all | +0.500 [+0.500, +0.500], p = 0.0001 |" in text and "exact match, free generation" in text
+    assert sections.refined_tables(None, None) == []
 
 
 def test_the_method_table_stands_between_its_markers(tmp_path):

@@ -11,10 +11,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, UsageError
+from learnevict.evals.contenders import Rules
+from learnevict.evals.hindsight import Case, by_value, caote, from_the_left
+from learnevict.evals.teacher import Texts
 from learnevict.infer.attach import attach
 from learnevict.infer.replay import replay
 from learnevict.methods import full, golden, h2o, keydiff, random, snapkv
-from learnevict.oracle import future_attention, golden_labels, golden_trace, horizon
+from learnevict.oracle import Received, Reducers, future_attention, golden_labels, golden_trace, horizon
 from learnevict.oracle import golden as roll_golden
 from learnevict.oracle.metrics import (
     gap_closed,
@@ -320,3 +323,58 @@ def test_a_shared_trace_replays_under_its_total(model, batch):
     assert int(trace.held(40)[:, 2].sum()) <= 12 * 4 + 4
     kept, wanted = recalled(reference, trace.expiry, GUARD)
     assert torch.equal(kept, wanted), "within every head, the best stay"
+
+
+# --- traces tried with hindsight ---
+
+
+@pytest.fixture(scope="module")
+def case(model, batch) -> Case:
+    ids, mask = batch
+    marks = mask.bool()
+    texts = from_the_left(Texts(ids, mask, marks, marks & (mask.cumsum(-1) > 9), [9, 9, 9]))
+    assert bool((texts.attention_mask.diff() <= 0).all()), "padded on the right"
+    return Case(model, texts, 12, Rules(slack=BLOCK, sinks=1, recent=2))
+
+
+def test_a_case_knows_the_oracle(model, case):
+    ids, mask = case.texts.input_ids, case.texts.attention_mask
+    labels = torch.stack(golden_labels(model, ids, mask, block=BLOCK)[0])
+    assert torch.allclose(case.golden_labels * mask[:, None, :, None], labels, atol=1e-6)
+    assert torch.equal(case.golden.expiry, golden_trace(model, ids, mask, budget=12, block=BLOCK, guard=GUARD).expiry)
+    seen = case.received[1]
+    weighted = future_attention(
+        seen.query, seen.key, block=BLOCK, valid=mask.bool(), reduce=Reducers(value="contribution"), value=seen.value
+    )
+    assert torch.allclose(case.labels(by_value)[1] * mask[:, None, :, None], weighted, atol=1e-6)
+    scores = case.judge(case.golden)
+    losses = case.losses(case.run(case.golden)[0]).sum(-1)
+    assert scores.loss == pytest.approx(losses.tolist(), rel=1e-5)
+
+
+def test_an_output_changes_as_its_label_says(case):
+    """CAOTE's form is |o' - o|, o' being the output without the key."""
+    p = next(case.attention(case.received)).double()
+    seen = case.received[0]
+    label = caote(p, Received(*(part.double() for part in (seen.query, seen.key, seen.value)), None, seen.attention), 0)
+    value = seen.value.double()
+    for row, head, group, t, i in ((0, 0, 0, 20, 3), (1, 1, 1, 25, 11), (2, 0, 1, 40, 40)):
+        weights = p[row, head, group, t].clone()
+        output = weights @ value[row, head]
+        weights[i] = 0
+        without = weights / weights.sum() @ value[row, head]
+        assert float(label[row, head, group, t, i]) == pytest.approx(float((without - output).norm()), rel=1e-5)
+
+
+def test_attention_beside_what_is_left(case):
+    """Kept keys share all attention; an evicted one has what it would get if it alone came back."""
+    trace = case.golden
+    found = next(case.attention(case.received, trace))
+    column = torch.arange(41)
+    left = (column <= column[:, None]) & (column[:, None] < trace.expiry[0][:, :, None, None])
+    kept = torch.where(left, found, 0).sum(-1)
+    assert torch.allclose(kept, torch.ones_like(kept), atol=1e-5)
+    full = next(case.attention(case.received))
+    back = full / (torch.where(left, full, 0).sum(-1, keepdim=True) + full)
+    gone = ~left & (column <= column[:, None])
+    assert torch.allclose(found[gone.expand_as(found)], back[gone.expand_as(found)], atol=1e-5) and bool(gone.any())

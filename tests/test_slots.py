@@ -297,11 +297,12 @@ class Ragged:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
     def compare(self, num: int) -> None:
-        """`num` queries a head against keys and values gathered by position; pages of nobody are poisoned."""
+        """`num` queries a head against keys and values gathered by position; pages of nobody are poisoned, but page 0, which is zero."""
         store = self.store
         assert torch.equal((store.position >= 0).sum(-1), store.count)
         unassigned = torch.ones(store.keys.shape[0], dtype=torch.bool).scatter(0, store.table.flatten(), False)
-        unassigned[0] = True
+        assert not unassigned[0] or not bool(store.keys[0].any() | store.values[0].any()), "page 0 holds something"
+        unassigned[0] = False
         store.keys[unassigned], store.values[unassigned] = torch.nan, torch.nan
         at, taken = store.position.clamp_min(0).long().unsqueeze(-1), (store.position >= 0).unsqueeze(2)
         keys = self.keys.gather(2, at.expand(-1, -1, -1, WIDTH))

@@ -81,6 +81,10 @@ def test_the_loss_is_the_sum_of_what_the_gate_asks_for(tmp_path):
     with torch.no_grad():
         whole.compute_loss(whole.model, batch)
     assert whole.figures["next_token"][-1] != parts["next_token"]
+    blunt = trainer(tmp_path, "trimkv", soft=SoftConfig(budgets=(6, 6), power=0.0))  # any weight counts as one slot
+    with torch.no_grad():
+        blunt.compute_loss(blunt.model, batch)
+    assert blunt.figures["hinge"][-1] == pytest.approx(most, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", SETTINGS)

@@ -185,7 +185,10 @@ def states_of(cache, layer: int, row: int) -> dict[int, Tensor]:
     return {p: store.ledger.columns["state"][row, 0, n] for n, p in enumerate(held) if p >= 0}
 
 
-@pytest.mark.parametrize("sizes", [[44], [31, *[1] * 13], [10, 9, 25], [1] * 44], ids=str)
+CUTS = {"at once": [44], "prompt and steps": [31, *[1] * 13], "pieces": [10, 9, 25], "steps": [1] * 44}
+
+
+@pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS)
 def test_states_go_on_over_blocks_steps_and_requests(sizes):
     """However a text is cut into forwards, the states are those of one pass over its row."""
     model, gate = zoo.build("qwen3"), gates("kvpop").gate.eval()

@@ -1,6 +1,7 @@
 """Judging policies: teacher-forced and free runs of the testbed, perplexity, intervals, tables and plots.
 
 suite.run(plan, model, tokenizer, contenders, out)    rows of numbers, crash-safe
-metrics                                               accuracy, intervals, gap closed
-report, tables                                        what people read
+metrics                                               accuracy, intervals, gap closed, paired tests
+report, sections, tables                              what people read
+hindsight, label_table                                other labels than golden, tried on texts
 """

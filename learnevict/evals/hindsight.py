@@ -130,3 +130,36 @@ def from_the_left(texts: Texts) -> Texts:
     parts = (texts.input_ids, texts.attention_mask, texts.checked, texts.spoken)
     ids, mask, checked, spoken = (part.gather(1, column) for part in parts)
     return Texts(ids, mask, checked, spoken, texts.prompt_length)
+
+
+# --- what one query says of one key: attention [B, H, G, T, T] and what its layer was given ---
+
+
+def distance(p: Tensor, one: Received, layer: int) -> Tensor:
+    """|v - o| for every query and key, [B, H, G, T, T]."""
+    value = one.value.unsqueeze(2)
+    output = p @ value
+    square = value.square().sum(-1).unsqueeze(-2) + output.square().sum(-1, keepdim=True) - 2 * output @ value.mT
+    return square.clamp_min(0).sqrt()
+
+
+def caote(p: Tensor, one: Received, layer: int) -> Tensor:
+    """The change of the output if the key goes."""
+    return p / (1 - p).clamp_min(1e-3) * distance(p, one, layer)
+
+
+def contribution(case: Case, p: Tensor, one: Received, layer: int) -> Tensor:
+    """Attention x |W_O v|."""
+    weight = case.model.model.layers[layer].self_attn.o_proj.weight.detach()
+    heads = weight.unflatten(1, (one.key.shape[1], case.group, -1))
+    return p * torch.einsum("ehgd,bhtd->bhget", heads, one.value).norm(dim=3).unsqueeze(3)
+
+
+def by_value(p: Tensor, one: Received, layer: int) -> Tensor:
+    """Attention x |v|."""
+    return p * one.value.norm(dim=-1)[:, :, None, None]
+
+
+def largest(p: Tensor, one: Received, layer: int) -> Tensor:
+    """The query head of the group that attends most."""
+    return p.amax(2, keepdim=True)

@@ -109,7 +109,7 @@ def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             looks[name] = {"color": color, "linewidth": 2.2 if name in learned else 1.4}
         else:
             looks[name] = {"color": next(muted), "linewidth": NAMED if few or name in BASELINES else 0.7}
-    return dict(reversed(sorted(looks.items(), key=lambda item: (item[0] != "golden", -item[1]["linewidth"]))))
+    return dict(sorted(looks.items(), key=lambda item: (item[0] == "golden", item[1]["linewidth"])))
 
 
 def _ranking(rows: Sequence[Row]) -> list[str]:

@@ -3,11 +3,11 @@
 Each (row, head) has a table of pages. Its occupied slots are always the first `count` logical slots, so an event moves
 survivors from its last pages into the holes of its first (tail swap) and hands emptied pages back; before its next block
 every head gets the pages that block needs. All of it is tensor arithmetic of static shape: nothing waits for the device.
-Page 0 belongs to nobody; unassigned table entries point there.
+Page 0 belongs to nobody and holds zeros; unassigned table entries point there.
 
 A head may come to own nearly every page, so the logical view [B, H, N] is about H times as wide as what is stored. Products
-with keys and values are therefore taken page by page, each with the queries of the head that owns it; only their scalars
-meet the logical view.
+with keys and values are therefore taken page by page, each with the queries of the head that owns it, and only their scalars
+meet the logical view; or, where pages are small or queries many, in chunks of the view gathered one after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from learnevict.infer.slots import Ledger
 from learnevict.signals import EMPTY, Column
+
+SMALL_PAGE = 8
+"""Slots of a page below which a product per page takes longer than gathering the pages of a head side by side."""
 
 
 class PagePool:
@@ -207,13 +210,21 @@ class PagePool:
         slots = self.keys.shape[0] * self.page // (2 * batch * heads)
         return max(self.page, slots // self.page * self.page)
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """See signals.Slots; each chunk is gathered from its pages."""
+    def chunks(self, *, keys: bool = True, values: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """See signals.Slots; each chunk is gathered from its pages. What is not asked for is not gathered: page 0 stands in."""
         pages = self._step // self.page
         for start in range(0, self.table.shape[2], pages):
             table = self.table[:, :, start : start + pages]
             part = slice(start * self.page, (start + table.shape[2]) * self.page)
-            yield part, self.keys[table].flatten(2, 3), self.values[table].flatten(2, 3)
+            found = [
+                pool[table].flatten(2, 3) if wanted else pool[:1]
+                for pool, wanted in ((self.keys, keys), (self.values, values))
+            ]
+            yield part, found[0], found[1]
+
+    def _gathers(self, num: int) -> bool:
+        """Whether products with `num` rows are taken chunk by chunk, not page by page: pages too small to be worth a call."""
+        return self.page < SMALL_PAGE or num > self.page
 
     def _parts(self, width: int, whole: int) -> Iterator[slice]:
         """Pages but the first, so few at a time that `width` numbers for each stay below half of the keys' bytes.
@@ -227,6 +238,11 @@ class PagePool:
     def logits(self, query: Tensor) -> Tensor:
         """[B, H, R, d] -> [B, H, R, N]; 0 where a head has no page."""
         batch, heads, num, width = query.shape
+        if self._gathers(num):
+            wide = query.new_empty(batch, heads, num, self.position.shape[2])
+            for part, keys, _ in self.chunks(values=False):
+                wide[..., part] = query @ keys.transpose(-1, -2)
+            return wide
         asked, owner = query.flatten(0, 1), self.owner.clamp_max(batch * heads - 1)
         out = query.new_zeros(batch * heads + 1, num, self.table.shape[2], self.page)
         for part in self._parts(num * max(width, self.page), out.numel()):
@@ -237,6 +253,12 @@ class PagePool:
         """[B, H, R, N] -> [B, H, R, dv]; what pages add up to is summed in float32."""
         batch, heads, num, _ = weights.shape
         width = self.values.shape[-1]
+        if self._gathers(num):
+            total = torch.promote_types(self.values.dtype, torch.float32)
+            mixed = self.values.new_zeros(batch, heads, num, width, dtype=total)
+            for part, _, values in self.chunks(keys=False):
+                mixed += (weights[..., part].to(values.dtype) @ values).to(total)
+            return mixed.to(self.values.dtype)
         shares = weights.reshape(batch * heads, num, -1, self.page)
         owner = self.owner.clamp_max(batch * heads - 1)
         total = torch.promote_types(self.values.dtype, torch.float32)

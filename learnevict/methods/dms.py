@@ -28,6 +28,19 @@ from learnevict.signals import Signals
 PAPER = Paper("Inference-Time Hyper-Scaling with KV Cache Compression", "2506.05345", 2025, "learned")
 
 
+TRAINING: dict[str, Any] = {
+    "window": 16,  # 256
+    "bias": -2.0,  # -5
+    "noise": 1.0,  # the same
+    "compression": 8.0,  # the same at most; +1 every 100 steps
+    "ramp": 0.5,
+    "answers_only": True,  # the whole text; the testbed's model was never taught to predict prompts
+    "learning_rate": 1e-2,  # the base is trained too, or an adapter
+    "max_steps": 200,  # 1,000; 250 for the adapter
+    "per_device_train_batch_size": 4,
+}
+
+
 class SparsityGate(AdmissionGate):
     """Marks per layer and kv head.
 

@@ -39,15 +39,18 @@ class WriteGate(AdmissionGate):
         window: tokens before the gate counts; 256 in the paper.
         hidden: width of the hidden layer; None: 4 d, as in the paper.
         bias: initial b2.
+        noise: scale of logistic noise on the gate's logits while training; 0 in the paper.
     """
 
     losses = {"hidden_error": 1.0, "admitted": 0.04}  # noqa: RUF012 - lambda is 0.04 by default, up to 0.16
     least = 1e-3
 
-    def __init__(self, layout: Layout, window: int = 256, hidden: int | None = None, bias: float = 3.0) -> None:
-        super().__init__(window)
+    def __init__(
+        self, layout: Layout, window: int = 256, hidden: int | None = None, bias: float = 3.0, noise: float = 0.0
+    ) -> None:
+        super().__init__(window, noise)
         size, width = layout.head_dim, hidden or 4 * layout.head_dim
-        self.made = {"window": window, "hidden": hidden, "bias": bias}
+        self.made = {"window": window, "hidden": hidden, "bias": bias, "noise": noise}
         heads = (layout.num_layers, layout.num_heads)
         scale = 1 / math.sqrt(2 * size)
         self.weight_before = nn.Parameter(scale * torch.randn(*heads, size, width))

@@ -72,7 +72,8 @@ MODES: dict[str, Mode] = {
     ),
     "soft": Mode("soft", "learnevict.train.soft", "SoftTrainer", "SoftConfig", "soft", shortest=lambda _: 2),
     "probe": Mode(
-        "probe", "learnevict.train.probe", "ProbeTrainer", "ProbeConfig", "probe", shortest=lambda _: 2, responses=True,
+        "probe", "learnevict.train.probe", "ProbeTrainer", "ProbeConfig", "probe",
+        shortest=lambda config: config.period + 1, responses=True,
     ),
 }  # fmt: skip
 

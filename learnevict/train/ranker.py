@@ -15,7 +15,6 @@ from learnevict.oracle import golden_labels
 from learnevict.parts.gates import Judge
 from learnevict.policy import Guard, Schedule
 from learnevict.train import objectives
-from learnevict.train.data import Collator as Collator
 from learnevict.train.draws import Draws
 from learnevict.train.states import States, record_states
 from learnevict.train.trainer import GateTrainer
@@ -78,9 +77,10 @@ class RankingTrainer(GateTrainer):
         gate: Judge = self.gate
         if not bool(gate.calibrated):
             gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
-        scores: dict[int, Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
+        scores: list[Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
         parts = [
-            (scores[layer], objectives.log_label(targets), usable) for layer, (_, targets, usable) in stacked.items()
+            (score, objectives.log_label(targets), usable)
+            for score, (_, targets, usable) in zip(scores, stacked.values(), strict=True)
         ]
         raced = parts if gate.scope == "layer" else [joined(parts)]
         num_pairs = self.ranking.pairs * len(parts) // len(raced)
@@ -122,9 +122,9 @@ class RankingTrainer(GateTrainer):
         )
 
 
-def judge_all(judge: Judge, features: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Scores of recorded states: {layer: [M, H, N, in]} -> {layer: [M, H, N]}."""
-    return {layer: judge.judge(layer, part) for layer, part in features.items()}
+def judge_all(judge: Judge, features: dict[int, Tensor]) -> list[Tensor]:
+    """Scores of recorded states: {layer: [M, H, N, in]} -> [M, H, N] of each. DeepSpeed takes no dictionary of numbers."""
+    return [judge.judge(layer, part) for layer, part in features.items()]
 
 
 def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

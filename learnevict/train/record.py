@@ -193,7 +193,8 @@ def changed(training: TrainingArguments) -> dict[str, Any]:
     """
     given = training.to_dict()
     plain = {one.name: None if one.default is MISSING else one.default for one in fields(training)}
-    plain["accelerator_config"] = AcceleratorConfig().to_dict()
+    own = AcceleratorConfig().to_dict()
+    plain["accelerator_config"] = {name: own[name] for name in own if name != "use_configured_state"}
     nothing = (None, False, "", "none", [], {})
     return {
         name: value

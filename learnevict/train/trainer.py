@@ -168,12 +168,21 @@ def last_checkpoint(folder: str | Path, world_size: int) -> str | None:
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text())
-            before = json.loads((path / PROGRESS.format(rank=0)).read_text())["world_size"]
+            json.loads((path / "trainer_state.json").read_text())  # written last
+            before = _num_writers(path)
         except (OSError, ValueError):
             continue
         if before != world_size:
             raise UsageError(f"{str(path)!r} was written by {before} processes; resume with as many, not {world_size}")
-        if all((path / PROGRESS.format(rank=rank)).is_file() for rank in range(world_size)):
+        parts = PROGRESS if (path / PROGRESS.format(rank=0)).is_file() else "rng_state_{rank}.pth"
+        if world_size == 1 or all((path / parts.format(rank=rank)).is_file() for rank in range(world_size)):
             return str(path)
     return None
+
+
+def _num_writers(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint; those of other trainers than GateTrainer tell by their random states."""
+    progress = checkpoint / PROGRESS.format(rank=0)
+    if progress.is_file():
+        return json.loads(progress.read_text())["world_size"]
+    return 1 if (checkpoint / "rng_state.pth").is_file() else len(list(checkpoint.glob("rng_state_*.pth")))

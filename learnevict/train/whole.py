@@ -26,17 +26,15 @@ class Whole:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        plugin = trainer.accelerator.state.deepspeed_plugin
-        self.zero3 = trainer.is_deepspeed_enabled and plugin.zero_stage == 3
-        if self.zero3:
-            from deepspeed.utils import set_z3_leaf_modules
-
-            set_z3_leaf_modules(
-                trainer.model, [Gates]
-            )  # fetched as one, so how often its parts are used does not matter
+        self.zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
         self.copy: Gates | None = None
         if self.zero3 or trainer.is_fsdp_enabled:
             self.copy = deepcopy(trainer.model).requires_grad_(False).eval().to(trainer.args.device)
+        if self.zero3:
+            from deepspeed.runtime.zero import register_external_parameter
+
+            for parameter in trainer.model.parameters():  # fetched at once: processes may use parts of a gate as they like
+                register_external_parameter(trainer.model, parameter)
 
     def now(self) -> Gates:
         """The gates as they are; where they are shared out, a copy that the next call changes.
