@@ -69,14 +69,14 @@ def test_what_is_no_record_is_refused(tmp_path):
 
 
 def test_nothing_of_the_machines_owner(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/users/of/somebody")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     training = TrainingArguments(output_dir="runs/x", learning_rate=0.5, hub_token="hf_other", report_to="none")
     with (
         pytest.raises(ValueError, match="x"),
-        Record(tmp_path, "distill", training=changed(training), data="/home/somebody/a"),
+        Record(tmp_path, "distill", training=changed(training), data="/users/of/somebody/a"),
     ):
-        raise ValueError("/home/somebody/x")
+        raise ValueError("/users/of/somebody/x")
     text = (tmp_path / "run.json").read_text()
     assert not any(word in text for word in ("somebody", "hf_secret", "hf_other", str(Path.cwd()), str(tmp_path)))
     assert (json.loads(text)["data"], json.loads(text)["error"]) == ("~/a", "ValueError: ~/x")

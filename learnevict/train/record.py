@@ -187,7 +187,7 @@ def installed(name: str) -> str | None:
 
 
 def changed(training: TrainingArguments) -> dict[str, Any]:
-    """Training arguments that differ from transformers' defaults; tokens are left out.
+    """Training arguments that differ from transformers' defaults; tokens, and what the terminal decides, are left out.
 
     Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
     """
@@ -199,7 +199,10 @@ def changed(training: TrainingArguments) -> dict[str, Any]:
     return {
         name: value
         for name, value in given.items()
-        if not name.endswith("token") and value != plain.get(name) and not (value in nothing and plain[name] in nothing)
+        if not name.endswith("token")
+        and name != "disable_tqdm"
+        and value != plain.get(name)
+        and not (value in nothing and plain[name] in nothing)
     }
 
 
