@@ -92,6 +92,7 @@ class ForesightGate(Judge):
             Column("idle"),
         )
         heads, inputs = (layout.num_layers, layout.num_heads), self.config.num_features
+        self.num_features = inputs
         self.mean = nn.Buffer(torch.zeros(*heads, 1, inputs))
         self.scale = nn.Buffer(torch.ones(*heads, 1, inputs))
         self.calibrated = nn.Buffer(torch.zeros((), dtype=torch.bool))

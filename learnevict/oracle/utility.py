@@ -3,7 +3,8 @@
 With an additive bias b_i on the logit of key i, the same for all later queries and the group, U_i = -dL/db_i at b = 0. In
 terms of attention A, outputs o and values v, U_i = -sum over t of A_ti (dL/do_t . (v_i - o_t)): unlike a sum of attention it
 knows how far a value is from the output it takes part in, and what the loss makes of the difference. An ablation beside the
-attention oracles: no paper's target, and negative for tokens that mislead.
+attention oracles: no paper's target, and negative for tokens that mislead. Where a model is sure of itself, the loss has no
+slope left although it would be lost without the token: on the testbed this keeps far less than golden labels do.
 """
 
 from __future__ import annotations

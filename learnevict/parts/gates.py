@@ -22,12 +22,14 @@ class Judge(Gate):
 
     Attributes:
         calibrated: bool [], whether `calibrate` has been called.
+        num_features: inputs of the network per slot.
         scope: who competes in training: slots of a head, or of all heads and layers (its scores then compare).
     """
 
     mode = "replay"
     scope: Literal["layer", "model"] = "layer"
     calibrated: Tensor
+    num_features: int
 
     @abstractmethod
     def notes(self, signals: Signals) -> Tensor:
