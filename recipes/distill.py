@@ -11,7 +11,7 @@ eviction, "stream" regresses on the oracle's numbers layer by layer, "soft" weig
 "probe" learns tokens that ask. Departures from each paper are told in its method's file; where a paper keeps a second copy of
 the model, or labels on a disk, one frozen copy makes them on the way (--labels takes those of recipes/oracle.py).
 With --eval_steps the gates are judged against the oracle on texts nobody trains on; the best checkpoint is what comes out.
-Resume with --resume_from_checkpoint true: the run ends as if nothing had happened.
+Resume with --resume_from_checkpoint true: the run ends as if nothing had happened. --dry-run says what a run would take.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from transformers import set_seed
 
 from learnevict.errors import told_in_one_line
 from learnevict.hub import weight_hash
-from learnevict.testbed.corpus import families_of, load_base, read_for_learning
+from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.train.data import Collator
+from learnevict.train.estimate import estimate, report
 from learnevict.train.flags import Flags
 from learnevict.train.flags import parse as parse_flags
 from learnevict.train.launch import find_tools, launch_defaults
+from learnevict.train.planning import plan_distilling
 from learnevict.train.record import Record, changed
 from learnevict.train.running import hash_data, make_gates, read_data, resume_point, settle
 from learnevict.train.validation import BEST, Patience, Validation
@@ -58,6 +60,9 @@ class Config:
         eval_budgets: what the gates are judged under: 48, 25% or 64MiB.
         patience: evaluations without improvement after which training stops; 0 never stops.
         smoke: seconds instead of minutes, the same code.
+        dry_run: print what the run would take, and do nothing; only the configuration of the model is read.
+        gpu_memory: of one GPU, for that.
+        gpus: that the run would have, for that; otherwise as many as processes were launched.
     """
 
     method: str = "foresightkv"
@@ -80,6 +85,9 @@ class Config:
     eval_budgets: list[str] = field(default_factory=lambda: ["64"])
     patience: int = 0
     smoke: bool = False
+    dry_run: bool = False
+    gpu_memory: str = "80GiB"
+    gpus: int = 0
 
 
 DEFAULTS = {
@@ -105,6 +113,11 @@ def main(flags: Flags) -> None:
     """Read, teach, judge, save."""
     settle(flags)
     config, course, training = flags.common, flags.course, flags.training
+    if config.dry_run:
+        described, dtype = describe_base(config.model)
+        plan = plan_distilling(flags, longest_text(config.data, config.max_length), dtype)
+        print(report(estimate(described, config.method, plan), config.gpu_memory))
+        return
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
     gates = make_gates(flags, base)

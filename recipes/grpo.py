@@ -27,9 +27,11 @@ from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
 from learnevict.rl.trainer import EvictionTrainer
 from learnevict.testbed import generate, verify
-from learnevict.testbed.corpus import families_of, load_base, read_for_learning
+from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
+from learnevict.train.estimate import estimate, report
 from learnevict.train.labels import Document, hash_documents
 from learnevict.train.launch import check_launch, find_tools, launch_defaults
+from learnevict.train.planning import plan_refining
 from learnevict.train.record import Record, changed
 from learnevict.train.running import resume_point
 from learnevict.train.sources import Source
@@ -49,6 +51,9 @@ class Config:
         max_length: tokens of a document at most.
         eval_documents: held out for evaluations (--eval_strategy steps).
         smoke: seconds instead of minutes, the same code.
+        dry_run: print what the run would take, and do nothing; only the configuration of the model is read.
+        gpu_memory: of one GPU, for that.
+        gpus: that the run would have, for that; otherwise as many as processes were launched.
     """
 
     start_from: str = str(GATES_FOLDER / "testbed-foresightkv-sl")
@@ -59,6 +64,9 @@ class Config:
     max_length: int = 4096
     eval_documents: int = 16
     smoke: bool = False
+    dry_run: bool = False
+    gpu_memory: str = "80GiB"
+    gpus: int = 0
 
 
 DEFAULTS = {
@@ -87,6 +95,11 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
         config.documents, config.eval_documents = 8, 2
         training.max_steps, training.save_steps, training.logging_steps = 2, 2, 1
     check_launch(training)
+    if config.dry_run:
+        described, dtype = describe_base(config.model)
+        plan = plan_refining(config, refine, training, longest_text(config.data, config.max_length), dtype)
+        print(report(estimate(described, Gates.load(config.start_from).method, plan), config.gpu_memory))
+        return
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device))
     gates = Gates.load(config.start_from, base)

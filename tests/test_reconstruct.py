@@ -1,4 +1,4 @@
-"""Targets of a repetition and of an answer, against attention probabilities of a stock model, one row and one chunk at a time."""
+"""Targets of a repetition and of an answer, against attention probabilities of a stock model, row by row and chunk by chunk."""
 
 from __future__ import annotations
 

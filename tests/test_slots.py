@@ -297,7 +297,7 @@ class Ragged:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
     def compare(self, num: int) -> None:
-        """`num` queries a head against keys and values gathered by position; pages of nobody are poisoned, but page 0, which is zero."""
+        """`num` queries a head against keys and values gathered by position; pages of nobody are poisoned, page 0 is zero."""
         store = self.store
         assert torch.equal((store.position >= 0).sum(-1), store.count)
         unassigned = torch.ones(store.keys.shape[0], dtype=torch.bool).scatter(0, store.table.flatten(), False)

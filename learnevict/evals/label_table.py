@@ -94,11 +94,13 @@ class TriedLabels:
 
 def label_tables(found: TriedLabels) -> list[str]:
     """A table: labels down, families and budgets across."""
-    cells = list(dict.fromkeys((one.family, one.share) for one in found.tried))
+    families = list(dict.fromkeys(one.family for one in found.tried))
+    largest = sorted(found.tried, key=lambda one: (families.index(one.family), -one.slots))
+    cells = list(dict.fromkeys((one.family, one.share) for one in largest))
     places = {(one.family, one.share, one.name): one for one in found.tried}
     lines: list[list[str]] = []
     for name in dict.fromkeys(one.name for one in found.tried):
-        lines.append([name, *(_shown(places, family, share, name) for family, share in cells)])
+        lines.append([name.replace("|", "\\|"), *(_shown(places, family, share, name) for family, share in cells)])
     header = ["label", *(f"{family} {share}" for family, share in cells)]
     where = f"{found.origin['samples']} {found.origin['split']} samples each"
     return [

@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from learnevict import testbed
 from learnevict.errors import UsageError
-from learnevict.infer.load import load
+from learnevict.infer.load import load, load_config
 from learnevict.train.data import read_documents
 from learnevict.train.labels import Document
 from learnevict.train.sources import Source
@@ -23,6 +24,19 @@ def load_base(name: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
         return load(name, device=device)
     model, tokenizer = testbed.load()
     return (model if device == "auto" else model.to(device)), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def describe_base(name: str) -> tuple[PreTrainedConfig, torch.dtype | None]:
+    """The configuration of a base that `load_base` would load, and its precision, None if as stored; no weight is read."""
+    return (load_config(str(testbed.path())), torch.float32) if name == TESTBED else (load_config(name), None)
+
+
+def longest_text(source: str, max_length: int) -> int:
+    """Tokens of the longest text to expect: of "testbed", from a few samples; of others, `max_length`."""
+    if source != TESTBED:
+        return max_length
+    samples = (testbed.generate(name, seed, split="train") for name in testbed.FAMILIES for seed in range(8))
+    return min(max(len(f"{one.prompt} {one.response}".split()) for one in samples), max_length)
 
 
 def read_source(

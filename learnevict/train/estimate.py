@@ -10,6 +10,7 @@ so is the total. It is an estimate: leave room.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
@@ -19,6 +20,8 @@ from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.infer.identity import layout_of
 from learnevict.infer.memory import num_parameters
+from learnevict.policy import Gate
+from learnevict.train.held import bytes_per_token
 from learnevict.train.sizes import LEARNING, Phases, Plan, Shapes
 
 STAGES = ("DDP", "ZeRO-2", "ZeRO-3")
@@ -67,9 +70,10 @@ def estimate(config: PreTrainedConfig, method: str, plan: Plan) -> Figures:
     Raises:
         ModelError: cache layers that learnevict does not serve.
     """
+    build, layout = partial(methods.load(method).build, **plan.settings), layout_of(config)
     with torch.device("meta"):
-        gate = methods.load(method).build(layout_of(config), **plan.settings)
-    shapes = Shapes(config, gate, plan)
+        gate: Gate = build(layout)
+    shapes = Shapes(config, gate, plan, 0.0 if plan.mode == "probe" else bytes_per_token(build, layout))
     parameters = num_parameters(config)
     trained = sum(parameter.numel() for parameter in gate.parameters())
     return Figures(
@@ -178,8 +182,8 @@ def fits(figures: Figures, room: int, gpu_memory: str) -> str:
         return f"Does not fit on GPUs of {gpu_memory}: a process needs a whole group of {unit} traces, and {rows} fit."
     whole, most = plan.rows * plan.processes, rows // unit * unit
     return (
-        f"Fits on GPUs of {gpu_memory}, up to {most} rows on each ({least}): on {-(-whole // most)} for all {whole} rows of a step "
-        "at once, on fewer with gradient accumulation."
+        f"Fits on GPUs of {gpu_memory}, up to {most} rows on each ({least}): on {-(-whole // most)} for all {whole} rows of a "
+        "step at once, on fewer with gradient accumulation."
     )
 
 

@@ -108,9 +108,10 @@ class RankingTrainer(GateTrainer):
                 f"a batch of texts of at most {width} tokens: nothing would be evicted from them even at the smallest "
                 f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
             )
+        judge: Any = self.whole.now().gate
         return record_states(
             self.base,
-            self.whole.now().gate,
+            judge,
             list(labels),
             ids,
             mask,

@@ -42,6 +42,7 @@ class Plan:
         cuts: events per text at which slots are ranked, for stream, or moments at which a probe is asked.
         stored_labels: labels are read, not made.
         golden: for stream, texts are read under golden eviction.
+        objective, pairs: for stream, as of StreamConfig.
         recompute: for soft, decoder layers are computed again in the backward pass.
         settings: of the gate, for the method's `build`.
         dtype: of the base; None: the one its configuration names.
@@ -58,6 +59,8 @@ class Plan:
     cuts: int = 4
     stored_labels: bool = False
     golden: bool = False
+    objective: str = ""
+    pairs: int = 0
     recompute: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
@@ -76,16 +79,17 @@ class Shapes:
         config: of the base.
         gate: of these shapes; may stand on the meta device.
         plan: of the run.
+        held: bytes for the backward pass in one layer, see learnevict.train.held.
     """
 
-    def __init__(self, config: PreTrainedConfig, gate: Gate, plan: Plan) -> None:
+    def __init__(self, config: PreTrainedConfig, gate: Gate, plan: Plan, held: float = 0.0) -> None:
         text = config.get_text_config(decoder=True)
         self.plan, self.gate, self.layout = plan, gate, layout_of(config)
         kind = plan.dtype or getattr(text, "dtype", None) or torch.float32
         self.number = torch.empty(0, dtype=kind).element_size()
         self.layers = len(evicting_layers(DynamicCache(config=text).layers))
         self.wide = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-        self.hidden = int(gate.settings().get("hidden") or 0)
+        self.held = held
 
     @property
     def heads(self) -> int:
@@ -144,9 +148,19 @@ class Shapes:
         """The judge's inputs per slot; 0 for gates that are none."""
         return self.gate.num_features if isinstance(self.gate, Judge) else 0
 
-    def judged(self, slots: int, inputs: int) -> int:
-        """Bytes that the backward pass of a small network needs: its inputs, centred, and four times its hidden width."""
-        return 4 * slots * (inputs + 4 * self.hidden)
+    @property
+    def judged(self) -> int:
+        """Bytes that the backward pass of judges needs, of all recorded states."""
+        return round(self.held * self.states() / self.layout.num_heads)
+
+    def all_pairs(self) -> int:
+        """Bytes of the expected regret over all pairs, three [B, H, N, N] for every cut and layer, cuts being anywhere."""
+        plan, gate = self.plan, self.gate
+        objective = plan.objective or (gate.objective if isinstance(gate, Learner) else "")
+        if objective != "regret" or plan.pairs:
+            return 0
+        slots = plan.tokens**2 // 3 if self.at_cuts else plan.tokens**2
+        return 3 * 4 * plan.rows * self.heads * slots * (plan.cuts if self.at_cuts else 1)
 
 
 def replay_phases(shapes: Shapes) -> Phases:
@@ -163,40 +177,39 @@ def replay_phases(shapes: Shapes) -> Phases:
             "evicting cache": shapes.cache(held),
             "base": shapes.forward(plan.rows, 1),
         },
-        "learning": {"recorded states, twice": 2 * recorded, "judge": shapes.judged(slots, shapes.inputs)},
+        "learning": {"recorded states, twice": 2 * recorded, "judge": shapes.judged},
     }
 
 
 def stream_phases(shapes: Shapes) -> Phases:
     """One pass; every layer's gates keep what their backward pass needs."""
-    plan, layout = shapes.plan, shapes.layout
-    if shapes.at_cuts:
-        gates = plan.cuts * shapes.judged(plan.rows * shapes.heads * plan.tokens, layout.head_dim + layout.value_dim)
-    else:
-        gates = 4 * plan.rows * shapes.layers * plan.tokens * (layout.hidden_size + 2 * shapes.hidden)
+    plan = shapes.plan
+    gates = round(shapes.held * plan.rows * shapes.layers * plan.tokens * (plan.cuts / 2 if shapes.at_cuts else 1))
     labels = shapes.labels() if plan.golden or plan.stored_labels else shapes.labels(layers=1)
     return {
         "reading": {
             "labels": labels,
             "oracle's tile": shapes.tile(),
             "gates": gates,
+            "regret over all pairs": shapes.all_pairs(),
             "base": shapes.forward(plan.rows, 1),
         }
     }
 
 
 def soft_phases(shapes: Shapes) -> Phases:
-    """Gradient through the frozen base: per layer and token, norms keep 8 E bytes, attention s (Hq d + 2 H d), the MLP 3 s I.
+    """Gradient through the frozen base, whose linear maps keep their inputs all the same.
 
-    Frozen weights spare the inputs of linear maps. Logits of teacher and student, and three float32 copies for the loss.
+    Per layer and token norms keep 16 E bytes in float32 and hand on s 2 E; attention keeps s 4 (Hq + H) d, the MLP s 4 I.
+    Then logits of teacher and student, and three float32 copies for the loss.
     """
     plan, layout, number = shapes.plan, shapes.layout, shapes.number
     texts = plan.rows * plan.tokens
-    kept = layout.num_query_heads * layout.head_dim + layout.num_heads * (layout.head_dim + layout.value_dim)
-    layer = texts * (8 * layout.hidden_size + number * (kept + 3 * shapes.wide))
+    wide = 2 * layout.hidden_size + 4 * (layout.num_query_heads + layout.num_heads) * layout.head_dim + 4 * shapes.wide
+    layer = texts * (16 * layout.hidden_size + number * wide)
     between = texts * number * layout.hidden_size
     layers = layout.num_layers * between + layer if plan.recompute else layout.num_layers * layer
-    gates = 4 * texts * shapes.layers * (layout.hidden_size + 3 * shapes.hidden + 4 * layout.num_heads)
+    gates = round(shapes.held * texts * (1 if plan.recompute else shapes.layers))
     return {
         "learning": {
             "activations of the base" + (", layers again" if plan.recompute else ""): layers,
@@ -251,7 +264,7 @@ def grpo_phases(shapes: Shapes) -> Phases:
         "learning": {
             "judge's inputs, twice": 2 * features,
             "draws": 3 * 17 * slots,
-            "judge": shapes.judged(slots, shapes.inputs),
+            "judge": shapes.judged,
         },
     }
 
