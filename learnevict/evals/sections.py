@@ -25,7 +25,7 @@ from learnevict.testbed.vocabulary import VALUES
 START = "-sl"
 """What the name of supervised gates ends in, beside the refined ones."""
 LEXICAL = "lexical"
-Best = Callable[[str, str], str]
+Best = Callable[[str, str], str | None]
 
 
 def overview(results: Results, mode: str) -> list[str]:
@@ -111,7 +111,9 @@ def _impossible(row: Row) -> str:
     return "not possible" if row.get("impossible") else ""
 
 
-def _from(results: Results, method: str, base: str, family: str, budget: str) -> str:
+def _from(results: Results, method: str, base: str | None, family: str, budget: str) -> str:
+    if base is None:
+        return "not tuned"
     closed = results.gap_closed(method, {family: base}, budget)
     return f"{show(closed)} from {base}"
 
@@ -136,7 +138,7 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
             "the scored families' differences over the sum of their gaps, so a family counts as much as its gap is wide; "
             "how many of the five it holds stands behind it, and below the table which are left out."
         )
-        parts += pooled_table(results, tuned.best)
+        parts += pooled_table(results, tuned.known_best)
     if LEXICAL in results.methods():
         parts += ["The same from lexical:", *pooled_table(results, lambda family, budget: LEXICAL)]
         parts += ["Step accuracy above lexical, paired, mean over families:", _difference_table(results)]
@@ -164,8 +166,9 @@ def pooled_table(results: Results, best: Best) -> list[str]:
 
 def pooled(results: Results, method: str, best: Best, budget: str) -> tuple[str, str]:
     """The gap closed over all families with how many of them it holds, and which it leaves out, with the reason."""
-    bases = {family: best(family, budget) for family in results.families}
-    left = {family: "not run" for family in testbed.FAMILIES if family not in bases}
+    named = {family: best(family, budget) for family in results.families}
+    bases = {family: base for family, base in named.items() if base is not None}
+    left = {family: "not tuned" if family in named else "not run" for family in testbed.FAMILIES if family not in bases}
     left |= results.left_out(method, bases, budget)
     num = len({*testbed.FAMILIES, *bases})
     shown = f"{show(results.gap_closed(method, bases, budget))} ({num - len(left)})"

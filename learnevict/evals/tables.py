@@ -149,7 +149,7 @@ def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str
         parts += gap_tables(results, tuned)
     if name == "free":
         parts += [recall_line(results), agreement_line(results)]
-    best = tuned.best if tuned is not None and name == "main" else None
+    best = tuned.known_best if tuned is not None and name == "main" else None
     return parts + [folded(family, family_parts(results, family, mode, best)) for family in results.families]
 
 

@@ -63,6 +63,10 @@ class Tuned:
             raise UsageError(f"{family} at {budget} was not tuned; tune it with recipes/evaluate.py") from error
         return max((name for name in found if name not in TABLES), key=lambda name: found[name])
 
+    def known_best(self, family: str, budget: str) -> str | None:
+        """As `best`; None where a cell was not tuned."""
+        return self.best(family, budget) if budget in self.accuracy.get(family, {}) else None
+
     def check(self, weights: str, gates: Mapping[str, Gates | None] | None = None) -> None:
         """Refuse settings tuned on another model, or with other tables.
 

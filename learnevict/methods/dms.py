@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = {
     "ramp": 0.5,
     "answers_only": True,  # the whole text; the testbed's model was never taught to predict prompts
     "learning_rate": 1e-2,  # the base is trained too, or an adapter
-    "max_steps": 200,  # 1,000; 250 for the adapter
+    "max_steps": 500,  # 1,000; 250 for the adapter
     "per_device_train_batch_size": 4,
 }
 

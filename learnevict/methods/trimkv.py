@@ -47,7 +47,7 @@ TRAINING: dict[str, Any] = {
     "capacity": 1.0,  # lambda = 1
     "learning_rate": 4e-3,  # 2e-4
     "weight_decay": 0.01,  # the same
-    "max_steps": 300,  # 564 M tokens
+    "max_steps": 600,  # 564 M tokens
     "per_device_train_batch_size": 4,  # the same, as accumulated batches of 1
 }
 

@@ -39,6 +39,7 @@ class Figures:
         gates: bytes of gates, gradients and optimizer, by how they are shared out.
         phases: what is held beside at the same time, in each part of a step: {phase: {what: bytes}}.
         operations: floating-point operations of one step, {what: number}.
+        stored: bytes of the labels of one text in a label store, in float16.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Figures:
     gates: dict[str, int]
     phases: Phases
     operations: dict[str, float]
+    stored: int
 
     @property
     def working(self) -> int:
@@ -84,6 +86,7 @@ def estimate(config: PreTrainedConfig, method: str, plan: Plan) -> Figures:
         {stage: states_of(stage, trained, plan.processes) for stage in STAGES},
         LEARNING[plan.mode](shapes),
         operations(shapes, parameters, trained),
+        shapes.labels() // plan.rows // 2,
     )
 
 
@@ -147,6 +150,8 @@ def report(figures: Figures, gpu_memory: str) -> str:
         *row("gates, gradients, AdamW: DDP", figures.gates["DDP"], f"{figures.gate_parameters:,} weights"),
         *(line for stage in STAGES[1:] for line in row(f"the same: {stage}", figures.gates[stage])),
     ]
+    if plan.mode in ("replay", "stream"):
+        lines += row("labels of a text, if they are stored", figures.stored, "float16, on a disk")
     for phase, parts in figures.phases.items():
         lines += [
             "",
@@ -181,9 +186,11 @@ def fits(figures: Figures, room: int, gpu_memory: str) -> str:
     if rows < unit:
         return f"Does not fit on GPUs of {gpu_memory}: a process needs a whole group of {unit} traces, and {rows} fit."
     whole, most = plan.rows * plan.processes, rows // unit * unit
+    needed = -(-whole // most)
+    fewer = ", on fewer with gradient accumulation" if needed > 1 else ""
     return (
-        f"Fits on GPUs of {gpu_memory}, up to {most} rows on each ({least}): on {-(-whole // most)} for all {whole} rows of a "
-        "step at once, on fewer with gradient accumulation."
+        f"Fits on GPUs of {gpu_memory}, up to {most} rows on each ({least}): on {needed} for all {whole} rows of a step at "
+        f"once{fewer}."
     )
 
 

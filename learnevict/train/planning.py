@@ -54,7 +54,7 @@ def plan_refining(common: Any, refine: Any, training: Any, tokens: int, dtype: t
     )
 
 
-def length(training: TrainingArguments, common: Any) -> dict[str, int]:
+def length(training: TrainingArguments, common: Any) -> dict[str, Any]:
     """Processes that share a batch, `--gpus` or those that were launched, and steps until the end."""
     processes = common.gpus or training.world_size
     batch = training.per_device_train_batch_size * processes * training.gradient_accumulation_steps

@@ -154,13 +154,16 @@ class Shapes:
         return round(self.held * self.states() / self.layout.num_heads)
 
     def all_pairs(self) -> int:
-        """Bytes of the expected regret over all pairs, three [B, H, N, N] for every cut and layer, cuts being anywhere."""
+        """Bytes of the expected regret over all pairs of slots, 5 B H N^2 for every cut and layer.
+
+        N is the latest of the rows' cuts: on average B / (B + 1) of the text, its square B / (B + 2) of the text's.
+        """
         plan, gate = self.plan, self.gate
         objective = plan.objective or (gate.objective if isinstance(gate, Learner) else "")
         if objective != "regret" or plan.pairs:
             return 0
-        slots = plan.tokens**2 // 3 if self.at_cuts else plan.tokens**2
-        return 3 * 4 * plan.rows * self.heads * slots * (plan.cuts if self.at_cuts else 1)
+        slots = plan.cuts * plan.rows / (plan.rows + 2) if self.at_cuts else 1
+        return round(5 * plan.rows * self.heads * slots * plan.tokens**2)
 
 
 def replay_phases(shapes: Shapes) -> Phases:
@@ -184,7 +187,8 @@ def replay_phases(shapes: Shapes) -> Phases:
 def stream_phases(shapes: Shapes) -> Phases:
     """One pass; every layer's gates keep what their backward pass needs."""
     plan = shapes.plan
-    gates = round(shapes.held * plan.rows * shapes.layers * plan.tokens * (plan.cuts / 2 if shapes.at_cuts else 1))
+    times = plan.cuts * plan.rows / (plan.rows + 1) if shapes.at_cuts else 1
+    gates = round(shapes.held * plan.rows * shapes.layers * plan.tokens * times)
     labels = shapes.labels() if plan.golden or plan.stored_labels else shapes.labels(layers=1)
     return {
         "reading": {

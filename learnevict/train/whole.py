@@ -33,7 +33,9 @@ class Whole:
         if self.zero3:
             from deepspeed.runtime.zero import register_external_parameter
 
-            for parameter in trainer.model.parameters():  # fetched at once: processes may use parts of a gate as they like
+            for (
+                parameter
+            ) in trainer.model.parameters():  # fetched at once: processes may use parts of a gate as they like
                 register_external_parameter(trainer.model, parameter)
 
     def now(self) -> Gates:
