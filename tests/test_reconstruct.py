@@ -123,9 +123,7 @@ def test_what_is_visited_is_the_context_alone():
         assert label is labels[layer]
         torch.testing.assert_close(received.hidden[real], plain[layer].hidden[real], rtol=1e-4, atol=1e-5)
         for one, other in [(received.key, plain[layer].key), (received.value, plain[layer].value)]:
-            torch.testing.assert_close(
-                one.transpose(1, 2)[real], other.transpose(1, 2)[real], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("reduce", "most"), [(JUDGE_Q, None), (LOOKAHEAD_KV, 3)])
