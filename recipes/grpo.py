@@ -137,6 +137,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
         record.add(log=trainer.state.log_history, steps=trainer.state.global_step)
     if training.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         print(f"gates in {training.output_dir}")
 

@@ -156,7 +156,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
         lines += [
             "",
             f"{phase}, at most at the same time",
-            *(line for what in parts for line in row(what, parts[what])),
+            *(line for what in parts if parts[what] for line in row(what, parts[what])),
         ]
     lines += ["", *(line for stage in STAGES for line in row(f"a process at its peak: {stage}", figures.total(stage)))]
     step = sum(figures.operations.values()) * plan.processes
