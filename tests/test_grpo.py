@@ -96,7 +96,11 @@ def test_trl_is_the_release_that_was_read():
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[: len(parameters)] == parameters
 
 
-@pytest.mark.parametrize("refine", [{}, {"credit": "to_go"}, {"scope": "model"}], ids=["attention", "to_go", "model"])
+@pytest.mark.parametrize(
+    "refine",
+    [{}, {"credit": "to_go"}, {"scope": "model"}, {"share_spread": 0.3}],
+    ids=["attention", "to_go", "model", "shares"],
+)
 def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
     """Minus the sum of advantage x log-probability over drawn actions, over their number: on the first pass ratios are 1."""
     made = trainer(tmp_path, refine=refine)
@@ -118,10 +122,15 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
         for layer, features in episode.features.items()
     }
     place = 0
-    events = len(episode.races[0].pool[0])
-    for event in range(events):
-        for races in episode.races:
-            raced = races.scores(scores)
+    if episode.tried is not None:
+        logits = gate.demand.logits(episode.terms.free)
+        for row in range(2 * GROUP):
+            apart = (episode.tried[row] - logits).square().sum() / (2 * refine["share_spread"] ** 2)
+            total, count = total - advantage[row][place] * apart, count + 1
+        place += 1
+    for races in episode.races:
+        raced = races.scores(scores)
+        for event in range(races.pool.shape[1]):
             for race in range(races.pool.shape[2]):
                 for draw in range(races.order.shape[3]):
                     for row in range(2 * GROUP):

@@ -11,12 +11,22 @@ import torch
 
 from learnevict import attach, methods
 from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.hub import Gates
 from learnevict.infer.prefill import prefill
 from learnevict.infer.replay import replay
 from learnevict.ops.hashing import hashed, uniform
 from learnevict.oracle.collect import full_trace
+from learnevict.parts.demand import GAIN, Demand
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
-from learnevict.rl.draw import NOTHING, draw_evictions, entropy, log_probability, lowest_scores
+from learnevict.rl.draw import (
+    NOTHING,
+    draw_evictions,
+    draw_shifts,
+    entropy,
+    log_probability,
+    lowest_scores,
+    shift_log_probability,
+)
 from learnevict.rl.episode import expired, run_episode
 from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import losses, sure, token_costs
@@ -26,6 +36,8 @@ from tests.test_foresightkv import judge_for, tiny
 
 TERMS = Terms(budget=24, period=8, temperature=0.7, sinks=2, recent=4)
 TOGETHER = replace(TERMS, scope="model", pool=2)
+SHARED = replace(TERMS, share_spread=0.4)
+LAWS = pytest.mark.parametrize("terms", [TERMS, TOGETHER, SHARED], ids=["layer", "model", "shares"])
 PADS = (0, 5)
 
 
@@ -42,7 +54,13 @@ def episode(**changes: object):
     judge = judge_for(model)
     ids, mask = texts()
     options = {"words": torch.tensor([1, 2]), **changes}
-    return model, judge, ids, mask, run_episode(model, judge, ids, mask, options.pop("terms", TERMS), **options)
+    terms = options.pop("terms", TERMS)
+    if terms.share_spread:
+        demand = judge.share_layers(1, 40)
+        with torch.no_grad():
+            demand.level.copy_(torch.linspace(-0.1, 0.1, len(demand.level)))
+            demand.slope.copy_(torch.linspace(0.05, -0.05, len(demand.slope)))
+    return model, judge, ids, mask, run_episode(model, judge, ids, mask, terms, **options)
 
 
 # --- draws ---
@@ -116,7 +134,7 @@ def test_entropy_of_the_first_choice():
 # --- episodes ---
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_an_episode_is_the_replay_of_its_trace(terms):
     model, _, ids, mask, found = episode(terms=terms)
     assert found.trace.evictions > 0
@@ -124,7 +142,7 @@ def test_an_episode_is_the_replay_of_its_trace(terms):
     assert float((again - found.logits)[mask.bool()].detach().abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_draws_are_the_evictions_of_the_trace(terms):
     _, _, _, _, found = episode(terms=terms)
     ends = expired(found.trace)
@@ -138,7 +156,7 @@ def test_draws_are_the_evictions_of_the_trace(terms):
             assert bool(races.pool[row, event, race, races.order[row, event, race, place]])
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_the_log_probability_of_an_episode_can_be_had_again(terms):
     _, judge, _, _, found = episode(terms=terms)
     once, _ = log_probabilities(judge, found, torch.tensor([0, 1]))
@@ -149,7 +167,7 @@ def test_the_log_probability_of_an_episode_can_be_had_again(terms):
     assert bool((once < 0).any())
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_where_nothing_is_random_the_judge_evicts_as_its_policy(terms):
     model = tiny()
     nothing = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
@@ -157,10 +175,14 @@ def test_where_nothing_is_random_the_judge_evicts_as_its_policy(terms):
     assert all(bool((races.order == NOTHING).all()) for races in found.races)
     rules = {"slack": TERMS.period, "sinks": TERMS.sinks, "recent": TERMS.recent}
     judge.scope = terms.scope
+    if found.tried is not None:  # shares are tried whatever the noise of draws
+        judge.demand.level.data = (found.tried[0] / GAIN).clone()
+        judge.demand.slope.data.zero_()
+        ids, mask = ids[:1], mask[:1]
     policy = methods.foresightkv.policy(TERMS.budget, gate=judge, **rules)
     with torch.no_grad(), attach(model, policy, record=True) as cache:
         prefill(model, cache, ids, mask)
-    assert torch.equal(cache.trace().expiry, found.trace.expiry)
+    assert torch.equal(cache.trace().expiry, found.trace.expiry[:, : len(ids)])
 
 
 def test_padding_changes_no_episode():
@@ -179,12 +201,77 @@ def test_the_seed_makes_the_episode():
     assert torch.equal(first.trace.expiry[:, 1], other.trace.expiry[:, 1]), "a row's noise depends on another's"
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_noise_is_the_rows_own_whatever_the_batch(terms):
     model, judge, ids, mask, both = episode(terms=terms)
     alone = run_episode(model, judge, ids[1:, PADS[1] :], mask[1:, PADS[1] :], terms, words=torch.tensor([2]))
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
+
+
+def test_shares_are_tried_row_by_row_and_spend_the_budget():
+    _, judge, _, _, found = episode(terms=SHARED)
+    ends, length = expired(found.trace), found.trace.expiry.shape[-1]
+    held = (ends == length).sum((2, 3)) - ends.shape[2] * torch.tensor(PADS)  # [L, B], over heads
+    free = SHARED.budget - SHARED.sinks - SHARED.period - 1
+    heads, fresh = ends.shape[2], (length - torch.tensor(PADS) - 1) % SHARED.period + 1  # since the last event read on
+    share = (held - heads * (fresh + SHARED.sinks + SHARED.period + 1)) / (len(held) * free * heads)
+    assert torch.allclose(share.sum(0), torch.ones(2)), "layers hold more or less than the budget"
+    assert float((share.T - found.tried.softmax(-1)).abs().max()) < 1 / (len(held) * free)
+    assert not torch.equal(held[:, 0], held[:, 1]), "rows try the same shares"
+
+
+def test_shares_tried_are_normal_around_the_demand_and_their_probability_says_so():
+    num, layers, spread = 40_000, 4, 0.3
+    shifts = draw_shifts(torch.arange(num), layers, spread)
+    assert torch.allclose(shifts.sum(-1), torch.zeros(num), atol=1e-5)
+    wanted = spread**2 * (torch.eye(layers) - 1 / layers)
+    assert float((shifts.T.cov() - wanted).abs().max()) < 4 * spread**2 * math.sqrt(2 / num)
+    logits = torch.tensor([0.3, -0.1, 0.0, -0.2], dtype=torch.float64, requires_grad=True)
+    tried = logits.detach() + shifts[:3].double()
+    found = shift_log_probability(tried, logits, spread)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert torch.allclose(gradient, shifts[:3].double().sum(0) / spread**2, atol=1e-9)
+    normal = torch.distributions.Normal(logits, spread)
+    other = shift_log_probability(tried, logits - 0.1, spread)
+    moved = torch.distributions.Normal(logits - 0.1, spread)
+    expected = (normal.log_prob(tried) - moved.log_prob(tried)).sum(-1)
+    assert torch.allclose(found - other, expected, atol=1e-9)
+
+
+def test_demand_follows_the_budget_and_is_equal_until_learned():
+    demand = Demand(3, 1, 99)
+    assert [demand.allocator().layer_budget(40, rank, 3, 21) for rank in range(3)] == [40] * 3
+    with torch.no_grad():
+        demand.level.copy_(torch.tensor([0.1, 0.0, -0.1]))
+        demand.slope.copy_(torch.tensor([-0.1, 0.0, 0.1]))
+    shared = demand.allocator()
+    for budget in (22, 23, 31, 58, 120, 5000):
+        held = [shared.layer_budget(budget, rank, 3, 21) for rank in range(3)]
+        assert sum(held) == 3 * budget
+        free = budget - 21
+        weights = demand.logits(free).detach().double().softmax(-1)
+        assert max(abs(slots - 21 - 3 * free * float(share)) for slots, share in zip(held, weights, strict=True)) < 1
+    assert torch.equal(demand.logits(99), demand.logits(4000)), "beyond what was learned, shares stay"
+    assert [shared.layer_budget(20, rank, 3, 21) for rank in range(3)] == [20] * 3
+    with pytest.raises(UsageError, match="3 layers, but 2"):
+        shared.layer_budget(40, 0, 2, 21)
+    with pytest.raises(UsageError, match="1 or more"):
+        Demand(3, 0, 9)
+
+
+def test_a_demand_is_part_of_the_gates(tmp_path):
+    model = tiny()
+    gates = Gates.make("foresightkv", model, hidden=8)
+    demand = gates.gate.share_layers(1, 40)
+    with torch.no_grad():
+        demand.level.normal_(std=0.1)
+    gates.config.settings = gates.gate.settings()
+    gates.save_pretrained(tmp_path)
+    again = Gates.load(tmp_path, model)
+    assert again.gate.demand.allocator() == demand.allocator()
+    assert again.policy(30, slack=8).allocator == demand.allocator()
+    assert again.gate.share_layers(5, 6).span == (1, 40), "what was learned for a span goes on with it"
 
 
 # --- costs and credit ---
@@ -222,7 +309,7 @@ def test_credit_of_events():
         assert float(later[row, event, head, place]) == pytest.approx(-float(apart[row, end:].sum()), abs=1e-5)
 
 
-@pytest.mark.parametrize("terms", [TERMS, TOGETHER], ids=["layer", "model"])
+@LAWS
 def test_credit_is_looked_up_for_the_token_that_went(terms):
     _, _, ids, _, found = episode(terms=terms)
     layers, heads = found.trace.expiry.shape[0], found.trace.expiry.shape[2]
@@ -260,13 +347,15 @@ def test_credit_by_attention_against_the_whole_matrix():
                 assert torch.allclose(blame[layer, trace, head], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
-def test_a_batch_of_experience(scope):
+@pytest.mark.parametrize("rules", [{}, {"scope": "model"}, {"share_spread": 0.3}], ids=["layer", "model", "shares"])
+def test_a_batch_of_experience(rules):
     model = tiny()
     judge = judge_for(model)
+    if rules.get("share_spread"):
+        judge.share_layers(1, 40)
     ids, _ = texts()
     batch = [Text(ids[0].tolist(), 20)] * 2 + [Text(ids[0, 7:].tolist(), 15)] * 2
-    config = RefineConfig(min_budget=24, max_budget=24, period=8, sinks=2, recent=4, layer_share=0.5, scope=scope)
+    config = RefineConfig(min_budget=24, max_budget=24, period=8, sinks=2, recent=4, layer_share=0.5, **rules)
     seeds = {"seeds": (1, 2, 0), "device": torch.device("cpu"), "group": 2}
     found = sample_group(model, judge, batch, config, **seeds)
     given = found.completions()
@@ -305,6 +394,7 @@ def test_budgets_and_layers_are_drawn_within_their_limits():
         ({"draw_temperature": 0.0}, UsageError, "nothing would be tried"),
         ({"layer_share": 0.0}, UsageError, "layer_share"),
         ({"min_budget": 20}, BudgetError, "begin at 21"),
+        ({"share_spread": 0.3, "scope": "model"}, UsageError, "0 for scope model"),
     ],
 )
 def test_settings_that_make_no_sense(changes, error, said):

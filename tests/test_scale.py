@@ -82,21 +82,23 @@ def run(words: list[str]) -> str:
     end, and no other, is tried once more.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LEARNEVICT_DEBUG": "1"}
-    for attempt in range(2):
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400
-        )
-        said = done.stdout + done.stderr
-        if done.returncode == 0 or attempt or not all(sign in said for sign in ABORTED):
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, "timeout": 400}
+    said = ""
+    for _ in range(2):
+        done = subprocess.run(words, **options)
+        said += done.stdout + done.stderr
+        if done.returncode == 0 or not all(sign in done.stderr for sign in ABORTED):
             break
     assert done.returncode == 0, said[-4000:]
     return said
 
 
-def launch(config: str | Path, words: list[str]) -> str:
+def launch(config: str, words: list[str]) -> str:
     accelerate = str(Path(sys.executable).parent / "accelerate")
-    path = config if isinstance(config, Path) else ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    return run([accelerate, "launch", "--config_file", str(path), *words])
+    path = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
+    return run(
+        [accelerate, "launch", "--config_file", str(path), "--main_process_port", "0", *words]
+    )  # 0: any free one
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,6 @@ def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], round
         prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
         inside = prompt if policy.budget.unit == "bytes" else 0
         budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
-        budget = policy.allocator.layer_budget(budget - inside, place.rank, place.num_evicting, floor)
+        budget = policy.allocator.row_budget(row, budget - inside, place.rank, place.num_evicting, floor)
         found.append(budget + prompt - (schedule.slack == 0))
     return found

@@ -10,13 +10,15 @@ ledger columns; probabilities enter as logarithms; the size of every rotary pair
 survives rotation; age and budget / length let one judge serve many budgets; two more notes, the peak so far and the tokens
 since a token was last needed; two hidden layers; higher means keep. Attention is read from the last `window` queries of every
 period: a judge remembers the period it was trained with, and `policy` uses that unless told otherwise; so it does with the
-scope: beside the paper's equal budgets ("layer"), slots of all heads and layers may compete ("model").
+scope: beside the paper's equal budgets ("layer"), slots of all heads and layers may compete ("model"), or layers may get the
+shares that refinement has found (`demand`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from learnevict.config import Budget, Layout
 from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
+from learnevict.parts.demand import Demand
 from learnevict.parts.gates import Judge
 from learnevict.parts.headwise import centre_and_scale
 from learnevict.parts.options import Options, compose
@@ -70,17 +73,28 @@ class ForesightGate(Judge):
         window: past queries looked at per event.
         period: tokens between events in training; None before.
         scope: who competed in training: slots of a head ("layer"), or of all heads and layers ("model").
+        demand: smallest and largest number of slots beyond the floor for which it has learned how layers share a budget
+            (parts.demand); None: they share equally.
     """
 
     observes = False
     refreshes = True
 
     def __init__(
-        self, layout: Layout, hidden: int = 64, window: int = WINDOW, period: int | None = None, scope: Scope = "layer"
+        self,
+        layout: Layout,
+        hidden: int = 64,
+        window: int = WINDOW,
+        period: int | None = None,
+        scope: Scope = "layer",
+        demand: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.period = period
         self.scope: Scope = scope
+        self.demand: Demand | None = None
+        if demand is not None:
+            self.demand = Demand(layout.num_layers, *demand)
         self.config = JudgeConfig(layout, hidden, window)
         group = layout.num_query_heads // layout.num_heads
         self.window = window
@@ -105,7 +119,14 @@ class ForesightGate(Judge):
     def settings(self) -> dict:
         """What __init__ needs to build this gate again, as JSON."""
         own = {"hidden": self.config.hidden, "window": self.config.window, "period": self.period}
-        return own if self.scope == "layer" else {**own, "scope": self.scope}
+        own |= {} if self.scope == "layer" else {"scope": self.scope}
+        return own if self.demand is None else {**own, "demand": list(self.demand.span)}
+
+    def share_layers(self, smallest: int, largest: int) -> Demand:
+        """See Judge."""
+        if self.demand is None:
+            self.demand = Demand(self.config.layout.num_layers, smallest, largest).to(self.mean.device)
+        return self.demand
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Add what the last queries paid to the running notes; once per event."""
@@ -239,6 +260,7 @@ def policy(
             stacklevel=2,
         )
     if (scope or gate.scope) == "layer":
-        return compose("foresightkv", budget, gate, **options)
+        allocator = None if gate.demand is None else gate.demand.allocator()
+        return compose("foresightkv", budget, gate, allocator=allocator, **options)
     together = compose("foresightkv", budget, gate, allocator=Together(floor), **options)
     return replace(together, scope="model")

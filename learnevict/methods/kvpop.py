@@ -6,7 +6,7 @@
 A token's worth shows only after it was written, so the score of a slot sees the state of the text at its own time and the
 state now. Every slot carries the state of its time in the ledger column "state"; the newest slot's is the current one, from
 which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Taught golden labels, the attention
-of the future, at random events of a full-cache pass, through the recurrence (learnevict.train.stream).
+of the future, at random events of a pass along golden eviction, through the recurrence (learnevict.train.stream).
 
 Known of the paper (openreview R54wzDIb0L) are its outlines: stateful, delayed scoring at eviction time under a fixed budget
 per head, a future-attention target, guidance by an xLSTM. Ours and not the paper's: a GRU in place of the xLSTM, one small
@@ -37,6 +37,7 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_steps": 400,
+    "along": "golden",  # states and slots of small caches; better than "full" at tight budgets
     "cuts": 4,
     "per_device_train_batch_size": 8,
 }  # of the paper's settings none are known

@@ -1,7 +1,8 @@
-"""Who may hold how much: splits of a budget over layers (Pyramid), the heads of a layer (Ada) or all heads (Together)."""
+"""Who may hold how much: splits of a budget over layers (Pyramid, Profile), heads of a layer (Ada) or all heads (Together)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,55 @@ class Pyramid(Allocator):
             return budget
         low = base / self.beta
         step = 2 * (base - low) / (num_layers - 1)
-        shares = [2 * base - low - layer * step for layer in range(num_layers)]
-        whole = [int(share) for share in shares]
-        by_remainder = sorted(range(num_layers), key=lambda layer: round(whole[layer] - shares[layer], 6))
-        extra = by_remainder[: num_layers * base - sum(whole)]
-        return floor + whole[rank] + (rank in extra)
+        return floor + whole_shares([2 * base - low - layer * step for layer in range(num_layers)])[rank]
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        """Heads of a layer share equally."""
+        return budget.long().view(-1, 1).expand(scores.shape[:2])
+
+
+@dataclass(frozen=True)
+class Profile(Allocator):
+    """Layers in fixed proportions that were learned, and that shift with the budget; the sum over layers is L * budget.
+
+    Of what a budget holds beyond `floor` (guards, fresh block, one slot), free = budget - floor, layer l gets the share
+    softmax(level + slope * x)_l, where x goes from -1 to 1 as log free goes over `span`, and stays there beyond. In whole
+    slots by largest remainder, ties early.
+
+    Attributes:
+        level, slope: a number per evicting layer.
+        span: smallest and largest `free` that they were learned for, at least 1.
+        shifts: added to the levels, row by row of the batch, where other proportions are tried; empty: nothing.
+    """
+
+    level: tuple[float, ...]
+    slope: tuple[float, ...]
+    span: tuple[int, int]
+    shifts: tuple[tuple[float, ...], ...] = ()
+
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """See Allocator."""
+        return self._share_out(budget, rank, num_layers, floor, (0.0,) * num_layers)
+
+    def row_budget(self, row: int, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """See Allocator."""
+        shift = self.shifts[row] if self.shifts else (0.0,) * num_layers
+        return self._share_out(budget, rank, num_layers, floor, shift)
+
+    def _share_out(self, budget: int, rank: int, num_layers: int, floor: int, shift: tuple[float, ...]) -> int:
+        if num_layers != len(self.level):
+            raise UsageError(
+                f"these gates share a budget out among {len(self.level)} layers, but {num_layers} layers of the model evict"
+            )
+        free = budget - floor
+        if free <= 0:
+            return budget
+        place = place_in(self.span, free)
+        logits = [
+            level + slope * place + more for level, slope, more in zip(self.level, self.slope, shift, strict=True)
+        ]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
         """Heads of a layer share equally."""
@@ -105,6 +150,20 @@ class Together(Allocator):
     def least(self, free: Tensor, heads: int) -> Tensor:
         """Slots beside protected ones that every head keeps, if it has so many, of `free` [B] that they all share."""
         return free * round(self.floor * MILLE) // (MILLE * heads)
+
+
+def place_in(span: tuple[int, int], free: int) -> float:
+    """Where a number of slots lies in a span of them, -1 to 1, on a logarithmic scale; 0 if the span is one number."""
+    low, high = (math.log(end) for end in span)
+    return 0.0 if low == high else 2 * (min(max(math.log(max(free, 1)), low), high) - low) / (high - low) - 1
+
+
+def whole_shares(shares: list[float]) -> list[int]:
+    """Shares of a whole number in whole numbers, by largest remainder; ties early."""
+    whole = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda index: round(whole[index] - shares[index], 6))
+    extra = by_remainder[: round(sum(shares)) - sum(whole)]
+    return [share + (index in extra) for index, share in enumerate(whole)]
 
 
 def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
-from learnevict.errors import GateError
+from learnevict.errors import GateError, UsageError
+from learnevict.parts.demand import Demand
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy, Scorer
 from learnevict.signals import Column, Signals
@@ -24,10 +25,12 @@ class Judge(Gate):
         calibrated: bool [], whether `calibrate` has been called.
         num_features: inputs of the network per slot.
         scope: who competes in training: slots of a head, or of all heads and layers (its scores then compare).
+        demand: how layers share a budget; None: equally.
     """
 
     mode = "replay"
     scope: Literal["layer", "model"] = "layer"
+    demand: Demand | None
     calibrated: Tensor
     num_features: int
 
@@ -42,6 +45,10 @@ class Judge(Gate):
     @abstractmethod
     def judge(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
+
+    def share_layers(self, smallest: int, largest: int) -> Demand:
+        """Give it a demand, if it has none, for budgets of so many slots beyond the floor; see Demand."""
+        raise UsageError(f"{type(self).__name__} cannot learn how layers share a budget; drop share_noise")
 
     @abstractmethod
     def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:

@@ -26,6 +26,10 @@ class Allocator(ABC):
         """Budget of the `rank`-th evicting layer of `num_layers`; the sum over layers is num_layers * budget."""
         return budget
 
+    def row_budget(self, row: int, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        """The same for one row of the batch, for allocators that treat rows differently."""
+        return self.layer_budget(budget, rank, num_layers, floor)
+
     @abstractmethod
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
         """Slots to keep per head, int64 [B, H].

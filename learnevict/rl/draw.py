@@ -1,4 +1,4 @@
-"""Eviction as a draw without replacement: Gumbel-top-k, and the exact probability of what was drawn.
+"""What is drawn, and the exact probability of it: evictions without replacement by Gumbel-top-k, and shares of layers.
 
 ForesightKV's code samples from a pool by one law and optimises the log-probability of another; here both are the
 Plackett-Luce law of the drawn order over the stored pool (7.4 of the methods' maths; Kool et al., arXiv 1903.06059).
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from learnevict.ops.hashing import hashed, uniform
 
 NOTHING = -1
 """Stands in an order where nothing was drawn."""
@@ -73,3 +75,21 @@ def entropy(scores: Float[Tensor, "*B N"], pool: Bool[Tensor, "*B N"], temperatu
     """Of the first draw from a pool, in nats; 0 for an empty pool."""
     log_share = (-scores / temperature).masked_fill(~pool, LOWEST).log_softmax(-1)
     return -(log_share.exp() * log_share).masked_fill(~pool, 0.0).sum(-1)
+
+
+def draw_shifts(words: Int[Tensor, "B"], num_layers: int, spread: float) -> Float[Tensor, "B L"]:
+    """How far each row departs from the logits of the layers' shares: normal, of this spread, less its mean.
+
+    Args:
+        words: what each row's noise is hashed from (ops.hashing).
+        num_layers: L.
+        spread: standard deviation before the mean is taken off.
+    """
+    noise = uniform(hashed(words.unsqueeze(-1), -1, torch.arange(num_layers, device=words.device)))
+    shifts = spread * torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6).double()).float()
+    return shifts - shifts.mean(-1, keepdim=True)
+
+
+def shift_log_probability(tried: Float[Tensor, "B L"], logits: Float[Tensor, "L"], spread: float) -> Float[Tensor, "B"]:
+    """Of logits tried around those of mean 0, but for a constant. Differentiable in the logits."""
+    return -(tried - logits).square().sum(-1) / (2 * spread**2)

@@ -59,11 +59,19 @@ class Races:
 
 @dataclass(frozen=True)
 class Episode:
-    """The draws of a batch of traces, and what the judge saw: {layer: [B, E, H, n, in]}."""
+    """The draws of a batch of traces, and what the judge saw.
+
+    Attributes:
+        terms: the rules.
+        features: {layer: [B, E, H, n, in]}.
+        races: of layers.
+        tried: logits of the layers' shares that each row was held to [B, L]; None: no others than the judge's own.
+    """
 
     terms: Terms
     features: dict[int, Tensor]
     races: list[Races]
+    tried: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -101,14 +109,14 @@ def run_episode(
     explorer = Explorer(terms, judge, noisy.to(input_ids.device), input_ids.shape[1], words)
     with attach(model, explorer, record=True) as cache:
         logits = prefill(model, cache, input_ids, attention_mask)
-    features, races = gathered(explorer)
-    return Reading(terms, features, races, logits, cache.trace())
+    return Reading(*gathered(explorer), logits, cache.trace())
 
 
-def gathered(explorer: Explorer) -> tuple[dict[int, Tensor], list[Races]]:
-    """What an explorer has taken down, as of Episode."""
+def gathered(explorer: Explorer) -> tuple[Terms, dict[int, Tensor], list[Races], Tensor | None]:
+    """What an explorer has taken down: the fields of an Episode."""
     features = {layer: side_by_side(parts, 2, 0.0) for layer, parts in sorted(explorer.features.items())}
-    return features, [stacked(names, events) for names, events in sorted(explorer.events.items())]
+    races = [stacked(names, events) for names, events in sorted(explorer.events.items())]
+    return explorer.terms, features, races, explorer.tried
 
 
 def stacked(layers: tuple[int, ...], events: list[Draw]) -> Races:

@@ -18,7 +18,7 @@ from learnevict.ops.hashing import hashed, uniform
 from learnevict.parts.allocators import Together
 from learnevict.parts.gates import Judge
 from learnevict.policy import Allocator, Guard, Schedule, Uniform
-from learnevict.rl.draw import NOTHING, draw_evictions, lowest_scores
+from learnevict.rl.draw import NOTHING, draw_evictions, draw_shifts, lowest_scores
 from learnevict.signals import EMPTY, Signals
 
 
@@ -34,6 +34,7 @@ class Terms:
         sinks, recent: guards.
         scope: "layer" or "model", as of Policy.
         floor: of Together, for scope "model".
+        share_spread: how far the layers' shares depart from the judge's demand, in nats, in every row anew; 0: not at all.
     """
 
     budget: int
@@ -44,6 +45,12 @@ class Terms:
     recent: int = 8
     scope: Literal["layer", "model"] = "layer"
     floor: float = 0.2
+    share_spread: float = 0.0
+
+    @property
+    def free(self) -> int:
+        """What the budget holds beyond guards, fresh block and one slot."""
+        return self.budget - Guard(self.sinks, self.recent).reserved(self.period) - 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class Explorer:
         noisy: bool [L, B], where the draw is random; elsewhere the lowest scores go, and the draw is not taken down.
         length: columns of the text.
         words: int64 [B], what each row's noise is hashed from (ops.hashing), with layer, head, token and event.
+        features, events: what is taken down.
+        shifts: of the layers' shares in each row, float32 [B, L], drawn if the terms say so.
+        allocator: see Governor.
     """
 
     terms: Terms
@@ -85,16 +95,30 @@ class Explorer:
     probe: None = None
     features: dict[int, list[Tensor]] = field(default_factory=dict)
     events: dict[tuple[int, ...], list[Draw]] = field(default_factory=dict)
+    shifts: Tensor | None = None
+    allocator: Allocator = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        demand = self.scorer.demand
+        if self.scope == "model":
+            self.allocator = Together(self.terms.floor)
+        elif demand is not None:
+            if self.terms.share_spread:
+                self.shifts = draw_shifts(self.words, len(self.noisy), self.terms.share_spread)
+            self.allocator = demand.allocator(self.shifts)
+
+    @property
+    def tried(self) -> Tensor | None:
+        """Logits of the layers' shares in each row [B, L]; None where nothing but the judge's own were used."""
+        demand = self.scorer.demand
+        if self.shifts is None or demand is None:
+            return None
+        return demand.logits(self.terms.free).detach() + self.shifts
 
     @property
     def scope(self) -> Literal["layer", "model"]:
         """See Governor."""
         return self.terms.scope
-
-    @property
-    def allocator(self) -> Allocator:
-        """See Governor."""
-        return Uniform() if self.scope == "layer" else Together(self.terms.floor)
 
     @property
     def budget(self) -> Budget:

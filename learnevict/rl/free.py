@@ -7,6 +7,7 @@ what it adds to the language model's loss is that nothing but the task counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +18,18 @@ from learnevict.infer.attach import attach
 from learnevict.infer.prefill import read_ahead
 from learnevict.ops.processes import highest
 from learnevict.parts.gates import Judge
-from learnevict.rl.draw import NOTHING
 from learnevict.rl.episode import Episode, gathered
 from learnevict.rl.explorer import Explorer
 from learnevict.rl.rollout import (
     RefineConfig,
     Sampled,
     Text,
-    actions,
     drawn_budget,
     log_probabilities,
     named,
     padded,
     row_words,
+    was_taken,
 )
 
 Verifier = Callable[[dict[str, Any], str], float]
@@ -79,18 +79,11 @@ def sample_answers(
         )
     ends = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
     lengths = answer_lengths(written[:, ids.shape[1] :], ends if isinstance(ends, list) else [ends])
-    features, races = gathered(explorer)
-    races = [one.until(ids.shape[1] + lengths) for one in races]
-    episode = Episode(terms, features, races)
+    episode = Episode(*gathered(explorer))
+    episode = replace(episode, races=[one.until(ids.shape[1] + lengths) for one in episode.races])
     marks = [mark(row, written[row, ids.shape[1] :][: int(length)].tolist()) for row, length in enumerate(lengths)]
-    taken = named(actions([one.order != NOTHING for one in races]))
-    return Sampled(
-        episode,
-        1 - torch.tensor(marks, device=device),
-        None,
-        taken,
-        named(log_probabilities(judge, episode, torch.arange(len(ids)))[0]),
-    )
+    log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
+    return Sampled(episode, 1 - torch.tensor(marks, device=device), None, was_taken(episode), named(log_probs))
 
 
 def answer_lengths(answers: Tensor, ends: list[int]) -> Tensor:

@@ -1,13 +1,14 @@
 """One batch of experience: groups of traces, what they cost, and an advantage for every draw, as actions in one order.
 
-Actions of a row run over events, layers, heads and draws; one that a shorter row or event does not have is masked.
+Actions of a row run over layers, events, heads and draws; one that a shorter row or event does not have is masked. Where shares
+of layers are tried, they are one action more, in front.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from learnevict.oracle.collect import full_trace
 from learnevict.parts.gates import Judge
 from learnevict.policy import Guard
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
-from learnevict.rl.draw import NOTHING, entropy, log_probability
+from learnevict.rl.draw import NOTHING, entropy, log_probability, shift_log_probability
 from learnevict.rl.episode import Episode, expired, run_episode
 from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import token_costs
@@ -46,6 +47,7 @@ class RefineConfig:
         kl: weight of the divergence from the gates at the start.
         sinks, recent: guards.
         scope, floor: see Terms; "model" lets all heads of all layers compete.
+        share_spread: see Terms; above 0 it is learned how layers share a budget, for scope "layer".
         free_every: every so many batches the model writes its own answers, and a verifier marks them; 0: never.
     """
 
@@ -63,10 +65,11 @@ class RefineConfig:
     recent: int = 8
     scope: str = "layer"
     floor: float = 0.2
+    share_spread: float = 0.0
     free_every: int = 0
 
     def __post_init__(self) -> None:
-        floor = Guard(self.sinks, self.recent).reserved(self.period) + 1
+        floor = self.least
         if not floor <= self.min_budget <= self.max_budget:
             raise BudgetError(
                 f"budgets from {self.min_budget} to {self.max_budget} must rise and begin at {floor} or more: "
@@ -80,11 +83,25 @@ class RefineConfig:
             raise UsageError(f"draw_temperature must be above 0 (nothing would be tried), not {self.draw_temperature}")
         if not 0 < self.layer_share <= 1:
             raise UsageError(f"layer_share is above 0 and at most 1, not {self.layer_share}")
+        if self.share_spread < 0 or (self.share_spread and self.scope == "model"):
+            raise UsageError(
+                f"share_spread is 0 or more, and 0 for scope model, where layers compete anyway; not {self.share_spread}"
+            )
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that works."""
+        return Guard(self.sinks, self.recent).reserved(self.period) + 1
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """What the budgets hold beyond the least that works, at least 1."""
+        return max(self.min_budget - self.least, 1), max(self.max_budget - self.least, 1)
 
     def terms(self, budget: int) -> Terms:
         """Rules of one batch."""
-        scope: Any = self.scope
-        return Terms(budget, self.period, self.draw_temperature, self.pool, self.sinks, self.recent, scope, self.floor)
+        names = [one.name for one in fields(Terms) if one.name not in ("budget", "temperature")]
+        return Terms(budget, temperature=self.draw_temperature, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,11 @@ class Sampled:
 
     def completions(self) -> dict[str, Any]:
         """What TRL asks of a rollout_func, beside the prompts; the first action names the rollout."""
-        slots = actions([races.order.clamp_min(0) for races in self.episode.races])
+        tried = self.episode.tried
+        slots = actions(
+            [races.order.clamp_min(0) for races in self.episode.races],
+            None if tried is None else torch.zeros_like(tried[:, 0], dtype=torch.long),
+        )
         names = torch.arange(len(slots), device=slots.device).unsqueeze(1)
         return {
             "completion_ids": torch.cat([names, slots], 1).tolist(),
@@ -159,20 +180,17 @@ def sample_group(
     full = replay(model, ids[once], full_trace(model, ids[once]), mask[once]).logits.repeat_interleave(group, 0)
     costs = token_costs(config.cost, episode.logits, full, ids, counted, config.ceiling)
     apart = relative(costs, group)
-    credit = None
-    if config.credit == "attention":
-        blame, _ = attention_credit(model, ids[once], mask[once], apart, expired(episode.trace))
-        credit = [of_draws(blame, races) for races in episode.races]
-    elif config.credit == "to_go":
-        credit = [to_go_credit(apart, races) for races in episode.races]
-    taken = named(actions([races.order != NOTHING for races in episode.races]))
-    return Sampled(
-        episode,
-        costs.sum(-1) / counted.sum(-1).clamp_min(1),
-        None if credit is None else named(actions(credit)) * taken,
-        taken,
-        named(log_probabilities(judge, episode, torch.arange(len(ids)))[0]),
-    )
+    taken, credit = was_taken(episode), None
+    if config.credit != "trace":
+        if config.credit == "attention":
+            blame, _ = attention_credit(model, ids[once], mask[once], apart, expired(episode.trace))
+            parts = [of_draws(blame, races) for races in episode.races]
+        else:
+            parts = [to_go_credit(apart, races) for races in episode.races]
+        credit = named(actions(parts, None if episode.tried is None else -apart.sum(-1))) * taken
+    cost = costs.sum(-1) / counted.sum(-1).clamp_min(1)
+    log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
+    return Sampled(episode, cost, credit, taken, named(log_probs))
 
 
 def log_probabilities(
@@ -189,12 +207,24 @@ def log_probabilities(
         found.append(log_probability(raced, pool, order, temperature))
         choice = entropy(raced.detach(), pool, temperature)
         spread.append(choice.unsqueeze(-1).expand(order.shape) * (order != NOTHING))
-    return actions(found), actions(spread)
+    shares = None
+    if episode.tried is not None:
+        assert judge.demand is not None
+        terms = episode.terms
+        shares = shift_log_probability(episode.tried[rows], judge.demand.logits(terms.free), terms.share_spread)
+    return actions(found, shares), actions(spread, None if shares is None else torch.zeros_like(shares))
 
 
-def actions(of_races: list[Tensor]) -> Tensor:
-    """[B, E, R, K] of all races as one row of actions each, [B, A]: event by event, race by race."""
-    return torch.cat([part.flatten(2) for part in of_races], dim=2).flatten(1)
+def was_taken(episode: Episode) -> Bool[Tensor, "R A"]:
+    """Actions that were drawn at all."""
+    shares = None if episode.tried is None else torch.ones_like(episode.tried[:, 0], dtype=torch.bool)
+    return named(actions([races.order != NOTHING for races in episode.races], shares))
+
+
+def actions(of_races: list[Tensor], of_shares: Tensor | None) -> Tensor:
+    """One row of actions each [B, A]: shares of layers [B], if any were tried, then [B, E, R, K] layer by layer."""
+    shares = [] if of_shares is None else [of_shares.unsqueeze(1)]
+    return torch.cat([*shares, *(part.flatten(1) for part in of_races)], dim=1)
 
 
 def named(values: Tensor) -> Tensor:

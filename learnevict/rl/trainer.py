@@ -1,8 +1,9 @@
 """GRPO over evictions, on TRL's GRPOTrainer: its groups, clipping, losses, KL and metrics; our rollouts and log-probabilities.
 
 In TRL's words a prompt is a text that the model reads, a completion is what was evicted: one action per draw, in the order
-event, layer, head, draw (or event, draw, where all heads race together). Three things differ from what TRL does with words,
-and each is covered by tests/test_grpo.py, which says what to look at when TRL moves:
+layer, event, head, draw (or event, draw, where all heads race together); where shares of layers were tried, an action in front
+of these. Three things differ from what TRL does with words, and each is covered by tests/test_grpo.py, which says what to look
+at when TRL moves:
 
     rollout_func                           samples traces in one teacher-forced forward (or in free generation)
     _get_per_token_logps_and_entropies     the exact log-probability of the stored draws under the gate as it is now
@@ -72,6 +73,10 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         gates.generation_config = base.generation_config  # TRL reads pad and end tokens there
         judge: Any = gates.gate
         judge.scope = refine.scope
+        if refine.share_spread:
+            judge.share_layers(*refine.span)
+        if judge.demand is not None:
+            judge.demand.requires_grad_(refine.share_spread > 0)
         gates.config.settings = judge.settings()
         super().__init__(model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, **kwargs)  # pyright: ignore[reportArgumentType]
         self.whole = Whole(self)
@@ -155,9 +160,12 @@ def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any
     trainer.episode = sampled.episode
     trainer.advantages = None
     if sampled.credit is not None:
-        moments = torch.stack([sampled.credit.square().sum(), sampled.taken.sum()])
+        first = 1 if sampled.episode.tried is None else 2  # of the draws; what comes before has another scale
+        parts = [part.split([first, part.shape[1] - first], dim=1) for part in (sampled.credit, sampled.taken)]
+        moments = torch.stack([*(part.square().sum() for part in parts[0]), *(part.sum() for part in parts[1])])
         spread = where.reduce(moments, reduction="sum")
-        trainer.advantages = sampled.credit / (spread[0] / spread[1]).sqrt().clamp_min(1e-6)
+        sizes = (spread[:2] / spread[2:].clamp_min(1)).sqrt().clamp_min(1e-6)
+        trainer.advantages = torch.cat([part / size for part, size in zip(parts[0], sizes, strict=True)], dim=1)
     return {"prompt_ids": prompts, **sampled.completions()}
 
 
