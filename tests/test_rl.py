@@ -210,7 +210,7 @@ def test_noise_is_the_rows_own_whatever_the_batch(terms):
 
 
 def test_shares_are_tried_row_by_row_and_spend_the_budget():
-    _, judge, _, _, found = episode(terms=SHARED)
+    *_, found = episode(terms=SHARED)
     ends, length = expired(found.trace), found.trace.expiry.shape[-1]
     held = (ends == length).sum((2, 3)) - ends.shape[2] * torch.tensor(PADS)  # [L, B], over heads
     free = SHARED.budget - SHARED.sinks - SHARED.period - 1
