@@ -41,7 +41,8 @@ VARIANTS = {
     "and half of the layers at a time": replace(ANY, credit="to_go", layer_share=0.5),
     "credit by attention instead": FULL,
     "and KL to the start": replace(FULL, kl=0.05),
-    "and all heads compete": replace(FULL, scope="model"),
+    "and layers share the budget as learned": replace(FULL, share_spread=0.3),
+    "or all heads compete": replace(FULL, scope="model"),
 }
 
 

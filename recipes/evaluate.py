@@ -52,6 +52,7 @@ class Config:
     stage: str = "all"
     families: str = ",".join(testbed.FAMILIES)
     methods: str = ""  # names between commas; default: those of the stage
+    budgets: str = ""  # such as 1/12,1/15; default: those of the stage
     replace: str = ""  # a name whose numbers are dropped first
     samples: int = 200
     tuning_samples: int = 64
@@ -104,7 +105,7 @@ def drop(config: Config, stage: str, family: str) -> None:
 
 def tune(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> None:
     """Settings of one family's heuristics; the other families' are left as they are."""
-    plan = Plan((family,), budgets(config), config.tuning_samples, batch_size=config.batch_size)
+    plan = Plan((family,), budgets(config, SHARES), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
     tables = [gates for name in tuning.TABLES if name in field and (gates := field[name].gates) is not None]
     settings = tuning.candidates(names, tables)
@@ -119,20 +120,22 @@ def tune(config: Config, subject: Subject, family: str, field: dict[str, Contend
 def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict[str, Contender]) -> None:
     """One table, one family."""
     stage, family = cell
-    plan = Plan((family,), budgets(config), config.samples, free="none", batch_size=config.batch_size, lenient=True)
+    plan = Plan(
+        (family,), budgets(config, SHARES), config.samples, free="none", batch_size=config.batch_size, lenient=True
+    )
     trained = [name for name, one in field.items() if one.gates is not None]
     names: Sequence[str] = list(field)
     if stage == "published":
-        plan = replace(plan, rules=Rules(sinks=None, recent=None), budgets=("1/4",))
+        plan = replace(plan, rules=Rules(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
         names = tuning.training_free()  # the others have no window of their own
     elif stage == "long":
-        plan, names = replace(plan, length="long", budgets=("1/4", "1/8")), [*FAR, *trained]
+        plan, names = replace(plan, length="long", budgets=budgets(config, ("1/4", "1/8"))), [*FAR, *trained]
     elif stage == "free":
-        plan, names = replace(plan, budgets=spoken(config), teacher=False, free="all"), SPEAKERS
+        plan, names = replace(plan, budgets=budgets(config, SPOKEN), teacher=False, free="all"), SPEAKERS
     elif stage == "prompt":
         if family not in TALKATIVE:
             return
-        plan, names = replace(plan, budgets=BESIDE_PROMPT, rules=Rules(prompt=True)), [*FAR, *trained]
+        plan, names = replace(plan, budgets=budgets(config, BESIDE_PROMPT), rules=Rules(prompt=True)), [*FAR, *trained]
     known = settings(config, subject, family, field) if stage in ("main", "long", "free") else None
     chosen = [field[name] for name in listed(config.methods) or names if name in field]
     chosen = [replace(one, tuned=known.of(one.method) if known else {}) for one in chosen]
@@ -152,14 +155,9 @@ def settings(config: Config, subject: Subject, family: str, field: dict[str, Con
     return known
 
 
-def budgets(config: Config) -> tuple[str, ...]:
-    """Shares of a family's mean length."""
-    return ("1/4",) if config.smoke else SHARES
-
-
-def spoken(config: Config) -> tuple[str, ...]:
-    """The same for free answers."""
-    return ("1/4",) if config.smoke else SPOKEN
+def budgets(config: Config, usual: Sequence[str]) -> tuple[str, ...]:
+    """Shares of a family's mean length, or slots."""
+    return tuple(listed(config.budgets)) or (usual[:1] if config.smoke else tuple(usual))
 
 
 def rows_path(config: Config, stage: str, family: str) -> Path:

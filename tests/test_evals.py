@@ -555,6 +555,22 @@ def test_processes_that_tune_side_by_side_lose_nothing(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"tuned.json", "tuning"}
 
 
+def test_budgets_tuned_later_stand_beside_earlier_ones(tmp_path):
+    whole, part = tmp_path / "tuned.json", tmp_path / "tuning" / "recall.tuned.json"
+
+    def tuned(accuracy: dict[str, float], weights: str = "a") -> tuning.Tuned:
+        by_budget = {budget: {"h2o": value} for budget, value in accuracy.items()}
+        settings = {budget: {"h2o": {}} for budget in accuracy}
+        return tuning.Tuned({"weights": weights}, {"recall": settings}, {"recall": by_budget})
+
+    tuning.save_part(tuned({"1/4": 0.5, "1/8": 0.4}), part, whole)
+    tuning.save_part(tuned({"1/8": 0.3, "1/12": 0.2}), part, whole)
+    both = tuned({"1/4": 0.5, "1/8": 0.3, "1/12": 0.2})
+    assert tuning.load(whole) == tuning.load(part) == both
+    tuning.save_part(tuned({"1/15": 0.1}, "other weights"), part, whole)
+    assert tuning.load(part) == tuned({"1/15": 0.1}, "other weights"), "what was tuned otherwise is not kept beside it"
+
+
 def test_every_setting_of_every_grid_makes_a_policy():
     field = tuning.candidates(tuning.training_free())
     assert len({one.name for one in field}) == len(field) > 20

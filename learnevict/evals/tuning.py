@@ -153,7 +153,7 @@ def choose(rows: Sequence[Row], field: Sequence[Contender], record: Mapping[str,
 
 
 def merge(parts: Sequence[Tuned]) -> Tuned:
-    """Parts that tuned different families, as one.
+    """Parts that tuned different families or budgets, as one; of the same cell the last.
 
     Raises:
         UsageError: they were tuned under different conditions.
@@ -162,8 +162,9 @@ def merge(parts: Sequence[Tuned]) -> Tuned:
         raise UsageError("these parts were tuned under different conditions; run recipes/evaluate.py anew")
     merged = Tuned(parts[0].record, {}, {})
     for part in parts:
-        merged.settings.update(part.settings)
-        merged.accuracy.update(part.accuracy)
+        for family in part.settings:
+            merged.settings.setdefault(family, {}).update(part.settings[family])
+            merged.accuracy.setdefault(family, {}).update(part.accuracy[family])
     return merged
 
 
@@ -182,10 +183,12 @@ def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:
     taken in by whoever wrote it, and one written in between by looking again afterwards.
 
     Args:
-        found: settings of the families that this process tuned.
-        part: the file, "NAME.tuned.json" in a folder of such.
+        found: settings of the families and budgets that this process tuned.
+        part: the file, "NAME.tuned.json" in a folder of such; what it holds of other budgets stays if they were tuned alike.
         whole: settings of all families; those that it holds from elsewhere stay if they were tuned alike.
     """
+    if part.exists() and (earlier := load(part)).record == found.record:
+        found = merge([earlier, found])
     save(found, part)
     before, after = None, parts_beside(part)
     while after != before:
