@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def still(rate: float, t: int, i: int) -> float:
 def test_the_first_layers_history_is_that_of_the_formulas(tied):
     model = zoo.build("llama")
     gate = gate_for(model, tied=tied)
-    done = run(model, gate)
+    done = run(model, gate, scope="layer")
     notes = notes_of_first_layer(model, gate, done.ids)
     for head in range(2):
         for row, pad in enumerate(PADS):
@@ -134,14 +133,14 @@ def test_db_trimkv_ranks_layers_together():
     """Scores are worths; layers hold what they win, in all no more than the budget; and eviction equals masking."""
     model = zoo.build("qwen3")
     gate = gate_for(model, tied=True)
-    done = run(model, gate, scope="model", floor=0.1, horizon=16)
+    done = run(model, gate, floor=0.1, horizon=16)  # a tied gate is made for that
     expiry = done.trace.expiry
     assert (done.logits - judge(model, done.ids, done.mask, expiry))[done.mask.bool()].abs().max() <= 1e-4
     held = torch.stack([(done.cache.positions(layer) >= 0).sum(-1) for layer in range(2)])  # [L, B, H]
     fresh = (LENGTH - torch.tensor(PADS)) % SLACK
     assert (held.float().mean((0, 2)) <= BUDGET + fresh).all()
     assert held.unique().numel() > 1
-    uniform = run(model, gate)
+    uniform = run(model, gate, scope="layer")
     assert (uniform.trace.expiry != expiry).any()
 
 
@@ -196,4 +195,5 @@ def test_settings_and_weights_survive_a_round_trip(tmp_path, settings):
     assert again.gate.settings() == gates.gate.settings()
     assert all(torch.equal(one, other) for one, other in zip(gates.parameters(), again.parameters(), strict=True))
     assert set(again.gate.losses) == {"divergence", "next_token", "hinge_together" if settings else "hinge"}
-    assert replace(again.policy(BUDGET, slack=SLACK), base=None).scorer is again.gate
+    assert again.policy(BUDGET, slack=SLACK, scope="layer").scorer is again.gate
+    assert again.policy(BUDGET, slack=SLACK).scope == ("model" if settings else "layer")

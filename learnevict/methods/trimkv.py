@@ -173,7 +173,7 @@ def policy(
     budget: int | str | Budget,
     *,
     gate: TrimGate,
-    scope: str = "layer",
+    scope: str | None = None,
     floor: float = 0.2,
     horizon: int = 128,
     **options: Unpack[Options],
@@ -183,7 +183,8 @@ def policy(
     Args:
         budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
         gate: trained, from `Gates.from_pretrained(...)`.
-        scope: "layer": every head holds the budget; "model": heads of all layers compete (DBTrimKV).
+        scope: "layer": every head holds the budget; "model": heads of all layers compete (DBTrimKV). None: as the gate was
+            made, "model" if it is tied.
         floor: share of the budget beside guards that no head falls below; only with scope="model".
         horizon: tokens ahead over which worth is summed; only with scope="model".
         **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
@@ -191,6 +192,7 @@ def policy(
     Raises:
         UsageError: another scope, or a floor beyond 0 to 1.
     """
+    scope = scope or ("model" if gate.tied else "layer")
     if scope == "layer":
         return compose("trimkv", budget, gate, **options)
     if scope != "model":
