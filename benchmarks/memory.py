@@ -10,7 +10,7 @@ model was loaded and warm.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from measuring import Results, Shape, Watermark, begin, goal, in_child, parser, read, table, timed
@@ -93,16 +93,19 @@ def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
 def main() -> None:
     """Run, show, save."""
     options = parser(__doc__)
+    options.add_argument("--tokens", type=int, help="a shorter prompt")
     options.add_argument("--child", metavar="CACHE", help="one prompt in this process")
     options = options.parse_args()
     begin(options)
     config = SMOKE if options.smoke else CONFIG
+    config = replace(config, tokens=options.tokens or config.tokens)
     if options.child:
         print(json.dumps(one_run(options.child, config, options.device)))
         return
     console = Console()
     results = Results("memory", options, config)
     common = ["--device", options.device, "--threads", str(options.threads), *["--smoke"] * options.smoke]
+    common += ["--tokens", str(config.tokens)]
     rows: list[dict[str, Any]] = []
     for name in (*config.policies, "full"):
         rows.append(

@@ -1,6 +1,6 @@
 """What each correction of the reinforcement stage buys: short refinements of one start, one thing changed at a time.
 
-    python recipes/ablate.py --output_dir runs/ablations          # about 15 minutes on two idle cores
+    python recipes/ablate.py                                      # about 40 minutes on a core
     scripts/write_tables                                           # the table and the curves of docs/results.md
 
 Variants climb from the paper's letter (arXiv 2602.03203) to recipes/grpo.py; all see the same texts in the same order, and are

@@ -15,6 +15,7 @@ cache pays from the costly tokens to the evicted ones, where the paper gives one
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,13 @@ from datasets import Dataset
 from transformers import HfArgumentParser, set_seed
 from trl import GRPOConfig
 
-from learnevict.errors import UsageError, told_in_one_line
+from learnevict.errors import LearnevictWarning, UsageError, told_in_one_line
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
 from learnevict.rl.trainer import EvictionTrainer
 from learnevict.testbed import generate, verify
 from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
+from learnevict.train.data import long_enough
 from learnevict.train.estimate import estimate, report
 from learnevict.train.labels import Document, hash_documents
 from learnevict.train.launch import check_launch, find_tools, launch_defaults
@@ -95,6 +97,8 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
         config.documents, config.eval_documents = 8, 2
         training.max_steps, training.save_steps, training.logging_steps = 2, 2, 1
     check_launch(training)
+    if training.do_eval and config.eval_documents < 1:
+        raise UsageError("an evaluation needs --eval_documents of at least 1")
     if config.dry_run:
         described, dtype = describe_base(config.model)
         plan = plan_refining(config, refine, training, longest_text(config.data, config.max_length), dtype)
@@ -106,8 +110,10 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
     source = Source(config.data, max_length=config.max_length)
     held = config.eval_documents if training.do_eval else 0
     documents, held_out = read_for_learning(source, tokenizer, config.documents, held, families_of(config.families))
+    documents = suitable(documents, refine)
     facts = {"base_hash": weight_hash(base), "data_hash": hash_documents(documents)}
     checkpoint = resume_point(training, facts, fresh_over_old=config.smoke)
+    budgets = (str(refine.min_budget), str(refine.max_budget))
     terms = {"sinks": refine.sinks, "recent": refine.recent, "slack": refine.period}
     record = Record(
         training.output_dir,
@@ -127,7 +133,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
             base=base,
             refine=refine,
             verifier=marked if config.data == "testbed" else None,
-            validation=Validation(held_out, (str(refine.min_budget), str(refine.max_budget)), terms=terms),
+            validation=Validation(held_out, budgets, terms=terms) if held_out else None,
             args=training,
             train_dataset=Dataset.from_list([row_of(document) for document in documents]),
             processing_class=tokenizer,
@@ -140,6 +146,18 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         print(f"gates in {training.output_dir}")
+
+
+def suitable(documents: list[Document], refine: RefineConfig) -> list[Document]:
+    """Texts with an answer, in which something is evicted; says how many are left out."""
+    answered = [one for one in documents if one.prompt_length < len(one.input_ids)]
+    kept = long_enough(answered, refine.min_budget + refine.period + 1)
+    if len(kept) < len(documents):
+        left = len(documents) - len(kept)
+        warnings.warn(
+            f"{left} of {len(documents)} texts are too short or have no answer: left out", LearnevictWarning, 2
+        )
+    return kept
 
 
 def row_of(document: Document) -> dict[str, Any]:

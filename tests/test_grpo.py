@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from learnevict import testbed
-from learnevict.errors import UsageError
+from learnevict.errors import TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
 from learnevict.rl.draw import NOTHING
 from tests.test_foresightkv import tiny
@@ -225,6 +225,50 @@ def test_free_answers_are_paid_by_the_verifier(tmp_path, scope):
         trainer(tmp_path, refine={"free_every": 1})
 
 
+def test_answers_that_end_before_an_event_are_replaced_by_texts_that_are_read(tmp_path):
+    made = trainer(tmp_path, refine={"free_every": 1}, verifier=lambda row, text: 1.0)
+    made.base.generation_config.eos_token_id = list(range(made.base.config.vocab_size))
+    inputs = batch(made)
+    assert bool(inputs["tool_mask"].any()), "nothing was drawn"
+    assert inputs["advantages"].shape == inputs["completion_ids"].shape  # credit of draws: texts were read
+    assert bool(torch.isfinite(made.compute_loss(made.model, inputs).detach()))
+
+
+def test_batches_of_one_step_have_noise_and_budgets_of_their_own(tmp_path):
+    made = trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=GROUP, steps_per_generation=1)
+    seen = []
+    for texts in list(made.get_train_dataloader())[:2]:
+        made.model.train()
+        made.current_gradient_accumulation_steps = 2
+        made._prepare_inputs(texts)
+        made._step += 1
+        seen.append(made.batch)
+    assert seen == [(0, 0), (0, 1)]
+
+
+def test_a_refined_judge_remembers_its_rules(tmp_path):
+    made = trainer(tmp_path, refine={"share_spread": 0.3})
+    assert made.judge.settings() == {"hidden": 8, "window": 8, "period": 8, "demand": [2, 11, 19]}
+    assert {"period": 8, "demand": [2, 11, 19]}.items() <= made.model.config.settings.items()
+    with pytest.warns(TrainedOtherwiseWarning, match="share 11 to 19 slots"):
+        trainer(tmp_path, gates=made.model, refine={"share_spread": 0.3, "min_budget": 40, "max_budget": 40})
+    together = trainer(tmp_path, gates=made.model, refine={"scope": "model", "period": 4})
+    assert together.judge.settings() == {"hidden": 8, "window": 8, "period": 4, "scope": "model"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": 0.3}, "--draw_temperature"),
+        ({"beta": 0.04}, "--kl"),
+        ({"mask_truncated_completions": True}, "drop it"),
+    ],
+)
+def test_arguments_that_are_for_words_are_refused(tmp_path, options, said):
+    with pytest.raises(UsageError, match=said):
+        trainer(tmp_path, **options)
+
+
 def test_what_cannot_be_refined_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no judge to refine"):
         trainer(tmp_path, gates=Gates.make("lexical", tiny()))
@@ -232,7 +276,7 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
 
 FLAGS = (
     "--use_cpu --families program --documents 8 --max_steps 4 --save_steps 1 --per_device_train_batch_size 8 "
-    "--num_generations 4 --logging_steps 1 --disable_tqdm true"
+    "--num_generations 4 --logging_steps 1 --disable_tqdm true --share_spread 0.3"
 )
 
 

@@ -8,15 +8,18 @@ from itertools import permutations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from learnevict import attach, methods
-from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.errors import BudgetError, DataError, StockLayersWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
 from learnevict.infer.prefill import prefill
 from learnevict.infer.replay import replay
+from learnevict.infer.support import evicting_layers
 from learnevict.ops.hashing import hashed, uniform
 from learnevict.oracle.collect import full_trace
 from learnevict.parts.demand import GAIN, Demand
+from learnevict.parts.gates import Judge
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
 from learnevict.rl.draw import (
     NOTHING,
@@ -32,6 +35,7 @@ from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import losses, sure, token_costs
 from learnevict.rl.rollout import RefineConfig, Text, drawn_budget, log_probabilities, noisy_layers, sample_group
 from learnevict.signals import NEVER
+from tests.laws import zoo
 from tests.test_foresightkv import judge_for, tiny
 
 TERMS = Terms(budget=24, period=8, temperature=0.7, sinks=2, recent=4)
@@ -56,7 +60,7 @@ def episode(**changes: object):
     options = {"words": torch.tensor([1, 2]), **changes}
     terms = options.pop("terms", TERMS)
     if terms.share_spread:
-        demand = judge.share_layers(1, 40)
+        demand = judge.share_layers(2, 1, 40)
         with torch.no_grad():
             demand.level.copy_(torch.linspace(-0.1, 0.1, len(demand.level)))
             demand.slope.copy_(torch.linspace(0.05, -0.05, len(demand.slope)))
@@ -260,10 +264,23 @@ def test_demand_follows_the_budget_and_is_equal_until_learned():
         Demand(3, 0, 9)
 
 
+def test_only_layers_that_evict_have_a_share():
+    model = zoo.build("gemma3")
+    kinds = evicting_layers(DynamicCache(config=model.config).layers)
+    judge = judge_for(model)
+    judge.share_layers(len(kinds), 1, 40)
+    ids = torch.randint(4, 64, (2, 61), generator=torch.Generator().manual_seed(3))
+    with pytest.warns(StockLayersWarning):
+        found = run_episode(model, judge, ids, torch.ones_like(ids), SHARED)
+    assert 1 < len(kinds) < model.config.num_hidden_layers
+    assert found.tried.shape == (2, len(kinds)) and found.trace.evictions > 0
+    assert len(found.races) == len(kinds)
+
+
 def test_a_demand_is_part_of_the_gates(tmp_path):
     model = tiny()
     gates = Gates.make("foresightkv", model, hidden=8)
-    demand = gates.gate.share_layers(1, 40)
+    demand = gates.gate.share_layers(2, 1, 40)
     with torch.no_grad():
         demand.level.normal_(std=0.1)
     gates.config.settings = gates.gate.settings()
@@ -271,7 +288,10 @@ def test_a_demand_is_part_of_the_gates(tmp_path):
     again = Gates.load(tmp_path, model)
     assert again.gate.demand.allocator() == demand.allocator()
     assert again.policy(30, slack=8).allocator == demand.allocator()
-    assert again.gate.share_layers(5, 6).span == (1, 40), "what was learned for a span goes on with it"
+    with pytest.warns(TrainedOtherwiseWarning, match="share 1 to 40 slots"):
+        assert again.gate.share_layers(2, 5, 6).span == (1, 40)
+    with pytest.raises(UsageError, match="drop share_spread"):
+        Judge.share_layers(again.gate, 2, 1, 40)
 
 
 # --- costs and credit ---
@@ -352,7 +372,7 @@ def test_a_batch_of_experience(rules):
     model = tiny()
     judge = judge_for(model)
     if rules.get("share_spread"):
-        judge.share_layers(1, 40)
+        judge.share_layers(2, 1, 40)
     ids, _ = texts()
     batch = [Text(ids[0].tolist(), 20)] * 2 + [Text(ids[0, 7:].tolist(), 15)] * 2
     config = RefineConfig(min_budget=24, max_budget=24, period=8, sinks=2, recent=4, layer_share=0.5, **rules)
@@ -394,6 +414,10 @@ def test_budgets_and_layers_are_drawn_within_their_limits():
         ({"draw_temperature": 0.0}, UsageError, "nothing would be tried"),
         ({"layer_share": 0.0}, UsageError, "layer_share"),
         ({"min_budget": 20}, BudgetError, "begin at 21"),
+        ({"cost": "fair"}, UsageError, "choose low_entropy, thresholded, plain"),
+        ({"ceiling": 0.0}, UsageError, "ceiling must be above 0"),
+        ({"pool": -1}, UsageError, "pool must be 0 or more"),
+        ({"floor": 7.0}, UsageError, "floor is at most 1"),
         ({"share_spread": 0.3, "scope": "model"}, UsageError, "0 for scope model"),
     ],
 )

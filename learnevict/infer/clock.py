@@ -24,6 +24,7 @@ class Block:
         columns: where they stand in the forward's input: a slice when all rows agree, else int64 [B, W] (0 where unused).
         sizes: real tokens per row; they come first in the block.
         due: rows whose event falls after this block.
+        full: rows whose period ends with this block, where an event falls unless the schedule waits for the prompt's end.
         before: real tokens each row had seen before this block.
         rows: the state of the rows after reading this block, before its event.
         position: int32 [B, W], columns of the whole input, -1 where unused.
@@ -32,6 +33,7 @@ class Block:
     columns: slice | Tensor
     sizes: tuple[int, ...]
     due: tuple[bool, ...]
+    full: tuple[bool, ...]
     before: tuple[int, ...]
     rows: Rows
     position: Tensor
@@ -179,7 +181,7 @@ class Clock:
         self, queues: list[range] | list[list[int]], done: list[int], single: bool, device: torch.device
     ) -> Block:
         period, batch = self.schedule.period, len(queues)
-        sizes, due, parts, before = [], [], [], tuple(self.seen)
+        sizes, due, full, parts, before = [], [], [], [], tuple(self.seen)
         for row in range(batch):
             queue, start = queues[row], done[row]
             size = min(len(queue) - start, period - self.seen[row] % period, self._to_prompt_end(row))
@@ -193,20 +195,26 @@ class Clock:
             sizes.append(size)
             parts.append(part)
             due.append(self._due(row, size, done[row] == len(queue), single))
+            full.append(self._full(row, size, single))
         rows = self._rows(device)
         columns, position = self._columns(parts, max(sizes), device)
         for row in range(batch):
             if sizes[row] and self.seen[row] % period == 0:
                 self.block[row] = self.now[row] + 1
-        return Block(columns, tuple(sizes), tuple(due), before, rows, position)
+        return Block(columns, tuple(sizes), tuple(due), tuple(full), before, rows, position)
+
+    def _full(self, row: int, size: int, single: bool) -> bool:
+        schedule = self.schedule
+        on_grid = size > 0 and self.seen[row] % schedule.period == 0
+        return on_grid and schedule.active and (schedule.decode or not single)
 
     def _due(self, row: int, size: int, last: bool, single: bool) -> bool:
         schedule = self.schedule
         if not schedule.active or size == 0:
             return False
-        on_grid = self.seen[row] % schedule.period == 0
         if schedule.prompt == "blocks":
-            return on_grid and (schedule.decode or not single)
+            return self._full(row, size, single)
+        on_grid = self.seen[row] % schedule.period == 0
         if self.prompt_length is not None and self.seen[row] <= self.prompt_length[row]:
             return self.seen[row] == self.prompt_length[row]
         past_prompt = single or self.prompt_length is not None

@@ -1,4 +1,4 @@
-"""One event of one layer: notes are brought up to date, the policy is asked, and what it does not keep is evicted."""
+"""The end of a block in one layer: notes are brought up to date; where an event is due, the policy is asked what to keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from learnevict.signals import Signals
 
 @dataclass(frozen=True)
 class Event:
-    """Rows of a layer that are due after a block, and what the policy may see of them.
+    """Rows of a layer after a block, and what the policy may see of them.
 
     Attributes:
         storage: of the layer.
@@ -29,11 +29,11 @@ class Event:
     signals: Signals
 
     def refresh(self, policy: Governor) -> None:
-        """Let the scorer bring its notes up to date in the rows whose event this is."""
-        columns, due = self.storage.pool.ledger.columns, self.block.due
+        """Let the scorer bring its notes up to date in the rows whose period is over."""
+        columns, full = self.storage.pool.ledger.columns, self.block.full
         for name, fresh in policy.scorer.refresh(self.signals).items():
-            if not all(due):
-                whose = torch.tensor(due).to(fresh.device, non_blocking=True)
+            if not all(full):
+                whose = torch.tensor(full).to(fresh.device, non_blocking=True)
                 fresh = torch.where(whose.view(-1, *([1] * (fresh.ndim - 1))), fresh, columns[name])
             columns[name] = fresh.to(columns[name].dtype)
 

@@ -169,8 +169,8 @@ class EvictingLayer(CacheLayerMixin):
                 out = answer
             else:
                 block.put(out, answer)
-            if any(block.due):
-                self._open_event(self.storage, block, signals)
+            if any(block.due) or any(block.full):
+                self._close(self.storage, block, signals)
             rest = [left - size for left, size in zip(rest, block.sizes, strict=True)]
         self.storage.note_peak()
         return out
@@ -229,11 +229,13 @@ class EvictingLayer(CacheLayerMixin):
                 pool.ledger.columns[name] = column
         return out
 
-    def _open_event(self, storage: Storage, block: Block, signals: Signals) -> None:
+    def _close(self, storage: Storage, block: Block, signals: Signals) -> None:
         now = replace(signals, ring=self.ring.held, ledger=storage.pool.ledger.columns, memo={})
         event = Event(storage, block, now)
-        if self.policy.scorer.refreshes:
+        if any(block.full) and self.policy.scorer.refreshes:
             event.refresh(self.policy)
+        if not any(block.due):
+            return
         self.due.append(event.waiting() if self.clock.deferred else event)
         if not self.clock.deferred:
             self.decide()

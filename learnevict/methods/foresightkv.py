@@ -73,8 +73,8 @@ class ForesightGate(Judge):
         window: past queries looked at per event.
         period: tokens between events in training; None before.
         scope: who competed in training: slots of a head ("layer"), or of all heads and layers ("model").
-        demand: smallest and largest number of slots beyond the floor for which it has learned how layers share a budget
-            (parts.demand); None: they share equally.
+        demand: evicting layers, and the smallest and largest number of slots beyond the floor for which it has learned how
+            these layers share a budget (parts.demand); None: they share equally.
     """
 
     observes = False
@@ -94,7 +94,7 @@ class ForesightGate(Judge):
         self.scope: Scope = scope
         self.demand: Demand | None = None
         if demand is not None:
-            self.demand = Demand(layout.num_layers, *demand)
+            self.demand = Demand(*demand)
         self.config = JudgeConfig(layout, hidden, window)
         group = layout.num_query_heads // layout.num_heads
         self.window = window
@@ -120,12 +120,23 @@ class ForesightGate(Judge):
         """What __init__ needs to build this gate again, as JSON."""
         own = {"hidden": self.config.hidden, "window": self.config.window, "period": self.period}
         own |= {} if self.scope == "layer" else {"scope": self.scope}
-        return own if self.demand is None else {**own, "demand": list(self.demand.span)}
+        return own if self.demand is None else {**own, "demand": [len(self.demand.level), *self.demand.span]}
 
-    def share_layers(self, smallest: int, largest: int) -> Demand:
-        """See Judge."""
+    def share_layers(self, num_layers: int, smallest: int, largest: int) -> Demand:
+        """See Judge.
+
+        Warns:
+            TrainedOtherwiseWarning: it has a demand already, for other numbers of slots; that one stays.
+        """
         if self.demand is None:
-            self.demand = Demand(self.config.layout.num_layers, smallest, largest).to(self.mean.device)
+            self.demand = Demand(num_layers, smallest, largest).to(self.mean.device)
+        elif self.demand.span != (smallest, largest):
+            warnings.warn(
+                f"these gates have learned how layers share {self.demand.span[0]} to {self.demand.span[1]} slots beyond the "
+                f"floor, not {smallest} to {largest}: beyond theirs, shares stay as at the end; start from gates without",
+                TrainedOtherwiseWarning,
+                stacklevel=2,
+            )
         return self.demand
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:

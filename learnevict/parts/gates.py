@@ -46,9 +46,13 @@ class Judge(Gate):
     def judge(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
 
-    def share_layers(self, smallest: int, largest: int) -> Demand:
-        """Give it a demand, if it has none, for budgets of so many slots beyond the floor; see Demand."""
-        raise UsageError(f"{type(self).__name__} cannot learn how layers share a budget; drop share_noise")
+    def share_layers(self, num_layers: int, smallest: int, largest: int) -> Demand:
+        """Give it a demand, if it has none, of so many evicting layers and for so many slots beyond the floor; see Demand.
+
+        Raises:
+            UsageError: its kind has none.
+        """
+        raise UsageError(f"{type(self).__name__} cannot learn how layers share a budget; drop share_spread")
 
     @abstractmethod
     def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:

@@ -66,12 +66,14 @@ class Episode:
         features: {layer: [B, E, H, n, in]}.
         races: of layers.
         tried: logits of the layers' shares that each row was held to [B, L]; None: no others than the judge's own.
+        rows: B.
     """
 
     terms: Terms
     features: dict[int, Tensor]
     races: list[Races]
     tried: Tensor | None
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ def run_episode(
     return Reading(*gathered(explorer), logits, cache.trace())
 
 
-def gathered(explorer: Explorer) -> tuple[Terms, dict[int, Tensor], list[Races], Tensor | None]:
+def gathered(explorer: Explorer) -> tuple[Terms, dict[int, Tensor], list[Races], Tensor | None, int]:
     """What an explorer has taken down: the fields of an Episode."""
     features = {layer: side_by_side(parts, 2, 0.0) for layer, parts in sorted(explorer.features.items())}
     races = [stacked(names, events) for names, events in sorted(explorer.events.items())]
-    return explorer.terms, features, races, explorer.tried
+    return explorer.terms, features, races, explorer.tried, len(explorer.words)
 
 
 def stacked(layers: tuple[int, ...], events: list[Draw]) -> Races:

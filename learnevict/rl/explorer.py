@@ -104,7 +104,7 @@ class Explorer:
             self.allocator = Together(self.terms.floor)
         elif demand is not None:
             if self.terms.share_spread:
-                self.shifts = draw_shifts(self.words, len(self.noisy), self.terms.share_spread)
+                self.shifts = draw_shifts(self.words, len(demand.level), self.terms.share_spread)
             self.allocator = demand.allocator(self.shifts)
 
     @property

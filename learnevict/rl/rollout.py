@@ -27,7 +27,7 @@ from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_cre
 from learnevict.rl.draw import NOTHING, entropy, log_probability, shift_log_probability
 from learnevict.rl.episode import Episode, expired, run_episode
 from learnevict.rl.explorer import Terms
-from learnevict.rl.rewards import token_costs
+from learnevict.rl.rewards import COSTS, token_costs
 
 CREDITS = ("trace", "to_go", "attention")
 
@@ -79,10 +79,18 @@ class RefineConfig:
             raise UsageError(f"credit {self.credit!r} is unknown; choose {', '.join(CREDITS)}")
         if self.scope not in ("layer", "model"):
             raise UsageError(f"scope {self.scope!r} is unknown; choose layer or model")
+        if self.cost not in COSTS:
+            raise UsageError(f"cost {self.cost!r} is unknown; choose {', '.join(COSTS)}")
         if self.draw_temperature <= 0:
             raise UsageError(f"draw_temperature must be above 0 (nothing would be tried), not {self.draw_temperature}")
         if not 0 < self.layer_share <= 1:
             raise UsageError(f"layer_share is above 0 and at most 1, not {self.layer_share}")
+        least = {"ceiling": 1e-6, "pool": 0, "kl": 0, "floor": 0, "free_every": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} must be {'above 0' if low else '0 or more'}, not {getattr(self, name)}")
+        if self.floor > 1:
+            raise UsageError(f"floor is at most 1, not {self.floor}")
         if self.share_spread < 0 or (self.share_spread and self.scope == "model"):
             raise UsageError(
                 f"share_spread is 0 or more, and 0 for scope model, where layers compete anyway; not {self.share_spread}"
@@ -133,10 +141,8 @@ class Sampled:
     def completions(self) -> dict[str, Any]:
         """What TRL asks of a rollout_func, beside the prompts; the first action names the rollout."""
         tried = self.episode.tried
-        slots = actions(
-            [races.order.clamp_min(0) for races in self.episode.races],
-            None if tried is None else torch.zeros_like(tried[:, 0], dtype=torch.long),
-        )
+        none = None if tried is None else torch.zeros_like(tried[:, 0], dtype=torch.long)
+        slots = actions(len(self.cost), [races.order.clamp_min(0) for races in self.episode.races], none).long()
         names = torch.arange(len(slots), device=slots.device).unsqueeze(1)
         return {
             "completion_ids": torch.cat([names, slots], 1).tolist(),
@@ -166,7 +172,7 @@ def sample_group(
         texts: each `group` times in a row.
         config: how.
         group: traces of one text.
-        seeds: of the run, the step, and how many rows other processes have before this one's: the budget depends on the
+        seeds: of the run, the batch, and how many rows other processes have before this one's: the budget depends on the
             first two, a row's noise also on its number among those of all processes.
         device: of the base.
     """
@@ -187,7 +193,7 @@ def sample_group(
             parts = [of_draws(blame, races) for races in episode.races]
         else:
             parts = [to_go_credit(apart, races) for races in episode.races]
-        credit = named(actions(parts, None if episode.tried is None else -apart.sum(-1))) * taken
+        credit = named(actions(len(ids), parts, None if episode.tried is None else -apart.sum(-1))) * taken
     cost = costs.sum(-1) / counted.sum(-1).clamp_min(1)
     log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
     return Sampled(episode, cost, credit, taken, named(log_probs))
@@ -212,19 +218,20 @@ def log_probabilities(
         assert judge.demand is not None
         terms = episode.terms
         shares = shift_log_probability(episode.tried[rows], judge.demand.logits(terms.free), terms.share_spread)
-    return actions(found, shares), actions(spread, None if shares is None else torch.zeros_like(shares))
+    none = None if shares is None else torch.zeros_like(shares)
+    return actions(len(rows), found, shares), actions(len(rows), spread, none)
 
 
 def was_taken(episode: Episode) -> Bool[Tensor, "R A"]:
     """Actions that were drawn at all."""
     shares = None if episode.tried is None else torch.ones_like(episode.tried[:, 0], dtype=torch.bool)
-    return named(actions([races.order != NOTHING for races in episode.races], shares))
+    return named(actions(episode.rows, [races.order != NOTHING for races in episode.races], shares).bool())
 
 
-def actions(of_races: list[Tensor], of_shares: Tensor | None) -> Tensor:
+def actions(rows: int, of_races: list[Tensor], of_shares: Tensor | None) -> Tensor:
     """One row of actions each [B, A]: shares of layers [B], if any were tried, then [B, E, R, K] layer by layer."""
-    shares = [] if of_shares is None else [of_shares.unsqueeze(1)]
-    return torch.cat([*shares, *(part.flatten(1) for part in of_races)], dim=1)
+    parts = [part.flatten(1) for part in of_races] or [torch.zeros(rows, 0)]
+    return torch.cat(parts if of_shares is None else [of_shares.unsqueeze(1), *parts], dim=1)
 
 
 def named(values: Tensor) -> Tensor:

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from trl import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from learnevict.errors import UsageError
 from learnevict.hub import Gates
+from learnevict.infer.support import evicting_layers
+from learnevict.ops.processes import highest
 from learnevict.parts.gates import Judge
 from learnevict.rl.episode import Episode
 from learnevict.rl.free import Verifier, sample_answers
@@ -38,7 +41,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
     """See the module.
 
     Args:
-        gates: of a method whose gate is a Judge; its scope becomes that of `refine`.
+        gates: of a method whose gate is a Judge; its scope and period become those of `refine`.
         base: the model whose cache is governed; frozen.
         refine: how.
         verifier: marks free answers, from a row of the data and the text; needed for refine.free_every.
@@ -48,7 +51,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         processing_class: the base's tokenizer.
 
     Raises:
-        UsageError: gates that are no judge, groups that are split over processes, or no verifier.
+        UsageError: gates that are no judge, groups that are split over processes, no verifier, or arguments for words.
     """
 
     def __init__(
@@ -68,15 +71,13 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         self.base = base.eval().requires_grad_(False)
         self.refine, self.verifier, self.validation = refine, verifier, validation
         self.rows: list[dict[str, Any]] = []
+        self.batch = (0, 0)
         self.episode: Episode | None = None
         self.advantages: Tensor | None = None
         gates.generation_config = base.generation_config  # TRL reads pad and end tokens there
+        refuse_unused(kwargs["args"])
+        prepare(gates.gate, refine, len(evicting_layers(DynamicCache(config=base.config).layers)))
         judge: Any = gates.gate
-        judge.scope = refine.scope
-        if refine.share_spread:
-            judge.share_layers(*refine.span)
-        if judge.demand is not None:
-            judge.demand.requires_grad_(refine.share_spread > 0)
         gates.config.settings = judge.settings()
         super().__init__(model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, **kwargs)  # pyright: ignore[reportArgumentType]
         self.whole = Whole(self)
@@ -99,6 +100,12 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         """What is refined, with whole weights; all processes ask together."""
         gate: Any = self.whole.now().gate
         return gate
+
+    def next_batch(self) -> int:
+        """A number for the next batch of texts: the step's, and another for every further one within the step."""
+        step = self.state.global_step
+        self.batch = (step, self.batch[1] + 1 if self.batch[0] == step and self.episode is not None else 0)
+        return step + (self.batch[1] << 32)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """As TRL, with advantages per draw."""
@@ -147,15 +154,51 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
             gates.save_pretrained(folder, state_dict=state_dict)
 
 
+def refuse_unused(args: GRPOConfig) -> None:
+    """Refuse what GRPOConfig has for words and evictions do not.
+
+    Raises:
+        UsageError: naming the flag to use.
+    """
+    unused = {
+        "temperature": (1.0, "draws have a temperature of their own: --draw_temperature"),
+        "beta": (0.0, "the divergence from the gates at the start is weighed by --kl"),
+        "mask_truncated_completions": (False, "an eviction is no word that could be cut off: drop it"),
+    }
+    for name, (default, instead) in unused.items():
+        if getattr(args, name) != default:
+            raise UsageError(f"--{name} {getattr(args, name)} does nothing here: {instead}")
+
+
+def prepare(judge: Any, refine: RefineConfig, num_layers: int) -> None:
+    """Make a judge one that is refined under these rules, so that it remembers them.
+
+    Args:
+        judge: changed in place.
+        refine: the rules.
+        num_layers: of the base, that evict.
+    """
+    judge.scope, judge.period = refine.scope, refine.period
+    if refine.scope == "model":
+        judge.demand = None  # all layers compete instead
+    if refine.share_spread:
+        judge.share_layers(num_layers, *refine.span)
+    if judge.demand is not None:
+        judge.demand.requires_grad_(refine.share_spread > 0)
+
+
 def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
     """TRL's rollout_func: traces of every row and their actions, with `reward` and `cost` for the reward function."""
-    refine, step = trainer.refine, trainer.state.global_step
+    refine, batch = trainer.refine, trainer.next_batch()
     texts = [Text(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
     where, judge = trainer.accelerator, trainer.judge
-    terms: Any = {"seeds": (trainer.args.seed, step, where.process_index * len(texts)), "device": where.device}
-    if refine.free_every and step % refine.free_every == refine.free_every - 1:
+    terms: Any = {"seeds": (trainer.args.seed, batch, where.process_index * len(texts)), "device": where.device}
+    sampled = None
+    if refine.free_every and trainer.state.global_step % refine.free_every == refine.free_every - 1:
         sampled = sample_answers(trainer.base, judge, texts, refine, mark=partial(mark, trainer), **terms)
-    else:
+        if not highest(int(sampled.taken.sum()), where.device):
+            sampled = None  # all answers ended before an event: there is nothing to learn from
+    if sampled is None:
         sampled = sample_group(trainer.base, judge, texts, refine, group=trainer.group, **terms)
     trainer.episode = sampled.episode
     trainer.advantages = None

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from learnevict import Gates, methods
+from learnevict.infer.support import evicting_layers
 from learnevict.oracle.collect import golden_trace
 from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy
@@ -21,7 +22,8 @@ BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
 LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
 AMPLE = 4 * LENGTH
 
-# Name: (method, options beside those of every case). `together=floor` lets the heads of all layers compete.
+# Name: (method, options beside those of every case). `together=floor` lets the heads of all layers compete; `made` is what
+# gates are made with, where "demand" stands for one of all evicting layers.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in methods.METHODS},
     "random/slack0": ("random", {"slack": 0}),
@@ -34,6 +36,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o/together_slack0": ("h2o", {"together": 0.0, "slack": 0}),
     "snapkv/together_end": ("snapkv", {"together": 0.2, "schedule": "prefill_end"}),
     "lookahead_kv/together": ("lookahead_kv", {"together": 0.2}),
+    "foresightkv/together": ("foresightkv", {"together": 0.2}),
+    "foresightkv/shares": ("foresightkv", {"made": {"demand": ()}}),
+    "foresightkv/prefill_end": ("foresightkv", {"schedule": "prefill_end"}),
+    "trimkv/tied": ("trimkv", {"made": {"tied": True, "hidden": 16}}),
 }
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)
@@ -43,6 +49,8 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("full", "bounded"): "nothing is evicted, so the cache grows",
     ("snapkv/prefill_only", "bounded"): "a prefill-only variant: nothing is evicted while decoding",
     ("snapkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
+    ("foresightkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
+    ("foresightkv/shares", "identity"): "some layers hold less than the budget, as pyramidkv's late ones",
     ("snapkv/together_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
     (
         "pyramidkv",
@@ -52,9 +60,10 @@ EXEMPT: dict[tuple[str, str], str] = {
 
 
 @lru_cache(maxsize=4)
-def random_gates(method: str, model_name: str) -> Gates:
+def random_gates(variant: str, model_name: str) -> Gates:
     """Gates with random weights: untrained ones would score everything alike."""
-    gates = Gates.make(method, zoo.build(model_name))
+    model = zoo.build(model_name)
+    gates = Gates.make(VARIANTS[variant][0], model, **made_with(variant, model))
     generator = torch.Generator().manual_seed(7)
     tables = [buffer for name, buffer in gates.named_buffers() if name.endswith("table")]
     with torch.no_grad():
@@ -63,10 +72,19 @@ def random_gates(method: str, model_name: str) -> Gates:
     return gates.to(zoo.DEVICE)
 
 
-def extras(method: str, case: Case, ids: Tensor, mask: Tensor, budget: int) -> dict:
+def made_with(variant: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of a variant's gates on a model."""
+    made = dict(VARIANTS[variant][1].get("made", {}))
+    if "demand" in made:
+        made["demand"] = [len(evicting_layers(DynamicCache(config=model.config).layers)), 1, 40]
+    return made
+
+
+def extras(case: Case, ids: Tensor, mask: Tensor, budget: int) -> dict:
     """What a method needs besides options: gates, or a trace of this very text."""
+    method = VARIANTS[case.method][0]
     if method in LEARNED:
-        return {"gate": random_gates(method, case.model_name).gate.eval()}
+        return {"gate": random_gates(case.method, case.model_name).gate.eval()}
     if method == "golden":
         if case.model_name in zoo.STOCK_ONLY:
             return {"trace": never(case.model, ids, budget)}
@@ -88,6 +106,7 @@ def make_policy(variant: str, budget: int, **terms: Any) -> Policy:
     method, options = VARIANTS[variant]
     terms |= options
     floor = terms.pop("together", None)
+    terms.pop("made", None)
     policy = methods.load(method).policy(budget, **terms)
     return policy if floor is None else replace(policy, scope="model", allocator=Together(floor))
 
@@ -120,7 +139,7 @@ class Case:
     def policy(self, ids: Tensor, mask: Tensor, budget: int = BUDGET) -> Policy:
         """The method's policy for this text."""
         terms = {"slack": SLACK, "sinks": SINKS, "recent": self.recent}
-        return make_policy(self.method, budget, **terms, **extras(VARIANTS[self.method][0], self, ids, mask, budget))
+        return make_policy(self.method, budget, **terms, **extras(self, ids, mask, budget))
 
     def fresh_run(self, seed: int = 0, budget: int = BUDGET) -> Run:
         """The text read through a new cache, prompt first and then token by token."""
