@@ -4,31 +4,37 @@
     scripts/write_tables                                           # the table and the curves of docs/results.md
 
 Variants climb from the paper's letter (arXiv 2602.03203) to recipes/grpo.py; all see the same texts in the same order, and are
-judged on validation samples that none has seen. A variant that is there already is not run again.
+judged on validation samples that none has seen. A variant that is there already is not run again; one that was run from another
+start, for other steps or under other settings is refused, for one table compares what differs in one thing only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from learnevict.errors import told_in_one_line
-from learnevict.evals.contenders import contender
-from learnevict.evals.plan import Plan, Subject
+from learnevict.cli.judging import progress
+from learnevict.errors import UsageError, told_in_one_line
+from learnevict.evals.ablations import check_same, read_variants
+from learnevict.evals.contenders import Contender, contender
+from learnevict.evals.flags import read_flags
+from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
-from learnevict.hub import GATES_FOLDER, Gates
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
 from learnevict.rl.trainer import EvictionTrainer
 from learnevict.testbed.corpus import load_base, read_source
 
 SHARES = ("1/6", "1/8", "1/12")
+START = "the supervised start"
 PAPER = RefineConfig(credit="trace", cost="thresholded", min_budget=45, max_budget=45, pool=2, draw_temperature=1.0)
 CAPPED = replace(PAPER, cost="low_entropy", pool=0, draw_temperature=0.5)
 ANY = replace(CAPPED, min_budget=22, max_budget=64)
@@ -46,59 +52,124 @@ VARIANTS = {
 }
 
 
-def refine(name: str, config: RefineConfig, start: str, steps: int, rows: int, folder: Path) -> dict[str, Any]:
+def told(default: Any, said: str) -> Any:
+    """A setting with the words of --help."""
+    return field(default=default, metadata={"help": said})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of this program."""
+
+    start_from: str = told(str(GATES_FOLDER / "testbed-foresightkv-sl"), "supervised gates, a folder or Hub id")
+    out: str = told("docs/results/ablations.json", "what is finished is kept there")
+    variants: str = told("", "names between semicolons; default: all")
+    steps: int = told(60, "of every refinement")
+    rows: int = told(32, "traces per step, in groups of 8")
+    samples: int = told(60, "to judge on")
+    smoke: bool = told(False, "seconds, the same code")
+
+
+SMOKE = {
+    "variants": "credit by attention instead", "steps": 1, "rows": 8, "samples": 4, "out": "runs/ablations-smoke.json"
+}  # fmt: skip
+
+
+class Advancing(TrainerCallback):
+    """Moves the bar on after every step."""
+
+    def __init__(self, advance: Callable[[str, int], None], name: str) -> None:
+        self.advance, self.name = advance, name
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See TrainerCallback."""
+        self.advance(self.name, 1)
+
+
+def refine(variant: dict[str, Any], config: Config, subject: Subject, gates: Gates, advance: Any) -> dict[str, Any]:
     """One short refinement: its settings, its curve, and how many checked tokens are right under it, sample by sample."""
-    base, tokenizer = load_base("testbed", device="cpu")
-    gates = Gates.load(start, base)
-    texts = read_source("testbed", tokenizer, steps * rows // 8, first_seed=20_000, families=("program",))
-    data = [{"prompt": text.input_ids, "prompt_length": text.prompt_length} for text in texts]
+    base, tokenizer, steps = subject.model, subject.tokenizer, variant["steps"]
+    log: list[dict[str, Any]] = []
     if steps:
+        texts = read_source("testbed", tokenizer, steps * config.rows // 8, first_seed=20_000, families=("program",))
+        data = [{"prompt": text.input_ids, "prompt_length": text.prompt_length} for text in texts]
         arguments = GRPOConfig(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=rows, num_generations=8,
-            learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=5, logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=7, disable_tqdm=True,
+            output_dir=str(Path(config.out).parent / "ablation"), max_steps=steps,
+            per_device_train_batch_size=config.rows, num_generations=8, learning_rate=1.5e-3,
+            lr_scheduler_type="cosine", warmup_steps=5, logging_steps=1, save_strategy="no", report_to="none",
+            use_cpu=True, bf16=False, gradient_checkpointing=False, seed=7, disable_tqdm=True,
         )  # fmt: skip
         trainer = EvictionTrainer(
             gates,
             base=base,
-            refine=config,
+            refine=RefineConfig(**variant["settings"]),
             args=arguments,
             train_dataset=Dataset.from_list(data),
             processing_class=tokenizer,
+            callbacks=[Advancing(advance, variant["name"])],
         )
         trainer.train()
-    log = trainer.state.log_history if steps else []
-    plan = Plan(("program",), SHARES, 60, seed=4000, split="validation", free="none", batch_size=60)
-    found, journal = run(plan, Subject(base, tokenizer), [contender(gates.method, gates)])
+        log = trainer.state.log_history
+    plan, field = judged(config, gates)
+    found, journal = run(plan, subject, field, advance=advance)
     counts = {}
     for key, cell in journal.entries.items():
         if key.method != "full":
             counts[key.budget] = {part: [cell[seed][part] for seed in plan.seeds] for part in ("right", "seen")}
     accuracy = {row["budget_share"]: row["step_accuracy"] for row in found if row["budget_share"]}
-    print(name, {share: round(value, 4) for share, value in accuracy.items()}, flush=True)
-    own = {"settings": asdict(config), "steps": steps, "rows": rows}
-    return {"name": name, **own, "cost": [line["cost"] for line in log if "cost" in line], "counts": counts}
+    print(variant["name"], {share: round(value, 4) for share, value in accuracy.items()}, flush=True)
+    return {**variant, "cost": [line["cost"] for line in log if "cost" in line], "counts": counts}
 
 
-def main(start: str, out: Path, steps: int, rows: int) -> None:
+def judged(config: Config, gates: Gates) -> tuple[Plan, list[Contender]]:
+    """On what a variant is judged, and as whom."""
+    plan = Plan(
+        ("program",), SHARES, config.samples, seed=4000, split="validation", free="none", batch_size=60, oracle=False
+    )
+    return plan, [contender(gates.method, gates)]
+
+
+def wanted(config: Config, start: Gates) -> list[dict[str, Any]]:
+    """What is asked for, the start first: name, settings, and what all have in common.
+
+    Raises:
+        UsageError: no such variant.
+    """
+    names = [name.strip() for name in config.variants.split(";") if name.strip()] or list(VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UsageError(f"no variant {'; '.join(unknown)}; choose from {'; '.join(VARIANTS)}")
+    terms = {"rows": config.rows, "samples": config.samples, "start": weight_hash(start)}
+    found = [{"name": START, "settings": asdict(RefineConfig()), "steps": 0, **terms}]
+    return found + [
+        {"name": name, "settings": asdict(VARIANTS[name]), "steps": config.steps, **terms} for name in names
+    ]
+
+
+def main(config: Config) -> None:
     """Run what is missing."""
-    done = json.loads(out.read_text()) if out.exists() else []
-    wanted: list[tuple[str, RefineConfig, int]] = [("the supervised start", RefineConfig(), 0)]
-    wanted += [(name, config, steps) for name, config in VARIANTS.items()]
-    for name, config, length in wanted:
-        if name not in {one["name"] for one in done}:
-            done.append(refine(name, config, start, length, rows, out.parent / "ablation"))
+    base, tokenizer = load_base("testbed", device="cpu")
+    subject, start, out = Subject(base, tokenizer), Gates.load(config.start_from, base), Path(config.out)
+    variants = wanted(config, start)
+    done = read_variants(out) if out.exists() else []
+    for one in done:  # settings that RefineConfig did not have then
+        one["settings"] = {**asdict(RefineConfig()), **one["settings"]}
+    check_same(done, variants, out)
+    missing = [one for one in variants if one["name"] not in {other["name"] for other in done}]
+    total = sum(one["steps"] + count(*judged(config, start)) for one in missing)
+    with progress(total) as advance:
+        for variant in missing:
+            done.append(refine(variant, config, subject, Gates.load(config.start_from, base), advance))
+            out.parent.mkdir(parents=True, exist_ok=True)
             fresh = out.with_suffix(".part")
             fresh.write_text(json.dumps(done) + "\n")
             os.replace(fresh, out)
 
 
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Every field of Config is a flag."""
+    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start_from", default=str(GATES_FOLDER / "testbed-foresightkv-sl"), help="supervised gates")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/ablations.json"))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=32, help="traces per step, in groups of 8")
-    given = parser.parse_args()
     with told_in_one_line("variants that are finished are kept: run the same command again"):
-        main(given.start_from, given.out, given.steps, given.rows)
+        main(parse())

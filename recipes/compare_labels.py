@@ -1,7 +1,7 @@
 """Which label, followed with hindsight, costs the model least? And is there a better one than golden attention?
 
     python recipes/compare_labels.py                          # all variants; half an hour on one core
-    python recipes/compare_labels.py --variants golden,CAOTE --families recall --shares 1/8
+    python recipes/compare_labels.py --variants "golden; CAOTE" --families recall --shares 1/8
     scripts/write_tables                                      # then: the table in docs/results.md
 
 Every variant turns a full-cache pass into an eviction trace of the same total size, which is replayed in one pass and judged
@@ -19,10 +19,9 @@ Texts are short, so attention is held as [T, T], and padded on the right. What i
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from learnevict import testbed
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.budgets import resolve
 from learnevict.evals.contenders import COMPARISON
+from learnevict.evals.flags import read_flags
 from learnevict.evals.hindsight import Case, by_value, caote, contribution, distance, from_the_left, largest
 from learnevict.evals.label_table import Tried, TriedLabels
 from learnevict.evals.plan import check_families
@@ -60,6 +60,11 @@ class Config:
     out: str = "docs/results/labels.json"
     threads: int = 1
     smoke: bool = False
+
+
+SMOKE = {
+    "families": "recall", "shares": "1/8", "samples": 4, "fitting": 2, "climbs": 2, "out": "runs/labels-smoke.json"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,19 +282,9 @@ def resolved(family: str, share: str) -> int:
     return found
 
 
-def parse() -> Config:
+def parse(arguments: Sequence[str] | None = None) -> Config:
     """Every field of Config is a flag."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Config):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    given = vars(parser.parse_args())
-    if given["smoke"]:
-        given |= {"samples": 4, "fitting": 2, "climbs": 2, "out": "runs/labels-smoke.json", "families": "recall"}
-        given |= {"shares": "1/8"}
-    return Config(**given)
+    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
 
 
 if __name__ == "__main__":

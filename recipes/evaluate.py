@@ -12,14 +12,15 @@ Stages, in order: `tune` picks the baselines' settings and the best heuristic on
 methods under the same rules; `published` leaves each method its own recent window; `prompt` protects the prompt; `long` takes
 texts longer than in training; `free` lets the model write its own answers. Every stage goes on where it was interrupted;
 numbers are kept per sample, in docs/results/STAGE/FAMILY.samples.jsonl. Processes of different families may run side by side:
-each keeps its settings in docs/results/tuning/FAMILY.tuned.json, and all of them together are what `eval --tuned` reads.
+each keeps its settings in docs/results/tuning/FAMILY.tuned.json, and all of them together are what `eval --tuned` reads. With
+another --out everything is kept and read there, those settings too (tuned.json), and the package's are left alone.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from learnevict.cli.judging import progress
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning
 from learnevict.evals.contenders import Contender, Rules, contender
+from learnevict.evals.flags import read_flags
 from learnevict.evals.journal import forget
 from learnevict.evals.plan import Plan, Subject, check_families, count
 from learnevict.evals.rows import forget_rows
@@ -43,6 +45,7 @@ BESIDE_PROMPT = ("32", "24")  # answers have about 100 tokens; those of recall a
 TALKATIVE = ("program", "ledger", "procedure")
 SPEAKERS = ("full", "random", "keydiff", "golden", "foresightkv-sl", "foresightkv")
 FAR = ("full", "random", "h2o", "keydiff", "golden")  # and whoever has gates
+SMOKE = {"families": "recall", "samples": 4, "tuning_samples": 4, "out": "runs/evaluate-smoke"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def tune(config: Config, subject: Subject, family: str, field: dict[str, Contend
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
     tables = [gates for name in tuning.TABLES if name in field and (gates := field[name].gates) is not None]
     settings = tuning.candidates(names, tables)
+    tuning.check_alike(tuning.record_of(plan, subject, settings), part_path(config, family), tuned_path(config))
     with progress(count(plan, settings)) as advance:
         found = tuning.tune(plan, subject, settings, rows_path(config, "tune", family), advance=advance)
     tuning.save_part(found, part_path(config, family), tuned_path(config))
@@ -166,8 +170,9 @@ def rows_path(config: Config, stage: str, family: str) -> Path:
 
 
 def tuned_path(config: Config) -> Path:
-    """Where tuned settings are kept: inside the package, so that `learnevict eval --tuned` finds them."""
-    return Path(config.out) / "tuned.json" if config.smoke else tuning.TUNED
+    """Where tuned settings are kept: inside the package, so that `learnevict eval --tuned` finds them, or in another --out."""
+    usual = Path(config.out).resolve() == Path(Config.out).resolve()
+    return tuning.TUNED if usual and not config.smoke else Path(config.out) / "tuned.json"
 
 
 def part_path(config: Config, family: str) -> Path:
@@ -197,20 +202,9 @@ def stages(text: str) -> str:
     return text
 
 
-def parse() -> Config:
+def parse(arguments: Sequence[str] | None = None) -> Config:
     """Every field of Config is a flag."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Config):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            flag = f"--{field.name.replace('_', '-')}"
-            kind = stages if field.name == "stage" else type(field.default)
-            parser.add_argument(flag, type=kind, default=field.default)
-    given = vars(parser.parse_args())
-    if given["smoke"]:
-        given |= {"samples": 4, "tuning_samples": 4, "out": "runs/evaluate-smoke", "families": "recall"}
-    return Config(**given)
+    return read_flags(Config, __doc__, arguments, smoke=SMOKE, kinds={"stage": stages})
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ that does not beat the second has learned no context beyond a clause.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from learnevict.cli.judging import progress
 from learnevict.errors import told_in_one_line
 from learnevict.evals.contenders import COMPARISON, contender
-from learnevict.evals.plan import Plan, Subject
+from learnevict.evals.flags import read_flags
+from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
 from learnevict.evals.tuning import BONUSES
 from learnevict.hub import Gates, weight_hash
@@ -25,20 +28,31 @@ from learnevict.train.record import Record
 from learnevict.train.tables import fit_tables
 
 SEPARATOR = ";"
+SMOKE = {"output_dir": "runs/tables-smoke", "documents": 32, "samples": 2}
 
 
-def main(out: Path, documents: int, samples: int) -> None:
+@dataclass(frozen=True)
+class Config:
+    """Flags of this program."""
+
+    output_dir: str = "runs/tables"  # a folder per baseline
+    documents: int = 2000
+    samples: int = 40
+    smoke: bool = False
+
+
+def main(config: Config) -> None:
     """Fit on training seeds, choose bonuses by step accuracy on validation seeds, save."""
     model, tokenizer = load_base("testbed")
-    texts = read_source("testbed", tokenizer, documents)
-    config = {"documents": documents, "samples": samples}
-    with Record(out, "tables", config, base_hash=weight_hash(model), data_hash=hash_documents(texts)) as record:
+    texts, out = read_source("testbed", tokenizer, config.documents), Path(config.output_dir)
+    told = {"documents": config.documents, "samples": config.samples}
+    with Record(out, "tables", told, base_hash=weight_hash(model), data_hash=hash_documents(texts)) as record:
         collate = Collator(tokenizer.pad_token_id)
         batches = (collate(texts[start : start + 16]) for start in range(0, len(texts), 16))
         separator = tokenizer.get_vocab()[SEPARATOR]
         found = [Gates.make("lexical", model), Gates.make("clausal", model, separator=separator)]
         fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
-        plan = Plan(budgets=("1/4", "1/8"), num_samples=samples, split="validation", free="none")
+        plan = Plan(budgets=("1/4", "1/8"), num_samples=config.samples, split="validation", free="none", oracle=False)
         for gates in found:
             tried = tune(gates, plan, Subject(model, tokenizer))
             gates.config.training = {**record.origin, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
@@ -49,20 +63,22 @@ def main(out: Path, documents: int, samples: int) -> None:
 def tune(gates: Gates, plan: Plan, subject: Subject) -> dict[float, float]:
     """Set the bonus that does best; returns the step accuracy of each."""
     tried: dict[float, float] = {}
-    for bonus in BONUSES:
-        gates.gate.bonus.fill_(bonus)
-        rows, _ = run(plan, subject, [contender(gates.method, gates)])
-        tried[bonus] = sum(row["step_accuracy"] for row in rows) / len(rows)
-        print(f"{gates.method}, bonus {bonus}: step accuracy {tried[bonus]:.4f}")
+    field = [contender(gates.method, gates)]
+    with progress(len(BONUSES) * count(plan, field)) as advance:
+        for bonus in BONUSES:
+            gates.gate.bonus.fill_(bonus)
+            rows, _ = run(plan, subject, field, advance=advance)
+            tried[bonus] = sum(row["step_accuracy"] for row in rows) / len(rows)
+            print(f"{gates.method}, bonus {bonus}: step accuracy {tried[bonus]:.4f}")
     gates.gate.bonus.fill_(max(tried, key=lambda bonus: tried[bonus]))
     return tried
 
 
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Every field of Config is a flag."""
+    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"), help="a folder per baseline")
-    parser.add_argument("--documents", type=int, default=2000)
-    parser.add_argument("--samples", type=int, default=40)
-    given = parser.parse_args()
     with told_in_one_line("nothing was saved of the baseline being tuned; run the same command again"):
-        main(given.output_dir, given.documents, given.samples)
+        main(parse())

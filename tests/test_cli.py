@@ -270,6 +270,28 @@ def test_a_result_file_belongs_to_its_settings(learnevict, tmp_path):
     assert [row["id"] for row in rows_of(out)] == ["1"]
 
 
+def test_answers_of_other_weights_are_not_taken_for_finished(learnevict, folder, tmp_path):
+    """The folders are the same, what lies in them is not: gates trained further, another base under the old path."""
+    base, gates, out = tmp_path / "base", tmp_path / "gates", tmp_path / "out.jsonl"
+    shutil.copytree(folder, base)
+    judge = Gates.make("foresightkv", load(str(folder))[0])
+    judge.save_pretrained(gates)
+    rows = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS})
+    words = ("infer", "--model", base, "-n", 4, "--batch", rows, "--out", out)
+    evicting = (*words, "--ckpt", gates, "--budget", 48, "--allow-other-base")
+    assert learnevict(*evicting)[0] == learnevict(*evicting)[0] == 0
+    with torch.no_grad():
+        judge.gate.weight_out[0, 0, 3] += 0.01
+    judge.save_pretrained(gates)
+    code, _, err = learnevict(*evicting)
+    assert (code, "other weights" in err) == (2, True)
+    out.unlink()
+    assert learnevict(*words)[0] == learnevict(*words)[0] == 0
+    tiny(seed=1).save_pretrained(base)
+    code, _, err = learnevict(*words)
+    assert (code, "choose another --out" in err) == (2, True)
+
+
 def test_an_interrupted_batch_keeps_its_rows_and_goes_on(learnevict, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", *({"prompt": WORDS} for _ in range(12)))
     out = tmp_path / "out.jsonl"

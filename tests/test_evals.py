@@ -120,6 +120,30 @@ def test_a_share_is_never_certain():
     assert metrics.share([1.0] * 40).low < 1 and metrics.mean([1.0] * 40).low == 1
     averaged = [0.5, 1.0, 0.25, 0.75]
     assert metrics.share(averaged) == metrics.mean(averaged)
+    assert math.isnan(metrics.share([]).value)
+
+
+def test_a_mean_of_shares_is_never_certain_either():
+    """At 0 and at 1 it is Wilson's interval of one share of all samples; in between it holds the mean at least as often."""
+    for right in (0.0, 1.0):
+        found = metrics.mean_of_shares([[right] * 200] * 5)
+        assert found == metrics.share([right] * 1000) and found.low < found.high
+    families = [[1.0] * (20 * k) + [0.0] * (200 - 20 * k) for k in (1, 5, 9)]
+    found, drawn = metrics.mean_of_shares(families), metrics.mean_share([(one, [1.0] * 200) for one in families])
+    assert found.value == pytest.approx(drawn.value) == pytest.approx(0.5)
+    assert found.low <= drawn.low and found.high >= drawn.high, (
+        "families that differ make the mean surer, not less sure"
+    )
+    uneven = metrics.mean_of_shares([[1.0] * 10, [0.0] * 1000])
+    assert (uneven.value, uneven.low) == (0.5, metrics.wilson(0.5, 20).low), "the smallest family decides"
+    tries = [[0.5, 1.0, 0.25], [0.0, 0.5, 1.0]]
+    assert metrics.mean_of_shares(tries) == metrics.mean_share([(one, [1.0] * 3) for one in tries])
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        drawn = [generator.random(60) < p for p in (0.999, 0.98, 0.99)]
+        found = metrics.mean_of_shares([one.astype(float).tolist() for one in drawn])
+        inside += found.low <= (0.999 + 0.98 + 0.99) / 3 <= found.high
+    assert inside >= 0.94 * 400
 
 
 def test_a_paired_difference_knows_the_pairs():
@@ -282,6 +306,9 @@ def test_a_journal_recovers_whole_lines_and_refuses_strangers(tmp_path):
         Journal(path, {"model": "b", "rules": {"slack": 4}}, resume=True)
     again = Journal(path, {"rules": {"slack": 4}, "model": "a"}, resume=True)
     assert again.missing(key, range(4), {"variant": "paper"}) == [1, 3]
+    assert again.missing(key, range(4), {"variant": "paper"}, ("right",)) == [1, 3]
+    assert again.missing(key, range(4), {"variant": "paper"}, ("right", "wanted")) == [0, 1, 2, 3]
+    assert again.column(key, [0, 2], "batch") == [2, 2]
     with pytest.raises(UsageError, match="variant"):
         again.missing(key, range(4), {"variant": "kvpress"})
     again.add(key, [1], {"right": [9], "peak": 1})
@@ -392,11 +419,52 @@ def test_resuming_loses_no_row(subject, tmp_path):
     assert [(row["family"], row["method"], row["budget_share"]) for row in after[len(before) :]] == [
         ("recall", "h2o", "1/4"), ("recall", "random", None), ("dialogue", "random", None)
     ]  # fmt: skip
-    more = dataclasses.replace(plan, num_samples=3, families=("dialogue",))
-    run(more, subject, [contender("random")], out, resume=True)
-    again = read_rows(out)
-    assert [row["samples"] for row in again] == [2, 2, 2, 3, 2, 2, 2]
-    assert [row for row in again if row["samples"] == 2] == [row for row in after if row != after[3]]
+
+
+def test_a_file_of_rows_has_one_range_of_samples(subject, tmp_path):
+    """Rows that would stay beside others are refused; if all are judged anew none of the former is left."""
+    out, field = tmp_path / "rows.jsonl", [contender("full"), contender("random")]
+    plan = small_plan(free="none", num_samples=4, budgets=("1/4",), oracle=False)
+    before, _ = run(plan, subject, field, out)
+    for changes in (dict(num_samples=2), dict(num_samples=5), dict(seed=1)):
+        with pytest.raises(
+            UsageError, match=r"4 samples from seed 0 \(full on recall\).*--samples 4 --seed 0, or name all"
+        ):
+            run(dataclasses.replace(plan, **changes), subject, field[1:], out, resume=True)
+    assert read_rows(out) == json.loads(json.dumps(before))
+    ranges = []
+    fewer = dataclasses.replace(plan, num_samples=2)
+    run(
+        fewer,
+        subject,
+        field,
+        out,
+        resume=True,
+        advance=lambda *_: ranges.append({r["samples"] for r in read_rows(out)}),
+    )
+    assert [row["samples"] for row in read_rows(out)] == [2, 2] and all(len(found) == 1 for found in ranges)
+    done = []
+    again, _ = run(plan, subject, field, out, resume=True, advance=lambda _, number: done.append(number))
+    assert again == before and done == [4, 4], "the former numbers are in the journal"
+
+
+def test_what_was_judged_without_the_oracle_is_judged_again_for_it(subject, tmp_path):
+    """And is as good as before for a run that does not ask for it."""
+    out, field = tmp_path / "rows.jsonl", [contender("full"), contender("random")]
+    plan = small_plan(free="none", num_samples=4, budgets=("1/4",), oracle=False)
+    steps = []
+    advance = lambda label, number: steps.append((label.split()[1], number))  # noqa: E731
+    run(plan, subject, field, out)
+    run(plan, subject, field, out, resume=True, advance=advance)
+    assert steps == [("full", 4), ("random", 4)]
+    steps.clear()
+    rows, _ = run(dataclasses.replace(plan, oracle=True), subject, field, out, resume=True, advance=advance)
+    assert steps == [("full", 4), ("random", 0), ("random", 2), ("random", 2)]
+    fresh, _ = run(dataclasses.replace(plan, oracle=True), subject, field)
+    assert rows == fresh and rows[1]["top_recall"] < 1
+    steps.clear()
+    assert run(plan, subject, field, out, resume=True, advance=advance)[0] == rows
+    assert steps == [("full", 4), ("random", 4)]
 
 
 def test_free_rows_have_tokens_and_speed(subject):
@@ -535,11 +603,10 @@ def test_processes_that_tune_side_by_side_lose_nothing(tmp_path, monkeypatch):
     """Another process writes its family while this one is between reading and writing; whatever the order, both are in."""
     record, whole, folder = {"weights": "a"}, tmp_path / "tuned.json", tmp_path / "tuning"
 
-    def tuned(family: str, weights: str = "a") -> tuning.Tuned:
-        return tuning.Tuned({"weights": weights}, {family: {"1/4": {"h2o": {}}}}, {family: {"1/4": {"h2o": 0.5}}})
+    def tuned(family: str) -> tuning.Tuned:
+        return tuning.Tuned(record, {family: {"1/4": {"h2o": {}}}}, {family: {"1/4": {"h2o": 0.5}}})
 
     tuning.save(tuned("ledger"), whole)
-    tuning.save(tuned("dialogue", "other weights"), folder / "dialogue.tuned.json")
     save, began = tuning.save, []
 
     def meanwhile(given: tuning.Tuned, path) -> None:
@@ -551,24 +618,40 @@ def test_processes_that_tune_side_by_side_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "save", meanwhile)
     tuning.save_part(tuned("program"), folder / "program.tuned.json", whole)
     found = tuning.load(whole)
-    assert found.record == record and set(found.settings) == {"ledger", "program", "recall"}
+    assert set(found.settings) == {"ledger", "program", "recall"}
     assert {path.name for path in tmp_path.iterdir()} == {"tuned.json", "tuning"}
+
+
+def test_what_was_tuned_under_other_conditions_is_not_lost(tmp_path):
+    """In the whole, in a part of another family and in one's own: refused before anything is written."""
+
+    def tuned(family: str, weights: str) -> tuning.Tuned:
+        return tuning.Tuned({"weights": weights}, {family: {"1/4": {"h2o": {}}}}, {family: {"1/4": {"h2o": 0.5}}})
+
+    whole, folder = tmp_path / "tuned.json", tmp_path / "tuning"
+    part = folder / "recall.tuned.json"
+    for path in (whole, folder / "dialogue.tuned.json", part):
+        tuning.save(tuned("dialogue", "other"), path)
+        with pytest.raises(UsageError, match=rf"{path} holds settings of dialogue .*\(weights\).*remove {whole} and"):
+            tuning.save_part(tuned("recall", "mine"), part, whole)
+        assert tuning.load(path) == tuned("dialogue", "other")
+        path.unlink()
+    tuning.save_part(tuned("recall", "mine"), part, whole)
+    assert tuning.load(whole) == tuning.load(part) == tuned("recall", "mine")
 
 
 def test_budgets_tuned_later_stand_beside_earlier_ones(tmp_path):
     whole, part = tmp_path / "tuned.json", tmp_path / "tuning" / "recall.tuned.json"
 
-    def tuned(accuracy: dict[str, float], weights: str = "a") -> tuning.Tuned:
+    def tuned(accuracy: dict[str, float]) -> tuning.Tuned:
         by_budget = {budget: {"h2o": value} for budget, value in accuracy.items()}
         settings = {budget: {"h2o": {}} for budget in accuracy}
-        return tuning.Tuned({"weights": weights}, {"recall": settings}, {"recall": by_budget})
+        return tuning.Tuned({"weights": "a"}, {"recall": settings}, {"recall": by_budget})
 
     tuning.save_part(tuned({"1/4": 0.5, "1/8": 0.4}), part, whole)
     tuning.save_part(tuned({"1/8": 0.3, "1/12": 0.2}), part, whole)
     both = tuned({"1/4": 0.5, "1/8": 0.3, "1/12": 0.2})
     assert tuning.load(whole) == tuning.load(part) == both
-    tuning.save_part(tuned({"1/15": 0.1}, "other weights"), part, whole)
-    assert tuning.load(part) == tuned({"1/15": 0.1}, "other weights"), "what was tuned otherwise is not kept beside it"
 
 
 def test_every_setting_of_every_grid_makes_a_policy():
@@ -740,6 +823,8 @@ def test_refinement_is_tested_against_its_start():
             rows.append(place | {"seed": 0, "samples": 6})
     results = of_run(rows, journal)
     text = "\n".join(sections.refined_tables(results, results))
+    pooled = sections.overview(results, "free")
+    assert "Wilson" in pooled[0] and f"| foresightkv | {metrics.wilson(0.5, 12)} |" in pooled[1]
     assert text.count("| program | +0.100 [+0.100, +0.100], p = 0.0001 |") == 1
     assert text.count("| recall | +0.000 [+0.000, +0.000], p = 1.0000 |") == 2
     assert "| all | +0.050 [+0.050, +0.050], p = 0.0001 |" in text

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from learnevict import Gates
 from learnevict.errors import GateError, UsageError
-from learnevict.hub import GATES_FOLDER, Address, locate
+from learnevict.hub import GATES_FOLDER, Address, locate, weight_hash
 from learnevict.hub.card import MARK
 from tests.hub_client import Client
 from tests.hub_server import Hub
@@ -146,6 +146,81 @@ def test_a_branch(hub, client, tmp_path):
     assert hub.files("me/branches")["model.safetensors"] != hub.files("me/branches", "try")["model.safetensors"]
     is_told(client("pull", "me/branches@none"), 1, "no branch, tag or commit 'none'")
     is_told(client("push", folder, "me/branches", "--revision", "0" * 40), 2, "give a branch")
+
+
+def test_an_address_names_its_branch(hub, client, tmp_path):
+    """As one reads gates, so one writes them."""
+    client("push", save(tmp_path / "main"), "me/named")
+    main = hub.repositories["me/named"].branches["main"]
+    folder = save(tmp_path / "other", change=0.5)
+    assert "in me/named@v2: a new commit" in client("push", folder, "me/named@v2")[2]
+    assert client("push", folder, "named@v3", "--revision", "v3")[0] == 0
+    assert hub.repositories["me/named"].branches["main"] == main
+    weights = [hub.files("me/named", branch)["model.safetensors"] for branch in ("v2", "v3")]
+    assert weights == [(folder / "model.safetensors").read_bytes()] * 2
+    assert 'Gates.load("me/named@v2"' in hub.files("me/named", "v2")["README.md"].decode()
+    is_told(client("push", folder, "me/named@v2", "--revision", "v3"), 2, "give one revision")
+    is_told(client("push", folder, f"me/named@{'0' * 40}"), 2, "give a branch")
+    is_told(client("push", folder, "me/named@"), 2, "give one revision")
+    code = "from learnevict.hub import open_repository\nresult = open_repository('named@v2')"
+    assert client.run(code) == "me/named@v2", "where a trainer will push to"
+
+
+def test_no_folder_of_this_machine_is_sent(hub, client, tmp_path):
+    folder, owner = save(tmp_path / "gates"), "/users/of/somebody"
+    config = {"model": f"{owner}/base", "data": f"{owner}/chats.jsonl", "documents": 9, "start_from": "runs/judge"}
+    record = {
+        "config": config, "training": {"output_dir": str(tmp_path), "logging_dir": "~/logs"}, "base_name": "user/base",
+        "error": f"ValueError: cannot read '{owner}/a b.txt', nor {owner}/b", "before": {"config": config},
+    }  # fmt: skip
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(kept | {"training": record, "base_name": f"{owner}/base"}))
+    (folder / "run.json").write_text(json.dumps(record))
+    assert client("push", folder, "me/private-folders")[0] == 0
+    sent = hub.files("me/private-folders")
+    told = {name: sent[name].decode() for name in ("config.json", "run.json", "README.md")}
+    for name, text in told.items():
+        assert not any(word in text for word in ("somebody", str(tmp_path), "~", '"/', "'/")), (name, text)
+    run = json.loads(told["run.json"])
+    assert run["config"] == {"model": "base", "data": "chats.jsonl", "documents": 9, "start_from": "runs/judge"}
+    assert (run["error"], run["training"]["logging_dir"]) == ("ValueError: cannot read 'a b.txt', nor b", "logs")
+    assert json.loads(told["config.json"]) == kept | {"training": run, "base_name": "base"}
+    assert "Trained on at most 9 documents of `chats.jsonl`" in told["README.md"]
+    assert json.loads((folder / "run.json").read_text()) == record, "what lies here keeps them"
+    (folder / "run.json").write_text("{")
+    is_told(client("push", folder, "me/private-folders"), 1, "run.json", "as JSON", "write it anew, or remove it")
+
+
+def test_gates_of_the_hub_name_no_module(hub, client, tmp_path):
+    """Whoever may write to a repository cannot choose what runs here, in whichever folder one works."""
+    client("push", save(tmp_path / "gates"), "me/evil")
+    here = Path(client.run("import os\nresult = os.getcwd()"))
+    (here / "deploy.py").write_text(
+        "from pathlib import Path\nPath('ran').touch()\nfrom learnevict.methods.foresightkv import *\n"
+    )
+    files = hub.files("me/evil")
+    config = json.dumps(json.loads(files["config.json"]) | {"method": "deploy"}).encode()
+    hub.repositories["me/evil"].commit("main", files | {"config.json": config}, "innocent")
+    for words in (("infer", "--task", "recall", "--budget", 48, "--ckpt", "me/evil"), ("pull", "me/evil")):
+        is_told(client(*words), 1, "'deploy', which is no method of learnevict", "name it yourself")
+    code = "from learnevict import Gates\nresult = Gates.from_pretrained('me/evil')"
+    with pytest.raises(AssertionError, match=r"GateError.*no module is imported because gates name it"):
+        client.run(code)
+    assert not (here / "ran").exists()
+    assert not (here / "evil").exists()
+
+
+def test_pickles_are_not_fetched(hub, client, tmp_path):
+    client("push", save(tmp_path / "gates"), "me/pickles")
+    files = hub.files("me/pickles")
+    files = {"config.json": files["config.json"], "pytorch_model.bin": files["model.safetensors"]}
+    hub.repositories["me/pickles"].commit("main", files, "pickles")
+    before = len(hub.requests)
+    for call in ("Gates.from_pretrained", "Gates.load", "AutoModel.from_pretrained"):
+        code = f"from learnevict import Gates\nfrom transformers import AutoModel\nresult = {call}('me/pickles')"
+        with pytest.raises(AssertionError, match=r"GateError.*does not hold gates: there is no model\.safetensors"):
+            client.run(code)
+    assert not any(path.endswith(".bin") for _, path in hub.requests[before:])
 
 
 def test_gates_from_the_hub_govern_a_cache(client):
@@ -480,8 +555,21 @@ def test_where_gates_are_looked_for(tmp_path, monkeypatch):
 # --- the card, there ---
 
 
-def test_the_example_of_a_card_runs(hub, client):
-    rows = RESULTS / "main" / "program.jsonl"
+def rows_of(gates: str | Path, out: Path) -> Path:
+    """A file of rows as `learnevict eval` writes it for gates of foresightkv."""
+    rows = [json.loads(line) for line in (RESULTS / "main" / "program.jsonl").read_text().splitlines()]
+    ours = weight_hash(Gates.load(gates))
+    rows = [row | {"gates": ours if row["method"] == "foresightkv" else None} for row in rows]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows if row["method"] != "foresightkv-sl"))
+    return out
+
+
+def test_the_example_of_a_card_runs(hub, client, tmp_path):
+    rows = rows_of("testbed-foresightkv", tmp_path / "rows.jsonl")
+    is_told(
+        client("push", "testbed-foresightkv-sl", "me/wrong", "--results", rows), 2, "none of these gates", "eval --ckpt"
+    )
+    assert "me/wrong" not in hub.repositories
     assert client("push", "testbed-foresightkv", "me/example", "--results", rows)[0] == 0
     text = hub.files("me/example")["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
@@ -498,7 +586,7 @@ def test_a_text_of_ones_own_goes_up_as_it_is(hub, client, tmp_path):
     (folder / "README.md").write_text(own)
     assert client("push", folder, "me/own")[0] == 0
     assert hub.files("me/own")["README.md"].decode() == own
-    rows = RESULTS / "main" / "program.jsonl"
+    rows = rows_of(folder, tmp_path / "rows.jsonl")
     is_told(client("push", folder, "me/own", "--results", rows), 2, "a text of your own")
     (folder / "README.md").unlink()
     assert client("push", folder, "me/own", "--results", rows)[0] == 0

@@ -83,6 +83,15 @@ def test_nothing_of_the_machines_owner(tmp_path, monkeypatch):
     assert json.loads(text)["training"] == {"output_dir": "runs/x", "learning_rate": 0.5}
 
 
+def test_what_results_carry_away_names_no_folder(tmp_path):
+    config = {"model": "/models/of/somebody/base", "data": "user/chats", "start_from": "runs/judge"}
+    with Record(tmp_path, "distill", config, training={"output_dir": str(tmp_path)}) as record:
+        pass
+    assert record.origin["config"] == {"model": "base", "data": "user/chats", "start_from": "runs/judge"}
+    assert record.origin["training"] == {"output_dir": tmp_path.name}
+    assert read_record(tmp_path)["config"] == config, "the record itself stays here, and says what to give again"
+
+
 def test_the_commit_is_that_of_this_code():
     found = commit()
     assert found is None or (len(found["commit"]) == 40 and isinstance(found["dirty"], bool))

@@ -37,6 +37,9 @@ def run(
         learnevict eval --task perplexity --text book.txt --model Qwen/Qwen3-0.6B --method snapkv --budget 512
 
     An interrupted run goes on with --resume. `learnevict report r.jsonl` makes a table and a plot.
+
+    "Loss gap closed from random" is 0 where a method loses as much as random eviction and 1 where it loses as little as
+    golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
     from learnevict.cli.judging import Judging
     from learnevict.evals.rows import read_rows
@@ -164,7 +167,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": lambda row: _number(row, "perplexity", ".3f"),
     "ratio": lambda row: _number(row, "perplexity_ratio", ".3f"),
     "loss ratio": lambda row: _number(row, "loss_ratio", ".3g"),
-    "gap closed": lambda row: _number(row, "oracle_gap_closed", ".3f"),
+    "loss gap closed from random": lambda row: _number(row, "oracle_gap_closed", ".3f"),
     "recall": lambda row: _number(row, "top_recall", ".3f"),
     "regret": lambda row: _number(row, "regret", ".3f"),
     "attention kept (min)": _attention,

@@ -12,7 +12,15 @@ import typer
 import learnevict.cli.options as o
 from learnevict.cli.answering import Answering, figures
 from learnevict.cli.opening import Choice, Opened, open_model
-from learnevict.cli.requests import Request, check_chat, make_request, make_requests, read_prompt, read_rows
+from learnevict.cli.requests import (
+    Request,
+    check_chat,
+    make_request,
+    make_requests,
+    read_prompt,
+    read_rows,
+    weights_behind,
+)
 from learnevict.cli.results import INTERRUPTED, Results, say
 from learnevict.errors import UsageError
 
@@ -81,6 +89,7 @@ def run(
         _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
         return
     settings = {**asdict(choice), **sampling, "model": model, "dtype": dtype.value, "seed": seed, "chat": chat}
+    settings["weights"] = weights_behind(opened.model, answering.policy)
     size = batch_size or NUM_TOGETHER
     if temperature > 0:
         settings["batch_size"] = size  # who is drawn together shares random numbers

@@ -59,11 +59,15 @@ class Judging:
 
         Raises:
             GateError: gates missing, of another model, or of a method nobody asked for.
-            UsageError: two checkpoints of one method.
+            UsageError: two checkpoints of one method, or no such method.
         """
+        from learnevict import methods
         from learnevict.evals import tuning
         from learnevict.hub import Gates, weight_hash
 
+        for name in self.methods:
+            if self._shipped_in(name) is None:
+                methods.load(name)  # of one's own: imported because it is named here, so that gates may be of it
         opened = self.opened
         gates: dict[str, Gates] = {}
         sources: dict[str, str] = {}
@@ -94,12 +98,19 @@ class Judging:
             for name, one in found.items()
         ]  # fmt: skip
 
-    def _shipped(self, name: str) -> Any:
-        """The testbed's own gates of that name: a learned method's, or those its refinement started from ("NAME-sl")."""
-        from learnevict.hub import GATES_FOLDER, Gates
+    def _shipped_in(self, name: str) -> Path | None:
+        """Where the testbed's own gates are: those of a learned method, or what its refinement started from ("NAME-sl")."""
+        from learnevict.hub import GATES_FOLDER
 
         folder = GATES_FOLDER / f"{TESTBED}-{name}"
-        if Path(name).name != name or not self.opened.speaks_testbed or not folder.is_dir():
+        return folder if Path(name).name == name and self.opened.speaks_testbed and folder.is_dir() else None
+
+    def _shipped(self, name: str) -> Any:
+        """These gates; None if there are none."""
+        from learnevict.hub import Gates
+
+        folder = self._shipped_in(name)
+        if folder is None:
             return None
         return Gates.load(folder, self.opened.model, allow_other_base=self.allow_other_base)
 

@@ -132,7 +132,8 @@ def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
     if method is None and choice.checkpoint is None:
         return None
     source: Any = choice.checkpoint
-    if method is not None and source is None and methods.load(method).PAPER.kind == "learned":
+    kind = None if method is None else methods.load(method).PAPER.kind  # of one's own: imported, so gates may name it
+    if source is None and kind == "learned":
         source = GATES_FOLDER / f"testbed-{method}"
         if not opened.speaks_testbed or not source.is_dir():
             raise GateError(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from learnevict.cli.push import Method
 from learnevict.cli.results import say
 
 
@@ -20,6 +21,7 @@ def run(
         Path | None,
         typer.Option("--out", "-o", help="Folder: new, empty, or pulled from there before. [dim]./REPO[/dim]"),
     ] = None,
+    method: Method = None,
 ) -> None:
     """Bring gates from the Hub into a folder; `infer --ckpt FOLDER` then needs no network.
 
@@ -35,9 +37,12 @@ def run(
     """
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    from learnevict import methods
     from learnevict.hub import pull_folder
     from learnevict.infer.load import quiet
 
+    if method is not None:
+        methods.load(method)
     quiet(bars=False)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -11,23 +11,33 @@ import typer
 from learnevict.cli.results import say
 
 CARD = "The card"
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE",
+        help="Where the gates are of a method of your own: its import path. None is imported otherwise.",
+    ),
+]
 
 
 def run(
     gates: Annotated[
         str, typer.Argument(metavar="FOLDER", help="Gates: a folder, or testbed-foresightkv and others that ship here.")
     ],
-    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist. user/repo@branch is fine too.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Branch to commit to. [dim]main[/dim]")
     ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    method: Method = None,
     results: Annotated[
         list[Path] | None,
         typer.Option(
             "--results", metavar="ROWS", help="JSONL of `learnevict eval --out`, for the card; may be given again. The "
-            "rows of other methods are what the card compares with.",
+            "card shows rows of these very gates, and compares them with rows of other methods.",
             rich_help_panel=CARD,
         ),
     ] = None,
@@ -42,16 +52,19 @@ def run(
 
         learnevict push testbed-foresightkv me/testbed-gates --results docs/results/main/program.jsonl
 
-    Nothing else in the folder is sent, and the folder is only read. Log in with `hf auth login`, or set HF_TOKEN. If the
-    connection breaks, give the same command again: what has arrived is not sent twice, and nothing shows before all of
-    it is there. The card is made from the gates' record and from --results; without it, it says that nothing was
-    measured. A README.md that you wrote yourself goes up as it is.
+    Nothing else in the folder is sent, and of paths of this machine only the last part; the folder is only read. Log in
+    with `hf auth login`, or set HF_TOKEN. If the connection breaks, give the same command again: what has arrived is not
+    sent twice, and nothing shows before all of it is there. The card is made from the gates' record and from --results;
+    without it, it says that nothing was measured. A README.md that you wrote yourself goes up as it is.
     """
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    from learnevict import methods
     from learnevict.hub import push_folder
     from learnevict.infer.load import quiet
 
+    if method is not None:
+        methods.load(method)
     rows = [row for path in results or [] for row in read(path)]
     quiet(bars=False)
     logging.set_verbosity_error()

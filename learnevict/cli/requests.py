@@ -6,7 +6,8 @@ import hashlib
 import json
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,37 @@ def row_key(row: Row, settings: dict[str, Any]) -> str:
     """Short hash of everything that an answer depends on."""
     told = json.dumps([row.content, settings], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def weights_behind(model: Any, policy: Any) -> dict[str, Any]:
+    """Hashes of the weights that answers depend on: the folder of a model or of gates may hold others tomorrow.
+
+    Args:
+        model: the base.
+        policy: whoever governs its cache, with or without gates in its parts; None: a full cache.
+    """
+    from learnevict.hub import weight_hash
+
+    return {"base": weight_hash(model), "gates": [hash_module(part) for part in gates_in(policy)]}
+
+
+def gates_in(part: Any) -> Iterator[Any]:
+    """Torch modules in a policy, wherever its parts keep them."""
+    from torch.nn import Module
+
+    if isinstance(part, Module):
+        yield part
+    elif is_dataclass(part):
+        for one in fields(part):
+            yield from gates_in(getattr(part, one.name))
+
+
+def hash_module(module: Any) -> str:
+    """Short hash of all values of a module; gates are small."""
+    from torch import uint8
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

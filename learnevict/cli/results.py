@@ -60,13 +60,13 @@ class Results:
         """Whether this row is finished.
 
         Raises:
-            UsageError: it is, but for another prompt or under other settings.
+            UsageError: it is, but for another prompt, of other weights or under other settings.
         """
         found = self.keys.get(name)
         if found is not None and found != key:
             raise UsageError(
-                f"{self.path} holds row {name!r} for another prompt or under other settings; choose another --out to "
-                "keep both"
+                f"{self.path} holds row {name!r} for another prompt, of other weights or under other settings; choose another "
+                "--out to keep both"
             )
         return found is not None
 

@@ -2,6 +2,6 @@
 
 suite.run(plan, model, tokenizer, contenders, out)    rows of numbers, crash-safe
 metrics                                               accuracy, intervals, gap closed, paired tests
-report, sections, tables                              what people read
+report, sections, goals, tables                       what people read
 hindsight, label_table                                other labels than golden, tried on texts
 """

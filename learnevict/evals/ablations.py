@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError
+from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
 from learnevict.evals.report import table
 
 Variant = dict[str, Any]
 SMOOTHED = 10
 """Steps over which a curve of costs is averaged."""
+COMMON = ("rows", "samples", "start")
+"""What all variants of one table share."""
 
 
 def read_variants(path: Path) -> list[Variant]:
@@ -24,10 +26,36 @@ def read_variants(path: Path) -> list[Variant]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert all({"name", "steps", "cost", "counts"} <= set(one) for one in found)
+        assert all({"name", "settings", "steps", "cost", "counts"} <= set(one) for one in found)
     except (OSError, ValueError, TypeError, AssertionError) as error:
         raise DataError(f"{str(path)!r} is no file of recipes/ablate.py ({type(error).__name__}: {error})") from error
     return found
+
+
+def check_same(done: Sequence[Variant], wanted: Sequence[Variant], path: Path) -> None:
+    """Refuse to go on with a file whose variants were run on other terms than those that are wanted now.
+
+    Args:
+        done: what the file holds.
+        wanted: the start, then the variants; each with name, settings, steps and what all have in COMMON.
+
+    Raises:
+        UsageError: naming a variant and what differs.
+    """
+    now = {one["name"]: one for one in wanted}
+    steps = {one["steps"] for one in wanted[1:]}
+    for one in done:
+        same = now.get(one["name"])
+        apart = [term for term in COMMON if one.get(term) != wanted[0][term]]
+        if one["steps"] not in ({same["steps"]} if same else steps):
+            apart.append("steps")
+        if same and one["settings"] != same["settings"]:
+            apart.append("settings")
+        if apart:
+            raise UsageError(
+                f"{path} holds {one['name']!r} with other {' and '.join(apart)} than asked for now; give those it was run "
+                "with, remove the file to run all variants anew, or choose another --out"
+            )
 
 
 def ablation_table(variants: Sequence[Variant]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,14 @@ from learnevict.evals.report import table
 
 Content = dict[str, Any]
 QUARTILES = {"median", "q1", "q3", "n"}
+ROOT = Path(__file__).resolve().parents[2]
+ORACLE = ("learnevict/oracle", "learnevict/ops")
+CACHE = (
+    "learnevict/infer", "learnevict/methods", "learnevict/ops", "learnevict/parts", "learnevict/policy",
+    "learnevict/signals.py",
+)  # fmt: skip
+MEASURED = {"labels": ORACLE, "labelling": (*ORACLE, "learnevict/train", "recipes/oracle.py")}
+"""What a benchmark times; all others time the cache and who governs it."""
 
 
 def benchmark_tables(folder: Path) -> list[str]:
@@ -53,8 +63,8 @@ def results_in(name: str, content: Content) -> Iterator[tuple[str, str, Content 
 
 
 def section(content: Content) -> list[str]:
-    """Caption and tables of one benchmark."""
-    parts = [caption(content)]
+    """Caption, warning and tables of one benchmark."""
+    parts = [caption(content), *age(content)]
     rows = content["rows"]
     if rows and "ok" in rows[0]:
         parts.append(verdicts(rows))
@@ -84,6 +94,32 @@ def caption(content: Content) -> str:
     if content.get("kernels"):
         said.append("Through the Triton kernels.")
     return " ".join([*said, f"Configuration: {words(content['config'])}."])
+
+
+def age(content: Content) -> list[str]:
+    """A warning if the code that was measured has changed since, or if nobody can tell."""
+    commit, name = content["commit"], content.get("benchmark", "")
+    measured = (*MEASURED.get(name, CACHE), f"benchmarks/{name}.py", *(["kernels"] if content.get("kernels") else []))
+    changed = changed_since(commit, measured)
+    if changed is None:
+        return [f"Whether the code has changed since commit {commit} cannot be told here: its history is missing."]
+    return [f"**Older than the code**: since commit {commit} {', '.join(changed)} changed; run it again."] * bool(
+        changed
+    )
+
+
+def changed_since(commit: str, paths: tuple[str, ...]) -> list[str] | None:
+    """Those of some paths in the repository that differ from a commit; None without the commit."""
+    known = re.match(r"[0-9a-f]{7,40}\b", commit)
+    if known is None:
+        return None
+    command = ["git", "diff", "--name-only", known[0], "--", *paths]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    files = done.stdout.splitlines()
+    return [path for path in paths if any(file == path or file.startswith(f"{path}/") for file in files)]
 
 
 def words(config: Content) -> str:

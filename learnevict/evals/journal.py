@@ -28,7 +28,7 @@ class Journal:
     """Per-sample numbers by cell and seed, in memory and in a JSONL file.
 
     The first line of the file is the configuration; each further line holds a batch: lists run over its seeds, a single
-    number holds for each of them.
+    number holds for each of them. In memory every seed also knows how many shared its batch, as "batch".
 
     Args:
         path: the file; None keeps everything in memory.
@@ -58,8 +58,10 @@ class Journal:
         except OSError as error:
             raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
 
-    def missing(self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any]) -> list[int]:
-        """Seeds of a cell that still have to be run.
+    def missing(
+        self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any], columns: Sequence[str] = ()
+    ) -> list[int]:
+        """Seeds of a cell that still have to be run, for the first time or for the sake of a column that they lack.
 
         Raises:
             UsageError: the cell was begun with other hyperparameters or gates.
@@ -70,7 +72,8 @@ class Journal:
                 f"{self.path} holds {key.method} on {key.family} at {key.budget} with {known}, but now it is "
                 f"{dict(identity)}; write to another --out"
             )
-        return [seed for seed in seeds if seed not in self.entries.get(key, {})]
+        done = self.entries.get(key, {})
+        return [seed for seed in seeds if seed not in done or any(name not in done[seed] for name in columns)]
 
     def add(self, key: Key, seeds: Sequence[int], values: Mapping[str, Any]) -> None:
         """Note a finished batch."""
@@ -93,7 +96,8 @@ class Journal:
         seeds = values.pop("seeds")
         cell = self.entries.setdefault(key, {})
         for index, seed in enumerate(seeds):
-            cell[seed] = {name: value[index] if isinstance(value, list) else value for name, value in values.items()}
+            mine = {name: value[index] if isinstance(value, list) else value for name, value in values.items()}
+            cell[seed] = {**mine, "batch": len(seeds)}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self.path is not None

@@ -3,7 +3,7 @@
 Nearly every figure of a table is a ratio of two sums over samples, so one bootstrap serves them: step accuracy is tokens
 right over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
 (golden - best). Exact match is a share of samples that are right or wrong as a whole. Of 200 right ones every resample
-says 1, so a bootstrap would promise [1, 1]; a share has Wilson's interval instead.
+says 1, so a bootstrap would promise [1, 1]; a share has Wilson's interval instead, and so has the mean of several.
 """
 
 from __future__ import annotations
@@ -89,15 +89,30 @@ def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
 
 
 def share(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean over samples that are right (1) or wrong (0), with Wilson's score interval.
+    """The mean over samples that are right (1) or wrong (0), with Wilson's interval; see `mean_of_shares`."""
+    return mean_of_shares([values], seed=seed) if values else mean(values, seed=seed)
 
-    Where tries are averaged (avg@k) and values lie between, the interval is the bootstrap's.
+
+def mean_of_shares(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
+    """Mean over families of the share of samples that are right (1), families counting alike, with Wilson's interval.
+
+    The interval is that of one share of as many samples as the families would have together if all were of the smallest
+    size, K * min(n). It is no narrower than it should be: the variance of the mean, sum p_k (1 - p_k) / n_k / K^2, is at most
+    p (1 - p) / (K min(n)), as p (1 - p) is concave. Where tries are averaged (avg@k) and values lie between 0 and 1, samples
+    are resampled within their family instead.
+    """
+    if not all({0.0, 1.0}.issuperset(values) for values in strata):
+        return mean_share([(values, [1.0] * len(values)) for values in strata], seed=seed)
+    value = sum(sum(values) / len(values) for values in strata) / len(strata)
+    return wilson(value, len(strata) * min(map(len, strata)))
+
+
+def wilson(value: float, num: int) -> Estimate:
+    """A share of `num` samples with its score interval, which is never of no width.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
-    if not values or not {0.0, 1.0}.issuperset(values):
-        return mean(values, seed=seed)
-    num, value, square = len(values), sum(values) / len(values), NORMAL_QUANTILE**2
+    square = NORMAL_QUANTILE**2
     middle = (value + square / (2 * num)) / (1 + square / num)
     half = NORMAL_QUANTILE / (1 + square / num) * math.sqrt(value * (1 - value) / num + square / (4 * num * num))
     return Estimate(value, max(middle - half, 0.0), min(middle + half, 1.0))

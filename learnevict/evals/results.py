@@ -75,7 +75,9 @@ class Results:
         """Mean over all families; None unless all were run."""
         found = [self.shares(method, family, budget, mode) for family in self.families]
         whole = [part for part in found if part is not None]
-        return metrics.mean_share(whole) if found and len(whole) == len(found) else None
+        if not found or len(whole) < len(found):
+            return None
+        return metrics.mean_of_shares([exact for exact, _ in whole]) if mode == "free" else metrics.mean_share(whole)
 
     def test(
         self, method: str, other: str, families: Sequence[str], budget: str, mode: str
@@ -96,6 +98,14 @@ class Results:
         if seen is None or any(part is None for part in parts):
             return None
         return Cell(*(part for part in parts if part is not None), seen=seen)
+
+    @property
+    def batch(self) -> int:
+        """Samples answered together, at most."""
+        free = [
+            journal.entries[key] for journal in self.journals.values() for key in journal.entries if key.mode == "free"
+        ]
+        return max((int(entry["batch"]) for cell in free for entry in cell.values()), default=0)
 
     @property
     def gates(self) -> dict[str, set[str]]:

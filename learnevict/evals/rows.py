@@ -22,10 +22,20 @@ KEYS = (
     "method", "family", "budget", "exact_match", "step_accuracy", "ci_low", "ci_high", "loss_ratio", "kv_bytes_peak",
     "kv_bytes_end", "kv_bytes_full", "tokens_generated", "tokens_per_second", "samples",
 )  # fmt: skip
-"""The keys that every row has, here and in demo reports; null where not run. Others may follow."""
+"""The keys that every row has, here and in demo reports; null where not run. Others may follow.
+
+`budget` is in slots per layer and kv head, null with the full cache; `ci_low` and `ci_high` are of `step_accuracy`;
+`loss_ratio` is to the full cache on the same samples; bytes and tokens are per sample, the peak the largest;
+`tokens_per_second` is of one pass in batches, beside whatever else the machine did: no benchmark.
+"""
 
 ORACLE_KEYS = ("oracle_gap_closed", "top_recall", "regret", "attention_kept", "attention_kept_min")
-"""What rows of the testbed have besides; null where not asked for, or not defined."""
+"""What rows of the testbed have besides; null where not asked for, or not defined.
+
+`oracle_gap_closed` is of the loss, from random eviction (0) to golden (1), in the same cell. It is not the "gap closed" of
+docs/results.md, which is of step accuracy and begins at the best heuristic (metrics.gap_closed); people read it as "loss gap
+closed from random". For the others see learnevict.oracle.metrics.
+"""
 
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
@@ -37,8 +47,7 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
     """Sum up a cell.
 
     Returns:
-        KEYS, with `budget` in slots per head (null: full cache), `ci_*` of step_accuracy, `loss_ratio` to the full
-        cache on the same samples, bytes and tokens per sample; then where the row comes from.
+        KEYS and ORACLE_KEYS, then where the row comes from.
     """
     row: Row = dict.fromkeys(KEYS)
     row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
@@ -53,6 +62,7 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
         "length": plan.length,
         "seed": plan.seed,
         "tries": plan.tries,
+        "device": subject.model.device.type,
         "rules": vars(plan.rules),
         "options": cell.options,
     }
@@ -68,10 +78,12 @@ def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row
 
 
 def _origin(cell: Cell, model: str) -> Row:
+    """Where a row comes from; `gates` is the hash of the trained part, null where there is none, as in the journal."""
     return {
         "budget_share": cell.asked if is_share(cell.asked) else None,
         "kind": cell.contender.kind,
         "gates_of": None if cell.contender.gates is None else cell.contender.method,
+        "gates": cell.identity.get("gates"),
         "model": model,
     }
 
@@ -95,7 +107,7 @@ def _teacher(journal: Journal, cell: Cell, plan: Plan) -> Row:
 
 
 def _oracle(journal: Journal, cell: Cell, plan: Plan) -> Row:
-    """How close to the oracle; the gap closed is that of the loss, from random to golden in the same cell."""
+    """How close to the oracle, see ORACLE_KEYS."""
     key, seeds = cell.key("teacher"), plan.seeds
 
     def ratio(above: str, below: str) -> float | None:
@@ -186,13 +198,19 @@ def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
 
 def joined(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """Rows of both; a newer one takes the place of the first older one of its cell, and no other is lost."""
-    fresh = {_place(row): row for row in rows}
-    kept = [fresh.pop(_place(row), row) for row in earlier]
+    fresh = {place(row): row for row in rows}
+    kept = [fresh.pop(place(row), row) for row in earlier]
     return [*kept, *fresh.values()]
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def place(row: Row) -> tuple[Any, ...]:
+    """The cell of a row: family, method, budget in slots and as a share."""
     return tuple(row.get(name) for name in ("family", "method", "budget", "budget_share"))
+
+
+def place_of(cell: Cell) -> tuple[Any, ...]:
+    """The same of a cell that is to be run."""
+    return cell.family, cell.contender.name, cell.budget, cell.asked if is_share(cell.asked) else None
 
 
 def forget_rows(path: Path, name: str) -> int:

@@ -40,10 +40,14 @@ def overview(results: Results, mode: str) -> list[str]:
             lines.append([method, *("–" if one is None else str(one) for one in found)])
     if not lines or not results.budgets:
         return []
-    what = "Exact match of the final answer" if mode == "free" else "Step accuracy"
-    said = (
-        f"{what}, mean over {len(results.families)} families ({', '.join(results.families)}); 95 % bootstrap intervals."
-    )
+    over = f"mean over {len(results.families)} families ({', '.join(results.families)})"
+    if mode == "free":
+        said = (
+            f"Exact match of the final answer, {over}; 95 % Wilson intervals, for as many answers as all have together."
+        )
+    else:
+        said = f"Step accuracy, {over}; 95 % bootstrap intervals. One of no width says that no sample had an error, not that "
+        said += "none could have."
     return [said, table(["method", *results.budgets], lines), *notes(results)]
 
 
@@ -77,7 +81,7 @@ def family_parts(results: Results, family: str, mode: str, best: Best | None) ->
     parts = [provenance(rows)]
     if mode == "free":
         parts += ["Exact match, 95 % Wilson interval (mean tokens generated).", grid(rows, show_exact)]
-        return [*parts, "Tokens per second / KiB of keys and values per sample at the peak.", grid(rows, _speed)]
+        return [*parts, _about_speed(rows, results.batch), grid(rows, _speed)]
     parts += ["Step accuracy, 95 % bootstrap interval over samples.", grid(rows, show_accuracy)]
     parts += ["Loss over that with the full cache / KiB of keys and values per sample at the peak.", grid(rows, _cost)]
     if any(show_oracle(row) for row in rows):
@@ -89,6 +93,17 @@ def family_parts(results: Results, family: str, mode: str, best: Best | None) ->
         ]
         parts += ["Gap closed, and from which heuristic.", table(["method", *results.budgets], lines)]
     return parts
+
+
+def _about_speed(rows: Sequence[Row], batch: int) -> str:
+    """What tokens per second are worth; rows that name no device come from a CPU."""
+    devices = " and ".join(dict.fromkeys(row.get("device", "cpu").upper() for row in rows))
+    together = f"batches of at most {batch} samples" if batch else "batches"
+    return (
+        "Tokens per second / KiB of keys and values per sample at the peak. Tokens per second are of a single pass in "
+        f"{together} on a shared {devices}, beside whatever else ran there: no benchmark, and no ground to compare methods on. "
+        "Medians of interleaved runs are under [Speed and memory](#speed-and-memory)."
+    )
 
 
 def _speed(row: Row) -> str:
@@ -133,7 +148,8 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
         parts.append("Not shown: heuristics have not been tuned (recipes/evaluate.py --stage tune).")
     else:
         parts.append(
-            "(method - best) / (golden - best) in step accuracy; best is the training-free method that was best on "
+            "(method - best) / (golden - best) in step accuracy (not the loss gap closed from random that `learnevict eval` "
+            "and evaluations during training show); best is the training-free method that was best on "
             f"validation seeds, random among them. Cells whose gap is below {SMALLEST_GAP} are not scored. Pooled: the sum of "
             "the scored families' differences over the sum of their gaps, so a family counts as much as its gap is wide; "
             "how many of the five it holds stands behind it, and below the table which are left out."

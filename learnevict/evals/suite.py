@@ -15,7 +15,7 @@ from learnevict.evals.contenders import GOLDEN, Contender
 from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
 from learnevict.evals.journal import Journal
 from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
-from learnevict.evals.rows import Row, joined, make_row, read_earlier, write_rows
+from learnevict.evals.rows import Row, joined, make_row, place, place_of, read_earlier, write_rows
 from learnevict.evals.teacher import Scores, Storage, Texts, judge, judge_golden, read, reference
 from learnevict.oracle.reference import Reference
 
@@ -38,7 +38,8 @@ def run(
     Args:
         out: rows are written here as JSON lines after every cell, beside those that were there, per-sample numbers to
             `journal_path(out)` after every batch.
-        resume: go on with a run that was interrupted, or add methods, families, budgets or samples to it.
+        resume: go on with a run that was interrupted, or add methods, families or budgets to it. Samples can be added too,
+            and what was judged without the oracle is judged again if the plan asks for it.
         advance: called with what is being run and the number of samples just done, those of earlier runs included.
 
     Returns:
@@ -46,13 +47,15 @@ def run(
 
     Raises:
         BudgetError: a budget that some method cannot be held to; nothing has been run then.
-        UsageError: an impossible plan, or `out` belongs to another one or is not to be gone on with.
+        UsageError: an impossible plan, or `out` belongs to another one or is not to be gone on with, or would hold rows of
+            other samples beside the new ones.
         DataError: `out` cannot be written, or holds something else than rows.
     """
     check(plan, contenders)
     earlier, record = read_earlier(out, resume=resume), journal_path(out) if out else None
     if earlier and record is not None and not record.exists():
         raise UsageError(f"{out} holds rows, but {record}, the numbers behind them, is missing; choose another --out")
+    earlier = of_these_samples(earlier, plan, contenders, str(out))
     journal = Journal(record, configuration(plan, subject), resume=resume)
     rows: list[Row] = []
     for family in plan.families:
@@ -75,6 +78,37 @@ def run(
 def _write(out: Path | None, earlier: Sequence[Row], rows: Sequence[Row]) -> None:
     if out is not None:
         write_rows(out, joined(earlier, rows))
+
+
+def of_these_samples(earlier: Sequence[Row], plan: Plan, contenders: Sequence[Contender], out: str) -> list[Row]:
+    """Earlier rows over the plan's samples. Those over others are left out if the run makes all of them anew.
+
+    Their numbers stay in the journal: the same command with the former samples brings them back at once.
+
+    Raises:
+        UsageError: some would stay, and one table would hold rows of different samples.
+    """
+    mine = {
+        place_of(cell)
+        for family in plan.families
+        for cell in cells(plan, contenders, family)
+        if cell.contender in contenders
+    }
+    wanted = (plan.num_samples, plan.seed)
+    if stay := [row for row in earlier if samples_of(row) != wanted and place(row) not in mine]:
+        names = ", ".join(dict.fromkeys(f"{row['method']} on {row['family']}" for row in stay))
+        num, seed = samples_of(stay[0])
+        raise UsageError(
+            f"{out} holds rows over {num} samples from seed {seed} ({names}), and this run would put some over "
+            f"{plan.num_samples} from seed {plan.seed} beside them; keep to --samples {num} --seed {seed}, or name all its "
+            "methods, families and budgets to judge them over the new samples, or choose another --out"
+        )
+    return [row for row in earlier if samples_of(row) == wanted]
+
+
+def samples_of(row: Row) -> tuple[Any, Any]:
+    """How many samples a row is about, and the seed of the first."""
+    return row.get("samples"), row.get("seed", 0)
 
 
 def journal_path(out: Path) -> Path:
@@ -108,7 +142,7 @@ class Reader:
 
 def _run_cell(reader: Reader, cell: Cell, mode: str, journal: Journal, advance: Advance | None) -> None:
     key, plan = cell.key(mode), reader.plan
-    missing = journal.missing(key, plan.seeds, cell.identity)
+    missing = journal.missing(key, plan.seeds, cell.identity, _oracle_columns(cell, mode, plan))
     label = f"{cell.family} {cell.contender.name} {cell.asked}"
     if advance is not None:
         advance(label, plan.num_samples - len(missing))
@@ -117,6 +151,11 @@ def _run_cell(reader: Reader, cell: Cell, mode: str, journal: Journal, advance: 
         journal.add(key, seeds, _run_batch(reader, cell, mode, seeds))
         if advance is not None:
             advance(label, len(seeds))
+
+
+def _oracle_columns(cell: Cell, mode: str, plan: Plan) -> tuple[str, ...]:
+    """What a batch judged beside the oracle has for certain; other columns depend on the policy. Nothing of the full cache."""
+    return ("attention_kept",) if plan.oracle and mode == "teacher" and cell.budget is not None else ()
 
 
 def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
 from learnevict.evals.ablations import ablation_table, plot_curves, read_variants
 from learnevict.evals.benchmarks import benchmark_tables
+from learnevict.evals.goals import EQUAL, REFINED, SUPERVISED, goal_tables
 from learnevict.evals.label_table import TriedLabels, label_tables
 from learnevict.evals.plots import plot
 from learnevict.evals.report import table
@@ -29,8 +33,8 @@ from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
 LEGEND = (
-    "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README; NAME-sl "
-    "are the supervised gates that NAME was refined from. Families open on a click."
+    "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README, learned "
+    "ones after the gates that ship with the package (`learnevict/gates/testbed-NAME`). Families open on a click."
 )
 TITLES = {
     "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection."),
@@ -63,7 +67,11 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
     if not found:
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
     check_same_origin([*found.values()], tuned)
-    parts, written = [HEADER, "# Results", LEGEND, full_cache_table(found)], []
+    names = {name for part in found.values() for name in part.methods("learned")}
+    parts, written = [HEADER, "# Results", " ".join([LEGEND, *who_is_who(names)])], []
+    if "main" in found:
+        parts += goal_tables(found["main"], found.get("free"), tuned)
+    parts.append(full_cache_table(found))
     for name, part in found.items():
         parts += section(name, part, tuned)
         if any(row["budget"] is not None for row in part.rows):
@@ -85,6 +93,28 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
     written.append(docs / "results.md")
     written[-1].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return written
+
+
+def who_is_who(names: Collection[str], gates: Path = GATES_FOLDER) -> list[str]:
+    """What stands behind names that are no method's, or not only; shares of layers as the gates' settings have them."""
+    said: list[str] = []
+    if REFINED in names:
+        learned = "share the budget as learned in refinement (gates setting `demand`)"
+        shares = learned if gates_config(gates, REFINED).get("settings", {}).get("demand") else "have equal shares"
+        said.append(f"{REFINED} is the judge refined by reinforcement, and its layers {shares}.")
+    if SUPERVISED in names:
+        said.append(f"{SUPERVISED} is the supervised judge that refinement started from, with equal shares.")
+    if EQUAL in names:
+        said.append(f"{EQUAL} was refined with equal shares.")
+    for name in sorted(set(names) - {*methods.METHODS, REFINED, SUPERVISED, EQUAL}):
+        said.append(f"{name} are gates of {gates_config(gates, name).get('method', 'a method unknown here')}.")
+    return said
+
+
+def gates_config(gates: Path, name: str) -> dict[str, Any]:
+    """What a shipped checkpoint says of itself; nothing if there is none of that name."""
+    config = gates / f"testbed-{name}" / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
 
 
 def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:

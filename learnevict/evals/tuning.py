@@ -42,7 +42,7 @@ class Tuned:
     """What tuning found.
 
     Attributes:
-        record: configuration of the run: model, weights, tasks, rules, samples, and hashes of the tables that were tuned.
+        record: what they were tuned under: model, weights, tasks, rules, samples, and hashes of the tables that were tuned.
         settings: by family, budget and method.
         accuracy: step accuracy on validation under them, by family, budget and method.
     """
@@ -129,11 +129,21 @@ def tune(
 
     Settings that a budget is too small for are left out there.
     """
-    plan = replace(plan, split="validation", teacher=True, free="none", oracle=False, lenient=True)
+    plan = on_validation(plan)
     rows, _ = run(plan, subject, field, out, resume=True, advance=advance)
+    return choose(rows, field, record_of(plan, subject, field))
+
+
+def on_validation(plan: Plan) -> Plan:
+    """The plan with the split and the modes of tuning."""
+    return replace(plan, split="validation", teacher=True, free="none", oracle=False, lenient=True)
+
+
+def record_of(plan: Plan, subject: Subject, field: Sequence[Contender]) -> dict[str, Any]:
+    """What settings are tuned under; two files of settings with the same record belong together."""
     gates = {one.method: weight_hash(one.gates) for one in field if one.gates is not None}
-    record = {**configuration(plan, subject), "samples": plan.num_samples, "seed": plan.seed, "gates": gates}
-    return choose(rows, field, record)
+    own = {"samples": plan.num_samples, "seed": plan.seed, "gates": gates}
+    return json.loads(json.dumps({**configuration(on_validation(plan), subject), **own}))
 
 
 def choose(rows: Sequence[Row], field: Sequence[Contender], record: Mapping[str, Any]) -> Tuned:
@@ -177,24 +187,44 @@ def save(tuned: Tuned, path: Path = TUNED) -> None:
 
 
 def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:
-    """Write what one process tuned to a file of its own, and all parts beside it that were tuned alike into one.
+    """Write what one process tuned to a file of its own, and all parts beside it into one.
 
     Processes that tune other families may do the same at any moment. A part written after this one read the folder is
     taken in by whoever wrote it, and one written in between by looking again afterwards.
 
     Args:
         found: settings of the families and budgets that this process tuned.
-        part: the file, "NAME.tuned.json" in a folder of such; what it holds of other budgets stays if they were tuned alike.
-        whole: settings of all families; those that it holds from elsewhere stay if they were tuned alike.
+        part: the file, "NAME.tuned.json" in a folder of such; what it holds of other budgets stays.
+        whole: settings of all families; those that it holds from elsewhere stay.
+
+    Raises:
+        UsageError: one of the files was tuned under other conditions; nothing is written.
     """
-    if part.exists() and (earlier := load(part)).record == found.record:
-        found = merge([earlier, found])
-    save(found, part)
+    check_alike(found.record, part, whole)
+    save(merge([load(part), found]) if part.exists() else found, part)
     before, after = None, parts_beside(part)
     while after != before:
         known = [load(whole)] if whole.exists() else []
-        save(merge([one for one in (*known, *after) if one.record == found.record]), whole)
+        save(merge([*known, *after]), whole)
         before, after = after, parts_beside(part)
+
+
+def check_alike(record: Mapping[str, Any], part: Path, whole: Path = TUNED) -> None:
+    """Refuse to lose what was tuned under other conditions: settings of both do not belong into one file.
+
+    Raises:
+        UsageError: naming the files, the families in them, and what differs.
+    """
+    for path in (whole, *sorted(part.parent.glob("*.tuned.json"))):
+        other = load(path) if path.exists() else None
+        if other is None or other.record == record:
+            continue
+        differ = sorted(key for key in {*record, *other.record} if record.get(key) != other.record.get(key))
+        raise UsageError(
+            f"{path} holds settings of {', '.join(other.settings)} that were tuned under other conditions "
+            f"({', '.join(differ)}); to tune all families anew, remove {whole} and {part.parent}/*.tuned.json first, or "
+            "choose another --out"
+        )
 
 
 def parts_beside(part: Path) -> list[Tuned]:

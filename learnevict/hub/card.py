@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from learnevict import methods
-from learnevict.errors import UsageError
-from learnevict.hub.gates import TESTBED, GatesConfig
-from learnevict.hub.measured import join, one_line, results, shown, tables
+from learnevict.hub.gates import TESTBED, Gates, GatesConfig
+from learnevict.hub.measured import family, join, of_gates, one_line, results, shown, tables
 from learnevict.hub.reach import Address
+from learnevict.infer.identity import weight_hash
 from learnevict.infer.load import HUB_ID
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -49,49 +49,44 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 print(f"{{cache.nbytes}} bytes of keys and values, {{cache.full_nbytes}} with a full cache")"""
 
 
-def make_card(
-    config: GatesConfig, num_parameters: int, source: Address, rows: Sequence[Row] = (), license: str | None = None
-) -> str:
+def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: str | None = None) -> str:
     """The text of README.md, with metadata that the Hub reads; the same for the same arguments.
 
     Args:
-        config: of the gates.
-        num_parameters: how many weights they have.
+        gates: what it tells about.
         source: where they will be.
         rows: of an evaluation (learnevict.evals.rows), those of other methods too: they are what to compare with.
         license: that the repository states.
 
     Raises:
-        UsageError: no row is of the gates' method.
+        UsageError: no row is of these gates, or some do not say of which gates they are.
     """
-    method, module = config.method, methods.load(config.method)
+    config: Any = gates.config
+    method, module = config.method, methods.known(config.method)
     measured = join(rows)
-    if rows and not any(row["method"] == method for row in measured):
-        found = ", ".join(sorted({str(row["method"]) for row in rows}))
-        raise UsageError(
-            f"the rows are of {found}, none of {method}, whose gates these are; give rows of an evaluation with them"
-        )
-    name, chosen = config.base_name or UNKNOWN, chosen_terms(config, measured)
+    mine = of_gates(measured, method, weight_hash(gates))
+    name, chosen = base_of(config), chosen_terms(config, mine)
     card = Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
-        card_data=metadata(config, source, measured, license).to_yaml(),
-        title=f"{one_line(method)} gates for {one_line(name)}",
+        card_data=metadata(config, source, mine, license).to_yaml(),
+        title=f"{one_line(method)} gates for {name}",
         method=one_line(method),
-        base=f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{one_line(name)}`",
+        base=f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`",
         summary=summary_of(module),
         revision=one_line(config.base_revision) or UNKNOWN,
         fingerprint=f"`{one_line(config.base_hash)}`" if config.base_hash else UNKNOWN,
-        layout=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in config.layout.items()),
+        layout=", ".join(f"{part.replace('_', ' ')} {value}" for part, value in config.layout.items()),
         paper=cited(module.PAPER),
-        parameters=f"{num_parameters:,}",
+        parameters=f"{gates.num_parameters():,}",
         settings=flat(config.settings),
         data=data_of(config.training),
         budgets=budgets_of(config.training),
+        shares=shares_of(config.settings),
         training=flat(config.training),
-        tables=tables(measured, method),
+        tables=tables(mine, measured),
         source=source,
         code=code_of(config, source, chosen),
         command=command_of(config, source, chosen),
-        known=known(measured, method),
+        known=known(mine),
         license_line=f"License: {license}." if license else "No license was stated when the gates were shared.",
         citation=bibtex(module.PAPER),
         mark=MARK,
@@ -99,18 +94,23 @@ def make_card(
     return str(ModelCard(card))
 
 
-def metadata(config: GatesConfig, source: Address, rows: Sequence[Row], license: str | None) -> ModelCardData:
+def metadata(config: GatesConfig, source: Address, mine: Sequence[Row], license: str | None) -> ModelCardData:
     """What the Hub reads of a card: to which model it belongs, tags, license, and the measurements as a model index."""
-    arxiv, found = methods.load(config.method).PAPER.arxiv, results(rows, config.method)
+    arxiv, found, name = methods.known(config.method).PAPER.arxiv, results(mine), base_of(config)
     tags = [LIBRARY, "kv-cache", "kv-cache-eviction", one_line(config.method)]
     return ModelCardData(
         model_name=source.repo_id.partition("/")[2] if found else None,
-        base_model=config.base_name if is_hub_id(config.base_name) else None,
+        base_model=name if is_hub_id(name) else None,
         library_name=LIBRARY,
         license=license,
         tags=tags + [f"arxiv:{arxiv}"] * bool(arxiv),
         eval_results=found or None,
     )
+
+
+def base_of(config: GatesConfig) -> str:
+    """What to call the base model, on one line."""
+    return shown(config.base_name) or UNKNOWN
 
 
 def is_hub_id(name: str) -> bool:
@@ -144,21 +144,28 @@ def bibtex(paper: Any) -> str:
 
 
 def merged(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What was set, in whichever part of the record it stands."""
+    """What was set, in whichever part of the record it stands; the run before it is another."""
     found = dict(training)
-    for part in ("refined", "mode", "config"):
-        found |= dict(training.get(part) or {})
+    for name, part in training.items():
+        found |= dict(part) if isinstance(part, Mapping) and name != "before" else {}
     return found
 
 
 def data_of(training: Mapping[str, Any]) -> str:
-    """What the gates were trained on, as far as the run recorded it."""
+    """What the gates were trained on, as far as the run recorded it: `documents` is a limit, not what there was."""
     found = merged(training)
     if not any(found.get(name) for name in ("data", "labels", "documents", "data_hash")):
         return "What the gates were trained on is not recorded."
-    parts = [f"Trained on {one_line(found.get('documents') or 'an unrecorded number of')} documents"]
-    if found.get("data"):
-        parts.append(f"of `{shown(found['data'])}`")
+    number = f"at most {one_line(found['documents'])}" if found.get("documents") else "an unrecorded number of"
+    source = f" of `{shown(found['data'])}`" if found.get("data") else ""
+    if found.get("labels"):
+        parts = [f"Trained on the labelled documents in `{shown(found['labels'])}`"]
+    elif found.get("streaming"):
+        parts = [f"Trained on a stream of documents{source}, as many as its steps took"]
+    else:
+        parts = [f"Trained on {number} documents{source}"]
+    if found.get("own_answers"):
+        parts.append("with answers that the base model wrote")
     if found.get("families"):
         parts.append(f"(families {one_line(found['families'])})")
     if found.get("data_hash"):
@@ -175,21 +182,32 @@ def budgets_of(training: Mapping[str, Any]) -> str:
     return "The budgets of the training are not recorded."
 
 
-def known(rows: Sequence[Row], method: str) -> str:
+def shares_of(settings: Mapping[str, Any]) -> str:
+    """Whether layers share a budget as they have learned to (parts.demand); "" where they do not."""
+    demand = settings.get("demand")
+    if not isinstance(demand, (list, tuple)) or len(demand) != 3:
+        return ""
+    layers, smallest, largest = map(one_line, demand)
+    return (
+        f"How {layers} layers share a budget was learned too, for {smallest} to {largest} slots per layer and kv head beyond "
+        "the smallest budget that works."
+    )
+
+
+def known(mine: Sequence[Row]) -> str:
     """How far the measurements reach."""
-    mine = [row for row in rows if row["method"] == method]
     if not mine:
         return "Nothing is known about their quality on any data."
-    names = ", ".join(sorted({one_line(Path(str(row["family"])).name) for row in mine}))
+    names = "; ".join(sorted({family(row) for row in mine}))
     found = sorted({row["budget"] for row in mine if isinstance(row["budget"], int)})
     reach = f"at budgets of {found[0]} to {found[-1]} slots" if found else "at the budgets above"
     return f"Measured on {names}, {reach}; elsewhere nothing is known."
 
 
-def chosen_terms(config: GatesConfig, rows: Sequence[Row]) -> dict[str, Any]:
+def chosen_terms(config: GatesConfig, mine: Sequence[Row]) -> dict[str, Any]:
     """Budget and options for the example: of the first measurement, else what suits the base model."""
-    for row in rows:
-        if row["method"] == config.method and isinstance(row["budget"], int):
+    for row in mine:
+        if isinstance(row["budget"], int):
             rules = dict(row.get("rules") or {})
             return {
                 "budget": row["budget"],
@@ -200,26 +218,30 @@ def chosen_terms(config: GatesConfig, rows: Sequence[Row]) -> dict[str, Any]:
 
 def code_of(config: GatesConfig, source: Address, terms: Mapping[str, Any]) -> str:
     """An example that runs."""
-    name, testbed = config.base_name, config.base_name == TESTBED
+    name, testbed = base_of(config), config.base_name == TESTBED
     revision = f", revision={json.dumps(config.base_revision)}" if config.base_revision else ""
     remark = "" if is_hub_id(name) else "  # a folder: where else to find it is not recorded"
-    start = (
-        ON_THE_TESTBED
-        if testbed
-        else ON_A_MODEL.format(base=json.dumps(name or UNKNOWN), revision=revision, remark=remark)
+    start = ON_THE_TESTBED if testbed else ON_A_MODEL.format(base=json.dumps(name), revision=revision, remark=remark)
+    own = (
+        ""
+        if config.method in methods.METHODS
+        else f"import {config.method}  # a method of its owner's, not of learnevict\n"
     )
     written = ", ".join(f"{key}={value!r}" for key, value in terms.items())
-    return start + THEN.format(
-        source=json.dumps(str(source)), terms=written, plain=", add_special_tokens=False" * testbed
+    return (
+        own
+        + start
+        + THEN.format(source=json.dumps(str(source)), terms=written, plain=", add_special_tokens=False" * testbed)
     )
 
 
 def command_of(config: GatesConfig, source: Address, terms: Mapping[str, Any]) -> str:
     """The same on the command line."""
     testbed = config.base_name == TESTBED
-    model = f"--model {shlex.quote(config.base_name or UNKNOWN)}"
+    model = f"--model {shlex.quote(base_of(config))}"
     prompt = "--task program --seed 3" if testbed else f'{model} --chat --prompt "Why is the sky blue?"'
-    return f"learnevict infer {prompt} --ckpt {source} --budget {terms['budget']}"
+    own = "" if config.method in methods.METHODS else f" --method {config.method}"
+    return f"learnevict infer {prompt} --ckpt {source}{own} --budget {terms['budget']}"
 
 
 def flat(record: Mapping[str, Any]) -> list[tuple[str, str]]:

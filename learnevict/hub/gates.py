@@ -1,4 +1,8 @@
-"""Gates as artefacts: config.json + model.safetensors, loadable by name, tied to the base model they were trained on."""
+"""Gates as artefacts: config.json + model.safetensors, loadable by name, tied to the base model they were trained on.
+
+They come from other people, so they are data and nothing else: a config names a method but imports none (methods.known), and
+chooses no code and no other file of weights; weights are read from safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from learnevict import methods
 from learnevict.config import Base, Budget, Layout
-from learnevict.errors import GateError, UsageError
-from learnevict.hub.fetch import CONFIG, MODEL_TYPE, fetch
+from learnevict.errors import GateError, LearnevictError, UsageError
+from learnevict.hub.fetch import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.reach import Address
 from learnevict.infer.identity import check_base, layout_of, weight_hash
 from learnevict.infer.load import HUB_ID, damage, whole_weights
@@ -25,13 +30,20 @@ Answer = TypeVar("Answer")
 PACKAGE = Path(__file__).parent.parent
 GATES_FOLDER = PACKAGE / "gates"
 TESTBED = "testbed"
+NOT_FOR_GATES = (
+    "attn_implementation", "experts_implementation", "quantization_config", "fusion_config", "auto_map",
+    "transformers_weights",
+)  # fmt: skip
+"""What a config.json may say to transformers about code to run and files to load; that of gates may not."""
+HUB = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Options of `from_pretrained` that say where on the Hub."""
 
 
 class GatesConfig(PreTrainedConfig):
     """What a gate is and which base model it belongs to.
 
     Args:
-        method: a name of learnevict.methods or an import path.
+        method: a name of learnevict.methods, or the import path of a module that is imported already.
         layout: fields of learnevict.config.Layout.
         settings: what the method's `build` needs besides the layout.
         base_hash: fingerprint of the base model's weights (`weight_hash`).
@@ -59,6 +71,8 @@ class GatesConfig(PreTrainedConfig):
         self.base_name = base_name
         self.base_revision = kwargs.pop("base_revision", "")
         self.training = training or {}
+        for name in NOT_FOR_GATES:
+            kwargs.pop(name, None)
         self.hidden_size = self.layout.get("hidden_size", 0)  # DeepSpeed's "auto" buckets read this name
         super().__init__(**kwargs)
 
@@ -71,7 +85,7 @@ class Gates(PreTrainedModel):
 
     def __init__(self, config: GatesConfig) -> None:
         super().__init__(config)
-        self.gate: Gate = methods.load(config.method).build(Layout(**config.layout), **config.settings)
+        self.gate: Gate = methods.known(config.method).build(Layout(**config.layout), **config.settings)
         self.post_init()
 
     def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
@@ -99,6 +113,27 @@ class Gates(PreTrainedModel):
         return gates
 
     @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any
+    ) -> Any:
+        """As of any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
+
+        Raises:
+            GateError: no such file, or a method of somebody's own that nobody has imported.
+            UsageError: use_safetensors=False.
+        """
+        source = pretrained_model_name_or_path
+        if options.pop("use_safetensors", None) is False:
+            raise UsageError("gates are read from safetensors only: pickles can run code; drop use_safetensors=False")
+        hub = {name: options[name] for name in HUB if name in options}
+        if source and not cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub):
+            raise GateError(
+                f"{str(source)!r} does not hold gates: there is no {WEIGHTS} in it, and nothing else is read, for pickles "
+                "can run code; save gates with save_pretrained"
+            )
+        return super().from_pretrained(source, *arguments, use_safetensors=True, **options)
+
+    @classmethod
     def load(
         cls,
         source: str | Path,
@@ -116,7 +151,8 @@ class Gates(PreTrainedModel):
             allow_other_base: accept gates trained on other weights of the same shape.
 
         Raises:
-            GateError: nothing there, not gates, incomplete, or made for another base model.
+            GateError: nothing there, not gates, incomplete, made for another base model, or of a method of somebody's own
+                that nobody has imported.
             HubError: no such repository or revision, no access, or no network.
             UsageError: a revision of a folder.
         """
@@ -125,6 +161,8 @@ class Gates(PreTrainedModel):
         try:
             with whole_weights():
                 loaded: Any = cls.from_pretrained(str(folder), output_loading_info=True)
+        except LearnevictError:
+            raise
         except SafetensorError as error:
             raise GateError(f"cannot load gates from {str(source)!r}: {damage(str(folder), error)}") from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -158,7 +196,7 @@ class Gates(PreTrainedModel):
 
         `attach` compares the model with the one the gates were trained on, unless `allow_other_base`.
         """
-        policy = methods.load(self.config.method).policy(budget, gate=self.gate.eval(), **options)
+        policy = methods.known(self.config.method).policy(budget, gate=self.gate.eval(), **options)
         return replace(policy, base=self.base(allow_other=allow_other_base))
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

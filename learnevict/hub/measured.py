@@ -10,11 +10,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from learnevict.errors import DataError
+from learnevict.errors import DataError, UsageError
+from learnevict.hub.places import last_part
 from learnevict.infer.load import HUB_ID
 
 NONE = "–"
 Row = Mapping[str, Any]
+TEXTS = ("family", "model", "split", "length")
+"""What the same texts, read by the same model, have in common; the full cache is the same under any budget and rules."""
+CELL = (*TEXTS, "budget", "rules")
+MEASURE = "`learnevict eval --ckpt GATES --out ROWS` measures them"
 
 # Metric of the Hub: (name of a row's value, its interval, what to call it).
 METRICS = {
@@ -48,28 +53,54 @@ def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
         odd = [name for name in FIGURES if not isinstance(row.get(name), (int, float, type(None)))]
         if odd:
             raise DataError(f"{odd[0]} of a row of {row['method']} is no number: {row[odd[0]]!r}")
-        names = ("method", "family", "budget", "budget_share", "model", "split", "length", "rules")
+        names = ("method", "gates", "budget_share", *CELL)
         cell = cells.setdefault(json.dumps([row.get(name) for name in names], sort_keys=True), dict(row))
         cell.update({name: value for name, value in row.items() if cell.get(name) is None})
     return list(cells.values())
 
 
-def results(rows: Sequence[Row], method: str) -> list[EvalResult]:
-    """The model index: every metric of every cell of the method."""
+def of_gates(rows: Sequence[Row], method: str, gates: str) -> list[Row]:
+    """Those rows that were measured with certain gates: names do not tell, for several gates may share a method.
+
+    Args:
+        rows: of an evaluation.
+        method: of the gates.
+        gates: their `weight_hash`, as rows carry it.
+
+    Raises:
+        UsageError: there are rows but none of these gates, or some do not say of which gates they are.
+    """
+    silent = [row for row in rows if method in (row["method"], row.get("gates_of")) and not row.get("gates")]
+    if silent:
+        raise UsageError(
+            f"rows of {silent[0]['method']} do not say which {method} gates they are of, as those of older versions; {MEASURE} "
+            "again"
+        )
+    found = [row for row in rows if row.get("gates") == gates]
+    if rows and not found:
+        others = {f"{row['method']} {str(row.get('gates') or '')[:8]}".rstrip() for row in rows}
+        raise UsageError(
+            f"the rows are of {', '.join(sorted(others))}, none of these gates ({method} {gates[:8]}); {MEASURE}"
+        )
+    return found
+
+
+def results(mine: Sequence[Row]) -> list[EvalResult]:
+    """The model index: every metric of every cell."""
     found: list[EvalResult] = []
-    for row in rows:
+    for row in mine:
         for kind, (name, bounds, title) in METRICS.items():
-            if row["method"] != method or row.get(name) is None:
+            if row.get(name) is None:
                 continue
             details = {"budget": row["budget"], "samples": row.get("samples")}
             details |= {"budget_share": row.get("budget_share"), **{bound: row.get(bound) for bound in bounds}}
-            family = Path(str(row["family"])).name
+            texts = family(row)
             found.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type="text" if kind == "perplexity" else "learnevict-testbed",
-                    dataset_name=family if kind == "perplexity" else f"learnevict testbed, {family}",
-                    dataset_config=family,
+                    dataset_name=texts if kind == "perplexity" else f"learnevict testbed, {texts}",
+                    dataset_config=Path(str(row["family"])).name,
                     dataset_split=row.get("split"),
                     metric_type=kind,
                     metric_name=f"{title} at {budget(row)}",
@@ -80,9 +111,8 @@ def results(rows: Sequence[Row], method: str) -> list[EvalResult]:
     return found
 
 
-def tables(rows: Sequence[Row], method: str) -> list[str]:
-    """Markdown tables of the method's cells, with what other methods reached in the same cells."""
-    mine = [row for row in rows if row["method"] == method]
+def tables(mine: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """Markdown tables of the gates' cells, with what other methods reached in the same cells."""
     tasks = [row for row in mine if row.get("perplexity") is None]
     texts = [row for row in mine if row.get("perplexity") is not None]
     made = [task_table(tasks, rows)] if tasks else []
@@ -100,13 +130,13 @@ def task_table(mine: Sequence[Row], rows: Sequence[Row]) -> str:
         "|" + "---|" * len(HEADER),
     ]
     for row in mine:
-        others = [other for other in rows if _same_cell(other, row)]
+        others = [other for other in rows if _same(other, row, CELL)]
         heuristics = [other for other in others if other.get("kind") == "heuristic" and _score(other) is not None]
         best = max(heuristics, key=lambda other: _score(other) or 0.0, default=None)
-        full = next((o for o in rows if o["method"] == "full" and o["family"] == row["family"]), None)
+        full = next((other for other in rows if other["method"] == "full" and _same(other, row, TEXTS)), None)
         golden = next((other for other in others if other["method"] == "golden"), None)
         cells = [
-            Path(str(row["family"])).name, budget(row), value(row, "accuracy"), value(row, "exact_match"), _shown(full),
+            family(row), budget(row), value(row, "accuracy"), value(row, "exact_match"), _shown(full),
             NONE if best is None else f"{best['method']} {_shown(best)}", _shown(golden), _bytes(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -118,12 +148,7 @@ def text_table(mine: Sequence[Row]) -> str:
     lines = ["| text | tokens | budget | perplexity | ratio to the full cache |", "|---|---|---|---|---|"]
     for row in mine:
         ratio = row.get("perplexity_ratio")
-        cells = [
-            Path(str(row["family"])).name,
-            str(row.get("num_tokens") or NONE),
-            budget(row),
-            f"{row['perplexity']:.3f}",
-        ]
+        cells = [family(row), str(row.get("num_tokens") or NONE), budget(row), f"{row['perplexity']:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {NONE if ratio is None else f'{ratio:.3f}'} |")
     return "\n".join(lines)
 
@@ -138,6 +163,12 @@ def terms(rows: Sequence[Row]) -> str:
     parts += [" and ".join(splits)] if splits else []
     parts += [f"{' or '.join(map(str, samples))} samples a cell"] if samples else []
     return "; ".join([", ".join(parts), *rules]) + "."
+
+
+def family(row: Row) -> str:
+    """A row's family or text for people, with the length of its texts where that is not the usual one."""
+    unusual = row.get("length") not in (None, "normal")
+    return one_line(Path(str(row["family"])).name) + (f", {one_line(row['length'])}" if unusual else "")
 
 
 def budget(row: Row) -> str:
@@ -158,8 +189,8 @@ def value(row: Row, kind: str) -> str:
     return f"{row[name]:.3f}{interval}"
 
 
-def _same_cell(other: Row, row: Row) -> bool:
-    return all(other.get(name) == row.get(name) for name in ("family", "budget", "split", "length", "rules"))
+def _same(other: Row, row: Row, names: Sequence[str]) -> bool:
+    return all(other.get(name) == row.get(name) for name in names)
 
 
 def _score(row: Row) -> float | None:
@@ -185,9 +216,7 @@ def _rules(rules: Mapping[str, Any]) -> str:
 def shown(value: object) -> str:
     """A value on one line of a table; of a path only its last part, since the rest is the machine's."""
     text = one_line(value)
-    if re.search(r"[/\\]", text) and not HUB_ID.fullmatch(text):
-        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
-    return text
+    return last_part(text) if re.search(r"[/\\]", text) and not HUB_ID.fullmatch(text) else text
 
 
 def one_line(value: object) -> str:

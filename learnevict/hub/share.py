@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from learnevict.errors import DataError, GateError, HubError, UsageError
 from learnevict.hub.card import MARK, make_card
 from learnevict.hub.fetch import CARD, CONFIG, FILES, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
+from learnevict.hub.places import without_folders
 from learnevict.hub.reach import COMMIT, PATIENCE, Address, asking, insist
 
 MAIN = "main"
@@ -54,33 +56,32 @@ def push_folder(
     """Share a folder of gates as one commit: config.json, model.safetensors, run.json if there is one, and a card.
 
     A push that broke off is repeated by the same call: large files that have arrived are not sent twice, a commit that
-    was made is not made again, and until it is made nothing of it can be seen.
+    was made is not made again, and until it is made nothing of it can be seen. Absolute paths in the config and the record
+    are sent without their folders.
 
     Args:
         folder: gates, or the name of those that ship with the package; only read.
-        repo_id: "user/repo", or "repo" of the token's owner; made if it does not exist.
+        repo_id: "user/repo", or "repo" of the token's owner, and "@branch" after it; made if it does not exist.
         private: who may see a repository that has to be made.
-        revision: branch; made from the default one if it does not exist.
+        revision: branch, if it does not stand in `repo_id`; made from the default one if it does not exist.
         message: of the commit.
         rows: of an evaluation, for the card; a README.md that somebody wrote goes up instead of a card.
         token: of the account; else the one that is logged in.
 
     Raises:
         GateError: the folder does not hold gates, or files too large for them.
+        DataError: a config or record that is no JSON.
         HubError: not logged in, no access, no network.
-        UsageError: no Hub id, rows of other methods, a public repository that should be private.
+        UsageError: no Hub id, two branches, a commit for a branch, rows of other gates, a public repository that should be
+            private.
     """
     place = _folder(folder)
     gates = Gates.load(place)
-    if revision is not None and COMMIT.fullmatch(revision):
-        raise UsageError(f"revision {revision!r} is a commit, and commits cannot change; give a branch")
     api = HfApi(token=token)
     where, info = _look_at(api, repo_id, revision, private=private)
     license = info.card_data.to_dict().get("license") if info is not None and info.card_data else None
-    card = _card(place, gates, where, rows or (), license)
-    sent: dict[str, str | bytes] = {name: str(place / name) for name in FILES if (place / name).is_file()}
-    sent[CARD] = card.encode()
-    branch = revision or MAIN
+    sent = _content(place, _card(place, gates, where, rows or (), license))
+    branch = where.revision or MAIN
     with asking(where, to_write=True):
         if info is None:
             insist(api.create_repo, where.repo_id, private=private or None, exist_ok=True)
@@ -100,25 +101,23 @@ def open_repository(repo_id: str, *, private: bool = False, token: str | None = 
     """Make a repository if it does not exist; found out before the work whether it may be written to.
 
     Returns:
-        "user/repo".
+        "user/repo", with "@branch" if that was given.
 
     Raises:
         HubError: not logged in, no access, no network.
-        UsageError: no Hub id, or a public repository that should be private.
+        UsageError: no Hub id, a commit for a branch, or a public repository that should be private.
     """
     api = HfApi(token=token)
     where, info = _look_at(api, repo_id, None, private=private)
     if info is None:
         with asking(where, to_write=True):
             insist(api.create_repo, where.repo_id, private=private or None, exist_ok=True)
-    return where.repo_id
+    return str(where)
 
 
 def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -> tuple[Address, Any]:
     """The full address, and what the Hub knows of the repository; None if there is none that this token may see."""
-    if api.token is None and get_token() is None:
-        raise HubError("nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN to a token that may write")
-    where = Address(_full_id(api, repo_id), revision)
+    where = _full_address(api, repo_id, revision)
     with asking(where, to_write=True):
         try:
             info: Any = insist(api.model_info, where.repo_id, timeout=PATIENCE)
@@ -171,16 +170,27 @@ def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any
         GateError: the folder does not hold gates.
     """
     place = Path(folder)
-    text = _card(place, Gates.load(place), Address(repo_id), rows, None)
+    text = _card(place, Gates.load(place), Address.parse(repo_id), rows, None)
     (place / CARD).write_text(text, encoding="utf-8")
 
 
-def _full_id(api: HfApi, repo_id: str) -> str:
-    """user/repo, also where only the repository was named."""
-    if "/" in repo_id:
-        return Address.parse(repo_id).repo_id
-    with asking(Address.parse(f"owner/{repo_id}"), to_write=True):
-        return f"{api.whoami()['name']}/{repo_id}"
+def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
+    """Where to write to: user/repo, also where only the repository was named, and its branch.
+
+    Raises:
+        UsageError: no Hub id, two branches that differ, or a commit.
+        HubError: nobody is logged in, or the Hub does not say who.
+    """
+    ownerless = "/" not in repo_id.partition("@")[0]
+    where = Address.parse(f"owner/{repo_id}" if ownerless else repo_id, revision)
+    if where.revision is not None and COMMIT.fullmatch(where.revision):
+        raise UsageError(f"revision {where.revision!r} is a commit, and commits cannot change; give a branch")
+    if api.token is None and get_token() is None:
+        raise HubError("nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN to a token that may write")
+    if not ownerless:
+        return where
+    with asking(where, to_write=True):
+        return replace(where, repo_id=f"{api.whoami()['name']}/{where.repo_id.partition('/')[2]}")
 
 
 def _folder(source: str | Path) -> Path:
@@ -205,6 +215,27 @@ def _folder(source: str | Path) -> Path:
     return place
 
 
+def _content(place: Path, card: str) -> dict[str, str | bytes]:
+    """What is sent, by name: a file's path, or bytes."""
+    texts = {name: _shareable(place / name) for name in (CONFIG, RUN) if (place / name).is_file()}
+    return {**texts, WEIGHTS: str(place / WEIGHTS), CARD: card.encode()}
+
+
+def _shareable(path: Path) -> bytes:
+    """A file of JSON without the folders of this machine; byte by byte as it is, if it names none.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    try:
+        written = path.read_bytes()
+        content = json.loads(written)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {str(path)!r} as JSON: {error}; write it anew, or remove it") from error
+    shared = without_folders(content)
+    return written if shared == content else (json.dumps(shared, indent=2) + "\n").encode()
+
+
 def _card(place: Path, gates: Gates, where: Address, rows: Sequence[Mapping[str, Any]], license: str | None) -> str:
     """A README.md that somebody wrote, or a fresh card."""
     written = place / CARD
@@ -218,5 +249,4 @@ def _card(place: Path, gates: Gates, where: Address, rows: Sequence[Mapping[str,
                 f"{str(written)!r} is a text of your own, so the rows have no place; remove it, or drop them"
             )
         return text
-    config: Any = gates.config
-    return make_card(config, gates.num_parameters(), where, rows, license)
+    return make_card(gates, where, rows, license)

@@ -1,16 +1,18 @@
 """Every method, one paper a file. The command line, the README's table, the test matrix and the docs derive from METHODS.
 
 A method module has `PAPER`, `policy(budget, ...)`, and if it is learned a final `Gate`. An import path such as
-`my_package.my_method` is accepted wherever a name is: that is the whole plugin system.
+`my_package.my_method` is accepted wherever a name is: that is the whole plugin system. Who gives the name decides what is
+imported: a user's is (`load`), a file's is not (`known`).
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-from learnevict.errors import UsageError
+from learnevict.errors import GateError, UsageError
 
 METHODS: tuple[str, ...] = (
     "full",
@@ -52,7 +54,7 @@ class Paper:
 
 
 def load(name: str) -> ModuleType:
-    """A method module by name or import path.
+    """A method module by name or import path, as a user gives it: it is imported.
 
     Raises:
         UsageError: no such method, or the module lacks PAPER or policy.
@@ -66,6 +68,30 @@ def load(name: str) -> ModuleType:
         raise UsageError(
             f"there is no method {name!r}; known: {', '.join(METHODS)}; or give the import path of your own module"
         ) from error
+    return _checked(module, path)
+
+
+def known(name: str) -> ModuleType:
+    """A method module by a name that gates give: one of METHODS, or one that the caller has named or imported himself.
+
+    Gates come from other people. Were theirs imported, a config.json could run any module that lies about.
+
+    Raises:
+        GateError: neither.
+        UsageError: the module lacks PAPER or policy.
+    """
+    if name in METHODS:
+        return load(name)
+    module = sys.modules.get(name)
+    if module is None:
+        raise GateError(
+            f"these gates are of {name!r}, which is no method of learnevict, and no module is imported because gates name it; "
+            f"if you trust it, name it yourself (--method {name}; in Python: import {name})"
+        )
+    return _checked(module, name)
+
+
+def _checked(module: ModuleType, path: str) -> ModuleType:
     missing = [part for part in ("PAPER", "policy") if part not in vars(module)]
     if missing:
         raise UsageError(

@@ -4,7 +4,8 @@
         ...                                  # status "running" is on the disk: a killed run is seen to be one
         record.add(log=trainer.state.log_history)
 
-It holds nothing about the machine's owner: no host, no user, no folder that was not given.
+It holds nothing about the machine's owner: no host, no user, no folder that was not given. What results carry away (`origin`)
+names files without their folders, as does a record that is shared (learnevict.hub).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from learnevict import __version__
 from learnevict.errors import DataError
+from learnevict.hub.places import without_folders
 
 FILE = "run.json"
 PACKAGES = (
@@ -82,9 +84,12 @@ class Record:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the results themselves should carry: what made them, but not when, where or how far it came."""
+        """What the results themselves should carry: what made them, but not when, where or how far it came.
+
+        Absolute paths are reduced to their last part: results get around.
+        """
         passing = ("status", "started", "ended", "seconds", "platform", "sessions", "log", "error")
-        return {name: fact for name, fact in self.content.items() if name not in passing}
+        return without_folders({name: fact for name, fact in self.content.items() if name not in passing})
 
     def add(self, **facts: Any) -> None:
         """Add facts, and write them down if the run has begun."""

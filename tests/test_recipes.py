@@ -1,0 +1,161 @@
+"""Recipes are programs that people start: the commands that pages and docstrings show, their flags, what they refuse."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learnevict.errors import UsageError
+from learnevict.evals import tuning
+from learnevict.evals.ablations import check_same
+
+# TRL and what it brings: a flag has a new name that the oldest transformers does not know, rollouts are experimental.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:You are using 'rollout_func'"
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+HEAVY = {"ablate", "demo", "distill", "grpo"}
+"""These import trainers, which takes seconds."""
+PARAMETERS = [pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY)) for name in RECIPES]
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Words of the command lines in the indented blocks of a text, continuation lines joined."""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    starts = re.compile(r" {4}(?=(?:python|accelerate|torchrun|scripts/\w+) ?)")
+    return [shlex.split(line, comments=True) for line in lines if starts.match(line)]
+
+
+def shown() -> list[tuple[str, list[str]]]:
+    """Every command shown in a recipe's docstring or in docs/scale.md: where, and its words."""
+    pages = {
+        f"recipes/{name}.py": ast.get_docstring(ast.parse((ROOT / "recipes" / f"{name}.py").read_text()))
+        for name in RECIPES
+    }
+    pages["docs/scale.md"] = (ROOT / "docs" / "scale.md").read_text()
+    return [(page, words) for page, text in pages.items() for words in commands_of(text or "")]
+
+
+def flags_for(recipe: str) -> list[list[str]]:
+    """What is given to a recipe, wherever it is shown."""
+    path = f"recipes/{recipe}.py"
+    given = [words[words.index(path) + 1 :] for _, words in shown() if path in words]
+    return [[word for word in words if word != "--help"] for words in given]
+
+
+@functools.cache
+def imported(name: str) -> Any:
+    return importlib.import_module(f"recipes.{name}")
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """Reads a recipe's flags as it does itself; nothing is run."""
+    (tmp_path / "config.yaml").write_text("max_steps: 10\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+
+    def read(name: str, words: list[str]) -> Any:
+        recipe = imported(name)
+        if name in ("distill", "grpo"):
+            return recipe.parse(words)
+        if name == "oracle":
+            return recipe.HfArgumentParser(recipe.Config).parse_args_into_dataclasses(words)[0]
+        monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *words])
+        return recipe.parse()
+
+    return read
+
+
+def test_shown_commands_name_files_that_exist():
+    found = shown()
+    assert {page for page, _ in found} == {f"recipes/{name}.py" for name in RECIPES} | {"docs/scale.md"}
+    for page, words in found:
+        for word in words:
+            if re.match(r"(?:scripts|recipes|benchmarks)/", word):
+                assert (ROOT / word).exists(), f"{page} names {word}"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shown_commands_are_understood(name, parsed):
+    commands = flags_for(name)
+    assert commands, f"recipes/{name}.py shows no command"
+    for words in commands:
+        if name == "demo":
+            assert not words, "its flags are read where it runs: show none, or give it a parse()"
+            continue
+        config = parsed(name, words)
+        if name == "compare_labels":
+            names = [one.strip() for one in config.variants.split(";") if one.strip()]
+            assert set(names) <= set(imported(name).VARIANTS), words
+
+
+# --- evaluate ---
+
+
+def test_smoke_fills_in_what_was_not_said(parsed):
+    config = parsed("evaluate", ["--smoke"])
+    assert (config.families, config.samples, config.out) == ("recall", 4, "runs/evaluate-smoke")
+    config = parsed("evaluate", ["--smoke", "--families", "program", "--samples", "200", "--out", "docs/results"])
+    assert (config.families, config.samples, config.out, config.tuning_samples) == ("program", 200, "docs/results", 4)
+    assert parsed("evaluate", ["--tuning_samples", "3", "--batch-size", "2"]).tuning_samples == 3
+    assert parsed("evaluate", []) == imported("evaluate").Config()
+    assert parsed("compare_labels", ["--smoke", "--shares", "1/4"]).shares == "1/4"
+    with pytest.raises(SystemExit):
+        parsed("evaluate", ["--stage", "nope"])
+
+
+def test_only_the_usual_place_feeds_the_package(parsed, tmp_path):
+    evaluate = imported("evaluate")
+    assert evaluate.tuned_path(parsed("evaluate", [])) == tuning.TUNED
+    assert evaluate.tuned_path(parsed("evaluate", ["--out", "docs/results/"])) == tuning.TUNED
+    assert evaluate.tuned_path(parsed("evaluate", ["--out", str(tmp_path)])) == tmp_path / "tuned.json"
+    smoke = parsed("evaluate", ["--out", "docs/results", "--smoke"])
+    assert evaluate.tuned_path(smoke) == Path("docs/results/tuned.json")
+
+
+# --- ablate ---
+
+
+def variant(name: str, **changes: Any) -> dict[str, Any]:
+    common = {"settings": {"kl": 0.0}, "steps": 60, "rows": 32, "samples": 60, "start": "a"}
+    return {"name": name, **common, **changes}
+
+
+@pytest.mark.parametrize(
+    ("done", "words"),
+    [
+        (variant("one", steps=10), "'one' with other steps"),
+        (variant("not asked for now", steps=10), "other steps"),
+        (variant("one", rows=8, start="b"), "other rows and start"),
+        (variant("start", steps=0, settings={"kl": 0.1}), "other settings"),
+    ],
+)
+def test_variants_of_one_table_differ_in_one_thing(done, words):
+    wanted = [variant("start", steps=0), variant("one"), variant("two", settings={"kl": 0.1})]
+    check_same([variant("start", steps=0), variant("one"), variant("three")], wanted, Path("a.json"))
+    with pytest.raises(UsageError, match=f"a.json holds .*{words} .*choose another --out"):
+        check_same([done], wanted, Path("a.json"))
+
+
+@pytest.mark.slow
+def test_an_ablation_goes_on_and_refuses_other_terms(parsed, tmp_path):
+    words = ["--smoke", "--out", str(tmp_path / "a.json")]
+    ablate = imported("ablate")
+    ablate.main(parsed("ablate", words))
+    before = (tmp_path / "a.json").read_text()
+    ablate.main(parsed("ablate", words))
+    assert (tmp_path / "a.json").read_text() == before and before.count('"name"') == 2
+    with pytest.raises(UsageError, match="other rows"):
+        ablate.main(parsed("ablate", [*words, "--rows", "16"]))
