@@ -5,11 +5,13 @@
     python recipes/distill.py config.yaml --max_steps 100                    # flags from a file, others after it
     accelerate launch recipes/distill.py --labels runs/labels --output_dir runs/foresightkv
     python recipes/distill.py --model Qwen/Qwen3-0.6B --data user/chats --streaming --packed --max_length 2048
+    python recipes/distill.py --method judge_q --own_answers true --output_dir runs/judge_q
 
 A method's gate says in which mode it learns (learnevict.train.modes): "replay" ranks the states of teacher-forced runs under
 eviction, "stream" regresses on the oracle's numbers layer by layer, "soft" weighs attention and learns through the model,
 "probe" learns tokens that ask. Departures from each paper are told in its method's file; where a paper keeps a second copy of
-the model, or labels on a disk, one frozen copy makes them on the way (--labels takes those of recipes/oracle.py).
+the model, or labels on a disk, one frozen copy makes them on the way (--labels takes those of recipes/oracle.py). With
+--own_answers gates learn from what the model itself says to the prompts, written before training begins and again on resuming.
 With --eval_steps the gates are judged against the oracle on texts nobody trains on; the best checkpoint is what comes out.
 Resume with --resume_from_checkpoint true: the run ends as if nothing had happened. --dry-run says what a run would take.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import set_seed
 
@@ -31,7 +34,8 @@ from learnevict.train.flags import parse as parse_flags
 from learnevict.train.launch import find_tools, launch_defaults
 from learnevict.train.planning import plan_distilling
 from learnevict.train.record import Record, changed
-from learnevict.train.running import hash_data, make_gates, read_data, resume_point, settle
+from learnevict.train.resuming import go_on, resume_point
+from learnevict.train.running import hash_data, make_gates, read_data, settle
 from learnevict.train.validation import BEST, Patience, Validation
 
 
@@ -53,6 +57,9 @@ class Config:
         max_length: tokens of a document at most; exactly, if packed.
         packed: join texts and cut them into pieces of max_length.
         streaming: read as needed, without end; the position is part of a checkpoint.
+        own_answers: the model writes the answer to every prompt itself, greedily and with a full cache,
+            per_device_eval_batch_size of them at a time, in place of the given ones; a prompt may be all there is.
+        answer_tokens: of its own answers at most; 0: as many as the longest given one.
         period: tokens between events; the testbed's texts have 350.
         sinks: first tokens that stay.
         recent: last tokens that stay.
@@ -78,6 +85,8 @@ class Config:
     max_length: int = 4096
     packed: bool = False
     streaming: bool = False
+    own_answers: bool = False
+    answer_tokens: int = 0
     period: int = 16
     sinks: int = 4
     recent: int = 8
@@ -127,17 +136,20 @@ def main(flags: Flags) -> None:
     facts = {
         "base_hash": weight_hash(base), "data_hash": hash_data(documents), "eval_data_hash": hash_data(held_out or None)
     }  # fmt: skip
-    checkpoint = resume_point(training, facts, fresh_over_old=config.smoke)
     terms = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
+    settings: Any = {
+        "config": vars(config),
+        "mode": {"name": course.mode.name, **vars(flags.mode)},
+        "gate": flags.settings,
+        "training": changed(training),
+    }
+    checkpoint = resume_point(training, settings, facts, smoke=config.smoke)
     record = Record(
         training.output_dir,
         "distill",
-        vars(config),
+        **settings,
         goes_on=checkpoint is not None,
         writes=training.process_index == 0,
-        mode={"name": course.mode.name, **vars(flags.mode)},
-        gate=flags.settings,
-        training=changed(training),
         max_steps=training.max_steps,
         seeds={"seed": training.seed, "data_seed": training.data_seed},
         **facts,
@@ -154,14 +166,16 @@ def main(flags: Flags) -> None:
             callbacks=[Patience(config.patience)] if config.patience else [],
             **{course.mode.argument: flags.mode},
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(training.output_dir)
+        go_on(trainer, checkpoint)
+        trainer.save_model(
+            training.output_dir, _internal_call=True
+        )  # what is sent is sent at the end, with a whole record
         best = {"step": trainer.state.best_global_step, BEST: trainer.state.best_metric} if held_out else None
         record.add(log=trainer.state.log_history, best=best, steps=trainer.state.global_step)
         if config.streaming:
             record.add(data_hash=documents.digest)
     if training.push_to_hub:
-        trainer.push_to_hub()  # once more: the record is finished now
+        trainer.push_to_hub()
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         print(f"gates in {training.output_dir}")

@@ -1,7 +1,9 @@
 """Refine a judge by GRPO over its own evictions (reinforcement stage of ForesightKV, arXiv 2602.03203).
 
     python recipes/grpo.py --start_from runs/foresightkv --output_dir runs/refined
+    python recipes/grpo.py --share_spread 0.3 --output_dir runs/shares        # layers learn to share the budget
     python recipes/grpo.py --scope model --output_dir runs/together           # slots of all heads and layers compete
+    python recipes/grpo.py config.yaml --max_steps 100                        # flags from a file, others after it
     accelerate launch recipes/grpo.py --start_from runs/foresightkv --output_dir runs/refined
 
 A text is read G times under sampled evictions, and what a trace adds to the language model's loss, at tokens that the full
@@ -10,6 +12,11 @@ Departures from the paper: the log-probability is that of the sampling law (Plac
 drawn anew for every step; the cost of a token is capped; and credit is given draw by draw, by the attention that the full
 cache pays from the costly tokens to the evicted ones, where the paper gives one number to all draws of a trace
 (--credit trace; --credit to_go counts what comes after an event). Resume with --resume_from_checkpoint true.
+
+The gates that ship as testbed-foresightkv were made by (half an hour on a core):
+
+    python recipes/grpo.py --share_spread 0.3 --min_budget 22 --max_budget 96 --max_steps 400 \
+        --families program,ledger,program,recall,program,procedure,program,dialogue
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from trl import GRPOConfig
 
 from learnevict.errors import LearnevictWarning, UsageError, told_in_one_line
@@ -31,11 +38,12 @@ from learnevict.testbed import generate, verify
 from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.train.data import long_enough
 from learnevict.train.estimate import estimate, report
+from learnevict.train.flags import parse_parts
 from learnevict.train.labels import Document, hash_documents
 from learnevict.train.launch import check_launch, find_tools, launch_defaults
 from learnevict.train.planning import plan_refining
 from learnevict.train.record import Record, changed
-from learnevict.train.running import resume_point
+from learnevict.train.resuming import go_on, resume_point, smoke_folder
 from learnevict.train.sources import Source
 from learnevict.train.validation import Validation
 
@@ -96,6 +104,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
     if config.smoke:
         config.documents, config.eval_documents = 8, 2
         training.max_steps, training.save_steps, training.logging_steps = 2, 2, 1
+        smoke_folder(training, str(DEFAULTS["output_dir"]))
     check_launch(training)
     if training.do_eval and config.eval_documents < 1:
         raise UsageError("an evaluation needs --eval_documents of at least 1")
@@ -112,17 +121,16 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
     documents, held_out = read_for_learning(source, tokenizer, config.documents, held, families_of(config.families))
     documents = suitable(documents, refine)
     facts = {"base_hash": weight_hash(base), "data_hash": hash_documents(documents)}
-    checkpoint = resume_point(training, facts, fresh_over_old=config.smoke)
     budgets = (str(refine.min_budget), str(refine.max_budget))
     terms = {"sinks": refine.sinks, "recent": refine.recent, "slack": refine.period}
+    settings: Any = {"config": vars(config), "refine": vars(refine), "training": changed(training)}
+    checkpoint = resume_point(training, settings, facts, smoke=config.smoke)
     record = Record(
         training.output_dir,
         "grpo",
-        vars(config),
+        **settings,
         goes_on=checkpoint is not None,
         writes=training.process_index == 0,
-        refine=refine,
-        training=changed(training),
         seeds={"seed": training.seed},
         **facts,
     )
@@ -138,8 +146,10 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
             train_dataset=Dataset.from_list([row_of(document) for document in documents]),
             processing_class=tokenizer,
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(training.output_dir)
+        go_on(trainer, checkpoint)
+        trainer.save_model(
+            training.output_dir, _internal_call=True
+        )  # what is sent is sent at the end, with a whole record
         record.add(log=trainer.state.log_history, steps=trainer.state.global_step)
     if training.push_to_hub:
         trainer.push_to_hub()
@@ -172,13 +182,10 @@ def marked(row: dict[str, Any], text: str) -> float:
 
 
 def parse(arguments: list[str]) -> tuple[Config, RefineConfig, GRPOConfig]:
-    """Flags over DEFAULTS."""
-    parser = HfArgumentParser((Config, RefineConfig, GRPOConfig), description=__doc__)  # pyright: ignore[reportArgumentType]
-    parser.set_defaults(**DEFAULTS, **launch_defaults())
-    try:
-        return parser.parse_args_into_dataclasses(arguments)[:3]
-    except ValueError as error:  # training arguments that contradict each other
-        raise UsageError(str(error)) from error
+    """Flags over a file over DEFAULTS."""
+    parts = {"what to refine, and on what": Config, "how": RefineConfig}
+    config, refine, training = parse_parts(arguments, parts, GRPOConfig, {**DEFAULTS, **launch_defaults()}, __doc__)
+    return config, refine, training
 
 
 if __name__ == "__main__":

@@ -145,12 +145,28 @@ def test_noise_is_for_training_only_and_seeded():
         assert (noisy.mT != gate.write(signals)["admission"].mT).any()
 
 
-def test_the_noise_is_logistic():
+@pytest.mark.parametrize("words", [None, torch.arange(2)])
+def test_the_noise_is_logistic(words):
     torch.manual_seed(0)
-    drawn = logistic(torch.empty(200_000))
+    place = torch.arange(20_000).expand(2, -1)
+    signals = replace(signals_of(zoo.build("llama")), query_position=place)
+    drawn = logistic(torch.empty(2, 5, 20_000), signals, words)
     assert float(drawn.mean()) == pytest.approx(0.0, abs=0.02)
     assert float(drawn.std()) == pytest.approx(math.pi / 3**0.5, rel=0.01)
     assert float((drawn < 1).float().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=5e-3)
+    assert torch.corrcoef(drawn.flatten(0, 1)).triu(1).abs().max() < 0.05, "heads or rows draw alike"
+
+
+def test_noise_is_the_tokens_own_whatever_the_batch():
+    """Another row beside it, or padding before it, changes nothing; another layer does."""
+    one = signals_of(zoo.build("llama"))
+    rows, place, logits, words = one.rows, one.query_position, torch.empty(2, 3, 30), torch.arange(2) + 40
+    drawn = logistic(logits, one, words)
+    moved = replace(one, rows=replace(rows, first=rows.first + 7), query_position=place + 7)
+    assert torch.equal(drawn, logistic(logits, moved, words))
+    alone = replace(one, rows=replace(rows, first=rows.first[1:]), query_position=place[1:])
+    assert torch.equal(drawn[1:], logistic(logits[1:], alone, words[1:]))
+    assert not torch.equal(drawn, logistic(logits, replace(one, layer=one.layer + 1), words))
 
 
 def test_only_wg_kv_is_clamped_and_only_in_training():

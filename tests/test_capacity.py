@@ -86,7 +86,7 @@ def test_the_hinge_by_brute_force(budget, together):
     assert (float(found) > 0) == (budget < LENGTH)
 
 
-def test_the_hinge_is_one_where_nothing_is_forgotten():
+def test_the_hinge_of_a_full_cache_is_the_share_of_tokens_beyond_the_budget():
     full = [torch.zeros(3, 2, LENGTH)]
     assert float(capacity.hinge(full, torch.ones(3, LENGTH, dtype=torch.bool), 0)) == pytest.approx(1.0)
     share = float(capacity.hinge(full, torch.ones(3, LENGTH, dtype=torch.bool), 20))

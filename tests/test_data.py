@@ -95,7 +95,8 @@ def test_a_prompt_is_everything_before_the_last_answer():
     assert found[prompt : prompt + 5] == ids(text(3))
     assert Encoder(TOKENIZER, 999, column="turns").encode({"turns": chat}, "here") == (found, prompt)
     asked, prompt = Encoder(TOKENIZER, 999).encode({"messages": chat[:1]}, "here")
-    assert prompt == len(asked)
+    assert asked == ids(TOKENIZER.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True))
+    assert prompt == len(asked), "it ends where the answer would begin"
     assert Encoder(TOKENIZER, 3).encode({"messages": chat}, "here") == (found[:3], 3)
 
 
@@ -108,6 +109,16 @@ def test_prompt_and_completion_columns():
     }
     chat = {"messages": [*turns["prompt"], *turns["completion"]]}
     assert Encoder(TOKENIZER, 999).encode(turns, "here") == Encoder(TOKENIZER, 999).encode(chat, "here")
+
+
+def test_a_prompt_may_be_all_there_is():
+    assert Encoder(TOKENIZER, 999).encode({"prompt": text(0)}, "here") == (ids(text(0)), 5)
+    turns = [{"role": role, "content": text(i)} for i, role in enumerate(("user", "assistant", "user"))]
+    wanted = ids(TOKENIZER.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    assert Encoder(TOKENIZER, 999).encode({"prompt": turns}, "here") == (wanted, len(wanted))
+    assert Encoder(TOKENIZER, 999, column="body").encode({"prompt": "a", "body": text(0)}, "here") == (ids(text(0)), 0)
+    with pytest.raises(DataError, match="has no text"):
+        Encoder(TOKENIZER, 999).encode({"prompt": turns, "completion": text(0)}, "here")
 
 
 def test_a_row_without_text_names_its_columns():

@@ -19,11 +19,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learnevict import methods, testbed
+from learnevict import attach, methods, testbed
 from learnevict.errors import DataError, GateError, LabelError, UsageError
 from learnevict.hub import Gates
+from learnevict.oracle import golden_labels
+from learnevict.policy import Guard, Schedule
 from learnevict.train.modes import MODES, course
 from learnevict.train.record import read_record
+from learnevict.train.states import record_states
 from learnevict.train.trainer import last_checkpoint
 from learnevict.train.validation import BEST, Patience
 
@@ -292,6 +295,53 @@ def test_gates_are_trained_further(tmp_path, distill, flags):
         distill.main(distill.parse([*shorter, *more, "--hidden", "4"]))
     with pytest.raises(UsageError, match="holds gates of foresightkv; give --method foresightkv"):
         distill.main(distill.parse([*shorter, *more, "--method", TAUGHT["stream"]]))
+
+
+def judge_with_shares(base: Path, level: list[float]) -> Gates:
+    """A judge for whose two layers refinement has found shares."""
+    model = Qwen3ForCausalLM.from_pretrained(base)
+    gates = Gates.make("foresightkv", model, hidden=8, period=8, demand=[2, 1, 29])
+    with torch.no_grad():
+        gates.gate.demand.level.copy_(torch.tensor(level))
+        gates.gate.weight_out.normal_()
+        gates.gate.calibrated.fill_(1)
+    return gates
+
+
+def test_states_are_those_of_the_shares_that_a_judge_has_learned(base):
+    """Layers then differ in when they evict and in what they hold; they do as in inference."""
+    gates, model = judge_with_shares(base, [0.1, -0.1]), Qwen3ForCausalLM.from_pretrained(base).eval()
+    ids, guard = torch.randint(5, 200, (2, 76)), Guard(2, 4)
+    mask = torch.ones_like(ids)
+    mask[0, :12] = 0
+    labels, _ = golden_labels(model, ids, mask, block=8)
+    states = record_states(
+        model, gates.gate, labels, ids, mask, budget=24, schedule=Schedule(8), guard=guard, own=torch.tensor([True] * 2)
+    )
+    policy = gates.policy(24, sinks=2, recent=4)
+    shares = [policy.allocator.layer_budget(24, layer, 2, policy.floor) for layer in range(2)]
+    assert sum(shares) == 48 and shares[0] - shares[1] > 10
+    for layer, share in enumerate(shares):
+        row, seen = torch.cat(states[layer].moments).unbind(-1)
+        assert [int(seen[row == one].min()) for one in range(2)] == [share - share % 8 + 8] * 2
+        assert int(states[layer].stacked()[2].sum(-1).max()) == share + 8 - guard.reserved(8)
+    with attach(model, policy) as cache, torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        assert [int((cache.positions(layer) >= 0).sum(-1).max()) for layer in range(2)] == [
+            share + 4 for share in shares
+        ]
+
+
+@pytest.mark.parametrize("level", [[0.1, -0.1], [1.0, -1.0]], ids=["both evict", "one layer never evicts"])
+def test_a_judge_with_shares_is_trained_further(level, tmp_path, distill, base, flags):
+    judge_with_shares(base, level).save_pretrained(tmp_path / "first")
+    more = ["--start_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "second"), "--max_steps", "2"]
+    distill.main(distill.parse([*flags, "--budgets", "40", "40", "--weight_decay", "0", *more]))
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert torch.equal(first["gate.demand.level"], second["gate.demand.level"])
+    moved = (first["gate.weight_mid"] != second["gate.weight_mid"]).flatten(1).any(-1).tolist()
+    assert moved == [level[0] < 1, True]
+    assert Gates.load(tmp_path / "second").policy(24).allocator == Gates.load(tmp_path / "first").policy(24).allocator
 
 
 def test_patience_reads_the_log():

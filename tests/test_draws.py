@@ -51,6 +51,16 @@ def test_budgets_are_drawn_evenly_on_a_logarithmic_scale():
     assert Draws.of(hashed(1), torch.arange(1)).budget((48, 48)) == 48
 
 
+def test_one_row_of_the_marked_ones_is_drawn_evenly():
+    values, marked = torch.tensor([-50, 7, 2**31 - 1, -(2**31)]), torch.tensor([True, False, True, True])
+    draws = Draws.of(hashed(7), torch.arange(4))
+    found = [draws.one_of(values, marked, number) for number in range(600)]
+    assert set(found) == set(values[marked].tolist())
+    assert min(map(found.count, set(found))) > 150
+    assert draws.one_of(values, marked, 3) == draws.one_of(values, marked, 3)
+    assert draws.one_of(values, marked & False) is None
+
+
 def test_draws_come_from_the_global_generator_if_from_nowhere_else():
     torch.manual_seed(3)
     first = Draws.anew(4)

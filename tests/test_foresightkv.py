@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +14,10 @@ from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub import Gates, layout_of
 from learnevict.infer.prefill import prefill
 from learnevict.infer.replay import replay
+from learnevict.infer.soft import Sequence
 from learnevict.methods.foresightkv import DECAY, NEEDED, RECENT, ForesightGate
 from learnevict.policy import Guard, Schedule
+from learnevict.signals import Attention, Rows, Signals
 from learnevict.train.ranker import joined
 from learnevict.train.states import record_states
 
@@ -168,38 +169,66 @@ def test_recent_window_features_slice_the_query_axis():
 
 
 def test_accumulators_do_not_share_storage():
-    """Regression 2: decayed and undecayed sums are different numbers in different memory."""
+    """Regression 2: after two events, decayed and undecayed sums are those of both, each by its own formula."""
     model, ids = tiny(), torch.randint(0, 64, (1, 40))
-    policy = methods.foresightkv.policy(BUDGET, gate=judge_for(model), slack=PERIOD)
-    with torch.no_grad(), attach(model, policy) as cache:
-        model(ids, past_key_values=cache)
-        columns = cache.layers[0].store.ledger.columns
-    assert columns["paid"].data_ptr() != columns["decayed"].data_ptr()
-    assert not torch.allclose(columns["paid"], columns["decayed"])
+    gate = judge_for(model)
+    events = []
+    original = gate.refresh
+
+    def refresh(signals):
+        notes = original(signals)
+        assert notes["paid"].data_ptr() != notes["decayed"].data_ptr()
+        if signals.layer == 0:
+            events.append((signals.memo["paid_mean"], {name: note.clone() for name, note in notes.items()}))
+        return notes
+
+    gate.refresh = refresh  # type: ignore[method-assign]
+    run(model, gate, ids)
+    (first, _), (second, notes) = events[:2]  # nothing is evicted before 24 tokens, so slots stay where they are
+    first = torch.nn.functional.pad(first, (0, 0, 0, second.shape[2] - first.shape[2]))
+    left = DECAY ** (PERIOD / 16)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(notes["paid"], PERIOD * first + PERIOD * second)
+    torch.testing.assert_close(notes["decayed"], left * (1 - left) * first + (1 - left) * second)
 
 
 def test_notes_under_steady_attention_do_not_depend_on_the_period():
-    """Regression 4: training and inference may hold events at different distances."""
-    model, ids = tiny(), torch.randint(0, 64, (1, 40))
-    gate = judge_for(model)
-    shown = []
-    original = gate.refresh
-    gate.refresh = lambda signals: shown.append(signals) or original(signals)  # type: ignore[method-assign]
-    run(model, gate, ids)
-    one = shown[0]
-    mean, top = (torch.rand(one.ledger["paid"].shape) * 0.03 for _ in range(2))
-    memo = {"paid_mean": mean, "paid_top": top, **{f"paid_{span}": mean for span in RECENT}}
-    found = {}
+    """Regression 4: training and inference may hold events at different distances; queries that all look alike tell it."""
+    gate, num, tokens = judge_for(tiny()), 12, 64
+    generator = torch.Generator().manual_seed(1)
+    key = torch.randn(1, 2, num, 8, generator=generator)
+    query = torch.randn(1, 4, 1, 8, generator=generator)
+    paid = (query.view(1, 2, 2, 8) @ key.mT * 0.5).softmax(-1).mT  # [B, H, N, G]
+    position = torch.arange(num, dtype=torch.int32).expand(1, 2, -1)
+
+    def event(end: int, period: int, notes: dict[str, torch.Tensor]) -> Signals:
+        at = [torch.tensor([column], dtype=torch.int32) for column in (0, end - 1, end, end - period, num)]
+        ring = (query.expand(-1, -1, WINDOW, -1), torch.arange(end - WINDOW, end, dtype=torch.int32).unsqueeze(0))
+        rows, budget = Rows(*at), torch.tensor([BUDGET], dtype=torch.int32)
+        slots = Sequence(key, key, position)
+        return Signals(0, slots, rows, budget, notes, ring[0], ring[1], Attention(0.5), ring=ring)
+
+    found, shown = {}, {}
     for period in (1, 8, 32):
-        notes = {name: torch.zeros_like(column) for name, column in one.ledger.items()}
-        for end in range(period, 65, period):
-            rows = replace(one.rows, now=torch.tensor([end - 1]), block=torch.tensor([end - period]))
-            notes = original(replace(one, ledger=notes, rows=rows, memo=dict(memo)))
-        found[period] = notes
-    for name in found[1]:
-        assert found[1][name].abs().sum() > 0, name
-        torch.testing.assert_close(found[8][name], found[1][name], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found[32][name], found[1][name], rtol=1e-4, atol=1e-6)
+        notes = {one.name: torch.full((1, 2, num, *one.shape), one.fill) for one in gate.columns}
+        start = num + WINDOW  # from here on all queries of the window come after the slots
+        for end in range(start + period, start + tokens + 1, period):
+            notes = gate.refresh(event(end, period, notes))
+        found[period], shown[period] = notes, gate.notes(event(start + tokens, period, notes))
+    wanted = {
+        "paid": tokens * paid,
+        "decayed": (1 - DECAY ** (tokens / 16)) * paid,
+        "peak": paid,
+        "watched": torch.full((1, 2, num), float(tokens)),
+        "idle": torch.where(paid.amax(-1) > NEEDED, 0.0, float(tokens)),
+    }
+    assert 0 < int((wanted["idle"] > 0).sum()) < 2 * num
+    for period, notes in found.items():
+        for name, note in wanted.items():
+            torch.testing.assert_close(
+                notes[name], note, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, p=period: f"{n}, {p}: {m}"
+            )
+        torch.testing.assert_close(shown[period], shown[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_judge_keeps_its_period(tmp_path):

@@ -23,6 +23,7 @@ from learnevict.parts.probes import LowRank, projections
 from learnevict.policy import Policy
 from learnevict.signals import NEVER
 from learnevict.train.data import Collator
+from learnevict.train.draws import Draws
 from learnevict.train.labels import Document
 from learnevict.train.objectives import attention_divergence, attention_error
 from learnevict.train.probe import Cut, ProbeConfig, ProbeTrainer, Texts, at_slots, draw_cuts, foresee
@@ -311,7 +312,7 @@ def test_cuts_are_moments_with_a_past_and_a_future():
     torch.manual_seed(0)
     texts = aligned([(20, 16), (9, 13), (14, 0)])
     config = ProbeConfig(period=4, response=8, cuts=6, horizon=3)
-    seen = [draw_cuts(texts, config) for _ in range(20)]
+    seen = [draw_cuts(texts, config, Draws.anew(3)) for _ in range(20)]
     for cuts in seen:
         assert [cut.column for cut in cuts] == sorted({cut.column for cut in cuts})
         ends = next(cut for cut in cuts if cut.column == 20)
@@ -325,7 +326,7 @@ def test_cuts_are_moments_with_a_past_and_a_future():
     assert {cut.column for cuts in seen for cut in cuts} & set(range(20)), "never inside a prompt"
     assert {cut.column for cuts in seen for cut in cuts} & set(range(21, 40)), "never inside a response"
     with pytest.raises(DataError, match="goes on after 30 tokens"):
-        draw_cuts(texts, ProbeConfig(period=30, cuts=0))
+        draw_cuts(texts, ProbeConfig(period=30, cuts=0), Draws.anew(3))
 
 
 @pytest.mark.parametrize("reduce", [JUDGE_Q, LOOKAHEAD_KV])

@@ -1,4 +1,4 @@
-"""Targets of a repetition and of an answer, against attention probabilities of a stock model, row by row and chunk by chunk."""
+"""Targets of a repetition, against attention probabilities of a stock model, row by row and chunk by chunk."""
 
 from __future__ import annotations
 
@@ -8,18 +8,7 @@ import pytest
 import torch
 
 from learnevict.errors import ModelError, UsageError
-from learnevict.oracle import (
-    JUDGE_Q,
-    KVZAP,
-    KVZIP,
-    KVZIP_PLUS,
-    LOOKAHEAD_KV,
-    Received,
-    Repeating,
-    future_attention,
-    own_response,
-    reconstruct,
-)
+from learnevict.oracle import KVZAP, KVZIP, KVZIP_PLUS, Received, Repeating, future_attention, reconstruct
 from tests.laws import zoo
 from tests.laws.run import batch
 
@@ -124,23 +113,6 @@ def test_what_is_visited_is_the_context_alone():
         torch.testing.assert_close(received.hidden[real], plain[layer].hidden[real], rtol=1e-4, atol=1e-5)
         for one, other in [(received.key, plain[layer].key), (received.value, plain[layer].value)]:
             torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("reduce", "most"), [(JUDGE_Q, None), (LOOKAHEAD_KV, 3)])
-def test_own_response(reduce, most):
-    model = zoo.build("qwen3")
-    ids, mask = batch(zoo.tokens(model, 3, LENGTH), PADS)
-    prompts = torch.tensor([12, 9, 5])
-    found = own_response(model, ids, mask, prompt_length=prompts, most=most, reduce=reduce)
-    for row, pad in enumerate(PADS):
-        prompt, looked = int(prompts[row]), Looked(model, ids[row, pad:].tolist())
-        queries = list(range(prompt, LENGTH - pad))[:most]
-        for layer, part in enumerate(found):
-            assert part is not None
-            rows = looked.probability[layer][:, queries, :prompt]
-            rows = rows / rows.sum(-1, keepdim=True) if reduce is LOOKAHEAD_KV else rows
-            torch.testing.assert_close(part[row, :, pad : pad + prompt], rows.mean(1).float(), rtol=1e-4, atol=1e-6)
-            assert not part[row, :, pad + prompt :].any() and not part[row, :, :pad].any()
 
 
 def test_errors_teach():

@@ -29,7 +29,8 @@ SHARED = (
 RUNS = {
     "replay": ("distill", "--hidden 8 --budgets 36 60 --learning_rate 1"),
     "stream": ("distill", "--method kvp --hidden 8 --budgets 36 60 --learning_rate 1"),
-    "soft": ("distill", "--method trimkv --hidden 8 --bias 4 --dropout 0 --noise 0 --learning_rate 1"),
+    "soft": ("distill", "--method trimkv --hidden 8 --bias 4 --learning_rate 1"),
+    "probe": ("distill", "--method judge_q --num_tokens 4 --response 40 --horizon 20 --learning_rate 20"),
     "grpo": (
         "grpo",
         "--start_from testbed-foresightkv --num_generations 2 --min_budget 36 --max_budget 48 --learning_rate 10",
@@ -103,7 +104,14 @@ def launch(config: str, words: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [("ddp_cpu", "replay"), ("ddp_cpu", "stream"), ("zero2", "soft"), ("zero3", "replay"), ("zero3", "grpo")],
+    [
+        ("ddp_cpu", "replay"),
+        ("ddp_cpu", "probe"),
+        ("zero2", "soft"),
+        ("zero2", "stream"),
+        ("zero3", "replay"),
+        ("zero3", "grpo"),
+    ],
 )
 def test_two_processes_are_one(config, name, texts, alone, tmp_path):
     launch(config, command(name, texts, 2, tmp_path))

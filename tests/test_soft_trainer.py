@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from learnevict import Gates, methods
-from learnevict.errors import UsageError
+from learnevict.errors import BudgetError, UsageError
 from learnevict.infer.identity import layout_of
 from learnevict.train import capacity, objectives
 from learnevict.train.data import Collator
@@ -104,6 +104,30 @@ def test_the_share_to_evict_rises():
     soft = SoftConfig(compression=8.0, ramp=0.5)
     assert [soft.target(at) for at in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.0, 1 - 1 / 4.5, 7 / 8, 7 / 8])
     assert SoftConfig(compression=4.0, ramp=0.0).target(0.0) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"budgets": (0, 8)}, BudgetError, "training budgets 0 8: give the smallest and then the largest"),
+        ({"budgets": (90, 10)}, BudgetError, "training budgets 90 10"),
+        ({"power": -0.5}, UsageError, "power=-0.5: give 0 or more"),
+        ({"capacity": -1.0}, UsageError, "capacity=-1.0"),
+        ({"compression": 0.5}, UsageError, "compression=0.5.*a ratio of at least 1"),
+        ({"ramp": 1.5}, UsageError, "ramp=1.5"),
+        ({"ramp": -0.1}, UsageError, "ramp=-0.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(given, kind, message):
+    with pytest.raises(kind, match=message):
+        SoftConfig(**given)
+
+
+def test_marks_are_counted_whatever_they_weigh(tmp_path):
+    """Regression: with a power of 0.5, a gate of 0.4 counted as 0.63, which is not evicted."""
+    with pytest.raises(UsageError, match="leave power at 1"):
+        trainer(tmp_path, "dms", soft=SoftConfig(power=0.5))
+    trainer(tmp_path, "wg_kv", soft=SoftConfig(power=0.5))
 
 
 def test_what_the_trainer_refuses(tmp_path):

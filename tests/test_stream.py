@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from learnevict import Gates, attach, oracle
 from learnevict.config import Budget
-from learnevict.errors import DataError, GateError, UsageError
+from learnevict.errors import BudgetError, DataError, GateError, UsageError
 from learnevict.infer.replay import replay
 from learnevict.methods.golden import Hindsight
 from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, receiving, reconstruct
@@ -21,6 +21,7 @@ from learnevict.train.course import OBJECTIVES
 from learnevict.train.data import Collator
 from learnevict.train.labels import Document
 from learnevict.train.lessons import Lesson, Times
+from learnevict.train.ranker import RankingConfig
 from learnevict.train.ridge import fit_linear
 from learnevict.train.stream import StreamConfig, StreamTrainer, study
 from tests.laws import zoo
@@ -281,7 +282,7 @@ def documents(num: int) -> list[Document]:
     return [Document(row.tolist()[: LENGTH - 3 * (i % 3)], 5, "", i) for i, row in enumerate(ids)]
 
 
-def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num: int = 16) -> StreamTrainer:
+def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num: int = 16, **settings) -> StreamTrainer:
     torch.manual_seed(0)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=2,
@@ -289,7 +290,7 @@ def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num:
         save_strategy="no", seed=3,
     )  # fmt: skip
     return StreamTrainer(
-        model=Gates.make(method, zoo.build("qwen3")), args=arguments, train_dataset=documents(num),
+        model=Gates.make(method, zoo.build("qwen3"), **settings), args=arguments, train_dataset=documents(num),
         data_collator=Collator(0), base=zoo.build("qwen3"), stream=config,
     )  # fmt: skip
 
@@ -340,6 +341,55 @@ def test_the_linear_surrogate_in_closed_form():
         fit_linear(model, random_gates("kvzap", "qwen3"), [inputs], CONFIG)
     with pytest.raises(DataError, match="more than 6 tokens"):
         fit_linear(model, gates, [], CONFIG)
+
+
+@pytest.mark.slow
+def test_a_run_may_start_from_the_closed_form(tmp_path):
+    """All documents at once, and then steps; a run that goes on does not start again."""
+    started = trainer("kvzap", tmp_path, 2, replace(CONFIG, closed_form=True), num=8, kind="linear")
+    started.train()
+    first = started.state.log_history[0]["loss"]
+    alone = Gates.make("kvzap", zoo.build("qwen3"), kind="linear")
+    inputs = Collator(0)(documents(8))
+    with torch.no_grad():
+        plain, _ = study(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
+        fit_linear(zoo.build("qwen3"), alone, [inputs], CONFIG)
+        best, _ = study(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
+    assert abs(first - float(best)) < 0.2 * float(plain - best)
+    with pytest.raises(GateError, match="--kind linear"):
+        trainer("kvzap", tmp_path, 2, replace(CONFIG, closed_form=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"budgets": (160, 36)}, BudgetError, "training budgets 160 36: give the smallest and then the largest"),
+        ({"budgets": (8, 36)}, UsageError, "the smallest that works is 21"),
+        ({"cuts": 0}, UsageError, "cuts=0"),
+        ({"period": 0}, UsageError, "period=0"),
+        ({"horizon": 0}, UsageError, "horizon=0"),
+        ({"pairs": -1}, UsageError, "pairs=-1"),
+        ({"objective": "guess"}, UsageError, "objective 'guess' is unknown"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(given, kind, message):
+    with pytest.raises(kind, match=message):
+        StreamConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"budgets": (160, 36)}, BudgetError, "training budgets 160 36"),
+        ({"own_rows": 3.0}, UsageError, "own_rows=3.0.*a share of rows from 0 to 1"),
+        ({"pairs": 0}, UsageError, "pairs=0: give at least 1 token and 1 pair"),
+        ({"period": 0}, UsageError, "period=0"),
+        ({"regression": -0.1}, UsageError, "regression=-0.1"),
+    ],
+)
+def test_settings_of_a_ranking_that_make_no_sense_are_told(given, kind, message):
+    with pytest.raises(kind, match=message):
+        RankingConfig(**given)
 
 
 def test_networks_are_calibrated_once():

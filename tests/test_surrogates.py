@@ -20,7 +20,7 @@ from learnevict.parts.allocators import Together
 from learnevict.signals import NEVER
 from tests.laws import zoo
 from tests.laws.cases import random_gates
-from tests.laws.judge import position_ids
+from tests.laws.judge import judge, position_ids
 from tests.laws.run import batch, pieces, read
 
 BUDGET, SLACK, SINKS, RECENT = 18, 4, 2, 3
@@ -235,6 +235,39 @@ def test_estimates_of_fast_kvzip_are_shares():
         plain.gate.bias.fill_(30.0)
     store = read(model, plain.policy(4 * LENGTH, **TERMS), ids, mask, [LENGTH]).cache.layers[0].store
     assert float(store.ledger.columns["estimate"][store.position >= 0].min()) > 0.99
+
+
+@pytest.mark.parametrize(("method", "scope"), [("kvzap", "layer"), ("fast_kvzip", "layer"), ("fast_kvzip", "model")])
+def test_a_threshold_is_a_cap_under_the_budget(method, scope):
+    """What is below goes once a budget is full, whoever it is of; what is protected stays; and eviction equals masking."""
+    model, gate = zoo.build("qwen3"), gates(method).gate.eval()
+    ids, mask = batch(zoo.distinct_tokens(model, 2, LENGTH), PADS)
+    options = TERMS if scope == "layer" else {**TERMS, "scope": scope}
+    policy = methods.load(method).policy
+    plain = read(model, policy(BUDGET, gate=gate, **options), ids, mask)
+    store = plain.cache.layers[0].store
+    middle = float(store.ledger.columns["estimate"][store.position >= 0].median())
+    run = read(model, policy(BUDGET, gate=gate, threshold=middle, **options), ids, mask)
+    assert (run.logits - judge(model, ids, mask, run.trace.expiry))[mask.bool()].abs().max() <= 1e-4
+    assert run.evictions > plain.evictions
+    first = run.trace.expiry[0][:, 0].amin(-1).tolist()
+    assert all(expiry - pad > BUDGET for expiry, pad in zip(first, PADS, strict=True)), "before a budget was full"
+    total = 0
+    for layer in range(2):
+        store = run.cache.layers[layer].store
+        held = store.position >= 0
+        total += int(held.sum())
+        started = torch.tensor(PADS).view(-1, 1, 1)
+        last = LENGTH - 1 - (LENGTH - 1 - started) % SLACK - SLACK  # those of the last event and after it
+        free = held & (store.position >= started + SINKS) & (store.position < last - RECENT)
+        assert (store.ledger.columns["estimate"][free] >= middle).all()
+        guarded = (store.position >= started) & (store.position < started + SINKS)
+        assert (guarded.sum(-1) == SINKS).all()
+    assert total < sum(int((plain.cache.positions(layer) >= 0).sum()) for layer in range(2))
+    same = read(model, policy(BUDGET, gate=gate, threshold=-1e30, **options), ids, mask)
+    assert torch.equal(same.trace.expiry, plain.trace.expiry)
+    with pytest.raises(UsageError, match="a threshold of nan"):
+        policy(BUDGET, gate=gate, threshold=math.nan, **options)
 
 
 def test_errors_teach():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from learnevict import Gates, attach, methods
-from learnevict.errors import GateError, TrainedOtherwiseWarning, UsageError
+from learnevict.errors import CacheError, GateError, TrainedOtherwiseWarning, UsageError
 from learnevict.infer.identity import layout_of
 from learnevict.infer.soft import Sequence
 from learnevict.methods.trimkv import TrimGate, log_geometric
@@ -175,6 +176,9 @@ def test_what_trimkv_refuses():
         methods.trimkv.policy(BUDGET, gate=gate, scope="head", slack=SLACK)
     with pytest.raises(UsageError, match="floor"):
         methods.trimkv.policy(BUDGET, gate=TrimGate(gate_layout(), tied=True), scope="model", floor=2.0, slack=SLACK)
+    for horizon in (0, -3):
+        with pytest.raises(UsageError, match="a horizon of at least 1"):
+            methods.trimkv.policy(BUDGET, gate=TrimGate(gate_layout(), tied=True), horizon=horizon, slack=SLACK)
     with pytest.warns(TrainedOtherwiseWarning, match="tied"):
         methods.trimkv.policy(BUDGET, gate=gate, scope="model", slack=SLACK)
     loop = Loop(methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK), stream())
@@ -184,6 +188,24 @@ def test_what_trimkv_refuses():
 
 def gate_layout():
     return layout_of(zoo.build("llama").config)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("worst", [math.nan, -math.inf, math.inf])
+def test_a_score_that_is_no_number_is_told(scope, worst):
+    """Regression: slots without a finite score passed for empty ones, and the cache was emptied without a word."""
+    model = zoo.build("llama")
+    gate = gate_for(model, tied=scope == "model")
+    with torch.no_grad():
+        gate.bias_out[0, 1] = math.nan if math.isnan(worst) else 0.0
+    if not math.isnan(worst):
+        gate.score = lambda signals: torch.full_like(signals.ledger["retention"], worst)
+    scorer = {} if scope == "layer" else {"scope": "model"}
+    policy = methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK, sinks=SINKS, recent=RECENT, **scorer)
+    policy = policy if math.isnan(worst) else replace(policy, scorer=gate)
+    ids, mask = batch(zoo.distinct_tokens(model, len(PADS), LENGTH))
+    with pytest.raises(CacheError, match=r"trimkv scores \d+ slots of layer 0 with NaN or infinity"):
+        read(model, policy, ids, mask)
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden": 6, "bias": 5.0, "tied": True, "dropout": 0.0}])

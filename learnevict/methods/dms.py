@@ -6,7 +6,11 @@
 
 Reading the mark late, after the window, is the point of the method: eviction at once degrades the model sharply. Departures:
 a linear map of the attention module's input in place of a channel borrowed from a query head, so the base stays frozen (the
-paper's adapter variant); a head evicts down to its budget instead of all that alpha > 1/2 marks.
+paper's adapter variant); a head evicts down to its budget instead of all that alpha > 1/2 marks; a mark takes effect at the age
+of `window`, as in WG-KV, where the paper waits one token more (t - i > W).
+
+Departure of TRAINING, for the bundled model: the divergence counts answers only, because the model never learned to predict
+prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ TRAINING: dict[str, Any] = {
     "noise": 1.0,  # the same
     "compression": 8.0,  # the same at most; +1 every 100 steps
     "ramp": 0.5,
-    "answers_only": True,  # the whole text; the testbed's model was never taught to predict prompts
+    "answers_only": True,  # the whole text
     "learning_rate": 1e-2,  # the base is trained too, or an adapter
     "max_steps": 500,  # 1,000; 250 for the adapter
     "per_device_train_batch_size": 4,

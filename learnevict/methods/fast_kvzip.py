@@ -9,9 +9,10 @@ s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entrop
 
 Departures: b is added once, in training as at inference (the authors' training code adds it twice); heads are held to one
 budget each, where the paper ranks all layers and heads together: scope="model" does that, with a floor of 0.2 of an equal
-split for every head, because a pure threshold leaves heads without slots; the paper's windows (4096 tokens or 2 % while
-reading, 128 while writing) are `recent` and the fresh block. Where the model cannot repeat a text, as the testbed's cannot,
-s* is the largest attention of the text's own later blocks (StreamConfig.target="future").
+split for every head, because a pure threshold leaves heads without slots (`threshold` is a cap under the budget, as in kvzap);
+the paper's windows (4096 tokens or 2 % while reading, 128 while writing) are `recent` and the fresh block. Where the model
+cannot repeat a text, as the testbed's cannot, s* is the largest attention of the text's own later blocks
+(StreamConfig.target="future").
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from learnevict.config import Budget, Layout
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
+from learnevict.parts.draws import Above
 from learnevict.parts.gates import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
@@ -103,6 +105,7 @@ def policy(
     *,
     gate: FastKVzipGate,
     scope: str = "layer",
+    threshold: float | None = None,
     **options: Unpack[Options],
 ) -> Policy:
     """Keep what the gate takes for most needed to repeat the text.
@@ -111,9 +114,12 @@ def policy(
         budget: tokens, "25%" or "64MiB".
         gate: trained, from `Gates.from_pretrained(...)`.
         scope: "layer" gives every head the budget; "model" shares it out among the heads of all layers by score.
+        threshold: of s, 0 to 1, below which slots go even where budget and floor would hold them; None: those alone decide.
         **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
     if scope not in ("layer", "model"):
         raise UsageError(f"scope is 'layer' or 'model', not {scope!r}")
-    alone = compose("fast_kvzip", budget, gate, **options)
-    return alone if scope == "layer" else replace(alone, allocator=Together(FLOOR), scope="model")
+    made = compose("fast_kvzip", budget, gate, **options)
+    if threshold is not None:
+        made = replace(made, draw=Above(threshold))
+    return made if scope == "layer" else replace(made, allocator=Together(FLOOR), scope="model")

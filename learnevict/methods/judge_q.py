@@ -3,11 +3,15 @@
     s_i = mean over a group's query heads and over P soft tokens of A[t, i]
 
 P = 32 soft tokens E [P, E] are read after the text, attend to it and to each other, and are forgotten. They are all that
-is trained: their mean attention A_soft to the prompt against that of the model's own response A_resp, per layer and query
-head: L = mean (A_soft - A_resp)^2. Gates do not depend on the budget. An event costs a forward of P tokens.
+is trained: their mean attention A_soft to the prompt against that of the response A_resp, per layer and query head:
+L = mean over layers and query heads of  sum over i of (A_soft[i] - A_resp[i])^2. Gates do not depend on the budget. An event
+costs a forward of P tokens.
 
-Departures: the tokens are asked before every event, inside the prompt and while decoding, and trained for both
-(schedule="prefill_only" is the paper's single question at the end of the prompt); sinks and recent tokens are protected.
+Departures: responses are those of the data, where the paper has the model write them: `recipes/distill.py --own_answers true`
+does that, but the bundled model writes the given answer to 998 of 1000 training prompts. L sums over keys, because the paper's
+mean weighs a short text more than a long one. The tokens are asked before every event, inside the prompt and while decoding,
+and trained for both (schedule="prefill_only" is the paper's single question at the end of the prompt). Sinks and recent tokens
+are protected.
 """
 
 from __future__ import annotations

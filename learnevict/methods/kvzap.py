@@ -3,17 +3,20 @@
     linear:  log s = W h + b          mlp:  log s = W' GELU(W h + b) + b', width E / 8          per layer, h -> kv heads
 
 h is what the attention module reads. Taught log s+, s+ = max over the repetition's queries of attention x |W_O v| / |h|
-(oracle.KVZIP_PLUS), by squared error: one pass, no gradient through the model. A slot keeps the number it was written with.
+(oracle.KVZIP_PLUS), by squared error: one pass, no gradient through the model; the linear one may start from its closed form
+(StreamConfig.closed_form). A slot keeps the number it was written with.
 
-Departures: each head keeps the best `budget` slots, where the paper keeps all above a threshold (budgets then vary by prompt,
-and nothing bounds them); the first tokens are protected. The paper's window of 128 tokens is the fresh block of the default
-slack. Where the model cannot repeat a text, as the testbed's cannot, the target is the largest attention of the text's own
-later blocks (StreamConfig.target="future").
+Departures: each head keeps the best `budget` slots, where the paper keeps all above a threshold of -9 to -3, by model, so that
+budgets vary by prompt and nothing bounds them; `threshold` here is a cap under the budget: what is below it goes even if it
+could stay, but a head never holds more than its budget, and nothing goes before it has filled it. The first tokens are
+protected. The paper's window of 128 tokens is the fresh block of the default slack. Where the model cannot repeat a text, as
+the testbed's cannot, the target is the largest attention of the text's own later blocks (StreamConfig.target="future").
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
+from learnevict.parts.draws import Above
 from learnevict.parts.gates import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
@@ -82,12 +86,16 @@ def build(layout: Layout, **settings: Any) -> KVzapGate:
     return KVzapGate(layout, **settings)
 
 
-def policy(budget: int | str | Budget, *, gate: KVzapGate, **options: Unpack[Options]) -> Policy:
+def policy(
+    budget: int | str | Budget, *, gate: KVzapGate, threshold: float | None = None, **options: Unpack[Options]
+) -> Policy:
     """Keep what the surrogate takes for most needed to repeat the text.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         gate: trained, from `Gates.from_pretrained(...)`.
+        threshold: of log s+, below which slots go even where the budget would hold them; None: the budget alone decides.
         **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
-    return compose("kvzap", budget, gate, **options)
+    plain = compose("kvzap", budget, gate, **options)
+    return plain if threshold is None else replace(plain, draw=Above(threshold))

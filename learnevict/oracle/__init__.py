@@ -8,7 +8,7 @@ Every paper reduces attention in another order; `Reducers` spells the order out 
 
 from learnevict.oracle.collect import full_trace, golden_labels, golden_trace
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
-from learnevict.oracle.reconstruct import Received, Repeating, own_response, receiving, reconstruct
+from learnevict.oracle.reconstruct import Received, Repeating, receiving, reconstruct
 from learnevict.oracle.reducers import (
     GOLDEN,
     H2O,
@@ -30,8 +30,8 @@ from learnevict.oracle.roll import Protection, RollRule, golden
 from learnevict.oracle.utility import gradient_utility
 
 __all__ = [
-    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "own_response",
-    "receiving", "gradient_utility", "horizon", "pool_groups", "target", "per_head_output_weight",
+    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "receiving",
+    "gradient_utility", "horizon", "pool_groups", "target", "per_head_output_weight",
     "Reducers", "LayerInputs", "Received", "Repeating", "RollRule", "Protection", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a text's repetition, or its answer, attends to: targets over one set of queries.
+"""What a text's repetition attends to: targets over one set of queries.
 
 `reconstruct` (KVzip, arXiv 2505.23416): the model reads the context, then chunk by chunk a prompt to repeat and the chunk
 again. A context token is worth the attention of the part that repeats its chunk, softmax over exactly {sinks, the chunk's keys,
@@ -31,7 +31,7 @@ from learnevict.infer.replay import replay
 from learnevict.infer.support import evicting_layers
 from learnevict.oracle.collect import full_trace
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
-from learnevict.oracle.reducers import JUDGE_Q, KVZIP, Reducers
+from learnevict.oracle.reducers import KVZIP, Reducers
 from learnevict.signals import NEVER, Attention, Trace
 
 
@@ -144,46 +144,6 @@ def reconstruct(
     return labels
 
 
-@torch.no_grad()
-def own_response(
-    model: PreTrainedModel,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: Tensor | None = None,
-    *,
-    prompt_length: Int[Tensor, "B"],
-    most: int | None = None,
-    reduce: Reducers = JUDGE_Q,
-) -> list[Tensor | None]:
-    """What the model's own response attends to in the prompt (Judge Q, arXiv 2509.10798; LookaheadKV, arXiv 2603.10899).
-
-    Args:
-        model: the base model.
-        input_ids: prompt and response.
-        attention_mask: [B, T], 0 = padding.
-        prompt_length: real tokens of each prompt.
-        most: response tokens that count (512 in LookaheadKV); default all.
-        reduce: JUDGE_Q, LOOKAHEAD_KV (renormalised over the prompt) or a variant of them.
-
-    Returns:
-        per layer [B, heads, T] (None for layers that stay stock); tokens after the prompt and padding hold `reduce.empty`.
-    """
-    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    rank = valid.cumsum(-1) - 1
-    after = rank - prompt_length.to(rank.device).unsqueeze(-1)
-    prompt, queries = valid & (after < 0), valid & (after >= 0)
-    if most is not None:
-        queries &= after < most
-    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
-
-    def see(layer: int, received: Received) -> None:
-        found = _labels(model, reduce, layer, received, (valid, queries, prompt if reduce.needs_keys else None))
-        labels[layer] = found.masked_fill(~prompt.unsqueeze(1), reduce.empty)
-
-    full = full_trace(model, input_ids)
-    replay(model, input_ids, full, attention_mask, observe=receiving(see), logits_to_keep=1)
-    return labels
-
-
 def target_inputs(model: PreTrainedModel, reduce: Reducers, layer: int, received: Received) -> LayerInputs:
     """What `future_attention` must know of a layer beside queries, keys and masks.
 
@@ -207,20 +167,13 @@ def target_inputs(model: PreTrainedModel, reduce: Reducers, layer: int, received
 
 
 def _labels(
-    model: PreTrainedModel,
-    reduce: Reducers,
-    layer: int,
-    received: Received,
-    masks: tuple[Tensor, Tensor, Tensor | None],
+    model: PreTrainedModel, reduce: Reducers, layer: int, received: Received, support: Tensor, queries: Tensor
 ) -> Tensor:
-    """One label per key, [B, heads, T]. `masks`: real tokens, queries that count, keys of the softmax (None: all)."""
-    valid, queries, keys = masks
+    """One label per key, [B, heads, T]; `support`: real tokens over which the softmax runs; `queries`: those that count."""
     inputs = target_inputs(model, reduce, layer, received)
-    if keys is not None:
-        inputs["keys"] = keys
-    inputs["queries"] = queries
+    inputs["keys"], inputs["queries"] = support, queries
     query, key = received.query, received.key
-    return future_attention(query, key, block=query.shape[2], valid=valid, reduce=reduce, **inputs).squeeze(-1)
+    return future_attention(query, key, block=query.shape[2], valid=support, reduce=reduce, **inputs).squeeze(-1)
 
 
 def _at(values: Tensor, columns: Tensor, dim: int) -> Tensor:
@@ -289,7 +242,7 @@ class _Text:
             # only what takes part: a long context has many chunks
             columns = (~support).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(support.sum(-1).max())]
             here, asked = support.gather(1, columns), asking.gather(1, columns)
-            found = _labels(model, reduce, layer, received.at(columns), (here, asked, here))
+            found = _labels(model, reduce, layer, received.at(columns), here, asked)
             empty = found.new_full((*found.shape[:2], self.ids.shape[1]), reduce.empty)
             placed = empty.scatter(2, columns.unsqueeze(1).expand_as(found), found)[:, :, : self.width]
             known = torch.where(part.chunk.unsqueeze(1), placed, empty[:, :, : self.width] if known is None else known)

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
+from learnevict.ops.hashing import hashed, uniform
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Fade, Policy, SoftGate
 from learnevict.signals import Column, Signals
@@ -47,7 +48,7 @@ class AdmissionGate(SoftGate):
         """{"admission": log g, float32 [B, H, S]}."""
         logits = self.logits(signals)
         if self.training and self.noise:
-            logits = logits + self.noise * logistic(logits)
+            logits = logits + self.noise * logistic(logits, signals, self.words)
         return {"admission": torch.nn.functional.logsigmoid(logits)}
 
     def score(self, signals: Signals) -> Tensor:
@@ -60,10 +61,22 @@ class AdmissionGate(SoftGate):
         return Fade(rate.clamp_min(math.log(self.least)) if self.least else rate, self.window_size)
 
 
-def logistic(like: Tensor) -> Tensor:
-    """Standard logistic noise, the difference of two Gumbels, from the global generator."""
-    uniform = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
-    return uniform.logit()
+def logistic(logits: Tensor, signals: Signals, words: Tensor | None = None) -> Tensor:
+    """Standard logistic noise, the difference of two Gumbels, for logits of fresh tokens, float32 [B, H, S].
+
+    Args:
+        logits: their shape is what counts.
+        signals: who the tokens are.
+        words: int64 [B] of ops.hashing. A token's noise hangs on its row's word, layer, head and place in the row, and so
+            neither on padding nor on other rows. None: it comes from the global generator.
+    """
+    if words is None:
+        draws = torch.rand_like(logits, dtype=torch.float32)
+    else:
+        head = torch.arange(logits.shape[1], device=logits.device).view(-1, 1)
+        place = (signals.query_position - signals.rows.first.view(-1, 1)).unsqueeze(1)
+        draws = uniform(hashed(words.view(-1, 1, 1), signals.layer, head, place))
+    return draws.clamp(1e-6, 1 - 1e-6).logit()
 
 
 def admit(name: str, budget: int | str | Budget, gate: AdmissionGate, **options: Unpack[Options]) -> Policy:

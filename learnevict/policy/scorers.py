@@ -23,7 +23,8 @@ class Scorer(ABC):
         columns: notes it keeps per slot; the cache owns them.
         window: how many past queries it wants to look back at (0: none). The cache keeps a ring of that many.
         observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
-        refreshes: True if `refresh` must be called at every event of a row's grid, also when nothing needs to go.
+        refreshes: True if `refresh` must be called at the end of every period of a row, also where the schedule waits with its
+            events, or nothing needs to go.
     """
 
     columns: tuple[Column, ...] = ()
@@ -44,7 +45,7 @@ class Scorer(ABC):
         return {}
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
-        """Updated notes of all slots at an event, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
+        """Updated notes of all slots after a period, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
         return {}
 
     def to(self, device: torch.device) -> Scorer:
@@ -101,10 +102,13 @@ class SoftGate(Gate):
 
     Attributes:
         losses: what it is taught by: weights by name in learnevict.train.soft.LOSSES.
+        words: int64 [B] of ops.hashing, what noise in the rows of a batch hangs on while it is trained; None: it comes from
+            torch's global generator.
     """
 
     mode = "soft"
     losses: Mapping[str, float] = {}
+    words: Tensor | None = None
 
     @abstractmethod
     def fade(self, notes: dict[str, Tensor]) -> Fade:

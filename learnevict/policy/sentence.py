@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learnevict.config import Base, Budget
-from learnevict.errors import BudgetError, UsageError
+from learnevict.errors import BudgetError, CacheError, UsageError
 from learnevict.policy.scorers import Probe, Scorer
 from learnevict.policy.words import Allocator, Draw, Guard, Schedule, TopK, Uniform
 from learnevict.signals import EMPTY, Signals
@@ -120,10 +120,36 @@ class Policy:
         return keep_best(layers, [self.rank(signals) for signals in layers], self.allocator, self.draw)
 
     def rank(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N]."""
+        """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N].
+
+        Raises:
+            CacheError: a slot that competes has a score that is no number, as `check_scores` says.
+        """
         protected = self.guard.protect(signals)
         scores = self.scorer.score(signals).float().masked_fill(~signals.occupied, -torch.inf)
-        return scores.masked_fill(protected, torch.inf), protected
+        scores = scores.masked_fill(protected, torch.inf)
+        check_scores(scores, signals.occupied & ~protected, self.name, signals.layer)
+        return scores, protected
+
+
+def check_scores(scores: Tensor, competing: Tensor, name: str, layer: int) -> None:
+    """Scores that are not finite would pass for empty or protected slots; on CUDA a device assertion, which waits for nobody.
+
+    Args:
+        scores: float32 [B, H, N].
+        competing: bool [B, H, N], slots whose scores decide.
+        name: of the policy; `layer`, of the model: for the error.
+
+    Raises:
+        CacheError: one of them is NaN or infinite.
+    """
+    try:
+        torch.ops.aten._assert_async.msg((scores.isfinite() | ~competing).all(), "a policy's scores are not finite")
+    except RuntimeError as error:
+        raise CacheError(
+            f"{name} scores {int((competing & ~scores.isfinite()).sum())} slots of layer {layer} with NaN or infinity, so "
+            "nothing can be ranked; look for an overflow in a gate or in hidden states (float16?), or mend score(signals)"
+        ) from error
 
 
 def keep_best(

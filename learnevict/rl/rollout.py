@@ -37,17 +37,23 @@ class RefineConfig:
     """How traces are sampled, paid and blamed.
 
     Attributes:
-        credit: see learnevict.rl.credit.
-        cost: see learnevict.rl.rewards; `ceiling` in nats.
-        min_budget, max_budget: slots per head, drawn per step log-uniformly.
+        credit: who is to blame: attention (every draw, by what the full cache attends to), to_go (every event, by what comes
+            after it) or trace (all draws alike, as in the paper).
+        cost: low_entropy (added loss up to the ceiling where the full cache is sure), thresholded (the paper's square of it
+            above 1.5) or plain (everywhere).
+        ceiling: most that a token can cost, in nats.
+        min_budget, max_budget: slots per head, drawn anew for every step, log-uniformly.
         period: tokens between events.
         draw_temperature: of the draws; the higher, the more is tried.
-        pool: see Terms.pool.
+        pool: a draw of n takes from the pool * n lowest scores (the paper: 2); 0: from all candidates.
         layer_share: share of layers whose draws are random in a trace, the others evict greedily; 1: all.
         kl: weight of the divergence from the gates at the start.
-        sinks, recent: guards.
-        scope, floor: see Terms; "model" lets all heads of all layers compete.
-        share_spread: see Terms; above 0 it is learned how layers share a budget, for scope "layer".
+        sinks: first tokens that stay.
+        recent: last tokens that stay.
+        scope: layer (every head holds the budget) or model (all heads of all layers compete).
+        floor: share of an equal split that every head keeps, for scope model.
+        share_spread: how far layers' shares of the budget are varied, in nats; above 0 it is learned how layers share it, for
+            scope layer.
         free_every: every so many batches the model writes its own answers, and a verifier marks them; 0: never.
     """
 

@@ -56,8 +56,10 @@ def hinge(
 ) -> Float[Tensor, ""]:
     """Share of what a head could hold beyond its budget that it does hold, averaged over real tokens, heads and layers.
 
-    max(0, S_t - M) / max(t - M, 1), t counting real tokens from 1; 1 where nothing was forgotten (arXiv 2512.03324; its
-    code normalises like this, its text by t).
+    max(0, S_t - M) / max(t - M, 1), t counting real tokens from 1 (arXiv 2512.03324): beyond M tokens 1 where nothing was
+    forgotten, and 0 before. Divided as in the authors' code, where the text has t; but the mean is the text's, over all
+    tokens, where the code takes those that exceed alone: theirs asks for as much from a head that exceeds at one token as
+    from one that always does, and jumps when a token stops to.
 
     Args:
         retention: of each layer.

@@ -33,7 +33,7 @@ from learnevict.parts.gates import Learner
 from learnevict.policy import Guard
 from learnevict.signals import Trace
 from learnevict.train import objectives, regret
-from learnevict.train.draws import Draws
+from learnevict.train.draws import Draws, check_budgets
 from learnevict.train.lessons import Lesson, Times
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,6 +64,7 @@ class StreamConfig:
         horizon: label blocks that count as the future; None: to the end of the text.
         pairs: drawn per text and head, for objectives over pairs; 0: all pairs, or the objective's default.
         sinks, recent: guards; what they protect is no candidate.
+        closed_form: fit linear surrogates to all documents at once before the first step (learnevict.train.ridge).
         chunk, repeat, tail: of "reconstruction", see oracle.Repeating; `repeat` are the token ids of its prompt.
     """
 
@@ -77,6 +78,7 @@ class StreamConfig:
     pairs: int = 0
     sinks: int = 4
     recent: int = 8
+    closed_form: bool = False
     chunk: int = 2048
     repeat: tuple[int, ...] = ()
     tail: int = 0
@@ -88,6 +90,13 @@ class StreamConfig:
             )
         if self.objective and self.objective not in OBJECTIVES:
             raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
+        check_budgets(self.budgets)
+        horizon = 1 if self.horizon is None else self.horizon
+        if min(self.period, self.cuts, horizon) < 1 or self.pairs < 0:
+            raise UsageError(
+                f"period={self.period}, cuts={self.cuts}, horizon={self.horizon}, pairs={self.pairs}: give at least 1 token, 1 "
+                "event and 1 block (or none: to the end), and 0 pairs or more"
+            )
         if self.budgets[0] <= self.guard.reserved(self.period):
             raise UsageError(
                 f"training budgets of {self.budgets[0]} to {self.budgets[1]} cannot hold the guards and a fresh block of "

@@ -22,7 +22,7 @@ from learnevict.train.labels import Document
 from learnevict.train.sources import Source, is_file, open_rows
 
 RESPONSES = ("completion", "response")
-KNOWN = "text", "messages", "prompt + completion"
+KNOWN = "text", "messages", "prompt", "prompt + completion"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Encoder:
     Attributes:
         tokenizer: of the base model.
         max_length: longer documents are cut.
-        column: where the text or the chat is; None: "text", "messages", or "prompt" and "completion".
+        column: where the text or the chat is; None: "text", "messages", or "prompt" and perhaps "completion".
     """
 
     tokenizer: Any
@@ -54,12 +54,13 @@ class Encoder:
             return self._chat(content, where)
         if isinstance(content, str):
             return self._text(content), 0
+        prompt = None if self.column else row.get("prompt")
         response = next((row[name] for name in RESPONSES if row.get(name)), None)
-        if not self.column and response is not None and row.get("prompt"):
-            if isinstance(response, list):
-                return self._chat([*row["prompt"], *response], where)
-            prompt = self._text(row["prompt"])
-            return (prompt + self._ids(response))[: self.max_length], min(len(prompt), self.max_length)
+        if prompt and isinstance(prompt, list) and isinstance(response, list | None):
+            return self._chat([*prompt, *(response or [])], where, answered=response is not None)
+        if prompt and isinstance(prompt, str) and isinstance(response, str | None):
+            ids = self._text(prompt)
+            return (ids + self._ids(response or ""))[: self.max_length], len(ids)
         wanted = f"column {self.column!r}" if self.column else f"text: it needs {' or '.join(KNOWN)}"
         raise DataError(f"{where} has no {wanted}; its columns are {', '.join(row)}; name one with --column")
 
@@ -70,18 +71,18 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _chat(self, messages: list[dict[str, Any]], where: str) -> tuple[list[int], int]:
+    def _chat(self, messages: list[dict[str, Any]], where: str, *, answered: bool = True) -> tuple[list[int], int]:
+        """Up to its last answer; without one, or if it is not `answered`, all of it is a prompt."""
         if not self.tokenizer.chat_template:
             raise DataError(f"{where} is a chat, but this model's tokenizer has no chat template; give plain text")
-        last = max((i for i, turn in enumerate(messages) if turn.get("role") == "assistant"), default=None)
-        until = len(messages) if last is None else last + 1
+        answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"] if answered else []
         try:
-            full = self.tokenizer.apply_chat_template(messages[:until], tokenize=False)
-            asked = "" if last is None else self._prompt(messages[:last])
+            asked = self._prompt(messages[: answers[-1]] if answers else messages)
+            full = self.tokenizer.apply_chat_template(messages[: answers[-1] + 1], tokenize=False) if answers else asked
         except Exception as error:  # templates raise what they like
             raise DataError(f"the chat template refuses {where}: {error}") from error
         ids = self._ids(full)
-        prompt = len(ids) if last is None else _shared(ids, self._ids(asked))
+        prompt = _shared(ids, self._ids(asked))
         return ids[: self.max_length], min(prompt, self.max_length)
 
     def _prompt(self, messages: list[dict[str, Any]]) -> str:

@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from learnevict.ops.hashing import hashed, uniform
+from learnevict.errors import BudgetError
+from learnevict.ops.hashing import hashed, shift, uniform
+from learnevict.ops.processes import highest
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,30 @@ class Draws:
     def per_row(self, *what: int) -> Float[Tensor, "B"]:
         """From [0, 1), for each row; another `what`, another draw."""
         return uniform(hashed(self.rows, *what))
+
+    def one_of(self, values: Int[Tensor, "B"], marked: Bool[Tensor, "B"], *what: int) -> int | None:
+        """The value of one row, drawn evenly from the marked rows of all processes; None if none is marked.
+
+        Args:
+            values: of this process's rows, whole numbers of 32 bits.
+            marked: those that may be drawn.
+            *what: another, another draw.
+        """
+        chances = shift(hashed(self.rows, *what), 33)  # the highest wins, and brings its value along
+        lots = chances * 2**32 + values + 2**31
+        best = highest(int(torch.where(marked, lots, -1).amax()), lots.device)
+        return None if best < 0 else best % 2**32 - 2**31
+
+
+def check_budgets(budgets: tuple[int, ...]) -> None:
+    """Whether `Draws.budget` can draw from them.
+
+    Raises:
+        BudgetError: they are not a smallest and a largest budget of at least 1 token.
+    """
+    if len(budgets) != 2 or not 1 <= budgets[0] <= budgets[1]:
+        given = " ".join(map(str, budgets))
+        raise BudgetError(
+            f"training budgets {given or '(none)'}: give the smallest and then the largest, of 1 token or more, as in "
+            "--budgets 32 96"
+        )

@@ -106,6 +106,47 @@ def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], desc
     )
 
 
+def parse_parts(
+    arguments: Sequence[str], parts: dict[str, type], training: type, defaults: dict[str, Any], description: str | None
+) -> list[Any]:
+    """Read the command line of a recipe without a choice of methods, likewise from a YAML file and flags.
+
+    Args:
+        arguments: words after the program's name; the first may be a YAML file of flags.
+        parts: dataclasses of flags, by the title that --help shows; attributes of their docstrings are the help.
+        training: TrainingArguments or a kind of them.
+        defaults: the recipe's, for any flag.
+        description: shown by --help.
+
+    Returns:
+        one of each part, and of `training`.
+
+    Raises:
+        UsageError: an unknown flag, here or in the file, or arguments that contradict each other.
+    """
+    words = list(arguments)
+    written = read_yaml(Path(words.pop(0))) if words and words[0].endswith((".yaml", ".yml")) else {}
+    kinds: Any = [*(_group(title, list(_typed(one))) for title, one in parts.items()), training]
+    parser: Any = HfArgumentParser(
+        kinds,
+        usage="%(prog)s [config.yaml] [flags]",
+        description=description,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser._action_groups.sort(key=lambda group: group.title == "options")
+    _refuse_unknown(written, {action.dest for action in parser._actions} - {"help"}, "the configuration file")
+    parser.set_defaults(**{**defaults, **dict(_as_defaults(written))})
+    try:
+        *found, settled, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError(f"{' '.join(unknown)} is no flag here; see --help")
+    made = zip(parts.values(), found, strict=True)
+    return [*(one(**dict(_for_config(one, vars(values)))) for one, values in made), settled]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Flags of a file: one mapping of names to values.
 

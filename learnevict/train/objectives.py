@@ -1,7 +1,6 @@
 """Losses between a gate's scores and the oracle's labels; their one home.
 
-Means are over the batch of all processes (ops.processes.ratio), so sharing it out changes no loss; those over probes are
-over each process's own rows.
+Means are over the batch of all processes (ops.processes.ratio), so sharing it out changes no loss.
 """
 
 from __future__ import annotations
@@ -170,7 +169,7 @@ def attention_error(
         rows: that count.
     """
     error = (probe - response).square().sum(-1).mean((1, 2))
-    return (error * rows).sum() / rows.sum().clamp_min(1)
+    return ratio((error * rows).sum(), rows.sum())
 
 
 def attention_divergence(
@@ -184,6 +183,6 @@ def attention_divergence(
         rows: that count.
     """
     tiny = torch.finfo(torch.float32).tiny
-    ratio = response.clamp_min(tiny).log() - probe.clamp_min(tiny).log()
-    found = (response * ratio).sum(-1).mean((1, 2))
-    return (found * rows).sum() / rows.sum().clamp_min(1)
+    gain = response.clamp_min(tiny).log() - probe.clamp_min(tiny).log()
+    found = (response * gain).sum(-1).mean((1, 2))
+    return ratio((found * rows).sum(), rows.sum())

@@ -2,7 +2,8 @@
 
 The base reads a text without gradient into a cache from which nothing is evicted; at some moments the probe is asked, through
 the same code as in inference, with gradient through the frozen base. Tokens of the text never depend on the probe, so they
-are read once for all moments. Texts are aligned at the ends of their prompts, so that one forward asks all rows there.
+are read once for all moments. Texts are aligned at the ends of their prompts, so that one forward asks all rows there; moments
+are counted from there, and are the same in all processes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from learnevict.infer.attach import attach
 from learnevict.infer.probe import ask
 from learnevict.infer.replay import replay
 from learnevict.methods import full
+from learnevict.ops.processes import highest, ratio
 from learnevict.oracle import PRESETS, Received, Reducers, full_trace, future_attention, receiving
 from learnevict.parts.probes import SoftTokens
 from learnevict.train import objectives
+from learnevict.train.draws import Draws
 from learnevict.train.trainer import GateTrainer
 
 OBJECTIVES = {"mse": objectives.attention_error, "kl": objectives.attention_divergence}
@@ -93,7 +96,7 @@ class Cut:
     Attributes:
         column: columns read.
         horizon: tokens after it that count as the response.
-        rows: bool [B], those that have been read long enough and go on.
+        rows: bool [B], those that have been read long enough and go on; all of them may be another process's.
     """
 
     column: int
@@ -101,24 +104,27 @@ class Cut:
     rows: Bool[Tensor, "B"]
 
 
-def draw_cuts(texts: Texts, config: ProbeConfig) -> list[Cut]:
-    """The ends of prompts and random moments, in order.
+def draw_cuts(texts: Texts, config: ProbeConfig, draws: Draws) -> list[Cut]:
+    """The ends of prompts and random moments of random rows, in order; as many in all processes.
 
     Raises:
         DataError: no text goes on after `period` tokens.
     """
-    lengths = [end - first for first, end in zip(texts.first, texts.end, strict=True)]
-    long = [row for row, length in enumerate(lengths) if length > config.period]
-    columns = {texts.start: config.response}
-    for _ in range(config.cuts if long else 0):
-        row = long[int(torch.randint(len(long), ()))]
-        events = 1 + int(torch.randint((lengths[row] - 1) // config.period, ()))
-        columns.setdefault(texts.first[row] + events * config.period, config.horizon)
+    device, width = texts.ids.device, texts.ids.shape[1]
+    first, end = (torch.tensor(columns, device=device) for columns in (texts.first, texts.end))
+    events = (end - first - 1) // config.period
+    horizons = {0: config.response}  # by tokens after the prompts
+    for cut in range(config.cuts):
+        event = 1 + (draws.per_row(cut, 0) * events).long()
+        moment = draws.one_of(first - texts.start + event * config.period, events > 0, cut, 1)
+        if moment is not None:
+            horizons.setdefault(moment, config.horizon)
     cuts: list[Cut] = []
-    for column, horizon in sorted(columns.items()):
-        rows = [first + config.period <= column < end for first, end in zip(texts.first, texts.end, strict=True)]
-        if any(rows):
-            cuts.append(Cut(column, horizon, torch.tensor(rows, device=texts.ids.device)))
+    for moment, horizon in sorted(horizons.items()):
+        column = min(max(texts.start + moment, 1), width)
+        rows = (first + config.period <= column) & (column < end)
+        if highest(int(rows.any()), device):
+            cuts.append(Cut(column, horizon, rows))
     if not cuts:
         raise DataError(
             f"a batch without a text that goes on after {config.period} tokens, or after its prompt; leave out shorter texts, "
@@ -172,11 +178,12 @@ def question_batch(
     with attach(base, full.policy(slack=READ_BLOCK)) as cache:
         for cut, answers in zip(cuts, wanted, strict=True):
             part = slice(before, cut.column)
-            with torch.no_grad():
-                base(
-                    input_ids=texts.ids[:, part], attention_mask=mask[:, : cut.column], position_ids=places[:, part],
-                    past_key_values=cache, logits_to_keep=1,
-                )  # fmt: skip
+            if before < cut.column:
+                with torch.no_grad():
+                    base(
+                        input_ids=texts.ids[:, part], attention_mask=mask[:, : cut.column],
+                        position_ids=places[:, part], past_key_values=cache, logits_to_keep=1,
+                    )  # fmt: skip
             for layer, asked in ask(base, cache, gate).items():
                 attention = gate.attention(asked)
                 response = at_slots(answers[layer], cache.positions(layer))
@@ -202,7 +209,8 @@ def hit_rate(
         torch.zeros_like(part[:, :, 0], dtype=torch.bool).scatter_(-1, part.mean(2).topk(most).indices, value=True)
         for part in (probe, response)
     ]
-    return ((marks[0] & marks[1]).sum((1, 2)) * rows).sum() / (marks[1].sum((1, 2)) * rows).sum()
+    found, wanted = ((part.sum((1, 2)) * rows).sum() for part in (marks[0] & marks[1], marks[1]))
+    return ratio(found.float(), wanted)
 
 
 class ProbeTrainer(GateTrainer):
@@ -232,7 +240,7 @@ class ProbeTrainer(GateTrainer):
     ) -> Any:
         """The loss of the gate's objective, mean over moments, layers, query heads and rows."""
         texts = Texts.align(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
-        cuts = draw_cuts(texts, self.probe)
+        cuts = draw_cuts(texts, self.probe, self.draws(len(texts.ids)))
         wanted = foresee(self.base, texts, cuts, PRESETS[self.gate.oracle])
         loss, hits = model(question_batch, self.base, texts, cuts, wanted)
         self.note(hits=hits)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnevict.errors import BudgetError, DataError
+from learnevict.errors import BudgetError, DataError, UsageError
 from learnevict.ops.hashing import hashed
 from learnevict.ops.processes import highest
 from learnevict.oracle import golden_labels
 from learnevict.parts.gates import Judge
 from learnevict.policy import Guard, Schedule
 from learnevict.train import objectives
-from learnevict.train.draws import Draws
+from learnevict.train.draws import Draws, check_budgets
 from learnevict.train.states import States, record_states
 from learnevict.train.trainer import GateTrainer
 
@@ -40,6 +40,16 @@ class RankingConfig:
     sinks: int = 4
     recent: int = 8
     regression: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_budgets(self.budgets)
+        if self.period < 1 or self.pairs < 1:
+            raise UsageError(f"period={self.period}, pairs={self.pairs}: give at least 1 token and 1 pair")
+        if not (0 <= self.own_rows <= 1 and self.regression >= 0):
+            raise UsageError(
+                f"own_rows={self.own_rows}, regression={self.regression}: give a share of rows from 0 to 1, and a weight of 0 "
+                "or more"
+            )
 
     @property
     def floor(self) -> int:
@@ -84,10 +94,10 @@ class RankingTrainer(GateTrainer):
         ]
         raced = parts if gate.scope == "layer" else [joined(parts)]
         num_pairs = self.ranking.pairs * len(parts) // len(raced)
-        row, seen = torch.cat(next(iter(states.values())).moments).unbind(-1)
+        moments = [torch.cat(states[layer].moments).unbind(-1) for layer in stacked]
         losses = [
             objectives.pairwise(*part, pairs=num_pairs, words=hashed(draws.rows[row], seen, race))
-            for race, part in enumerate(raced)
+            for race, (part, (row, seen)) in enumerate(zip(raced, moments, strict=False))
         ]
         aside = [self.ranking.regression * objectives.regression(*part) for part in parts]
         for score, target, usable in parts:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import DataError, GateError
 from learnevict.hub import Gates
+from learnevict.ops.processes import summed
 from learnevict.parts.gates import hidden_of
 from learnevict.train.course import Course, StreamConfig
 from learnevict.train.draws import Draws
@@ -34,12 +35,12 @@ def fit_linear(
     *,
     strength: float = 1e-4,
 ) -> None:
-    """Fit gates of kvzap's kind "linear", in place.
+    """Fit gates of kvzap's kind "linear", in place and the same in all processes.
 
     Args:
         base: the frozen model.
         gates: with a `weight` [L, E, H] and a `bias` [L, H].
-        batches: as the trainer takes them: input_ids, attention_mask and stored_labels.
+        batches: as the trainer takes them: input_ids, attention_mask and stored_labels; as many in every process.
         config: what to learn from; its objective is the squared error on logarithms.
         strength: of the penalty, per token.
 
@@ -47,9 +48,8 @@ def fit_linear(
         GateError: gates of another method or kind.
         DataError: no text long enough to learn from.
     """
+    check_linear(gates)
     gate: Any = gates.gate
-    if gates.config.settings.get("kind") != "linear":
-        raise GateError(f"a closed form fits linear surrogates, not {gates.method} {gates.config.settings}; see kvzap")
     layers, width, heads = gate.weight.shape
     square = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)
     cross = torch.zeros(layers, width + 1, heads, dtype=torch.float64)
@@ -66,6 +66,7 @@ def fit_linear(
             cross[lesson.layer] += (inputs.T @ wanted).cpu()
 
         course.read(base, add)
+    square, cross = (summed(part.to(gate.weight.device)).cpu() for part in (square, cross))
     tokens = square[:, -1, -1]
     if not bool(tokens.any()):
         raise DataError(f"no text of more than {config.period + config.sinks} tokens to learn from")
@@ -74,3 +75,16 @@ def fit_linear(
     for layer in tokens.nonzero().flatten().tolist():
         found = torch.linalg.solve(square[layer] + strength * tokens[layer] * shrunk, cross[layer])
         gate.weight[layer], gate.bias[layer] = found[:-1].to(gate.weight), found[-1].to(gate.bias)
+
+
+def check_linear(gates: Gates) -> None:
+    """Whether gates have a closed form.
+
+    Raises:
+        GateError: they are of another method or kind.
+    """
+    if gates.config.settings.get("kind") != "linear":
+        raise GateError(
+            f"a closed form fits linear surrogates, not {gates.method} {gates.config.settings}; give --method kvzap "
+            "--kind linear"
+        )

@@ -9,19 +9,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
 from learnevict.hub import Gates, weight_hash
+from learnevict.train.answers import Answering, answer
 from learnevict.train.data import long_enough
 from learnevict.train.flags import Flags
 from learnevict.train.labels import Document, LabelStore, hash_documents
 from learnevict.train.launch import check_launch
-from learnevict.train.record import read_record
+from learnevict.train.resuming import smoke_folder
 from learnevict.train.sources import Source
 from learnevict.train.streaming import Stream
-from learnevict.train.trainer import last_checkpoint
 from learnevict.train.validation import BEST
 
 REPORTERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
@@ -39,6 +39,7 @@ def settle(flags: Flags) -> None:
     """
     common, training = flags.common, flags.training
     if common.smoke:
+        smoke_folder(training, f"runs/{common.method}")
         common.documents, common.eval_documents = 8, min(common.eval_documents, 4)
         for name, value in SMOKE.items():
             if name != "eval_steps" or training.eval_steps is not None:
@@ -50,6 +51,11 @@ def settle(flags: Flags) -> None:
         training.ignore_data_skip = True  # the stream goes on where it was, without reading what lies before
         if training.max_steps <= 0 or training.dataloader_num_workers > 0:
             raise UsageError("--streaming needs --max_steps, for it has no end, and --dataloader_num_workers 0")
+    if common.own_answers and (common.streaming or common.packed or common.labels):
+        raise UsageError(
+            "--own_answers are written to prompts before training begins; drop --streaming and --packed, and --labels, which "
+            "are of the given answers"
+        )
     _settle_evaluation(flags)
     wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
     missing = [name for name in wanted if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None]
@@ -146,8 +152,23 @@ def read_data(flags: Flags, base: PreTrainedModel, tokenizer: Any, read: Reader)
             found, held_out = found[:-num_held], found[-num_held:]
     else:
         found, held_out = read(source, common.documents, num_held)
+        if common.own_answers:
+            found, held_out = _own_answers(flags, base, tokenizer, found, held_out)
     suitable = found if common.streaming else _suitable(found, flags)
     return suitable, long_enough(held_out, shortest) if held_out else []
+
+
+def _own_answers(
+    flags: Flags, base: PreTrainedModel, tokenizer: Any, found: list[Document], held_out: list[Document]
+) -> tuple[list[Document], list[Document]]:
+    """Both with answers of the model, as long as the longest given to any of them."""
+    common, training = flags.common, flags.training
+    how = Answering(
+        common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
+        training.world_size, shown=not training.disable_tqdm,
+    )  # fmt: skip
+    how = replace(how, most=how.longest(found + held_out))
+    return answer(base, tokenizer, found, how), answer(base, tokenizer, held_out, how) if held_out else []
 
 
 def _suitable(documents: list[Document], flags: Flags) -> list[Document]:
@@ -159,7 +180,7 @@ def _suitable(documents: list[Document], flags: Flags) -> list[Document]:
         if not kept:
             raise DataError(
                 f"mode {mode.name} learns what a response attends to, but no document has a prompt and a response: give "
-                "chats, or columns prompt and completion, without --packed"
+                "chats, or columns prompt and completion, without --packed; or let the model answer, with --own_answers"
             )
     if len(kept) < len(documents):
         why = "are too short or have no response" if mode.responses else "are too short"
@@ -185,37 +206,3 @@ def _stored(flags: Flags, base: PreTrainedModel) -> list[Document]:
 def hash_data(data: Any) -> str | None:
     """Of documents; None of a stream, whose end nobody knows."""
     return hash_documents(data) if isinstance(data, list) else None
-
-
-def resume_point(training: TrainingArguments, facts: dict[str, Any], *, fresh_over_old: bool = False) -> str | None:
-    """The checkpoint to go on from; None to begin.
-
-    Args:
-        training: its `resume_from_checkpoint` is "true" or a checkpoint's folder.
-        facts: of this run, to be the same as in the record of the one that is resumed.
-        fresh_over_old: a fresh run may begin in a folder with checkpoints of another.
-
-    Raises:
-        UsageError: nothing to resume, another run, or checkpoints in the way of a fresh one.
-    """
-    folder, asked = str(training.output_dir), training.resume_from_checkpoint
-    if not asked or str(asked).lower() == "false":
-        if not fresh_over_old and any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise UsageError(
-                f"{folder!r} holds checkpoints of another run; go on with it (--resume_from_checkpoint true), or choose "
-                "another --output_dir"
-            )
-        return None
-    given = str(asked).lower() != "true"
-    found = str(asked) if given else last_checkpoint(folder, training.world_size)
-    if found is None or not (Path(found) / "trainer_state.json").is_file():
-        raise UsageError(
-            f"no checkpoint to resume from in {str(asked) if given else folder!r}; drop --resume_from_checkpoint"
-        )
-    before = read_record(folder) or {}
-    wrong = [name for name, value in facts.items() if name in before and before[name] != value]
-    if wrong:
-        raise UsageError(
-            f"the run in {folder!r} had another {', '.join(wrong)}; give its flags again, or begin elsewhere"
-        )
-    return found

@@ -21,6 +21,7 @@ from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.soft import layers_again
 from learnevict.policy import Fade, Policy, Schedule, SoftGate
 from learnevict.train import capacity, objectives
+from learnevict.train.draws import Draws, check_budgets
 from learnevict.train.trainer import GateTrainer
 
 
@@ -34,8 +35,8 @@ class SoftConfig:
         capacity: factor on what the gate pays for holding tokens.
         power: a token of weight w counts w ** power in what is held; 1 in the papers. Peaked attention finds a token through
             a weight of 1 %, which would cost 1 % of a slot, while eviction takes it away; with 0.2 it costs 40 %.
-        compression: where evicting a share is the aim (dms), the ratio to reach.
-        ramp: share of training over which that ratio rises from 1.
+        compression: where evicting a share is the aim (dms), the ratio to reach, at least 1.
+        ramp: share of training over which that ratio rises from 1, 0 to 1.
         answers_only: losses count predictions of the response only; the whole text where a document has no prompt.
         recompute: compute decoder layers again in the backward pass, for memory.
     """
@@ -47,6 +48,18 @@ class SoftConfig:
     ramp: float = 0.5
     answers_only: bool = False
     recompute: bool = False
+
+    def __post_init__(self) -> None:
+        check_budgets(self.budgets)
+        if not (self.capacity >= 0 and self.power >= 0):
+            raise UsageError(
+                f"capacity={self.capacity}, power={self.power}: give 0 or more each; less would pay the gate for holding"
+            )
+        if not (self.compression >= 1 and 0 <= self.ramp <= 1):
+            raise UsageError(
+                f"compression={self.compression}, ramp={self.ramp}: give a ratio of at least 1 (8 keeps an eighth), reached "
+                "after a share of training from 0 to 1"
+            )
 
     def target(self, progress: float) -> float:
         """Share of tokens to evict at a point of the training, 0 to 1: 1 - 1 / ratio, the ratio rising linearly."""
@@ -117,7 +130,7 @@ class SoftTrainer(GateTrainer):
         soft: what to learn from.
 
     Raises:
-        UsageError: the gate asks for a loss that does not exist, or no layer of the base evicts.
+        UsageError: the gate asks for a loss that does not exist or that knows no power, or no layer of the base evicts.
     """
 
     def __init__(self, *args: Any, soft: SoftConfig, **kwargs: Any) -> None:
@@ -126,6 +139,11 @@ class SoftTrainer(GateTrainer):
         if unknown := sorted(set(self.gate.losses) - set(LOSSES)):
             raise UsageError(
                 f"{type(self.gate).__name__} asks for losses {', '.join(unknown)}; there are {', '.join(LOSSES)}"
+            )
+        if "shortfall" in self.gate.losses and soft.power != 1:
+            raise UsageError(
+                f"power={soft.power} makes small weights count in what is held, but {type(self.gate).__name__} counts tokens "
+                "whose gate is below one half, whatever they weigh; leave power at 1"
             )
 
     def compute_loss(
@@ -144,13 +162,15 @@ class SoftTrainer(GateTrainer):
         }
         with torch.no_grad():
             teacher = self.base(**text)
-        budget = self.draws(len(ids)).budget(self.soft.budgets)
-        loss = model(partial(self._lesson, text=text, teacher=teacher, scored=self._scored(inputs), budget=budget))
+        draws = self.draws(len(ids))
+        lesson = partial(self._lesson, text=text, teacher=teacher, scored=self._scored(inputs), draws=draws)
+        loss = model(lesson)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _lesson(self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, scored: Tensor, budget: int) -> Tensor:
+    def _lesson(self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, scored: Tensor, draws: Draws) -> Tensor:
         """The part with gradient: a weighed forward and its losses."""
         config = self.soft
+        gate.words = draws.rows  # until the next lesson: the backward pass may compute layers again
         policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; says who weighs
         again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
         with attach(self.base, policy, soft=True) as soft, again:
@@ -161,6 +181,7 @@ class SoftTrainer(GateTrainer):
             )
         valid = text["attention_mask"].bool()
         target = config.target(self.state.global_step / max(self.state.max_steps, 1))
+        budget = draws.budget(config.budgets)
         run = Run(text["input_ids"], valid, scored, teacher, student, soft.fades, budget, target, config.power)
         total = torch.zeros((), device=valid.device)
         for name, weight in gate.losses.items():

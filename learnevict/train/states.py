@@ -27,7 +27,7 @@ from learnevict.signals import Signals
 
 @dataclass
 class States:
-    """States of one layer, stacked over events and rows.
+    """States of one layer, stacked over events and rows; M may be 0.
 
     features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N];
     moments int64 [M, 2], the row that each state is of, and the tokens it had seen.
@@ -37,6 +37,13 @@ class States:
     targets: list[Tensor] = field(default_factory=list)
     candidates: list[Tensor] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, heads: int, inputs: int, device: torch.device) -> States:
+        """Of a layer before its first event."""
+        nothing = torch.zeros(0, heads, 1, device=device)
+        rows = torch.zeros(0, 2, dtype=torch.int64, device=device)
+        return cls([nothing.new_zeros(0, heads, 1, inputs)], [nothing], [nothing.bool()], [rows])
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """All states as three tensors; shorter ones are padded with slots that are no candidates."""
@@ -51,7 +58,10 @@ class States:
 
 @dataclass
 class Recorder:
-    """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1]."""
+    """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1].
+
+    All layers that have a future have states, if only none: processes count on it.
+    """
 
     budget: Budget
     scorer: Judge
@@ -64,6 +74,11 @@ class Recorder:
     scope: Literal["layer", "model"] = "layer"
     probe: None = None
     states: dict[int, States] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, part in enumerate(self.future):
+            if part is not None:
+                self.states[layer] = States.none(part.shape[1], self.scorer.num_features, part.device)
 
     def keep(self, signals: Signals) -> Tensor:
         """Take down the rows whose event this is and evict by the oracle or by the judge."""
@@ -89,7 +104,7 @@ class Recorder:
         features = torch.cat(parts, dim=2)
         reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
         pick = (reads & (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)).nonzero().flatten()
-        here = self.states.setdefault(signals.layer, States())
+        here = self.states[signals.layer]
         here.features.append(features[pick])
         here.targets.append(target[pick])
         here.candidates.append((occupied & ~protected)[pick])
@@ -113,14 +128,16 @@ def record_states(
     own: Tensor,
     scope: Literal["layer", "model"] = "layer",
 ) -> dict[int, States]:
-    """One teacher-forced run of a batch under eviction, with the states its events went through.
+    """One teacher-forced run of a batch under eviction, with the states its events went through in every evicting layer.
+
+    Where a judge has learned how layers share a budget, and they do not compete anyway, they share it so.
 
     Args:
         model: the frozen base.
         gate: the judge being trained.
         labels: per layer [B, H, T, M], None for stock layers.
         input_ids: int64 [B, T]; attention_mask [B, T].
-        budget: slots per (layer, kv head) after an event.
+        budget: slots per (layer, kv head) after an event, on average over layers.
         schedule: its period must be the labels' block.
         guard: never evicted, never candidates.
         own: bool [B], rows that follow the judge; the others follow the oracle.
@@ -134,9 +151,10 @@ def record_states(
             f"a budget of {budget} cannot hold the guards and a fresh block; the smallest that works is "
             f"{guard.reserved(schedule.period) + 1}"
         )
+    allocator = Together() if scope == "model" else Uniform() if gate.demand is None else gate.demand.allocator()
     recorder = Recorder(
         Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard,
-        Together() if scope == "model" else Uniform(), scope=scope,
+        allocator, scope=scope,
     )  # fmt: skip
     with attach(model, recorder) as cache:
         prefill(model, cache, input_ids, attention_mask, last_only=True)

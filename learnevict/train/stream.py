@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
-from learnevict.errors import DataError, GateError
+from learnevict.errors import DataError, GateError, UsageError
 from learnevict.ops.hashing import hashed
 from learnevict.ops.processes import highest
 from learnevict.parts.gates import Learner
@@ -21,6 +22,7 @@ from learnevict.train.course import Course
 from learnevict.train.course import StreamConfig as StreamConfig
 from learnevict.train.draws import Draws
 from learnevict.train.lessons import Lesson
+from learnevict.train.ridge import check_linear, fit_linear
 from learnevict.train.trainer import GateTrainer
 
 
@@ -31,7 +33,9 @@ class StreamTrainer(GateTrainer):
         stream: what to learn from.
 
     Raises:
-        GateError: a gate that keeps notes by watching attention, which a pass without eviction does not show it.
+        GateError: a gate that keeps notes by watching attention, which a pass without eviction does not show it; or one
+            without the closed form that is asked for.
+        UsageError: a closed form of documents without end.
         DataError: while training, a batch of texts too short to learn from.
     """
 
@@ -43,6 +47,17 @@ class StreamTrainer(GateTrainer):
                 f"{type(self.gate).__name__} watches attention, so a streamed pass cannot teach it; use mode replay"
             )
         stream.reduce(self.gate)
+        if stream.closed_form:
+            check_linear(self.gates)
+            if isinstance(self.train_dataset, IterableDataset):
+                raise UsageError("a closed form takes all documents at once; drop --closed_form or --streaming")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a run that begins may start from the closed form."""
+        if self.stream.closed_form and not resume_from_checkpoint:
+            batches: Any = map(self._prepare_inputs, self.get_train_dataloader())
+            fit_linear(self.base, self.gates, batches, self.stream)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -46,7 +46,7 @@ class GateTrainer(SharingTrainer):
         self.figures: dict[str, list[float]] = {}
         self.whole = Whole(self)
         self.batch = (-1, 0)
-        torch.manual_seed(self.args.seed + self.args.process_index)  # noise and dropout of gates: each process its own
+        torch.manual_seed(self.args.seed + self.args.process_index)  # dropout of gates: each process its own
 
     @property
     def gates(self) -> Any:

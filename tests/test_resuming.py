@@ -1,0 +1,87 @@
+"""Going on with a run of the distilling recipe: only with the same run, never over it, and not beyond its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from learnevict.errors import UsageError
+from learnevict.train.record import read_record
+from tests.test_distill import assert_equal, base, distill, flags, texts, weights  # noqa: F401
+
+METHOD = ["--method", "kvzap", "--budgets", "24", "40", "--lr_scheduler_type", "constant"]
+GO_ON = ["--resume_from_checkpoint", "true"]
+
+
+@pytest.fixture
+def run(distill, flags):  # noqa: F811
+    def run(folder: Path, *more: str) -> None:
+        distill.main(distill.parse([*METHOD, *flags, "--output_dir", str(folder), *more]))
+
+    return run
+
+
+def test_a_run_whose_steps_are_all_taken_takes_no_more(run, tmp_path):
+    run(tmp_path)
+    before, record = weights(tmp_path), read_record(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # killed between the last checkpoint and the end
+    run(tmp_path, *GO_ON)
+    again = read_record(tmp_path)
+    assert_equal(weights(tmp_path), before)
+    assert (again["steps"], again["log"]) == (4, [line for line in record["log"] if "train_runtime" not in line])
+    run(tmp_path, *GO_ON, "--max_steps", "6")
+    assert read_record(tmp_path)["steps"] == 6
+
+
+def test_another_run_is_not_resumed(run, tmp_path, texts):  # noqa: F811
+    run(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"another learning_rate \(.*, not 0.5\), recent \(4, not 5\)|recent.*learning_rate"
+    ):
+        run(tmp_path, *GO_ON, "--learning_rate", "0.5", "--recent", "5")
+    other = tmp_path / "other.jsonl"
+    shutil.copy(texts, other)
+    with pytest.raises(UsageError, match=r"another data \("):
+        run(tmp_path, *GO_ON, "--data", str(other))
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "checkpoint-4", moved / "checkpoint-4")
+    (moved / "run.json").write_text((tmp_path / "run.json").read_text())
+    with pytest.raises(UsageError, match="moved' had another data_seed"):
+        run(tmp_path / "new", "--resume_from_checkpoint", str(moved / "checkpoint-4"), "--seed", "8")
+
+
+def test_a_trial_replaces_nothing_but_trials(run, tmp_path):
+    run(tmp_path)
+    before = weights(tmp_path)
+    with pytest.raises(UsageError, match="holds checkpoints of another run"):
+        run(tmp_path, "--smoke")
+    assert_equal(weights(tmp_path), before)
+    trial = tmp_path / "trial"
+    run(trial, "--smoke")
+    run(trial, "--smoke")
+    assert read_record(trial)["config"]["smoke"] is True
+
+
+def test_a_trial_goes_to_a_folder_of_its_own(distill, flags):  # noqa: F811
+    from learnevict.train.running import settle
+
+    read = distill.parse([*METHOD, *flags, "--smoke"])
+    settle(read)
+    assert read.training.output_dir == "runs/kvzap-smoke"
+
+
+def test_what_could_not_be_sent_is_whole_at_home(run, tmp_path, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("403")
+
+    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer.init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer._push_from_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer.push_to_hub", refused)
+    with pytest.raises(OSError, match="403"):
+        run(tmp_path, "--push_to_hub", "--hub_model_id", "me/gates")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["status"] == "finished" and record["steps"] == 4 and record["log"]
+    assert (tmp_path / "model.safetensors").is_file()
