@@ -33,7 +33,7 @@ RUNS = {
     "probe": ("distill", "--method judge_q --num_tokens 4 --response 40 --horizon 20 --learning_rate 20"),
     "grpo": (
         "grpo",
-        "--start_from testbed-foresightkv --num_generations 2 --min_budget 36 --max_budget 48 --learning_rate 10",
+        "--start_from testbed-foresightkv --num_generations 2 --min_budget 36 --max_budget 48 --learning_rate 4",
     ),
 }
 ABORTED = "terminate called without an active exception", "Signal 6 (SIGABRT)"

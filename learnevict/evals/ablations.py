@@ -1,4 +1,4 @@
-"""What recipes/ablate.py has found: what each correction of the reinforcement stage buys, as a table and as curves."""
+"""Refinement in figures: what each correction buys (recipes/ablate.py), and the training of the judge that ships."""
 
 from __future__ import annotations
 
@@ -88,6 +88,33 @@ def plot_curves(variants: Sequence[Variant], path: Path) -> Path:
             axes.plot(range(SMOOTHED, len(costs) + 1), means, label=one["name"])
     axes.set(xlabel="step", ylabel="cost of a trace, nats per token", title="Refinement, short runs on program")
     axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def plot_training(record: Path, path: Path) -> Path | None:
+    """Cost and entropy of the draws against steps, from the record of a refinement; None if it has no log of that.
+
+    Args:
+        record: a run.json of recipes/grpo.py.
+        path: of the picture.
+    """
+    import matplotlib.pyplot as plt
+
+    log = json.loads(record.read_text(encoding="utf-8")).get("log", []) if record.exists() else []
+    lines = [line for line in log if "cost" in line]
+    if not lines:
+        return None
+    figure, left = plt.subplots(figsize=(8, 3.5))
+    right = left.twinx()
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["cost"] for line in lines], color="C0")
+    right.plot(steps, [line["entropy"] for line in lines], color="C1")
+    left.set(xlabel="step", yscale="log", title="Refinement of the judge that ships")
+    left.set_ylabel("cost of a trace, nats per token", color="C0")
+    right.set_ylabel("entropy of the first draw, nats", color="C1")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -11,7 +11,7 @@ from typing import Any
 from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
-from learnevict.evals.ablations import ablation_table, plot_curves, read_variants
+from learnevict.evals.ablations import ablation_table, plot_curves, plot_training, read_variants
 from learnevict.evals.benchmarks import benchmark_tables
 from learnevict.evals.goals import EQUAL, REFINED, SUPERVISED, goal_tables
 from learnevict.evals.label_table import TriedLabels, label_tables
@@ -68,7 +68,8 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
     check_same_origin([*found.values()], tuned)
     names = {name for part in found.values() for name in part.methods("learned")}
-    parts, written = [HEADER, "# Results", " ".join([LEGEND, *who_is_who(names)])], []
+    parts: list[str] = [HEADER, "# Results", " ".join([LEGEND, *who_is_who(names)])]
+    written: list[Path] = []
     if "main" in found:
         parts += goal_tables(found["main"], found.get("free"), tuned)
     parts.append(full_cache_table(found))
@@ -79,6 +80,10 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
             parts.append(f"![accuracy against budget](results-{name}.png)")
         if name == "main":
             parts += refined_tables(part, found.get("free"))
+            curve = plot_training(GATES_FOLDER / f"testbed-{REFINED}" / "run.json", docs / "training.png")
+            if curve is not None and REFINED in names:
+                written.append(curve)
+                parts.append("![cost and entropy against steps](training.png)")
     if (ablations := results / "ablations.json").exists():
         variants = read_variants(ablations)
         written.append(plot_curves(variants, docs / "ablations.png"))
