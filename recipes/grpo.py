@@ -13,10 +13,14 @@ drawn anew for every step; the cost of a token is capped; and credit is given dr
 cache pays from the costly tokens to the evicted ones, where the paper gives one number to all draws of a trace
 (--credit trace; --credit to_go counts what comes after an event). Resume with --resume_from_checkpoint true.
 
-The gates that ship as testbed-foresightkv were made by (half an hour on a core):
+The gates that ship as testbed-foresightkv were made by two runs, the second for what larger budgets had lost (together three
+quarters of an hour on a core):
 
-    python recipes/grpo.py --share_spread 0.3 --min_budget 22 --max_budget 96 --max_steps 400 \
+    python recipes/grpo.py --share_spread 0.3 --min_budget 22 --max_budget 96 --max_steps 400 --output_dir runs/refined \
         --families program,ledger,program,recall,program,procedure,program,dialogue
+    python recipes/grpo.py --share_spread 0.2 --min_budget 30 --max_budget 120 --max_steps 160 --learning_rate 7e-4 --seed 8 \
+        --families program,recall,ledger,recall,program,procedure,dialogue,recall --start_from runs/refined \
+        --output_dir runs/refined-again
 """
 
 from __future__ import annotations
