@@ -171,6 +171,10 @@ def test_a_paired_test_counts_the_draws_in_which_nothing_is_gained():
     assert both.value == pytest.approx((0.1 + 0.5) / 2), "families count alike"
     mean = metrics.mean_share([(one.tolist(), seen), ([1.0, 1.0], [2.0, 2.0])])
     assert mean.value == pytest.approx((one.sum() / 400 + 0.5) / 2) and mean.low < mean.value < mean.high
+    whole = metrics.paired_test(
+        [((one + 1).tolist(), one.tolist(), seen), ([2.0, 4.0], [2.0, 0.0], [4.0, 4.0])], pooled=True
+    )[0]
+    assert whole.value == pytest.approx((len(one) + 4) / (sum(seen) + 8))
 
 
 def test_gap_closed_of_one_cell_is_the_ratio_of_sums():

@@ -80,16 +80,19 @@ class Results:
         return metrics.mean_of_shares([exact for exact, _ in whole]) if mode == "free" else metrics.mean_share(whole)
 
     def test(
-        self, method: str, other: str, families: Sequence[str], budget: str, mode: str
+        self, method: str, other: str, families: Sequence[str], budget: str, mode: str, *, pooled: bool = False
     ) -> tuple[Estimate, float] | None:
-        """How much better a method is than another on the same samples, with p; None where one was not run."""
+        """How much better a method is than another on the same samples, with p; None where one was not run.
+
+        `pooled`: see metrics.paired_test.
+        """
         pairs: list[metrics.Pairs] = []
         for family in families:
             one, two = (self.shares(name, family, budget, mode) for name in (method, other))
             if one is None or two is None:
                 return None
             pairs.append((one[0], two[0], one[1]))
-        return metrics.paired_test(pairs) if pairs else None
+        return metrics.paired_test(pairs, pooled=pooled) if pairs else None
 
     def cell(self, method: str, best: str, family: str, budget: str) -> Cell | None:
         """A method between `best` and golden; None where one of them was not run."""
