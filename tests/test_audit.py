@@ -153,6 +153,7 @@ def text(model: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
     return batch(torch.randint(3, 64, (len(PADS), PROMPT + STEPS), generator=generator), PADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in VARIANTS if name not in GROWING | AT_EVENTS and name != "foresightkv/together"]
 )
@@ -163,6 +164,7 @@ def test_a_decode_step_stays_in_place(model, name):
     assert found.events >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slack", [8, 0])
 def test_ragged_heads_stay_in_place(model, slack):
     ids, mask = text(model)
@@ -171,6 +173,7 @@ def test_ragged_heads_stay_in_place(model, slack):
     assert found.events >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AT_EVENTS)
 def test_steps_between_events_stay_in_place(model, name):
     """And events really need what they are excused for."""

@@ -114,12 +114,14 @@ def test_figures_ratios_and_goals_reach_the_results_page(report, tmp_path):
     assert "| masking | float32 | " in laws
 
 
+@pytest.mark.slow
 def test_without_a_card_the_gpu_script_says_so():
     said = call("scripts/gpu", expect=2, CUDA_VISIBLE_DEVICES="")
     assert said.count("\n") == 1
     assert "--device cpu --smoke" in said
 
 
+@pytest.mark.slow
 def test_an_unknown_part_is_named():
     said = call("scripts/gpu", "--parts", "laws,speed", expect=2)
     assert said.count("\n") == 1

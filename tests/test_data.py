@@ -140,6 +140,7 @@ def test_packing_joins_and_cuts(jsonl):
         read_documents(Source(str(jsonl), max_length=999, packed=True), TOKENIZER, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_stream_goes_on_exactly_where_it_was(jsonl, packed):
     source = Source(str(jsonl), max_length=4 if packed else 99, packed=packed, streaming=True)

@@ -107,6 +107,7 @@ def drop_times(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", sorted(TAUGHT))
 def test_every_mode_resumes_exactly(mode, tmp_path, distill, flags):
     """A run that is lost after its first checkpoint and resumed, against one that is not."""
@@ -142,6 +143,7 @@ def test_a_stream_resumes_exactly(tmp_path, distill, flags):
     assert len(read_record(whole)["data_hash"]) == 64
 
 
+@pytest.mark.slow
 def test_evaluations_choose_the_best_and_change_nothing(tmp_path, distill, flags, texts):
     flags = [*flags, *SMALL["foresightkv"], "--eval_documents", "3"]
     plain, judged, rest = tmp_path / "plain", tmp_path / "judged", tmp_path / "rest.jsonl"

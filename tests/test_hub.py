@@ -77,6 +77,7 @@ def is_told(answer: tuple[int, str, str], code: int, *remedies: str) -> None:
 # --- there and back ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["foresightkv", "clausal"])
 def test_what_is_pushed_comes_back_bit_for_bit(hub, client, tmp_path, method):
     folder, before = save(tmp_path / "gates", method), len(hub.requests)
@@ -351,6 +352,7 @@ def test_what_is_gone_here_goes_there(hub, client, tmp_path):
     assert not (tmp_path / "back" / "run.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path"),
     [("POST", "repos/create"), ("GET", "revision/main"), ("POST", "/commit/"), ("PUT", "/large/")],

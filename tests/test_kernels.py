@@ -32,6 +32,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_decode_kernel_equals_its_reference():
     """Odd lengths, empty slots, strided pools, groups that are no power of two; float32, ieee products: 2e-6."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -243,7 +243,15 @@ def check(law_matrix, law: str, method: str, model: str) -> None:
     law_matrix.record(law, method, model, LAWS[law](Case(method, model)))
 
 
-@pytest.mark.parametrize(("law", "method", "model"), PAIRWISE)
+QUICK = ("snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", "trimkv/tied", "lookahead_kv")
+"""Methods that between them go all ways through the core: `scripts/check` asks these."""
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(
+    ("law", "method", "model"),
+    [pytest.param(*cell, marks=() if cell[1] in QUICK else pytest.mark.slow) for cell in PAIRWISE],
+)
 def test_law(law_matrix, law, method, model):
     check(law_matrix, law, method, model)
 
@@ -309,6 +317,7 @@ def save_and_load(method: str, model: str, folder: str) -> int:
 SAVED = [(method, model) for method in LEARNED for model in zoo.EVICTING]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), SAVED[::4])
 def test_gates_survive_save_and_load(law_matrix, tmp_path, method, model):
     law_matrix.record("save and load", method, model, save_and_load(method, model, str(tmp_path)))

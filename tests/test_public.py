@@ -55,6 +55,7 @@ def test_importing_loads_nothing_heavy(module):
     assert run_python(f"import sys, {module}; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
+@pytest.mark.slow
 def test_a_core_install_is_enough():
     """Every public name works where no extra is installed: the extras are hidden from this interpreter."""
     hidden = ["datasets", "pyarrow", "trl", "peft", "wandb", "deepspeed", "matplotlib", "triton", "beartype", "psutil"]

@@ -27,7 +27,7 @@ SHARED = (
     "--save_strategy no --disable_tqdm true"
 )
 RUNS = {
-    "replay": ("distill", "--hidden 8 --budgets 36 60 --learning_rate 1"),
+    "replay": ("distill", "--hidden 8 --budgets 36 170 --learning_rate 1"),  # some processes have nothing to evict
     "stream": ("distill", "--method kvp --hidden 8 --budgets 36 60 --learning_rate 1"),
     "soft": ("distill", "--method trimkv --hidden 8 --bias 4 --learning_rate 1"),
     "probe": ("distill", "--method judge_q --num_tokens 4 --response 40 --horizon 20 --learning_rate 20"),

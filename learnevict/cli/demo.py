@@ -59,7 +59,7 @@ def summary(answering: Answering, answers: list[Answer]) -> dict[str, Any]:
     return {
         "method": answering.method,
         "correct": {record["id"]: record["correct"] for record in records},
-        "kept": max(record["kept"]["max"] for record in records),
+        "kept": round(max(record["kept"]["mean"] for record in records)),
         "kv_bytes_peak": sum(record["kv_bytes_peak"] for record in records),
         "kv_bytes_full": sum(record["kv_bytes_full"] for record in records),
         "tokens_per_second": records[0]["tokens_per_second"],
@@ -71,7 +71,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(
-        "method", *TASKS, "slots per head", "keys and values, peak", "tokens/s", box=None, header_style="bold"
+        "method", *TASKS, "slots per head, mean", "keys and values, peak", "tokens/s", box=None, header_style="bold"
     )
     for row in rows:
         marks = ["[green]right[/green]" if row["correct"][task] else "[red]wrong[/red]" for task in TASKS]
