@@ -132,6 +132,7 @@ def test_every_mode_resumes_exactly(mode, tmp_path, distill, flags):
     assert Gates.load(whole).config.training["mode"]["name"] == mode
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_exactly(tmp_path, distill, flags):
     flags = [*flags, *SMALL["foresightkv"], "--streaming", "--packed", "--max_length", "50"]
     whole, lost = tmp_path / "whole", tmp_path / "lost"
@@ -266,6 +267,7 @@ def test_mistakes_are_told(tmp_path, distill, flags):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_mixed_with_another(tmp_path, distill, flags):
     flags = [*flags, *SMALL["foresightkv"], "--output_dir", str(tmp_path), "--max_steps", "2"]
     distill.main(distill.parse(flags))
@@ -282,6 +284,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path, distill, flags):
     assert read_record(tmp_path)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_gates_are_trained_further(tmp_path, distill, flags):
     first, second = tmp_path / "first", tmp_path / "second"
     distill.main(distill.parse([*flags, *SMALL["foresightkv"], "--max_steps", "1", "--output_dir", str(first)]))
@@ -334,6 +337,7 @@ def test_states_are_those_of_the_shares_that_a_judge_has_learned(base):
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [[0.1, -0.1], [1.0, -1.0]], ids=["both evict", "one layer never evicts"])
 def test_a_judge_with_shares_is_trained_further(level, tmp_path, distill, base, flags):
     judge_with_shares(base, level).save_pretrained(tmp_path / "first")

@@ -903,6 +903,7 @@ def folder(subject, tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_eval_and_report_from_the_command_line(folder, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     words = ["eval", "--model", folder, "--device", "cpu", "--families", "recall", "--samples", "2", "--out", str(out)]
@@ -976,6 +977,7 @@ def test_perplexity_keeps_what_is_finished_and_overwrites_nothing(folder, tmp_pa
     assert "perplexity,perplexity_ratio" in (tmp_path / "report" / "table.csv").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_eval_says_what_is_kept(folder, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     words = ["eval", "--model", folder, "--device", "cpu", "--families", "dialogue", "--samples", "30", "--no-free"]

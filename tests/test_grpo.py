@@ -166,6 +166,7 @@ def test_rows_of_a_group_read_one_text_and_their_advantages_cancel(tmp_path):
 IN_TWO_PARTS = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "per_device_train_batch_size": GROUP}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refine", "options"),
     [

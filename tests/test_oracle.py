@@ -207,6 +207,7 @@ def test_arithmetic_is_float32(dtype, tolerance):
     torch.testing.assert_close(labels.double(), exact, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_reduction_in_float32(name):
     """As models hand them over: blocks of more than one tile, a last one that is not full, a padded row."""

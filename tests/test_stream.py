@@ -295,6 +295,7 @@ def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kvzap", "fast_kvzip", "kvp", "kvpop"])
 def test_training_learns(method, tmp_path):
     taught = trainer(method, tmp_path, 10)
