@@ -32,7 +32,8 @@ class Client:
     def __init__(self, hub: Hub, folder: Path) -> None:
         settings = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "huggingface"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "60",
+            "HF_HUB_ETAG_TIMEOUT": "60", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,9 @@ def listen() -> None:
     """Do jobs until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    from learnevict.hub import fetch, share
+
+    fetch.PATIENCE = share.PATIENCE = 60.0  # a busy machine may be slower than a person is patient
     for line in sys.stdin:
         job = json.loads(line)
         changed = {name: os.environ.get(name) for name in job["environment"]}
