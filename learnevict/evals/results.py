@@ -39,9 +39,14 @@ class Results:
 
     @property
     def budgets(self) -> list[str]:
-        """As asked for ("1/4"), in order of appearance."""
-        found = [row.get("budget_share") or str(row["budget"]) for row in self.rows if row["budget"] is not None]
-        return list(dict.fromkeys(found))
+        """As asked for ("1/4"), the largest first; in order of appearance where they are no numbers of slots."""
+        found: dict[str, Any] = {}
+        for row in self.rows:
+            if row["budget"] is not None:
+                found.setdefault(row.get("budget_share") or str(row["budget"]), row["budget"])
+        if all(isinstance(slots, int) for slots in found.values()):
+            return sorted(found, key=lambda asked: -found[asked])
+        return list(found)
 
     def methods(self, kind: str | None = None) -> list[str]:
         """In order of appearance, of one kind or all."""
