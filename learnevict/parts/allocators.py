@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from learnevict.errors import UsageError
-from learnevict.policy import Allocator
+from learnevict.policy import Allocator, Uniform
 
 MILLE = 1000
 
 
 @dataclass(frozen=True)
-class Pyramid(Allocator):
+class Pyramid(Uniform):
     """More for early layers, linearly less with depth; the sum over layers is exactly L * budget.
 
     The pyramid splits what a budget holds beyond `floor` (guards, fresh block, one slot): with base = budget - floor
@@ -38,13 +38,9 @@ class Pyramid(Allocator):
         step = 2 * (base - low) / (num_layers - 1)
         return floor + whole_shares([2 * base - low - layer * step for layer in range(num_layers)])[rank]
 
-    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """Heads of a layer share equally."""
-        return budget.long().view(-1, 1).expand(scores.shape[:2])
-
 
 @dataclass(frozen=True)
-class Profile(Allocator):
+class Profile(Uniform):
     """Layers in fixed proportions that were learned, and that shift with the budget; the sum over layers is L * budget.
 
     Of what a budget holds beyond `floor` (guards, fresh block, one slot), free = budget - floor, layer l gets the share
@@ -85,10 +81,6 @@ class Profile(Allocator):
         ]
         weights = [math.exp(logit - max(logits)) for logit in logits]
         return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
-
-    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """Heads of a layer share equally."""
-        return budget.long().view(-1, 1).expand(scores.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """Every layer and head holds the budget."""
+    """Every head of a layer holds what the layer does; of layers, those that share unequally say so in `layer_budget`."""
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
         """See Allocator."""
