@@ -167,9 +167,7 @@ def main(flags: Flags) -> None:
             **{course.mode.argument: flags.mode},
         )
         go_on(trainer, checkpoint)
-        trainer.save_model(
-            training.output_dir, _internal_call=True
-        )  # what is sent is sent at the end, with a whole record
+        trainer.save_model(training.output_dir, _internal_call=True)  # sent at the end, with a whole record
         best = {"step": trainer.state.best_global_step, BEST: trainer.state.best_metric} if held_out else None
         record.add(log=trainer.state.log_history, best=best, steps=trainer.state.global_step)
         if config.streaming:

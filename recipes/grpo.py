@@ -151,9 +151,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
             processing_class=tokenizer,
         )
         go_on(trainer, checkpoint)
-        trainer.save_model(
-            training.output_dir, _internal_call=True
-        )  # what is sent is sent at the end, with a whole record
+        trainer.save_model(training.output_dir, _internal_call=True)  # sent at the end, with a whole record
         record.add(log=trainer.state.log_history, steps=trainer.state.global_step)
     if training.push_to_hub:
         trainer.push_to_hub()

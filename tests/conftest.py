@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import socket
@@ -65,3 +66,30 @@ def _loopback_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(scope="module")
+def distill() -> Any:
+    """The distilling recipe as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield importlib.import_module("recipes.distill")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Any]:
+    """A Hub on the loopback."""
+    from tests.hub_server import Hub
+
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One process that imports everything once; it works in a folder of its own."""
+    from tests.hub_client import Client
+
+    running = Client(hub, tmp_path_factory.mktemp("client"))
+    yield running
+    running.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -39,13 +38,6 @@ SMALL = {
     "trimkv": [*BUDGETS, "--hidden", "8", "--bias", "2"],
     "judge_q": ["--num_tokens", "3", "--horizon", "8"],
 }
-
-
-@pytest.fixture(scope="module")
-def distill() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("recipes.distill")
 
 
 @pytest.fixture(scope="module")

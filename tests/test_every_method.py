@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from learnevict import methods
 from learnevict.hub import Gates
 from learnevict.train.modes import ANY_LAYOUT, MODES
 from tests.hub_client import Client
-from tests.hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -29,26 +25,6 @@ def is_taught(name: str) -> bool:
 
 
 TAUGHT = tuple(filter(is_taught, methods.METHODS))
-
-
-@pytest.fixture(scope="module")
-def distill() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("recipes.distill")
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    running = Client(hub, tmp_path_factory.mktemp("client"))
-    yield running
-    running.close()
 
 
 def run(client: Client, *words: object) -> str:

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from learnevict import testbed
-from learnevict.errors import TrainedOtherwiseWarning, UsageError
+from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
 from learnevict.rl.draw import NOTHING
 from tests.test_foresightkv import tiny
@@ -226,11 +226,13 @@ def test_free_answers_are_paid_by_the_verifier(tmp_path, scope):
         trainer(tmp_path, refine={"free_every": 1})
 
 
-def test_answers_that_end_before_an_event_are_replaced_by_texts_that_are_read(tmp_path):
-    made = trainer(tmp_path, refine={"free_every": 1}, verifier=lambda row, text: 1.0)
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_answers_that_end_before_an_event_are_replaced_by_texts_that_are_read(tmp_path, spread):
+    made = trainer(tmp_path, refine={"free_every": 1, "share_spread": spread}, verifier=lambda row, text: 1.0)
     made.base.generation_config.eos_token_id = list(range(made.base.config.vocab_size))
-    inputs = batch(made)
-    assert bool(inputs["tool_mask"].any()), "nothing was drawn"
+    with pytest.warns(LearnevictWarning, match="texts are read instead"):
+        inputs = batch(made)
+    assert any(bool((races.order != NOTHING).any()) for races in made.episode.races), "nothing was drawn"
     assert inputs["advantages"].shape == inputs["completion_ids"].shape  # credit of draws: texts were read
     assert bool(torch.isfinite(made.compute_loss(made.model, inputs).detach()))
 
@@ -253,7 +255,8 @@ def test_a_refined_judge_remembers_its_rules(tmp_path):
     assert {"period": 8, "demand": [2, 11, 19]}.items() <= made.model.config.settings.items()
     with pytest.warns(TrainedOtherwiseWarning, match="share 11 to 19 slots"):
         trainer(tmp_path, gates=made.model, refine={"share_spread": 0.3, "min_budget": 40, "max_budget": 40})
-    together = trainer(tmp_path, gates=made.model, refine={"scope": "model", "period": 4})
+    with pytest.warns(TrainedOtherwiseWarning, match="that is dropped"):
+        together = trainer(tmp_path, gates=made.model, refine={"scope": "model", "period": 4})
     assert together.judge.settings() == {"hidden": 8, "window": 8, "period": 4, "scope": "model"}
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,20 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 SENT = {"config.json", "model.safetensors", "README.md"}
 NEVER_SENT = ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt", "trainer_state.json")
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """One process that imports everything once; it works in a folder of its own."""
-    running = Client(hub, tmp_path_factory.mktemp("client"))
-    yield running
-    running.close()
 
 
 def save(folder: Path, method: str = "foresightkv", model: str = "llama", change: float = 0.0) -> Path:

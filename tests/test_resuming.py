@@ -10,7 +10,7 @@ import pytest
 
 from learnevict.errors import UsageError
 from learnevict.train.record import read_record
-from tests.test_distill import assert_equal, base, distill, flags, texts, weights  # noqa: F401
+from tests.test_distill import assert_equal, base, flags, texts, weights  # noqa: F401
 
 METHOD = ["--method", "kvzap", "--budgets", "24", "40", "--lr_scheduler_type", "constant"]
 GO_ON = ["--resume_from_checkpoint", "true"]

@@ -144,6 +144,11 @@ class Sampled:
     taken: Bool[Tensor, "R A"]
     log_probs: Float[Tensor, "R A"]
 
+    @property
+    def evictions(self) -> int:
+        """How many were drawn."""
+        return sum(int((races.order != NOTHING).sum()) for races in self.episode.races)
+
     def completions(self) -> dict[str, Any]:
         """What TRL asks of a rollout_func, beside the prompts; the first action names the rollout."""
         tried = self.episode.tried

@@ -14,6 +14,7 @@ The first id of a completion is the number of its rollout; it is masked and coun
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from learnevict.errors import UsageError
+from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
 from learnevict.infer.support import evicting_layers
 from learnevict.ops.processes import highest
@@ -177,10 +178,18 @@ def prepare(judge: Any, refine: RefineConfig, num_layers: int) -> None:
         judge: changed in place.
         refine: the rules.
         num_layers: of the base, that evict.
+
+    Warns:
+        TrainedOtherwiseWarning: learned shares of layers are dropped, for scope "model", or were learned for other budgets.
     """
     judge.scope, judge.period = refine.scope, refine.period
-    if refine.scope == "model":
-        judge.demand = None  # all layers compete instead
+    if refine.scope == "model" and judge.demand is not None:
+        warnings.warn(
+            "these gates have learned how layers share a budget; under scope model all layers compete, and that is dropped",
+            TrainedOtherwiseWarning,
+            stacklevel=2,
+        )
+        judge.demand = None
     if refine.share_spread:
         judge.share_layers(num_layers, *refine.span)
     if judge.demand is not None:
@@ -196,8 +205,14 @@ def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any
     sampled = None
     if refine.free_every and trainer.state.global_step % refine.free_every == refine.free_every - 1:
         sampled = sample_answers(trainer.base, judge, texts, refine, mark=partial(mark, trainer), **terms)
-        if not highest(int(sampled.taken.sum()), where.device):
-            sampled = None  # all answers ended before an event: there is nothing to learn from
+        if not highest(sampled.evictions, where.device):
+            warnings.warn(
+                "all answers of a batch ended before anything was evicted, so its texts are read instead; lower the budgets, "
+                "or give longer prompts",
+                LearnevictWarning,
+                stacklevel=2,
+            )
+            sampled = None
     if sampled is None:
         sampled = sample_group(trainer.base, judge, texts, refine, group=trainer.group, **terms)
     trainer.episode = sampled.episode
