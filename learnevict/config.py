@@ -10,7 +10,9 @@ from typing import Literal
 from learnevict.errors import BudgetError
 
 BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-EXAMPLES = 'an int (tokens), "25%" (share of the tokens seen) or "64MiB" (keys and values of one row)'
+EXAMPLES = 'an int (tokens), "25%" or "1/4" (share of the tokens seen) or "64MiB" (keys and values of one row)'
+MOST_TOKENS = 2**28
+"""More than any text has, and few enough that sums of some of them fit into int32."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Budget:
     """Slots held per (layer, row, kv head) after an eviction event, guards and fresh block included.
 
     `unit` is "tokens" (amount is a count), "share" (amount in (0, 1] of the row's tokens, resolved at each event) or
-    "bytes" (keys and values of one row over all evicting layers, slack included).
+    "bytes" (keys and values of one row over all evicting layers, slack included). What is beyond MOST_TOKENS keeps all.
     """
 
     amount: float
@@ -56,24 +58,26 @@ class Budget:
 
     @classmethod
     def parse(cls, text: int | str | Budget) -> Budget:
-        """Read 512, "512", "25%" or "64MiB".
+        """Read 512, "512", "25%", "1/4" or "64MiB".
 
         Raises:
             BudgetError: anything else, or an amount that is not positive.
         """
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[A-Za-z]*|/\s*[0-9]+)\s*", str(text))
         if match is None:
-            raise BudgetError(f"budget {text!r} is not understood; give {EXAMPLES}")
-        number, unit = float(match[1]), match[2].upper()
+            raise BudgetError(f"budget {text!r:.80} is not understood; give {EXAMPLES}")
+        number, unit = min(float(match[1]), 2.0**99), match[2].upper()
+        if unit.startswith("/") and 0 < number <= (whole := min(float(unit[1:]), 2.0**99)):
+            return cls(number / whole, "share")
         if unit == "%" and 0 < number <= 100:
             return cls(number / 100, "share")
         if unit in BYTE_UNITS and number > 0:
             return cls(number * BYTE_UNITS[unit], "bytes")
         if unit == "" and number >= 1 and number == int(number):
-            return cls(int(number))
-        raise BudgetError(f"budget {text!r} is out of range; give {EXAMPLES}")
+            return cls(min(int(number), MOST_TOKENS))
+        raise BudgetError(f"budget {text!r:.80} is out of range; give {EXAMPLES}")
 
     def tokens(self, seen: int, floor: int, row_bytes_per_token: int, num_layers: int, reserve: int) -> int:
         """Resolve to slots per (layer, kv head).
@@ -88,7 +92,7 @@ class Budget:
         if self.unit == "share":
             return max(math.ceil(round(self.amount * seen, 9)), floor)  # 7 % of 100 is 7, not 8
         if self.unit == "tokens":
-            return int(self.amount)
+            return min(int(self.amount), MOST_TOKENS)
         slots = int(self.amount // row_bytes_per_token) - reserve
         if slots < floor:
             need = (floor + reserve) * row_bytes_per_token
@@ -96,7 +100,7 @@ class Budget:
                 f"{int(self.amount)} bytes hold {max(slots + reserve, 0)} tokens in {num_layers} layers, but guards, fresh "
                 f"block, slack and a protected prompt take {floor + reserve}; give at least {need} bytes"
             )
-        return slots
+        return min(slots, MOST_TOKENS)
 
     def __str__(self) -> str:
         if self.unit == "share":

@@ -107,7 +107,7 @@ def choose_method(choice: Choice, opened: Opened) -> str | None:
             "method full keeps everything, so a budget means nothing to it; drop --budget or name another method"
         )
     if choice.budget is None:
-        raise UsageError("say how much may be kept: --budget 512 (tokens), 25% or 64MiB")
+        raise UsageError("say how much may be kept: --budget 512 (tokens), 25%, 1/4 or 64MiB")
     if choice.method is not None or choice.checkpoint is not None:
         return choice.method
     if not opened.speaks_testbed:

@@ -85,7 +85,7 @@ Kept = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="Slots kept per layer and kv head: 512 (tokens), 25% (of the tokens read) or 64MiB (keys and values of "
+        help="Slots kept per layer and kv head: 512 (tokens), 25% or 1/4 (of the tokens read) or 64MiB (keys and values of "
         "one row).",
         rich_help_panel=POLICY,
     ),

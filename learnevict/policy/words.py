@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from learnevict.config import MOST_TOKENS
 from learnevict.errors import BudgetError
 from learnevict.ops import keep_top
 from learnevict.signals import Signals
@@ -61,8 +62,8 @@ class Schedule:
     active: bool = True
 
     def __post_init__(self) -> None:
-        if self.slack < 0:
-            raise BudgetError(f"slack must be 0 or more tokens, not {self.slack}")
+        if not 0 <= self.slack <= MOST_TOKENS:
+            raise BudgetError(f"slack must be 0 or more tokens, and at most {MOST_TOKENS}, not {self.slack}")
 
     @property
     def period(self) -> int:
@@ -92,8 +93,10 @@ class Guard:
     recent_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 0:
-            raise BudgetError(f"sinks and recent must be 0 or more, not {self.sinks} and {self.recent}")
+        if not (0 <= self.sinks <= MOST_TOKENS and 0 <= self.recent <= MOST_TOKENS):
+            raise BudgetError(
+                f"sinks and recent must be 0 or more, and at most {MOST_TOKENS}, not {self.sinks} and {self.recent}"
+            )
         if not 0 <= self.recent_share < 1:
             raise BudgetError(f"recent_share must be 0 or more and below 1, not {self.recent_share}")
 
