@@ -131,11 +131,16 @@ def test_prompt_compressed_when_it_has_been_read(case):
     assert torch.equal(found, expected(case, data, 33, slack=5, at_prompt_end=True))
 
 
-def test_prefill_only_stops_after_the_prompt():
-    found = Loop(make("snapkv-paper", slack=5, schedule="prefill_only"), stream()).run(prompt=37)
+@pytest.mark.parametrize("slack", [5, 0])
+def test_prefill_only_stops_after_the_prompt(slack):
+    """And leaves as much as the budget says: no room is kept for a next token that evicts nothing."""
+    data = stream()
+    found = Loop(make("snapkv-paper", slack=slack, schedule="prefill_only"), data).run(prompt=37)
     ends = found[found != NEVER]
     assert len(ends)
     assert (ends == 37).all()
+    kept = (found[..., :37] == NEVER).sum(-1) - torch.tensor(data.pads).view(-1, 1)
+    assert (kept == BUDGET).all()
 
 
 def test_full_never_evicts():

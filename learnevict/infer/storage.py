@@ -206,5 +206,5 @@ def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], round
         inside = prompt if policy.budget.unit == "bytes" else 0
         budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
         budget = policy.allocator.row_budget(row, budget - inside, place.rank, place.num_evicting, floor)
-        found.append(budget + prompt - (schedule.slack == 0))
+        found.append(budget + prompt - (schedule.bounded and schedule.slack == 0))  # the next token fits in
     return found
