@@ -15,6 +15,8 @@ from learnevict.ops import slot_attention_reference, use_kernels
 COMPARE = """
 import torch
 from learnevict import ops
+from learnevict.infer.slots import SlotPool
+from tests.test_slots import poisoned
 ops.use_kernels()
 torch.manual_seed(0)
 for batch, heads, group, num, width in [(1, 1, 1, 1, 16), (2, 2, 4, 63, 32), (1, 3, 2, 200, 48), (1, 2, 7, 130, 64)]:
@@ -28,13 +30,21 @@ for batch, heads, group, num, width in [(1, 1, 1, 1, 16), (2, 2, 4, 63, 32), (1,
     want = ops.slot_attention_reference(query, keys, values, bias, width**-0.5)
     error = float((got - want).abs().max())
     assert error < 2e-6, (num, error)
+for poison in (torch.nan, torch.inf):
+    query = torch.randn(2, 2, 2, 4)
+    store = poisoned(SlotPool, poison)
+    got = ops.slot_attention(query, store.keys, store.values, store.bias, 0.5)
+    plain = poisoned(SlotPool, 1.0)
+    assert torch.equal(got, ops.slot_attention(query, plain.keys, plain.values, plain.bias, 0.5)), poison
 print("equal")
 """
 
 
 @pytest.mark.slow
 def test_decode_kernel_equals_its_reference():
-    """Odd lengths, empty slots, strided pools, groups that are no power of two; float32, ieee products: 2e-6."""
+    """Odd lengths, empty slots, strided pools, groups that are no power of two; float32, ieee products: 2e-6.
+
+    Evicted keys and values that were no numbers change nothing."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

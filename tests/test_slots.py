@@ -5,7 +5,9 @@ Both storages run the same rules: SlotPool (uniform) and PagePool (ragged heads 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
-from learnevict.signals import Column
+from learnevict.signals import Attention, Column, Rows, Signals
 
 HEADS, WIDTH, VALUE_WIDTH = 2, 4, 3
 COLUMNS = (Column("note", (2,)), Column("tag", dtype=torch.int32, fill=7.0))
@@ -350,18 +353,48 @@ def test_half_of_a_full_pool_may_move(page):
     pool.compare(2)
 
 
-@pytest.mark.parametrize("kind", [SlotPool, PagePool])
-def test_a_poisoned_empty_slot_changes_nothing(kind):
-    """Whatever an empty slot still holds, its key and value are not seen."""
-    extra = (2,) if kind is PagePool else ()
-    key, value = torch.randn(1, HEADS, 4, WIDTH), torch.randn(1, HEADS, 4, VALUE_WIDTH)
-    store = kind(key, value, (), *extra)
-    if kind is PagePool:
-        store.fit(4 * HEADS, 4)
-        store.assign([4])
+def poisoned(kind: type[SlotPool] | type[PagePool], poison: float) -> SlotPool | PagePool:
+    """Eight tokens of two rows, of which every head has lost two that held `poison`; one more has been written since."""
+    random = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, HEADS, 9, WIDTH, generator=random), torch.randn(2, HEADS, 9, WIDTH, generator=random)
+    key[:, :, [2, 7]], value[:, :, [2, 7]] = poison, poison
+    store = SlotPool(key, value, ()) if kind is SlotPool else PagePool(key, value, (), 3)
+    if isinstance(store, PagePool):
+        store.fit(2 * HEADS * 9, 9)
+        store.assign([9, 9])
     else:
-        store.resize(4)
-    store.write(key, value, torch.arange(4, dtype=torch.int32).unsqueeze(0), {}, (4,))
-    store.evict(torch.tensor([[[True, False, False, True]] * HEADS]))
-    assert sorted(store.position[0, 0].tolist())[-2:] == [1, 2]
-    assert torch.equal(store.bias == 0, store.position >= 0)
+        store.resize(9)
+    place = torch.arange(9, dtype=torch.int32).expand(2, -1)
+    store.write(key[:, :, :8], value[:, :, :8], place[:, :8], {}, (8, 8))
+    store.evict((store.position == 2) | (store.position == 7))
+    if isinstance(store, PagePool):
+        store.assign([9, 9])
+    store.write(key[:, :, 8:], value[:, :, 8:], place[:, 8:], {}, (1, 1))
+    return store
+
+
+def block(store: SlotPool | PagePool, query: Tensor, **options: Any) -> Tensor:
+    rows = Rows(*torch.tensor([[0], [8], [9], [8], [8]], dtype=torch.int32).expand(-1, 2))
+    here = rows.now.unsqueeze(-1)
+    return block_attention(store, Signals(0, store, rows, rows.seen, {}, query, here, Attention(0.5, **options)))[0]
+
+
+WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "step": lambda store, query: step_attention(store, query, Attention(0.5)),
+    "softcap": lambda store, query: step_attention(store, query, Attention(0.5, softcap=5.0)),
+    "sinks": lambda store, query: observed_step(store, query, Attention(0.5, sinks=torch.zeros(4)))[0],
+    "observed": lambda store, query: observed_step(store, query, Attention(0.5))[0],
+    "block": block,
+    "scores": lambda store, query: store.logits(query.flatten(2, 3).view(2, HEADS, -1, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [SlotPool, PagePool])
+def test_a_poisoned_empty_slot_changes_nothing(kind, way, poison):
+    """Keys and values that were evicted are not seen, whatever they were: 0 times infinity is no number."""
+    query = torch.randn(2, 2 * HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = WAYS[way](poisoned(kind, poison), query)
+    assert found.isfinite().all()
+    assert torch.equal(found, WAYS[way](poisoned(kind, 1.0), query))

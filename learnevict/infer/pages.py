@@ -181,6 +181,7 @@ class PagePool:
             index = order.view(*order.shape, *([1] * len(column.shape))).expand_as(old)
             self.ledger.columns[column.name] = old.gather(2, index)
         self.count = count
+        self._clean(inside)
 
     def _close(self, hole: Tensor, tail: Tensor) -> Tensor:
         """Copy the survivors `tail` into as many holes of their head, bool [B, H, N]; where each slot comes from, [B, H, N].
@@ -198,6 +199,14 @@ class PagePool:
             flat.index_put_((to,), flat[come])  # what does not move copies page 0 onto itself
         slots = torch.arange(hole.numel(), device=hole.device)
         return slots.scatter_(0, target, source).view_as(hole) % max(hole.shape[2], 1)
+
+    def _clean(self, held: Tensor) -> None:
+        """Zeros wherever no slot of `held`, bool [B, H, N], is stored: infinity or NaN would survive a weight of 0."""
+        stored = self._stored(torch.arange(held.numel(), device=held.device))
+        kept = torch.zeros(self.keys.shape[0] * self.page, dtype=torch.bool, device=held.device)
+        kept.index_fill_(0, torch.where(held.flatten(), stored, 0), True)  # page 0 holds zeros
+        for pool in (self.keys, self.values):
+            pool.view(-1, pool.shape[-1]).masked_fill_(~kept.unsqueeze(-1), 0.0)
 
     def _stored(self, slot: Tensor) -> Tensor:
         """Flat index into the pool of logical slots counted over all rows and heads, int64 [n]."""

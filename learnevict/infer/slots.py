@@ -1,7 +1,7 @@
 """Uniform storage: one static pool of slots per layer, written in place.
 
-A full head evicts by overwriting: the victim's slot is marked empty and the next token is written into it. No slot ever
-moves, nothing is concatenated, and no decision waits for the device.
+A full head evicts by overwriting: the victim's slot is marked empty and the next token is written into it. An empty slot
+holds zeros. No slot ever moves, nothing is concatenated, and no decision waits for the device.
 """
 
 from __future__ import annotations
@@ -134,8 +134,10 @@ class SlotPool:
         self.ledger.write(slot, position, notes, row)
 
     def evict(self, drop: Tensor) -> None:
-        """Empty the slots of `drop`, bool [B, H, N]; their storage is overwritten by the next tokens."""
+        """Empty the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
         self.position.masked_fill_(drop, EMPTY)
+        for pool in (self.keys, self.values):
+            pool.masked_fill_(drop.unsqueeze(-1), 0.0)  # infinity or NaN would survive a weight of 0
         self._list_free()
 
     def _list_free(self) -> None:
