@@ -73,6 +73,10 @@ class StockLayersWarning(LearnevictWarning):
     """Some layers keep their stock cache: sliding-window or linear layers are bounded already."""
 
 
+class UnusedWeightsWarning(LearnevictWarning):
+    """A checkpoint holds tensors of parts that the model lacks, such as a head for another task."""
+
+
 class TrainedOtherwiseWarning(LearnevictWarning):
     """A gate is used in another way than it was trained for."""
 

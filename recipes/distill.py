@@ -47,6 +47,7 @@ class Config:
         method: a name of `learnevict list`, or the import path of your own.
         start_from: gates to train further, a folder or Hub id; their settings hold.
         model: base model: testbed, a folder or a Hub id.
+        allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
         labels: folder of recipes/oracle.py, for modes that can use it; otherwise labels are made on the way.
         data: testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub.
         data_config: of a dataset of the Hub.
@@ -75,6 +76,7 @@ class Config:
     method: str = "foresightkv"
     start_from: str | None = None
     model: str = "testbed"
+    allow_pickle: bool = False
     labels: str | None = None
     data: str = "testbed"
     data_config: str | None = None
@@ -128,7 +130,7 @@ def main(flags: Flags) -> None:
         print(report(estimate(described, config.method, plan), config.gpu_memory))
         return
     set_seed(training.seed)
-    base, tokenizer = load_base(config.model, device=str(training.device))
+    base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)
     gates = make_gates(flags, base)
     names = families_of(config.families)
     read = lambda source, limit, held: read_for_learning(source, tokenizer, limit, held, names)  # noqa: E731

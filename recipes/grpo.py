@@ -59,6 +59,7 @@ class Config:
     Attributes:
         start_from: gates of a method with a judge, a folder or Hub id.
         model: base model: testbed, a folder or a Hub id.
+        allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
         data: testbed; a file, a folder or a dataset of the Hub with prompts and answers.
         families: of the testbed, comma-separated; otherwise all.
         documents: to learn from at most.
@@ -72,6 +73,7 @@ class Config:
 
     start_from: str = str(GATES_FOLDER / "testbed-foresightkv-sl")
     model: str = "testbed"
+    allow_pickle: bool = False
     data: str = "testbed"
     families: str = ""
     documents: int = 4000
@@ -118,7 +120,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
         print(report(estimate(described, Gates.load(config.start_from).method, plan), config.gpu_memory))
         return
     set_seed(training.seed)
-    base, tokenizer = load_base(config.model, device=str(training.device))
+    base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)
     gates = Gates.load(config.start_from, base)
     source = Source(config.data, max_length=config.max_length)
     held = config.eval_documents if training.do_eval else 0

@@ -32,6 +32,7 @@ class Config:
 
     out: Path = Path("runs/labels")
     model: str = "testbed"
+    allow_pickle: bool = False  # of the model: read .bin files too; otherwise safetensors only
     data: str = "testbed"  # "testbed", a file, a folder, or a dataset of the Hub: see learnevict.train.sources
     data_config: str | None = None
     data_split: str = "train"
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
         config = Config(**{**vars(config), "documents": 6, "per_shard": 3, "batch_size": 3})
     state = processes()
     quiet(bars=False)
-    model, tokenizer = load_base(config.model, device=str(state.device))
+    model, tokenizer = load_base(config.model, device=str(state.device), allow_pickle=config.allow_pickle)
     source = Source(
         config.data, config.data_config, config.data_split, config.column, config.max_length, config.packed, config.streaming
     )  # fmt: skip

@@ -23,7 +23,8 @@ def run(
     allow_other_base: o.OtherBase = False, sinks: o.Sinks = None, recent: o.Recent = None, slack: o.Slack = None,
     keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = None, oracle: e.Oracle = None, free: e.Free = None,
     temperature: e.Temperature = None, tries: e.Tries = None, model: o.Model = "testbed", device: o.Device = "auto",
-    dtype: o.Dtype = o.Precision.auto, batch_size: e.BatchSize = None, as_json: e.AsJson = False, out: e.Out = None,
+    dtype: o.Dtype = o.Precision.auto, allow_pickle: o.AllowPickle = False,
+    batch_size: e.BatchSize = None, as_json: e.AsJson = False, out: e.Out = None,
     resume: e.Resume = False,
 ) -> None:  # fmt: skip
     """Judge methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
@@ -48,7 +49,7 @@ def run(
     judging = Judging(
         model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),
         ckpts=tuple(ckpt or ()), allow_other_base=allow_other_base, sinks=sinks, recent=recent, slack=slack,
-        prompt=keep_prompt, tuned=tuned,
+        prompt=keep_prompt, tuned=tuned, allow_pickle=allow_pickle,
     )  # fmt: skip
     sampled = {
         "num_samples": samples, "split": split and split.value, "length": length and length.value, "seed": seed,

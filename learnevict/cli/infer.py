@@ -51,6 +51,7 @@ def run(
     model: o.Model = "testbed",
     device: o.Device = "auto",
     dtype: o.Dtype = o.Precision.auto,
+    allow_pickle: o.AllowPickle = False,
     max_new_tokens: o.NewTokens = 400,
     temperature: o.Temperature = 0.0,
     batch_size: o.BatchSize = None,
@@ -83,7 +84,7 @@ def run(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     rows, results = (read_rows(batch), Results(out)) if batch is not None else ([], None)
     content = {"task": task, "seed": seed} if task is not None else {"prompt": read_prompt(prompt or "")}
-    opened = open_model(model, device, dtype.value, bars=not as_json)
+    opened = open_model(model, device, dtype.value, bars=not as_json, allow_pickle=allow_pickle)
     answering = Answering(opened, choice, sampling)
     if results is None:
         _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)

@@ -35,11 +35,12 @@ class Judging:
     slack: int | None = None
     prompt: bool = False
     tuned: bool = False
+    allow_pickle: bool = False
 
     @cached_property
     def opened(self) -> Opened:
         """The model, loaded when first needed."""
-        return open_model(self.model, self.device, self.dtype)
+        return open_model(self.model, self.device, self.dtype, allow_pickle=self.allow_pickle)
 
     def rules(self, base: Rules) -> Rules:
         """What was given, over what holds otherwise."""

@@ -70,8 +70,10 @@ class Choice:
         return {**(COMPARISON if opened.speaks_testbed else {}), **self.given}
 
 
-def open_model(name: str, device: str = "auto", dtype: str = "auto", *, bars: bool = True) -> Opened:
-    """Load a model by name; "testbed" is the bundled one.
+def open_model(
+    name: str, device: str = "auto", dtype: str = "auto", *, bars: bool = True, allow_pickle: bool = False
+) -> Opened:
+    """Load a model by name; "testbed" is the bundled one. `allow_pickle`: as `infer.load.load`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -84,7 +86,7 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto", *, bars: bo
     if name == TESTBED:
         model, tokenizer = load(str(testbed.path()), device=device, dtype="fp32" if dtype == "auto" else dtype)
     else:
-        model, tokenizer = load(name, device=device, dtype=dtype)
+        model, tokenizer = load(name, device=device, dtype=dtype, allow_pickle=allow_pickle)
     same = tokenizer.get_vocab() == testbed.build_tokenizer().get_vocab()
     return Opened(name, model, tokenizer, same)
 

@@ -42,6 +42,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_
 Dtype = Annotated[
     Precision, typer.Option(help="auto keeps what the model was saved in (testbed: fp32).", rich_help_panel=MACHINE)
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read a model's weights from pickles (.bin) too; otherwise safetensors only.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.", rich_help_panel=PROMPT)]
 Task = Annotated[
     str | None,

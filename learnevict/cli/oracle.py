@@ -56,6 +56,7 @@ def run(
     model: o.Model = "testbed",
     device: o.Device = "auto",
     dtype: o.Dtype = o.Precision.auto,
+    allow_pickle: o.AllowPickle = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.", rich_help_panel=o.MACHINE)] = 16,
     per_shard: Annotated[int, typer.Option(min=1, help="Texts in a file.", rich_help_panel=o.OUTPUT)] = 200,
     as_json: o.AsJson = False,
@@ -77,7 +78,7 @@ def run(
     from learnevict.train.labelling import Labelling, fill_store
     from learnevict.train.sources import Source
 
-    opened = open_model(model, device, dtype.value)
+    opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
     source = Source(data, data_config, data_split, column, max_length, packed)
     found = read_source(source, opened.tokenizer, documents, families=families_of(families))
     labelling = Labelling(Path(data).name, block, batch_size, per_shard, opened.tokenizer.pad_token_id or 0)

@@ -37,6 +37,7 @@ def run(
     model: o.Model = "testbed",
     device: o.Device = "auto",
     dtype: o.Dtype = o.Precision.auto,
+    allow_pickle: o.AllowPickle = False,
     write: Annotated[
         int,
         typer.Option(
@@ -70,7 +71,7 @@ def run(
     )  # fmt: skip
     text = read_file(file) if file is not None else read_prompt(prompt or "")
     check_writable(out)
-    opened = open_model(model, device, dtype.value)
+    opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
     content = {"task": task, "seed": seed} if task is not None else {"prompt": text}
     request = make_request(opened, content, chat=chat)
     page = make_page(opened, choice, request, seed, write)

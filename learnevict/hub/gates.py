@@ -119,7 +119,8 @@ class Gates(PreTrainedModel):
         """As of any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
 
         Raises:
-            GateError: no such file, or a method of somebody's own that nobody has imported.
+            GateError: no such file, tensors that are missing or not this gate's, or a method of somebody's own that nobody
+                has imported.
             UsageError: use_safetensors=False.
         """
         source = pretrained_model_name_or_path
@@ -131,7 +132,17 @@ class Gates(PreTrainedModel):
                 f"{str(source)!r} does not hold gates: there is no {WEIGHTS} in it, and nothing else is read, for pickles "
                 "can run code; save gates with save_pretrained"
             )
-        return super().from_pretrained(source, *arguments, use_safetensors=True, **options)
+        told = options.pop("output_loading_info", False)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(source, *arguments, **options)
+        gates, found = loaded
+        wrong = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in found.items() if names]
+        if wrong:
+            raise GateError(
+                f"the weights in {str(source)!r} are not those of a {gates.method} gate ({'; '.join(wrong)}); save "
+                "them with save_pretrained, or download them again"
+            )
+        return loaded if told else gates
 
     @classmethod
     def load(
@@ -160,20 +171,13 @@ class Gates(PreTrainedModel):
         folder = place if isinstance(place, Path) else fetch(place).folder
         try:
             with whole_weights():
-                loaded: Any = cls.from_pretrained(str(folder), output_loading_info=True)
+                gates: Gates = cls.from_pretrained(str(folder))
         except LearnevictError:
             raise
         except SafetensorError as error:
             raise GateError(f"cannot load gates from {str(source)!r}: {damage(str(folder), error)}") from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise GateError(f"{str(source)!r} does not hold gates: {str(error).splitlines()[0]}") from error
-        gates: Gates = loaded[0]
-        wrong = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in loaded[1].items() if names]
-        if wrong:
-            raise GateError(
-                f"the weights in {str(source)!r} are not those of a {gates.method} gate ({'; '.join(wrong)}); save "
-                "them with save_pretrained, or download them again"
-            )
         if base is not None:
             gates.check(base, allow_other_base=allow_other_base)
         return gates

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,38 +17,117 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
-from learnevict.errors import ModelError, UsageError
+from learnevict.errors import LearnevictError, ModelError, UnusedWeightsWarning, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+INDEX = "model.safetensors.index.json"
+PICKLED = (
+    "cannot load model {0!r}: {1} is not safetensors, and pickles can run code; convert it with save_pretrained, or pass "
+    "--allow-pickle (allow_pickle=True) if you trust it"
+)
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load(
+    name: str, *, device: str = "auto", dtype: str = "auto", allow_pickle: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """A causal language model in eval mode and its tokenizer.
 
     Args:
         name: a folder that `save_pretrained` wrote, or a Hub id (downloaded, or taken from the local cache).
         device: auto, cpu, cuda, cuda:1, mps, ...
         dtype: auto (as stored), fp32, bf16 or fp16.
+        allow_pickle: read weights that are pickles (.bin) too; otherwise safetensors only.
 
     Raises:
-        ModelError: nothing there, or nothing that transformers can load without running code of the model's author.
+        ModelError: nothing there, nothing that transformers can load without running code of the model's author, pickles
+            that were not allowed, or weights that are not those of the model that config.json describes.
         UsageError: no such device or dtype on this machine.
     """
     where, kind = pick_device(device), pick_dtype(dtype)
     source, local = locate(name)
     try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        if not allow_pickle:
+            refuse_pickles(name, source, local, config)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         with whole_weights():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=kind, local_files_only=local, trust_remote_code=False
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=kind, local_files_only=local, trust_remote_code=False, output_loading_info=True,
+                use_safetensors=None if allow_pickle else True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except SafetensorError as error:
         raise ModelError(f"cannot load model {name!r}: {damage(source, error)}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except LearnevictError:
+        raise
+    except Exception as error:  # a stranger's files may break transformers anywhere
         raise ModelError(_explain(name, error)) from error
+    model, found = loaded
+    check_weights(name, model, found)
     return model.to(where).eval(), tokenizer
+
+
+def refuse_pickles(name: str, source: str, local: bool, config: PreTrainedConfig) -> None:
+    """Refuse what transformers would unpickle although it was asked for safetensors: files that other files name.
+
+    Raises:
+        ModelError: a config, an index or an adapter that names weights in another format.
+    """
+
+    def find(file: str) -> str | None:
+        return cached_file(source, file, local_files_only=local, _raise_exceptions_for_missing_entries=False)
+
+    files: list[str] = []
+    index = getattr(config, "transformers_weights", None) or INDEX
+    if index.endswith(".json") and (found := find(index)) is not None:
+        files += sorted(set(json.loads(Path(found).read_text(encoding="utf-8")).get("weight_map", {}).values()))
+    if find("adapter_config.json") is not None and find("adapter_model.safetensors") is None:
+        files.append("adapter_model.bin")
+    if pickled := next((file for file in files if not file.endswith(".safetensors")), None):
+        raise ModelError(PICKLED.format(name, pickled))
+
+
+def check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Compare the tensors of a checkpoint with those of the model, by what `output_loading_info=True` returns.
+
+    Tensors of parts that the model lacks, such as a head for another task, are named in an UnusedWeightsWarning.
+
+    Raises:
+        ModelError: tensors are missing (transformers fills them with random numbers), have another shape, or belong to
+            layers and modules of the model that does not take them.
+    """
+    wrong = {
+        "missing": set(found["missing_keys"]),
+        "of another shape": {f"{key} {tuple(have)}, not {tuple(want)}" for key, have, want in found["mismatched_keys"]},
+    }
+    parts = {_shape_of(key) for key in model.state_dict()} | {_shape_of(key) for key, _ in model.named_modules() if key}
+    unused = set(found["unexpected_keys"])
+    named = {key: (key, f"{model.base_model_prefix}.{key}") for key in unused}
+    wrong["left over"] = {
+        key
+        for key in unused
+        if any(_shape_of(part) in parts for one in named[key] for part in (one, one.rpartition(".")[0]))
+    }
+    said = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in wrong.items() if keys]
+    if said:
+        raise ModelError(
+            f"the weights of {name!r} are not those of the {type(model).__name__} in its config.json: {'; '.join(said)}; "
+            "copy or download both again"
+        )
+    if unused:
+        warnings.warn(
+            f"{len(unused)} tensors of {name!r} belong to parts that {type(model).__name__} lacks and are not used: "
+            f"{', '.join(sorted(unused)[:3])}",
+            UnusedWeightsWarning,
+            stacklevel=3,
+        )
+
+
+def _shape_of(key: str) -> str:
+    """A tensor's or module's name with N for the numbers of layers and experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
 
 
 @contextmanager
@@ -161,6 +242,12 @@ def _explain(name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model {name!r} needs code of its own, which learnevict does not run; use a model that transformers knows"
+        )
+    if "named model.safetensors" in said:
+        return PICKLED.format(name, "its weights file, if there is one,")
+    if "Weights only load failed" in said:  # torch goes on to advise what would run code
+        return (
+            f"cannot load model {name!r}: its pickle is damaged or holds more than tensors; convert it to safetensors"
         )
     if "gated" in str(error).lower():
         return f"model {name!r} is gated: ask for access on its page, then log in with `hf auth login`"

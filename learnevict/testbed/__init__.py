@@ -84,11 +84,8 @@ def path() -> Path:
 
 def load(dtype: Any = None, device: Any = None) -> tuple[Any, Any]:
     """The bundled model in eval mode (float32 unless told otherwise; stored as bfloat16) and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from learnevict.infer.load import load as load_model
 
-    from learnevict.infer.load import whole_weights
-
-    with whole_weights():
-        model: Any = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
-    return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path())
+    model: Any
+    model, tokenizer = load_model(str(path()), device="cpu", dtype="fp32")
+    return model.to(device or "cpu", dtype), tokenizer

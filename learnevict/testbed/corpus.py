@@ -18,10 +18,10 @@ from learnevict.train.sources import Source
 TESTBED = "testbed"
 
 
-def load_base(name: str, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_base(name: str, device: str = "auto", *, allow_pickle: bool = False) -> tuple[PreTrainedModel, Any]:
     """The bundled model ("testbed", float32), a local folder or a Hub id, with its tokenizer."""
     if name != TESTBED:
-        return load(name, device=device)
+        return load(name, device=device, allow_pickle=allow_pickle)
     model, tokenizer = testbed.load()
     return (model if device == "auto" else model.to(device)), tokenizer  # pyright: ignore[reportArgumentType]
 
