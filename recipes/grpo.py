@@ -165,7 +165,7 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
 def suitable(documents: list[Document], refine: RefineConfig) -> list[Document]:
     """Texts with an answer, in which something is evicted; says how many are left out."""
     answered = [one for one in documents if one.prompt_length < len(one.input_ids)]
-    kept = long_enough(answered, refine.min_budget + refine.period + 1)
+    kept = long_enough(answered, refine.min_budget + refine.period + 2)
     if len(kept) < len(documents):
         left = len(documents) - len(kept)
         warnings.warn(

@@ -150,14 +150,29 @@ def test_an_episode_is_the_replay_of_its_trace(terms):
 def test_draws_are_the_evictions_of_the_trace(terms):
     _, _, _, _, found = episode(terms=terms)
     ends = expired(found.trace)
-    assert found.trace.evictions == sum(int((races.order != NOTHING).sum()) for races in found.races)
     heads, length = ends.shape[2:]
+    counted = int((ends < length - 1).sum())
+    assert 0 < counted == sum(int((races.order != NOTHING).sum()) for races in found.races)
     for races in found.races:
         for row, event, race, place in (races.order != NOTHING).nonzero().tolist():
             whose, token = divmod(int(races.tokens[row, event, race, place]), length)
             layer, head = races.layers[whose // heads], whose % heads
             assert int(ends[layer, row, head, token]) == int(races.end[row, event])
             assert bool(races.pool[row, event, race, races.order[row, event, race, place]])
+
+
+@pytest.mark.parametrize("length", range(61, 69))
+def test_draws_that_no_later_prediction_sees_do_not_count(length):
+    """What goes after the last token but one changes no prediction of the text: it would be noise with a full advantage."""
+    model = tiny()
+    ids, mask = texts(length)
+    found = run_episode(model, judge_for(model), ids, mask, TERMS)
+    due = [[end for end in range(1, length + 1) if (end - pad) % 8 == 0 and end - pad > 24] for pad in PADS]
+    for races in found.races:
+        drawn = (races.order != NOTHING).flatten(2).any(-1)
+        assert torch.equal(drawn, races.pool.flatten(2).any(-1) & (races.tokens != NOTHING).flatten(2).any(-1))
+        for row, ends in enumerate(due):
+            assert races.end[row][drawn[row]].tolist() == [end for end in ends if end < length - 1]
 
 
 @LAWS
@@ -403,8 +418,11 @@ def test_budgets_and_layers_are_drawn_within_their_limits():
     assert noisy.sum(0).tolist() == [2] * 50
     assert 60 < int(noisy[:2].sum()) + int(noisy[0].sum()) < 90
     assert noisy_layers(4, 0.01, torch.arange(9)).sum(0).tolist() == [1] * 9
+    for length in range(42, 90):  # some event is over the budget, and comes before the last prediction
+        budget = drawn_budget(config, length, (1, 1))
+        assert any(seen > budget for seen in range(16, length - 1, 16)), length
     with pytest.raises(DataError, match="nothing is evicted"):
-        drawn_budget(config, 40, (1, 1))
+        drawn_budget(config, 41, (1, 1))
 
 
 @pytest.mark.parametrize(

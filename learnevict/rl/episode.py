@@ -43,8 +43,8 @@ class Races:
     end: Int[Tensor, "B E"]
 
     def until(self, length: Int[Tensor, "B"]) -> Races:
-        """Without draws after which nothing of the row's text, of this length, is read."""
-        late = (self.end > length.view(-1, 1))[:, :, None, None]
+        """Without draws that no prediction of the row's text, of this length, comes after: its last token predicts none."""
+        late = (self.end >= length.view(-1, 1) - 1)[:, :, None, None]
         return replace(
             self,
             pool=self.pool & ~late,
@@ -100,7 +100,7 @@ def run_episode(
     Args:
         model: the frozen base.
         judge: whose scores the draws follow.
-        input_ids, attention_mask: texts; give a text several times for a group.
+        input_ids, attention_mask: texts, padded on the left; give a text several times for a group.
         terms: the rules.
         noisy: layers and rows in which draws are random (with scope "model": rows, if any layer is); default all.
         words: what each row's noise is hashed from (ops.hashing); default the row's index.
@@ -111,7 +111,9 @@ def run_episode(
     explorer = Explorer(terms, judge, noisy.to(input_ids.device), input_ids.shape[1], words)
     with attach(model, explorer, record=True) as cache:
         logits = prefill(model, cache, input_ids, attention_mask)
-    return Reading(*gathered(explorer), logits, cache.trace())
+    reading = Reading(*gathered(explorer), logits, cache.trace())
+    length = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+    return replace(reading, races=[one.until(length) for one in reading.races])
 
 
 def gathered(explorer: Explorer) -> tuple[Terms, dict[int, Tensor], list[Races], Tensor | None, int]:

@@ -271,7 +271,7 @@ def drawn_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> i
         DataError: no budget would evict anything.
     """
     low, high = config.min_budget, config.max_budget
-    longest = length - config.period - 1
+    longest = length - config.period - 2  # an event of the longest text comes before its last prediction
     if longest < low:
         raise DataError(f"nothing is evicted from texts of {length} tokens at a budget of {low}; use longer texts")
     draw = torch.rand((), generator=torch.Generator().manual_seed(seeds[0] * 7_368_787 + seeds[1]))
