@@ -266,6 +266,10 @@ def test_training_sees_what_inference_sees():
         guard=Guard(),
         own=torch.ones(2, dtype=torch.bool),
     )
+    ends = torch.tensor([41, 48])
+    assert 48 % PERIOD == 0
+    row, seen = torch.cat(states[0].moments).unbind(-1)
+    assert len(seen) and bool((seen < ends[row]).all()), "after the last token there is nothing to learn from"
     _, trace = run(model, gate, ids, mask)
     assert trace.evictions > 0
     gate.features = watch  # type: ignore[method-assign]
@@ -285,7 +289,13 @@ def test_golden_rows_follow_the_oracle():
 
     ahead = [look_ahead(part) for part in labels if part is not None]
     recorder = Recorder(
-        Budget(BUDGET), judge_for(model), list(ahead), torch.zeros(2, dtype=torch.bool), Schedule(PERIOD), Guard()
+        Budget(BUDGET),
+        judge_for(model),
+        list(ahead),
+        torch.zeros(2, dtype=torch.bool),
+        Schedule(PERIOD),
+        Guard(),
+        torch.tensor([48, 48]),
     )
     with torch.no_grad(), attach(model, recorder, record=True) as cache:
         model(ids, past_key_values=cache)

@@ -60,6 +60,7 @@ class States:
 class Recorder:
     """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1].
 
+    `length` is the number of tokens of every row: nothing is learned from events after its last one, which have no future.
     All layers that have a future have states, if only none: processes count on it.
     """
 
@@ -69,6 +70,7 @@ class Recorder:
     own: Tensor
     schedule: Schedule
     guard: Guard
+    length: Tensor
     allocator: Allocator = field(default_factory=Uniform)
     name: str = "recorder"
     scope: Literal["layer", "model"] = "layer"
@@ -103,7 +105,8 @@ class Recorder:
         parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
         features = torch.cat(parts, dim=2)
         reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
-        pick = (reads & (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget)).nonzero().flatten()
+        due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget) & (rows.seen < self.length)
+        pick = (reads & due).nonzero().flatten()
         here = self.states[signals.layer]
         here.features.append(features[pick])
         here.targets.append(target[pick])
@@ -154,7 +157,7 @@ def record_states(
     allocator = Together() if scope == "model" else Uniform() if gate.demand is None else gate.demand.allocator()
     recorder = Recorder(
         Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard,
-        allocator, scope=scope,
+        attention_mask.sum(-1), allocator, scope=scope,
     )  # fmt: skip
     with attach(model, recorder) as cache:
         prefill(model, cache, input_ids, attention_mask, last_only=True)
