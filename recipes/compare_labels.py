@@ -216,9 +216,11 @@ VARIANTS: dict[str, Callable[[Case, Hints], Trace]] = {
 
 def main(config: Config) -> None:
     """Judge what is missing, cell by cell."""
-    families, shares = config.families.split(","), config.shares.split(",")
+    families, shares = listed(config.families), listed(config.shares)
     check_families(families)
-    names = [name.strip() for name in config.variants.split(";") if name.strip()] or list(VARIANTS)
+    names = listed(config.variants, ";") or list(VARIANTS)
+    if twice := [name for name in (*shares, *names) if (*shares, *names).count(name) > 1]:
+        raise UsageError(f"{twice[0]!r} is given twice; give each share and each variant only once")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UsageError(f"no variant {', '.join(unknown)}; choose from {'; '.join(VARIANTS)}")
     torch.set_num_threads(config.threads)
@@ -235,6 +237,11 @@ def main(config: Config) -> None:
             for family, some in missing.items():
                 for one in judge(config, (model, tokenizer), (family, share), some, hints):
                     done.add(one)
+
+
+def listed(text: str, between: str = ",") -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(between) if name.strip()]
 
 
 def judge(config: Config, subject: Any, cell: tuple[str, str], names: list[str], hints: Hints) -> list[Tried]:

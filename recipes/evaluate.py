@@ -69,7 +69,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Run the stages asked for, family by family."""
-    families = config.families.split(",")
+    families = listed(config.families)
     check_families(families)
     torch.set_num_threads(config.threads)
     model, tokenizer = testbed.load(device=config.device)

@@ -21,6 +21,8 @@ quarters of an hour on a core):
     python recipes/grpo.py --share_spread 0.2 --min_budget 30 --max_budget 120 --max_steps 160 --learning_rate 7e-4 --seed 8 \
         --families program,recall,ledger,recall,program,procedure,dialogue,recall --start_from runs/refined \
         --output_dir runs/refined-again
+
+When they were made, a family named again brought its first texts again; now it brings further ones.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Config:
         model: base model: testbed, a folder or a Hub id.
         allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
         data: testbed; a file, a folder or a dataset of the Hub with prompts and answers.
-        families: of the testbed, comma-separated; otherwise all.
+        families: of the testbed, comma-separated; one named again brings more texts; otherwise all.
         documents: to learn from at most.
         max_length: tokens of a document at most.
         eval_documents: held out for evaluations (--eval_strategy steps).

@@ -184,6 +184,14 @@ def test_the_testbed_holds_out_other_samples():
         families_of("sudoku")
 
 
+def test_a_family_named_again_brings_other_texts():
+    """Its share of the mixture grows, and not the number of times that its texts are read."""
+    found = read_source("testbed", TOKENIZER, 8, families=families_of("program, recall,program"))
+    assert [one.family for one in found] == ["program", "recall", "program"] * 2 + ["program", "recall"]
+    assert [one.seed for one in found] == [0, 0, 1, 2, 1, 3, 4, 2]
+    assert len({tuple(one.input_ids) for one in found}) == 8
+
+
 def test_batches_are_left_padded_and_know_their_prompts():
     batch = Collator(9)([Document([1, 2, 3], 2, "a", 0), Document([4], 0, "a", 1)])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]

@@ -487,6 +487,8 @@ def test_free_rows_have_tokens_and_speed(subject):
     ("plan", "field", "error", "words"),
     [
         (small_plan(families=("sudoku",)), ["full"], UsageError, "choose program"),
+        (small_plan(families=("recall", "recall")), ["full"], UsageError, "recall, recall: give each only once"),
+        (small_plan(budgets=("1/4", "1/4")), ["full"], UsageError, "1/4, 1/4: give each only once"),
         (small_plan(budgets=("4/3",)), ["random"], BudgetError, "share"),
         (small_plan(budgets=("20",)), ["random"], BudgetError, "smallest"),
         (small_plan(budgets=("20",)), ["golden"], BudgetError, "smallest"),
@@ -930,8 +932,10 @@ def test_perplexity_from_the_command_line(folder, tmp_path, capsys):
     text = tmp_path / "book.txt"
     text.write_text("fact ann river stone ; " * 24)
     words = ["eval", "--task", "perplexity", "--text", str(text), "--model", folder, "--device", "cpu", "--json"]
-    assert main([*words, "--method", "h2o,golden", "--budget", "40"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main([*words, "--method", "h2o,golden,h2o", "--budget", "40"]) == 0
+    out, err = capsys.readouterr()
+    assert "h2o named more than once; counted once" in err
+    rows = [json.loads(line) for line in out.splitlines()]
     assert [row["method"] for row in rows] == ["full", "h2o", "golden"] and rows[0]["perplexity_ratio"] == 1.0
     assert (
         rows[1]["num_tokens"] == 119 and rows[1]["budget"] == 40 and rows[1]["kv_bytes_peak"] < rows[0]["kv_bytes_peak"]

@@ -110,8 +110,11 @@ def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words between commas, each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    """Words between commas, each once; says which were given more often."""
+    given = [word.strip() for word in text.split(",") if word.strip()]
+    if again := [word for word in dict.fromkeys(given) if given.count(word) > 1]:
+        say(f"warning: {', '.join(again)} named more than once; counted once")
+    return tuple(dict.fromkeys(given))
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -120,13 +120,17 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
 
     Raises:
         BudgetError: a budget that some method cannot be held to, unless the plan is lenient.
-        UsageError: unknown families, nothing to do, or golden where it is not defined.
+        UsageError: unknown families, something named twice, nothing to do, or golden where it is not defined.
     """
     check_families(plan.families)
     if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
         raise UsageError("samples, batch size and tries must be at least 1")
     if len({one.name for one in contenders}) < len(contenders) or not contenders:
         raise UsageError("give at least one method, and each only once")
+    if len(set(plan.budgets)) < len(plan.budgets):
+        raise UsageError(
+            f"budgets {', '.join(plan.budgets)}: give each only once, for each is measured on the same samples"
+        )
     if not plan.teacher and plan.free == "none":
         raise UsageError("nothing to measure: neither teacher-forced nor free")
     if plan.tries > 1 and plan.temperature == 0:
@@ -138,15 +142,19 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
 
 
 def check_families(families: Sequence[str]) -> None:
-    """Refuse families that do not exist.
+    """Refuse families that do not exist, or are named twice.
 
     Raises:
-        UsageError: naming those that do.
+        UsageError: naming those that do exist.
     """
     unknown = [family for family in families if family not in testbed.FAMILIES]
     if unknown or not families:
         given = ", ".join(unknown) or "none given"
         raise UsageError(f"no such task family: {given}; choose {', '.join(testbed.FAMILIES)}")
+    if len(set(families)) < len(families):
+        raise UsageError(
+            f"families {', '.join(families)}: give each only once, for each has the same samples every time"
+        )
 
 
 def _check_cell(plan: Plan, cell: Cell) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def read_source(
         tokenizer: of the base model.
         limit: documents at most.
         max_length: tokens of a document at most, where `source` is a name.
-        first_seed, families, split: of the testbed.
+        first_seed, families, split: of the testbed; a family named twice gives twice as many texts, each of them once.
 
     Raises:
         DataError: the source cannot be read or holds no text.
@@ -67,8 +67,10 @@ def read_source(
         return read_documents(where, tokenizer, limit)[0]
     if where.packed:
         raise UsageError("samples of the testbed are read one by one, as its model has learned them; drop --packed")
-    pairs = ((name, seed) for seed in range(first_seed, first_seed + limit) for name in families)
-    return [_sample(tokenizer, name, seed, split, where.max_length) for name, seed in islice(pairs, limit)]
+    seeds = {name: count(first_seed) for name in families}
+    return [
+        _sample(tokenizer, name, next(seeds[name]), split, where.max_length) for name in islice(cycle(families), limit)
+    ]
 
 
 def read_for_learning(
@@ -86,12 +88,12 @@ def read_for_learning(
 
 
 def families_of(text: str) -> tuple[str, ...]:
-    """Families of the testbed between commas; all, if none is named.
+    """Families of the testbed between commas, as often as each is named; all, if none is.
 
     Raises:
         UsageError: an unknown one.
     """
-    names = tuple(part for part in text.split(",") if part) or testbed.FAMILIES
+    names = tuple(part.strip() for part in text.split(",") if part.strip()) or testbed.FAMILIES
     if unknown := [name for name in names if name not in testbed.FAMILIES]:
         raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(testbed.FAMILIES)}")
     return names
