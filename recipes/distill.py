@@ -52,7 +52,7 @@ class Config:
         data: testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub.
         data_config: of a dataset of the Hub.
         data_split: of a dataset.
-        column: where the text or the chat is; otherwise text, messages, or prompt and completion.
+        column: where the text or the chat is; otherwise text, messages, conversations, or prompt and completion.
         families: of the testbed, comma-separated; otherwise all.
         documents: to learn from at most.
         max_length: tokens of a document at most; exactly, if packed.
@@ -173,7 +173,7 @@ def main(flags: Flags) -> None:
         best = {"step": trainer.state.best_global_step, BEST: trainer.state.best_metric} if held_out else None
         record.add(log=trainer.state.log_history, best=best, steps=trainer.state.global_step)
         if config.streaming:
-            record.add(data_hash=documents.digest)
+            record.add(data_hash=documents.digest, rows_left_out=documents.num_bad)
     if training.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()

@@ -27,7 +27,7 @@ from learnevict.cli import app, main
 from learnevict.config import Budget
 from learnevict.errors import DataError, told_in_one_line
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.infer.generate import generate, read_text
+from learnevict.infer.generate import generate, read_chat, read_text
 from learnevict.infer.load import load, load_config
 from learnevict.infer.memory import estimate
 from learnevict.infer.viz import page
@@ -209,6 +209,11 @@ BATCH = [
     {"id": "f", "question": WORDS},
     {"id": "g", "task": "poetry"},
     '{"id": "h", "prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    '{"id": "i", "prompt": "\\ud83d"}',
+    '{"id": "\\ud83d", "prompt": "a"}',
+    '{"id": "j", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+    {"id": "k", "conversations": [{"from": "human", "value": WORDS}]},
+    {"id": "l", "prompt": [{"role": "user", "content": [{"type": "text", "text": WORDS}]}]},
 ]
 
 
@@ -218,15 +223,25 @@ def test_bad_rows_are_named_and_good_ones_finish(learnevict, tmp_path):
     code, _, err = learnevict(*words, "--batch-size", 2)
     assert code == 1
     complaints = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert [int(re.findall(r"line (\d+)", line)[0]) for line in complaints] == [2, 4, 6, 7, 8, 9, 10]
-    assert "nested too deeply" in complaints[-1]
+    assert [int(re.findall(r"line (\d+)", line)[0]) for line in complaints] == [2, 4, 6, 7, 8, 9, 10, 11, 12, 13]
+    assert "nested too deeply" in complaints[6]
+    assert all("half of a surrogate pair" in line for line in complaints[7:])
     assert "'what', 'is', 'weather'" in complaints[1]
-    assert [row["id"] for row in rows_of(out)] == ["a", "b", "d"]
+    assert [row["id"] for row in rows_of(out)] == ["a", "b", "d", "k", "l"]
+    assert len({rows_of(out)[place]["text"] for place in (1, 3, 4)}) == 1
     assert rows_of(out)[2]["task"] == "recall"
     before = out.read_text()
     code, _, err = learnevict(*words, "--batch-size", 2)
-    assert "3 rows are finished" in err
+    assert "5 rows are finished" in err
     assert out.read_text() == before
+
+
+def test_half_of_a_character_is_refused_before_a_tokenizer_sees_it():
+    tokenizer = testbed.build_tokenizer()
+    with pytest.raises(DataError, match=r"the prompt holds '\\ud83d', half"):
+        read_text(tokenizer, "good \ud83d")
+    with pytest.raises(DataError, match=r"the conversation holds '\\ude00', half"):
+        read_chat(tokenizer, [{"role": "user", "content": "\ude00"}])
 
 
 def test_rows_of_a_batch_equal_single_runs(learnevict, tmp_path):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from learnevict import testbed
-from learnevict.errors import DataError, UsageError
+from learnevict.cli.requests import read_rows
+from learnevict.errors import DataError, LearnevictWarning, UsageError
 from learnevict.testbed.corpus import families_of, read_for_learning, read_source
+from learnevict.train import data
 from learnevict.train.data import Collator, Encoder, long_enough, read_documents
 from learnevict.train.labels import Document
 from learnevict.train.sources import Source
@@ -155,6 +158,144 @@ def test_a_stream_goes_on_exactly_where_it_was(jsonl, packed):
         rest = list(islice(second, 30 - stop))
         assert begun + rest == whole, stop
         assert len(second.digest) == 64
+
+
+# --- what strangers' files are like ---
+
+BAD = [
+    {"text": None},
+    {"text": ""},
+    {"text": " \n"},
+    {"body": "a"},
+    {"messages": []},
+    {"messages": [{"role": "user"}]},
+    {},
+]
+BAD_LINES = ["null", "[]", "{]", '{"text": "half of it', '{"text": "\\ud800"}', '{"text": ' + "[" * 100_000]
+
+
+def write_lines(path: Path, rows: list[Any], encoding: str = "utf-8") -> Source:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return Source(str(path))
+
+
+def test_bad_rows_are_left_out_counted_and_told_of_once(tmp_path):
+    import datasets
+
+    good = [{"text": text(0)}, {"text": text(1)}]
+    wanted = [ids(text(0)), ids(text(1))]
+    for bad in [*BAD, *BAD_LINES]:
+        source = write_lines(tmp_path / "a.jsonl", [good[0], bad, "", bad, good[1]])
+        with pytest.warns(
+            LearnevictWarning, match=r"2 of 4 rows cannot be read: left out; the first: row 2 of "
+        ) as told:
+            assert [one.input_ids for one in read_documents(source, TOKENIZER, 9)[0]] == wanted, bad
+        assert len(told) == 1
+        stream = Stream(source, TOKENIZER)
+        with pytest.warns(LearnevictWarning, match="left out, such as this: row 2 of ") as told:
+            assert [one.input_ids for one in islice(stream, 4)] == wanted * 2, bad
+        assert (len(told), stream.num_bad) == (1, 4)
+        with pytest.raises(DataError, match=r"row 1 of .* \(and 1 others like it\)"):
+            read_documents(write_lines(tmp_path / "b.jsonl", [bad, bad]), TOKENIZER, 9)
+        with pytest.raises(DataError, match="row 1 of "):
+            next(iter(Stream(Source(str(tmp_path / "b.jsonl")), TOKENIZER)))
+    datasets.Dataset.from_list([good[0], {"text": None}, good[1]]).to_parquet(tmp_path / "a.parquet")
+    with pytest.warns(LearnevictWarning, match="1 of 3 rows"):
+        assert len(read_documents(Source(str(tmp_path / "a.parquet")), TOKENIZER, 9)[0]) == 2
+
+
+def test_a_stream_that_was_stopped_behind_its_good_rows_goes_on(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text(0)}, {"text": text(1)}, {"text": None}])
+    first = Stream(source, TOKENIZER)
+    assert len(list(islice(first, 2))) == 2
+    second = Stream(source, TOKENIZER)
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(LearnevictWarning, match="row 3"):
+        assert next(iter(second)).input_ids == ids(text(0))
+
+
+def test_a_source_of_bad_rows_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(data, "open_rows", lambda _: ({"body": "a"} for _ in iter(int, 1)))
+    with pytest.raises(DataError, match=r"its columns are body; name one with --column \(and 999 others"):
+        read_documents(Source("endless"), TOKENIZER, 9)
+
+
+def test_all_readers_take_the_same_files(tmp_path):
+    said = [f"{text(0)}\u2028{text(1)}", f"{text(2)}\u0085", text(3)]
+    rows = [{"text": one, "prompt": one, "id": str(number)} for number, one in enumerate(said)]
+    (tmp_path / "folder").mkdir()
+    sources = [
+        write_lines(tmp_path / "bom.jsonl", rows, "utf-8-sig"),
+        write_lines(tmp_path / "UP.JSONL", rows),
+        write_lines(tmp_path / "lines.json", rows),
+        write_lines(tmp_path / "folder" / "a.Jsonl", rows, "utf-8-sig"),
+    ]
+    (tmp_path / "crlf.jsonl").write_bytes((tmp_path / "UP.JSONL").read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    sources += [Source(str(tmp_path / "crlf.jsonl")), Source(str(tmp_path / "array.json"))]
+    sources[3] = Source(str(tmp_path / "folder"))
+    for source in sources:
+        wanted = [ids(one) for one in said]
+        assert [one.input_ids for one in read_documents(source, TOKENIZER, 9)[0]] == wanted, source
+        assert [one.input_ids for one in islice(Stream(source, TOKENIZER), 3)] == wanted, source
+        path = Path(source.name)
+        if path.is_file() and path.name != "array.json":
+            assert [row.content for row in read_rows(path)] == rows, source
+    (tmp_path / "bom.TXT").write_text(text(0), encoding="utf-8-sig")
+    for name in ("bom.TXT", str(tmp_path / "bom.TXT")):
+        path = tmp_path / name
+        assert read_documents(Source(str(path)), TOKENIZER, 9)[0][0].input_ids == ids(text(0))
+
+
+def test_a_file_in_another_encoding_is_refused_as_a_whole(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "plain"}\n{"text": "caf\u00e9"}\n'.encode("latin1"))
+    for read in (lambda: read_documents(Source(str(path)), TOKENIZER, 9), lambda: read_rows(path)):
+        with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xe9 in line 2\)"):
+            read()
+
+
+def test_conversations_of_all_shapes_are_one():
+    chat = [("user", text(0)), ("assistant", text(1)), ("user", text(2)), ("assistant", text(3))]
+    wanted = Encoder(TOKENIZER, 99).encode({"messages": [{"role": a, "content": b} for a, b in chat]}, "here")
+    old = {"user": "human", "assistant": "gpt"}
+    for row in (
+        {"conversations": [{"from": old[a], "value": b} for a, b in chat]},
+        {"conversation": [{"role": a, "content": b} for a, b in chat]},
+        {"messages": [{"role": a, "content": [{"type": "text", "text": b}], "name": None} for a, b in chat]},
+        {"messages": [{"role": a, "content": [b[:7], {"text": b[7:]}]} for a, b in chat]},
+        {"text": None, "messages": None, "conversations": [{"from": a, "value": b} for a, b in chat]},
+        {
+            "prompt": [{"from": old[a], "value": b} for a, b in chat[:3]],
+            "completion": [{"from": "gpt", "value": text(3)}],
+        },
+    ):
+        assert Encoder(TOKENIZER, 99).encode(row, "here") == wanted, row
+        assert Encoder(TOKENIZER, 99).encode(json.dumps(row), "here") == wanted, row
+    for turn, message in (
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}, "another kind than text: 'image_url'"),
+        ({"role": "user", "content": 3}, "content is int, not text"),
+        ({"content": "a"}, "without a role"),
+        ("a", "no object"),
+        ({"role": "user", "content": "\ud800"}, "half of a surrogate pair"),
+    ):
+        with pytest.raises(DataError, match=f"here has a turn 1.*{message}|here holds.*{message}"):
+            Encoder(TOKENIZER, 99).encode({"messages": [turn]}, "here")
+
+
+def test_calls_of_tools_have_no_content():
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    turns = [{"role": "user", "content": text(0)}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    turns += [{"role": "tool", "content": text(1)}, {"role": "assistant", "content": text(2)}]
+    tokenizer = testbed.build_tokenizer()
+    with pytest.warns(LearnevictWarning, match="does not show tool calls"):
+        Encoder(tokenizer, 99).encode({"messages": turns}, "here")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ' ' }}{% if m.tool_calls %}look {% endif %}{% endfor %}"
+    )
+    found, prompt = Encoder(tokenizer, 99).encode({"messages": turns}, "here")
+    assert found == ids(f"{text(0)} look {text(1)} {text(2)}") and len(found) - prompt == 5
 
 
 def test_processes_share_a_stream(jsonl):

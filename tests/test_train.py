@@ -18,11 +18,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict.cli.console import main
 from learnevict.errors import DataError, LabelError
-from learnevict.train.data import read_texts
+from learnevict.train.data import read_documents
 from learnevict.train.labelling import Labelling, describe, fill_store, label
 from learnevict.train.labels import Document, LabelStore, Manifest
 from learnevict.train.objectives import kept_share, pairwise, regression, sample_slots
 from learnevict.train.record import read_record
+from learnevict.train.sources import Source
 from learnevict.train.states import look_ahead
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +128,10 @@ def test_texts_are_read_or_refused(tmp_path):
 
     good = tmp_path / "a.jsonl"
     good.write_text(json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"text": "de"}))
-    assert [d.input_ids for d in read_texts(good, tokenizer, 9, 2)] == [[97, 98], [100, 101]]
+    assert [d.input_ids for d in read_documents(Source(str(good), max_length=2), tokenizer, 9)[0]] == [
+        [97, 98],
+        [100, 101],
+    ]
     for content, message in [
         (b"\xff\xfe", "UTF-8"),
         (b"{]", "not JSON"),
@@ -136,7 +140,7 @@ def test_texts_are_read_or_refused(tmp_path):
     ]:
         good.write_bytes(content)
         with pytest.raises(DataError, match=message):
-            read_texts(good, tokenizer, 9, 9)
+            read_documents(Source(str(good), max_length=9), tokenizer, 9)
 
 
 def tiny() -> Any:

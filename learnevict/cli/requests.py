@@ -13,7 +13,8 @@ from typing import Any
 
 from learnevict.cli.opening import Opened
 from learnevict.errors import DataError, LearnevictError, UsageError
-from learnevict.evals.texts import decode, read_file
+from learnevict.infer.chats import CHATS, as_messages, warn_of_tools
+from learnevict.infer.texts import checked, decode, parse_row, read_lines
 
 FORMS = '{"prompt": TEXT}, {"messages": [{"role": ..., "content": ...}]} or {"task": FAMILY, "seed": N}'
 NESTED = "brackets are nested too deeply"
@@ -60,30 +61,22 @@ def make_request(
     """
     from learnevict.infer.generate import read_chat, read_text
 
-    forms = [form for form in ("prompt", "messages", "task") if form in content]
+    forms = [form for form in ("prompt", "task", *CHATS) if form in content]
     if len(forms) != 1:
-        raise DataError(f"a row needs exactly one of prompt, messages and task, as in {FORMS}")
+        raise DataError(f"a row needs exactly one of prompt, {', '.join(CHATS)} and task, as in {FORMS}")
+    given = content[forms[0]]
     if forms == ["task"]:
         sample = make_task(opened, content)
         return Request(name, read_text(opened.tokenizer, sample.prompt), sample, key)
-    if forms == ["messages"]:
-        messages = content["messages"]
-        if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-            raise DataError('messages must be a list of {"role": TEXT, "content": TEXT}')
-    elif not isinstance(content["prompt"], str):
-        raise DataError(f"prompt must be text, not {type(content['prompt']).__name__}")
-    else:
-        messages = [{"role": "user", "content": content["prompt"]}]
+    if forms == ["prompt"] and not isinstance(given, str | list):
+        raise DataError(f"prompt must be text, not {type(given).__name__}")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else as_messages(given)
     for message in messages:
         check_words(opened, message["content"])
-    if forms == ["messages"] or chat or needs_chat(opened, messages[0]["content"]):
+    if not isinstance(given, str) or chat or needs_chat(opened, given):
+        warn_of_tools(messages, opened.tokenizer)
         return Request(name, read_chat(opened.tokenizer, messages), None, key)
-    return Request(name, read_text(opened.tokenizer, content["prompt"]), None, key)
-
-
-def is_message(message: Any) -> bool:
-    """Whether this is a role and a content, both text."""
-    return isinstance(message, dict) and all(isinstance(message.get(part), str) for part in ("role", "content"))
+    return Request(name, read_text(opened.tokenizer, given), None, key)
 
 
 def needs_chat(opened: Opened, text: str) -> bool:
@@ -113,8 +106,10 @@ def check_words(opened: Opened, text: str) -> None:
     """Words that would silently become <unk>.
 
     Raises:
+        DataError: half of a character.
         UsageError: on the testbed, naming them.
     """
+    checked(text, "the prompt ")
     if opened.speaks_testbed:
         from learnevict.testbed import unknown_words
 
@@ -155,10 +150,9 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: no such file, or it is not UTF-8.
     """
-    text = read_file(path)
     rows: list[Row] = []
     used: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             row = read_row(number, line, used)
             used[row.name] = number
@@ -171,14 +165,10 @@ def read_rows(path: Path) -> list[Row]:
 def read_row(number: int, line: str, used: dict[str, int]) -> Row:
     """One line; its name is its id, or the number of the line."""
     try:
-        content = json.loads(line)
-        name = str(content.get("id", number)) if isinstance(content, dict) else None
-    except ValueError as error:
-        return Row(number, f"line {number}", {}, f"no JSON: {error}")
-    except RecursionError:
-        return Row(number, f"line {number}", {}, NESTED)
-    if name is None:
-        return Row(number, f"line {number}", {}, f"a row is an object such as {FORMS}")
+        content = parse_row(line)
+        name = checked(str(content.get("id", number)))
+    except DataError as error:
+        return Row(number, f"line {number}", {}, f"{error}; a row is an object such as {FORMS}")
     if name in used:
         return Row(number, f"line {number}", {}, f"id {name!r} was taken by line {used[name]}; ids must differ")
     return Row(number, name, content)

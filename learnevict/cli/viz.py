@@ -13,7 +13,7 @@ from learnevict.cli.opening import Choice, Opened, open_model
 from learnevict.cli.requests import Request, check_chat, make_request, read_prompt
 from learnevict.cli.results import check_writable, say
 from learnevict.errors import UsageError
-from learnevict.evals.texts import read_file
+from learnevict.infer.texts import read_file
 
 
 def run(

@@ -16,10 +16,10 @@ from torch import Tensor
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.budgets import resolved
 from learnevict.evals.contenders import GOLDEN, Contender, Rules
-from learnevict.evals.texts import read_file
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
 from learnevict.infer.prefill import prefill
+from learnevict.infer.texts import read_file
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor

@@ -20,6 +20,7 @@ from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.prefill import read_ahead
+from learnevict.infer.texts import checked
 from learnevict.policy import Governor
 from learnevict.signals import EMPTY, NEVER, Trace
 
@@ -130,11 +131,11 @@ def read_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a plain text, with the special tokens that the tokenizer adds.
 
     Raises:
-        DataError: nothing in it.
+        DataError: nothing in it, or half of a character.
     """
     if not text.strip():
         raise DataError("the prompt is empty; give at least one word")
-    return list(tokenizer(text).input_ids)
+    return list(tokenizer(checked(text, "the prompt ")).input_ids)
 
 
 def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -152,7 +153,7 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like
         raise DataError(f"the chat template refuses these messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(checked(text, "the conversation "), add_special_tokens=False).input_ids)
 
 
 def printer(tokenizer: Any) -> BaseStreamer:
@@ -248,9 +249,8 @@ class _Batch:
     def _completion(
         self, row: int, answer: list[int], cache: Any, policy: Governor | None, timing: dict[str, float]
     ) -> Completion:
-        prompt, num_rows = self.prompts[row], len(self.prompts)
+        prompt, num_rows, evicting = self.prompts[row], len(self.prompts), isinstance(cache, EvictingCache)
         seen = len(prompt) + len(answer) - 1
-        evicting = isinstance(cache, EvictingCache)
         held = cache.nbytes if evicting else sum(map(stored_bytes, cache.layers))
         peak, full = (cache.peak_nbytes, cache.full_nbytes) if evicting else (held, held)
         return Completion(

@@ -8,8 +8,8 @@ downloaded unless a dataset of the Hub is named.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 
-from learnevict.errors import DataError
+from learnevict.errors import DataError, LearnevictWarning
+from learnevict.infer.chats import CHATS, as_messages, warn_of_tools
+from learnevict.infer.texts import checked, parse_row
 from learnevict.train.labels import Document
-from learnevict.train.sources import Source, is_file, open_rows
+from learnevict.train.sources import Source, open_rows
 
 RESPONSES = ("completion", "response")
-KNOWN = "text", "messages", "prompt", "prompt + completion"
+KNOWN = "text", *CHATS[:2], "prompt", "or prompt and completion"
+MOST_BAD = 1000
+"""Rows in a row at the beginning that may be bad before we give up on a source."""
 
 
 @dataclass(frozen=True)
@@ -32,55 +36,73 @@ class Encoder:
     Attributes:
         tokenizer: of the base model.
         max_length: longer documents are cut.
-        column: where the text or the chat is; None: "text", "messages", or "prompt" and perhaps "completion".
+        column: where the text or the chat is; None: "text", "messages", "conversations", or "prompt" and perhaps
+            "completion".
     """
 
     tokenizer: Any
     max_length: int
     column: str | None = None
 
-    def encode(self, row: dict[str, Any], where: str) -> tuple[list[int], int]:
+    def encode(self, row: Any, where: str) -> tuple[list[int], int]:
         """Token ids and the length of the prompt, 0 where there is none.
 
         Args:
-            row: of the source.
+            row: of the source, or a line of JSON.
             where: it stands, for errors.
 
         Raises:
             DataError: the row has no text, or a chat that the template refuses.
         """
-        content = row.get(self.column) if self.column else row.get("text") or row.get("messages")
+        try:
+            ids, prompt = self._row(parse_row(row) if isinstance(row, str) else row)
+        except DataError as error:
+            raise DataError(f"{where} {error}") from error
+        if not ids:
+            raise DataError(f"{where} has no text that the tokenizer has tokens for")
+        return ids, prompt
+
+    def _row(self, row: Any) -> tuple[list[int], int]:
+        if not isinstance(row, dict):
+            raise DataError('is no object; write {"text": ...} or {"messages": [...]}')
+        names = (self.column,) if self.column else ("text", *CHATS)
+        content = next((row[name] for name in names if row.get(name)), None)
         if isinstance(content, list):
-            return self._chat(content, where)
-        if isinstance(content, str):
+            return self._chat(as_messages(content))
+        if isinstance(content, str) and content.strip():
             return self._text(content), 0
         prompt = None if self.column else row.get("prompt")
         response = next((row[name] for name in RESPONSES if row.get(name)), None)
         if prompt and isinstance(prompt, list) and isinstance(response, list | None):
-            return self._chat([*prompt, *(response or [])], where, answered=response is not None)
+            return self._chat(as_messages([*prompt, *(response or [])]), answered=response is not None)
         if prompt and isinstance(prompt, str) and isinstance(response, str | None):
             ids = self._text(prompt)
             return (ids + self._ids(response or ""))[: self.max_length], len(ids)
-        wanted = f"column {self.column!r}" if self.column else f"text: it needs {' or '.join(KNOWN)}"
-        raise DataError(f"{where} has no {wanted}; its columns are {', '.join(row)}; name one with --column")
+        wanted = (
+            f"column {self.column!r} with text"
+            if self.column
+            else f"text: it needs {', '.join(KNOWN)} that is not empty"
+        )
+        raise DataError(f"has no {wanted}; its columns are {', '.join(map(str, row))}; name one with --column")
 
     def _text(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer adds, as in inference."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])[: self.max_length]
+        return list(self.tokenizer(checked(text), verbose=False)["input_ids"])[: self.max_length]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(checked(text), add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _chat(self, messages: list[dict[str, Any]], where: str, *, answered: bool = True) -> tuple[list[int], int]:
+    def _chat(self, messages: list[dict[str, Any]], *, answered: bool = True) -> tuple[list[int], int]:
         """Up to its last answer; without one, or if it is not `answered`, all of it is a prompt."""
         if not self.tokenizer.chat_template:
-            raise DataError(f"{where} is a chat, but this model's tokenizer has no chat template; give plain text")
+            raise DataError("is a chat, but this model's tokenizer has no chat template; give plain text")
+        warn_of_tools(messages, self.tokenizer)
         answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"] if answered else []
         try:
             asked = self._prompt(messages[: answers[-1]] if answers else messages)
             full = self.tokenizer.apply_chat_template(messages[: answers[-1] + 1], tokenize=False) if answers else asked
         except Exception as error:  # templates raise what they like
-            raise DataError(f"the chat template refuses {where}: {error}") from error
+            raise DataError(f"is a chat that the chat template refuses: {error}") from error
         ids = self._ids(full)
         prompt = _shared(ids, self._ids(asked))
         return ids[: self.max_length], min(prompt, self.max_length)
@@ -96,21 +118,36 @@ class Cutter:
 
     Attributes:
         left: ids not cut yet; the state of a packed stream.
+        num_good: rows that could be read so far.
+        num_bad: rows left out, because they could not be.
+        problem: of the first of these.
     """
 
     def __init__(self, source: Source, tokenizer: Any) -> None:
         self.encoder = Encoder(tokenizer, 10**12 if source.packed else source.max_length, source.column)
         self.source, self.left = source, list[int]()
+        self.num_good, self.num_bad, self.problem = 0, 0, ""
         end = getattr(tokenizer, "eos_token_id", None)
         self.end = [] if end is None else [end]
 
-    def feed(self, row: dict[str, Any], number: int) -> Iterator[Document]:
-        """Documents that are ready once this row is known; `number` counts rows from 1."""
-        name = Path(self.source.name).name
-        ids, prompt = self.encoder.encode(row, f"row {number} of {self.source.name!r}")
+    def feed(self, row: Any, number: int) -> Iterator[Document]:
+        """Documents that are ready once this row is known; `number` counts rows from 1. A bad row is left out and counted.
+
+        Raises:
+            DataError: nothing but bad rows so far, and too many of them.
+        """
+        if isinstance(row, str) and not row.strip():
+            return  # an empty line is no row
+        try:
+            ids, prompt = self.encoder.encode(row, f"row {number} of {self.source.name!r}")
+        except DataError as error:
+            self.num_bad, self.problem = self.num_bad + 1, self.problem or str(error)
+            if self.num_bad >= MOST_BAD:
+                self.check()
+            return
+        self.num_good += 1
         if not self.source.packed:
-            if ids:
-                yield Document(ids, prompt, name, number - 1)
+            yield Document(ids, prompt, Path(self.source.name).name, number - 1)
             return
         self.left += ids if ids[-1:] == self.end else ids + self.end
         yield from self.drain(number)
@@ -122,6 +159,16 @@ class Cutter:
             piece, self.left = self.left[:size], self.left[size:]
             yield Document(piece, 0, Path(self.source.name).name, number - 1)
 
+    def check(self) -> None:
+        """See that some rows could be read.
+
+        Raises:
+            DataError: all of them were bad.
+        """
+        if self.num_bad and not self.num_good:
+            others = f" (and {self.num_bad - 1} others like it)" if self.num_bad > 1 else ""
+            raise DataError(f"{self.problem}{others}")
+
 
 def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) -> tuple[list[Document], list[Document]]:
     """Up to `limit` documents, and the `skip` before them, held out.
@@ -130,9 +177,13 @@ def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) ->
         DataError: the source cannot be read, holds no text, or fewer documents than are to be held out.
     """
     cutter = Cutter(source, tokenizer)
-    rows: Iterable[dict[str, Any]] = read_file(Path(source.name)) if is_file(source) else open_rows(source)
-    made = (one for number, row in enumerate(rows, 1) for one in cutter.feed(row, number))
+    made = (one for number, row in enumerate(open_rows(source), 1) for one in cutter.feed(row, number))
     found = list(islice(made, skip + limit))
+    cutter.check()
+    if cutter.num_bad:
+        total = cutter.num_bad + cutter.num_good
+        said = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
+        warnings.warn(said, LearnevictWarning, stacklevel=2)
     if len(found) <= skip:
         packed = f" of {source.max_length} tokens" if source.packed else ""
         held = f", and {skip} are held out for evaluation" if skip else ""
@@ -141,33 +192,6 @@ def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) ->
             "text, or a smaller --max_length or --eval_documents"
         )
     return found[skip:], found[:skip]
-
-
-def read_texts(path: Path, tokenizer: Any, limit: int, max_length: int) -> list[Document]:
-    """Documents of a .txt file (one) or a .jsonl file (one a line).
-
-    Raises:
-        DataError: missing, empty, not UTF-8, not JSON, or a row without text.
-    """
-    return read_documents(Source(str(path), max_length=max_length), tokenizer, limit)[0]
-
-
-def read_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .txt file (one) or a .jsonl file; empty lines count as no row.
-
-    Raises:
-        DataError: missing, not UTF-8 or not JSON.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        yield {"text": text}
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _row(line, f"line {number} of {str(path)!r}")
 
 
 class Collator:
@@ -206,16 +230,6 @@ def long_enough(documents: list[Document], shortest: int) -> list[Document]:
             f"no text has the {shortest} tokens that the smallest training budget and the period ask for; lower them"
         )
     return kept
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict):
-        raise DataError(f'{where} is not an object of JSON; write {{"text": ...}} or {{"messages": [...]}}')
-    return row
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from learnevict.errors import DataError
+from learnevict.errors import DataError, LearnevictWarning
 from learnevict.train.data import Cutter
 from learnevict.train.labels import Document
 from learnevict.train.sources import Source, open_rows
@@ -30,6 +31,7 @@ class Stream(IterableDataset):
 
     Attributes:
         digest: sha256 over the token ids of all documents dealt so far, as hexadecimal.
+        num_bad: rows that could not be read and were left out, in all passes.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Stream(IterableDataset):
     ) -> None:
         self.source, self.tokenizer, self.skip, self.shortest = source, tokenizer, skip, shortest
         self.rank, self.num_ranks = rank, num_ranks
-        self.digest = ""
+        self.digest, self.num_bad, self.told = "", 0, False
         self._begin(None, Cutter(source, tokenizer), number=0, index=0)
 
     def __iter__(self) -> Iterator[Document]:
@@ -58,6 +60,7 @@ class Stream(IterableDataset):
             "number": self.number,
             "index": self.index,
             "digest": self.digest,
+            "num_bad": self.num_bad,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,7 +70,8 @@ class Stream(IterableDataset):
             rows.load_state_dict(state["rows"])
         cutter = Cutter(self.source, self.tokenizer)
         cutter.left = list(state["left"])
-        self.digest = state["digest"]
+        cutter.num_good = state["index"] + len(cutter.left)
+        self.digest, self.num_bad = state["digest"], state["num_bad"]
         self._begin(rows, cutter, state["number"], state["index"])
 
     def _begin(self, rows: Any, cutter: Cutter, number: int, index: int) -> None:
@@ -83,6 +87,7 @@ class Stream(IterableDataset):
                 if self.index > self.skip and len(document.input_ids) >= self.shortest:
                     dealt = True
                     yield document
+            self.cutter.check()
             if not dealt:
                 raise DataError(
                     f"{self.source.name!r} has no document of at least {self.shortest} tokens behind the {self.skip} that "
@@ -97,4 +102,10 @@ class Stream(IterableDataset):
             self.rows = open_rows(self.source)
         for row in self.rows:
             self.number += 1
+            before = self.cutter.num_bad
             yield from self.cutter.feed(row, self.number)
+            self.num_bad += self.cutter.num_bad - before
+            if self.cutter.num_bad and self.cutter.num_good and not self.told:
+                self.told = True
+                said = f"rows that cannot be read are left out, such as this: {self.cutter.problem}"
+                warnings.warn(said, LearnevictWarning, stacklevel=2)
