@@ -13,7 +13,8 @@ from learnevict import Gates, methods
 from learnevict.cli import main
 from learnevict.cli.judging import Judging
 from learnevict.errors import GateError, UsageError
-from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card
+from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, push_folder, write_card
+from learnevict.hub.share import _folder
 from tests.laws import zoo
 from tests.laws.cases import random_gates
 
@@ -136,3 +137,31 @@ def test_a_config_chooses_neither_code_nor_weights(tmp_path):
         found = opener(tmp_path).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
     assert not {"transformers_weights", "auto_map", "quantization_config"} & set(vars(GatesConfig(**config)))
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "run.json"])
+def test_a_link_out_of_the_folder_is_not_sent(tmp_path, name):
+    """Whoever prepared the folder would choose which of the owner's files become public."""
+    gates, private = tmp_path / "gates", tmp_path / "private"
+    random_gates("foresightkv", "llama").save_pretrained(gates)
+    (gates / "README.md").write_text("mine")
+    (gates / "run.json").write_text("{}")
+    private.write_bytes((gates / name).read_bytes())
+    (gates / name).unlink()
+    (gates / name).symlink_to(private)
+    with pytest.raises(GateError, match=f"{name} in .* is a link to .*private.*outside.*nothing was sent"):
+        push_folder(gates, "me/gates", token="hf_owner")
+    (gates / name).unlink()
+    (gates / f"kept-{name}").write_bytes(private.read_bytes())
+    (gates / name).symlink_to(f"kept-{name}")
+    (tmp_path / "latest").symlink_to(gates)
+    assert _folder(tmp_path / "latest").name == "latest", "links within the folder, and to it, are its owner's"
+
+
+def test_the_card_of_a_run_goes_into_its_folder_only(tmp_path):
+    gates = tmp_path / "gates"
+    random_gates("foresightkv", "llama").save_pretrained(gates)
+    (gates / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    with pytest.raises(GateError, match=r"README\.md .* is a link"):
+        write_card(gates, "me/gates")
+    assert not (tmp_path / "elsewhere.md").exists()

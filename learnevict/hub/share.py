@@ -167,9 +167,10 @@ def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any
     """Put the card of a folder of gates into it, unless somebody wrote another README.md there.
 
     Raises:
-        GateError: the folder does not hold gates.
+        GateError: the folder does not hold gates, or a link to another.
     """
     place = Path(folder)
+    check_links(place)
     text = _card(place, Gates.load(place), Address.parse(repo_id), rows, None)
     (place / CARD).write_text(text, encoding="utf-8")
 
@@ -207,12 +208,28 @@ def _folder(source: str | Path) -> Path:
         raise GateError(
             f"{str(source)!r} does not hold gates: there is no {WEIGHTS} in it; save them with save_pretrained"
         )
+    check_links(place)
     for name, limit in LARGEST.items():
         if (place / name).is_file() and (size := (place / name).stat().st_size) > limit:
             raise GateError(
                 f"{name} in {str(source)!r} has {size} bytes, and gates at most {limit}; is it the right folder?"
             )
     return place
+
+
+def check_links(place: Path) -> None:
+    """Compare where files lie with where they seem to: a link would make a private file public, or have one written.
+
+    Raises:
+        GateError: one of FILES lies outside the folder.
+    """
+    for name in FILES:
+        real = (place / name).resolve()
+        if place.resolve() not in real.parents:
+            raise GateError(
+                f"{name} in {str(place)!r} is a link to {str(real)!r}, outside of the folder; put the file itself there "
+                "(`cp -L`): nothing was sent"
+            )
 
 
 def _content(place: Path, card: str) -> dict[str, str | bytes]:
