@@ -20,6 +20,8 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from learnevict.untrusted import printable
+
 
 class LearnevictError(Exception):
     """Base of all errors raised on purpose by learnevict."""
@@ -120,5 +122,5 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
     except (LearnevictError, OSError) as error:
         if debugging():
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(printable(f"error: {' '.join(str(error).split())}") + "\n")
         raise SystemExit(1) from None

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "learnevict"
 
 # A row imports only rows above it. Within a row, packages are blind to each other, but for the pairs of SIDEWAYS.
 ROWS = (
+    ("untrusted",),
     ("errors", "config", "ops"),
     ("signals",),
     ("policy",),

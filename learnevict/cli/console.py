@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from learnevict import __version__
-from learnevict.cli.results import INTERRUPTED, say
+from learnevict.cli.results import INTERRUPTED, say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging
 
 COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "doctor", "demo")
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"learnevict {__version__}")
+        tell(f"learnevict {__version__}")
         raise typer.Exit
     return wanted
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return RUNTIME
         except (LearnevictError, OSError, _Problem) as error:
             if debug:
-                traceback.print_exc()
+                say(traceback.format_exc().rstrip())
             code, message = _explain(error)
             say(f"error: {message}")
             return code

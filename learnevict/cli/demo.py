@@ -11,7 +11,7 @@ import learnevict.cli.options as o
 from learnevict.cli.answering import Answer, Answering, size
 from learnevict.cli.opening import Choice, open_model
 from learnevict.cli.requests import make_request
-from learnevict.cli.results import for_tables
+from learnevict.cli.results import for_tables, tell
 
 METHODS = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")
@@ -36,7 +36,7 @@ def run(
     requests = [make_request(opened, {"task": task, "seed": seed}, name=task) for task in TASKS]
     longest = max(len(request.ids) for request in requests)
     if not as_json:
-        typer.echo(
+        tell(
             f"The testbed is a small reasoning model trained on tasks with decoys. Three prompts of up to {longest}\n"
             f"tokens; each layer and head may keep {budget} of them. A recent window forgets what it will need; a\n"
             "trained judge guesses it.\n"
@@ -48,7 +48,7 @@ def run(
         answers = answering(requests, seed=0)
         rows.append(summary(answering, answers))
     if as_json:
-        typer.echo(json.dumps(rows))
+        tell(json.dumps(rows))
         return
     show(rows)
 

@@ -15,7 +15,7 @@ import learnevict.cli.options as o
 from learnevict import __version__
 from learnevict.cli.answering import size
 from learnevict.cli.opening import COMPARISON, TESTBED
-from learnevict.cli.results import for_tables
+from learnevict.cli.results import cell, for_tables, tell
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"
@@ -55,7 +55,7 @@ def run(
     if model is not None:
         found["memory"] = memory(model, budget, context, batch, slack, dtype.value)
     if as_json:
-        typer.echo(json.dumps(found))
+        tell(json.dumps(found))
     else:
         show(found)
     if found["problems"]:
@@ -172,7 +172,7 @@ def show(found: dict[str, Any]) -> None:
     if "memory" in found:
         table.add_row()
         for name, figure in reckoning(found["memory"]):
-            table.add_row(name, figure)
+            table.add_row(name, cell(figure))
     console.print(table)
     console.print()
     for problem in found["problems"]:

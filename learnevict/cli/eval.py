@@ -12,7 +12,7 @@ import typer
 
 import learnevict.cli.eval_options as e
 import learnevict.cli.options as o
-from learnevict.cli.results import INTERRUPTED, for_tables, say
+from learnevict.cli.results import INTERRUPTED, cell, for_tables, say, tell
 from learnevict.errors import UsageError
 
 
@@ -78,7 +78,7 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
         _show(rows)
         return
     for row in rows:
-        typer.echo(json.dumps(row))
+        tell(json.dumps(row))
 
 
 FLAGS = {
@@ -130,7 +130,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         if last not in (None, row["family"]):
             table.add_section()
         last = row["family"]
-        table.add_row(*(show(row) or "–" for show in columns.values()))
+        table.add_row(*(cell(show(row) or "–") for show in columns.values()))
     for_tables().print(table)
 
 

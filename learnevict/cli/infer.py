@@ -21,7 +21,7 @@ from learnevict.cli.requests import (
     read_rows,
     weights_behind,
 )
-from learnevict.cli.results import INTERRUPTED, Results, say
+from learnevict.cli.results import INTERRUPTED, Results, say, tell
 from learnevict.errors import UsageError
 
 NUM_TOGETHER = 8
@@ -120,7 +120,7 @@ def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out
 
 def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool) -> None:
     """Stream the answer, then the figures; or both as one JSON object."""
-    from learnevict.infer.generate import printer
+    from learnevict.infer.printing import printer
 
     opened = answering.opened
     if answering.golden:
@@ -129,7 +129,7 @@ def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool
     (answer,) = answering([request], seed=seed, streamer=streamer)
     record = answering.record(answer)
     if as_json:
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        tell(json.dumps(record, ensure_ascii=False))
         return
     for line in figures(record, where(opened)):
         say(line)

@@ -15,6 +15,7 @@ from learnevict.errors import GateError, UsageError
 from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
 from learnevict.evals.plan import Cell, Plan, Subject, check, check_families, count
 from learnevict.evals.rows import Row, read_earlier, text_row, write_rows
+from learnevict.untrusted import printable
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
@@ -190,8 +191,8 @@ def progress(total: int) -> Generator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
-        yield lambda label, number: bar.update(task, advance=number, description=label)
+        yield lambda label, number: bar.update(task, advance=number, description=printable(label))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import typer
-
 import learnevict.cli.options as o
-from learnevict.cli.results import for_tables
+from learnevict.cli.results import for_tables, tell
 
 
 def run(as_json: o.AsJson = False) -> None:
@@ -24,7 +22,7 @@ def run(as_json: o.AsJson = False) -> None:
 
     rows = [_describe(name, methods.load(name)) for name in methods.METHODS]
     if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        tell(json.dumps(rows, ensure_ascii=False))
         return
     from rich.table import Table
 
@@ -33,7 +31,7 @@ def run(as_json: o.AsJson = False) -> None:
         paper = row["title"] + (f" [dim]arXiv {row['arxiv']}[/dim]" if row["arxiv"] else "")
         table.add_row(row["name"], paper, str(row["year"]), row["kind"], "bounded" if row["bounded"] else "grows")
     for_tables().print(table)
-    typer.echo("\nAn import path of your own (my_package.my_method) works wherever a name does.")
+    tell("\nAn import path of your own (my_package.my_method) works wherever a name does.")
 
 
 def _describe(name: str, module: Any) -> dict[str, Any]:

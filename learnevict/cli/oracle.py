@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say
+from learnevict.cli.results import say, tell
 
 TEXTS = "What to label"
 
@@ -93,6 +93,6 @@ def run(
     done = fill_store(out, opened.model, found, labelling, config={"model": model, "source": source}, watch=watch)
     say(str(done))
     if as_json:
-        typer.echo(json.dumps({**vars(done), "folder": str(out)}))
+        tell(json.dumps({**vars(done), "folder": str(out)}))
     else:
-        typer.echo(f"labels in {out}")
+        tell(f"labels in {out}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from learnevict.cli.push import Method
-from learnevict.cli.results import say
+from learnevict.cli.results import say, tell
 
 
 def run(
@@ -50,4 +50,4 @@ def run(
     pulled = pull_folder(repo, out, revision=revision)
     news = ", ".join(pulled.changed) if pulled.changed else "nothing new"
     say(f"{news} from {repo} at commit {pulled.commit[:8]}")
-    typer.echo(str(pulled.folder))
+    tell(str(pulled.folder))

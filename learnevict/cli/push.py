@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from learnevict.cli.results import say
+from learnevict.cli.results import say, tell
 
 CARD = "The card"
 Method = Annotated[
@@ -76,7 +76,7 @@ def run(
     else:
         kind = "a new repository" if pushed.created else "a new commit of a repository that exists"
         say(f"{', '.join(pushed.files)} in {pushed.address}: {kind}; card {measured(len(rows))}")
-    typer.echo(pushed.url)
+    tell(pushed.url)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say
+from learnevict.cli.results import say, tell
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
 
     found = [row for path in rows for row in read_rows(path)]
     if out is None:
-        typer.echo(markdown(found), nl=False)
+        tell(markdown(found).rstrip("\n"))
         return
     for path in write_report(found, out):
         say(f"wrote {path}")

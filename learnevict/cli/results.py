@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError, UsageError
+from learnevict.untrusted import printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -74,8 +75,7 @@ class Results:
         """Write one row, for good."""
         line = json.dumps({**row, "key": key}, ensure_ascii=False)
         if self.path is None:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            tell(line)
             self.num_shown += 1
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -127,7 +127,20 @@ def for_tables() -> Any:
 
 
 def say(line: str) -> None:
-    """One line to the person, not to the pipe."""
+    """One line to the person, not to the pipe; what controls a terminal is written out, here and in `tell`."""
     sys.stdout.flush()
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
+
+
+def tell(text: str) -> None:
+    """What was asked for, on standard output."""
+    sys.stdout.write(printable(text) + "\n")
+    sys.stdout.flush()
+
+
+def cell(text: object) -> Any:
+    """A cell of a rich table that holds text, not markup."""
+    from rich.text import Text
+
+    return Text(printable(str(text)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.rows import Row
+from learnevict.untrusted import one_line
 
 STRONG = ("#0b6bcb", "#c2410c", "#7c3aed", "#0f766e")
 BROWN = ("#92400e", "#b45309", "#a16207")
@@ -124,7 +125,7 @@ def _ranking(rows: Sequence[Row]) -> list[str]:
 
 def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     ticks = {row["budget"]: row.get("budget_share") or str(row["budget"]) for row in rows}
-    axis.set_title(family, loc="left", color=INK, fontweight="bold")
+    axis.set_title(_label(family), loc="left", color=INK, fontweight="bold")
     axis.set_ylabel(measure.replace("_", " "), color=INK)
     axis.set_xlabel("slots kept per layer and kv head, fewer to the right", color=INK)
     axis.spines[["top", "right"]].set_visible(False)
@@ -132,10 +133,17 @@ def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     axis.set_axisbelow(True)
     if ticks:
         axis.set_xscale("log")
-        labels = [f"{label}\n{budget}" if "/" in label else label for budget, label in sorted(ticks.items())]
+        labels = [
+            f"{_label(label)}\n{budget}" if "/" in label else _label(label) for budget, label in sorted(ticks.items())
+        ]
         axis.set_xticks(sorted(ticks), labels)
         axis.minorticks_off()
         axis.invert_xaxis()
+
+
+def _label(text: str) -> str:
+    """Text that matplotlib does not take for a formula, no longer than a panel."""
+    return one_line(text)[:60].replace("$", r"\$")
 
 
 def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
@@ -154,7 +162,7 @@ def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
         ceiling = places[index] - step
     for place, (value, name, color) in zip(places, ordered, strict=True):
         axis.annotate(
-            name, xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
+            _label(name), xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
             textcoords=("axes fraction", "data"), color=color, fontsize=8, va="center", annotation_clip=False,
         )  # fmt: skip
     axis.set_ylim(low, high)

@@ -11,6 +11,7 @@ from typing import Any
 from learnevict.errors import DataError
 from learnevict.evals.plots import plot
 from learnevict.evals.rows import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
+from learnevict.untrusted import one_line, spreadsheet_cell
 
 LEARNED, REFERENCE = "learned", "reference"
 
@@ -39,9 +40,9 @@ def comma_separated(rows: Sequence[Row]) -> str:
     """All rows with the common keys, and those of the oracle and of texts if there are any; an empty field is null."""
     text = io.StringIO()
     columns: list[str] = [*KEYS, *(key for key in (*ORACLE_KEYS, *TEXT_KEYS) if any(_has(row, key) for row in rows))]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: spreadsheet_cell(row.get(key)) for key in columns} for row in rows)
     return text.getvalue()
 
 
@@ -54,7 +55,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts: list[str] = []
     for family in in_order(rows, "family"):
         mine = [row for row in rows if row["family"] == family]
-        parts.append(f"## {family}\n\n{provenance(mine)}")
+        parts.append(f"## {one_line(family)}\n\n{provenance(mine)}")
         for title, measure in MEASURES.items():
             if any(measure(row) for row in mine):
                 parts.append(f"{title}\n\n{grid(mine, measure)}")
@@ -65,11 +66,11 @@ def provenance(rows: Sequence[Row]) -> str:
     """One line: model, samples and split or the length of the text, budgets in tokens."""
     first = rows[0]
     tokens = {budget_label(row): row["budget"] for row in rows if row.get("budget") is not None}
-    budgets = ", ".join(f"{label} = {value} slots" for label, value in tokens.items() if str(value) != label)
+    budgets = ", ".join(one_line(f"{label} = {value} slots") for label, value in tokens.items() if str(value) != label)
     where = f"{first.get('samples')} samples, {first.get('split', 'test')} split"
     if first.get("num_tokens") is not None:
         where = f"{first['num_tokens']} tokens predicted"
-    return f"Model {first.get('model', '?')}, {where}{'; ' + budgets if budgets else ''}."
+    return f"Model {one_line(first.get('model', '?'))}, {one_line(where)}{'; ' + budgets if budgets else ''}."
 
 
 def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
@@ -79,12 +80,12 @@ def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
     for method in in_order(rows, "method"):
         mine = {budget_label(row): measure(row) for row in rows if row["method"] == method}
         if None in mine:
-            lines.append([method, *([mine[None] or "–"] * max(len(budgets), 1))][: len(budgets) + 1])
+            lines.append([one_line(method), *([mine[None] or "–"] * max(len(budgets), 1))][: len(budgets) + 1])
         else:
-            lines.append([method, *(mine.get(budget) or "–" for budget in budgets)])
+            lines.append([one_line(method), *(mine.get(budget) or "–" for budget in budgets)])
     if not budgets:
-        return table(["method", "full cache"], [[row["method"], measure(row)] for row in rows])
-    return table(["method", *budgets], lines)
+        return table(["method", "full cache"], [[one_line(row["method"]), measure(row)] for row in rows])
+    return table(["method", *map(one_line, budgets)], lines)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

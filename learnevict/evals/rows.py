@@ -39,6 +39,7 @@ closed from random". For the others see learnevict.oracle.metrics.
 
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
+NUMBERS = (*KEYS[2:], *ORACLE_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
 
 Row = dict[str, Any]
 
@@ -231,7 +232,7 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a JSONL file, or of a report {"rows": [...]}.
 
     Raises:
-        DataError: no such file, not JSON, or no rows.
+        DataError: no such file, not JSON, no rows, or texts where figures should be.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -247,6 +248,10 @@ def read_rows(path: Path) -> list[Row]:
         raise DataError(f"{str(path)!r} is neither JSON lines nor a report: brackets are nested too deeply") from error
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
+    for row in rows:
+        odd = [name for name in NUMBERS if not isinstance(row.get(name), (int, float, type(None)))]
+        if odd:
+            raise DataError(f"{odd[0]} of a row in {str(path)!r} is no number: {row[odd[0]]!r}")
     return rows
 
 

@@ -13,10 +13,11 @@ from jinja2 import Template
 
 from learnevict import methods
 from learnevict.hub.gates import TESTBED, Gates, GatesConfig
-from learnevict.hub.measured import family, join, of_gates, one_line, results, shown, tables
+from learnevict.hub.measured import family, join, of_gates, results, shown, tables
 from learnevict.hub.reach import Address
 from learnevict.infer.identity import weight_hash
 from learnevict.infer.load import HUB_ID
+from learnevict.untrusted import one_line
 
 TEMPLATE = Path(__file__).with_name("card.md")
 MARK = "*Written by `learnevict push`. A README.md without this line is shared as it is.*"
@@ -74,7 +75,7 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
         summary=summary_of(module),
         revision=one_line(config.base_revision) or UNKNOWN,
         fingerprint=f"`{one_line(config.base_hash)}`" if config.base_hash else UNKNOWN,
-        layout=", ".join(f"{part.replace('_', ' ')} {value}" for part, value in config.layout.items()),
+        layout=", ".join(one_line(f"{part.replace('_', ' ')} {value}") for part, value in config.layout.items()),
         paper=cited(module.PAPER),
         parameters=f"{gates.num_parameters():,}",
         settings=flat(config.settings),
@@ -87,7 +88,9 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
         code=code_of(config, source, chosen),
         command=command_of(config, source, chosen),
         known=known(mine),
-        license_line=f"License: {license}." if license else "No license was stated when the gates were shared.",
+        license_line=f"License: {one_line(license)}."
+        if license
+        else "No license was stated when the gates were shared.",
         citation=bibtex(module.PAPER),
         mark=MARK,
     )
@@ -102,7 +105,7 @@ def metadata(config: GatesConfig, source: Address, mine: Sequence[Row], license:
         model_name=source.repo_id.partition("/")[2] if found else None,
         base_model=name if is_hub_id(name) else None,
         library_name=LIBRARY,
-        license=license,
+        license=one_line(license) if license else None,
         tags=tags + [f"arxiv:{arxiv}"] * bool(arxiv),
         eval_results=found or None,
     )

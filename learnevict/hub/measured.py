@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult
 from learnevict.errors import DataError, UsageError
 from learnevict.hub.places import last_part
 from learnevict.infer.load import HUB_ID
+from learnevict.untrusted import one_line
 
 NONE = "–"
 Row = Mapping[str, Any]
@@ -92,16 +93,19 @@ def results(mine: Sequence[Row]) -> list[EvalResult]:
         for kind, (name, bounds, title) in METRICS.items():
             if row.get(name) is None:
                 continue
-            details = {"budget": row["budget"], "samples": row.get("samples")}
-            details |= {"budget_share": row.get("budget_share"), **{bound: row.get(bound) for bound in bounds}}
+            details: dict[str, Any] = {"budget": row["budget"], "samples": row.get("samples")}
+            details |= {
+                "budget_share": one_line(row["budget_share"]) if row.get("budget_share") else None,
+                **{bound: row.get(bound) for bound in bounds},
+            }
             texts = family(row)
             found.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type="text" if kind == "perplexity" else "learnevict-testbed",
                     dataset_name=texts if kind == "perplexity" else f"learnevict testbed, {texts}",
-                    dataset_config=Path(str(row["family"])).name,
-                    dataset_split=row.get("split"),
+                    dataset_config=one_line(Path(str(row["family"])).name),
+                    dataset_split=one_line(row["split"]) if row.get("split") else None,
                     metric_type=kind,
                     metric_name=f"{title} at {budget(row)}",
                     metric_value=round(float(row[name]), 6),
@@ -137,7 +141,7 @@ def task_table(mine: Sequence[Row], rows: Sequence[Row]) -> str:
         golden = next((other for other in others if other["method"] == "golden"), None)
         cells = [
             family(row), budget(row), value(row, "accuracy"), value(row, "exact_match"), _shown(full),
-            NONE if best is None else f"{best['method']} {_shown(best)}", _shown(golden), _bytes(row),
+            NONE if best is None else f"{one_line(best['method'])} {_shown(best)}", _shown(golden), _bytes(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -155,11 +159,13 @@ def text_table(mine: Sequence[Row]) -> str:
 
 def terms(rows: Sequence[Row]) -> str:
     """What the cells have in common, and where they differ every variant."""
-    models = sorted({str(row["model"]) for row in rows if row.get("model")})
+    models = sorted({one_line(Path(str(row["model"])).name) for row in rows if row.get("model")})
     samples = sorted({int(row["samples"]) for row in rows if row.get("samples")})
-    splits = sorted({f"{row.get('split')} split, {row.get('length')} length" for row in rows if row.get("split")})
+    splits = sorted(
+        {one_line(f"{row.get('split')} split, {row.get('length')} length") for row in rows if row.get("split")}
+    )
     rules = sorted({_rules(row["rules"]) for row in rows if row.get("rules")})
-    parts = ["Measured" + (f" on {' and '.join(Path(name).name for name in models)}" if models else "")]
+    parts = ["Measured" + (f" on {' and '.join(models)}" if models else "")]
     parts += [" and ".join(splits)] if splits else []
     parts += [f"{' or '.join(map(str, samples))} samples a cell"] if samples else []
     return "; ".join([", ".join(parts), *rules]) + "."
@@ -176,7 +182,7 @@ def budget(row: Row) -> str:
     if row["budget"] is None:
         return "full cache"
     share = f" ({row['budget_share']} of the length)" if row.get("budget_share") else ""
-    return f"{row['budget']} slots{share}"
+    return one_line(f"{row['budget']} slots{share}")
 
 
 def value(row: Row, kind: str) -> str:
@@ -209,7 +215,7 @@ def _bytes(row: Row) -> str:
 
 def _rules(rules: Mapping[str, Any]) -> str:
     names = {"slack": "an eviction every {} tokens", "sinks": "{} sinks", "recent": "the last {} tokens kept"}
-    said = [text.format(rules[name]) for name, text in names.items() if rules.get(name) is not None]
+    said = [text.format(one_line(rules[name])) for name, text in names.items() if rules.get(name) is not None]
     return ", ".join([*said, "prompt protected" if rules.get("prompt") else "prompt not protected"])
 
 
@@ -217,8 +223,3 @@ def shown(value: object) -> str:
     """A value on one line of a table; of a path only its last part, since the rest is the machine's."""
     text = one_line(value)
     return last_part(text) if re.search(r"[/\\]", text) and not HUB_ID.fullmatch(text) else text
-
-
-def one_line(value: object) -> str:
-    """Text that cannot break out of a line, a cell or a code span."""
-    return " ".join(str(value).split()).replace("|", "/").replace("`", "'")

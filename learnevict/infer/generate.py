@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
@@ -154,11 +154,6 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     except Exception as error:  # templates raise what they like
         raise DataError(f"the chat template refuses these messages: {error}") from error
     return list(tokenizer(checked(text, "the conversation "), add_special_tokens=False).input_ids)
-
-
-def printer(tokenizer: Any) -> BaseStreamer:
-    """A streamer that prints the answer word by word on standard output; one prompt at a time."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Stopwatch(BaseStreamer):

@@ -17,6 +17,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.prefill import prefill
 from learnevict.policy import Governor
 from learnevict.signals import NEVER, Trace
+from learnevict.untrusted import printable
 
 MOST_CELLS = 4_000_000
 """Layers x heads x tokens a page can hold before browsers become slow."""
@@ -61,7 +62,8 @@ def page(trace: Trace, tokens: list[str], title: str, about: str) -> str:
         raise TraceError(
             f"{layers} layers x {heads} heads x {length} tokens are too much for a page; give a shorter text"
         )
-    told = {"title": title, "about": about, "tokens": tokens, "layers": list(range(layers)), "heads": heads}
+    texts = {"title": printable(title), "about": printable(about), "tokens": [printable(token) for token in tokens]}
+    told = {**texts, "layers": list(range(layers)), "heads": heads}
     script = Path(__file__).with_name("viz.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     filled = Path(__file__).with_name("viz.html").read_text(encoding="utf-8")
