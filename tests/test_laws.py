@@ -230,12 +230,13 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 PAIRWISE = [cell for cell in cells() if cell[1::-1] not in EXEMPT]
+FURTHER = [("masking", "snapkv", model) for model in zoo.MORE]
 PRODUCT = [
     (law, method, model)
-    for model in zoo.MODELS
+    for model in (*zoo.MODELS, *zoo.MORE)
     for method in VARIANTS
     for law in LAWS
-    if (method, law) not in EXEMPT and (law, method, model) not in PAIRWISE
+    if (method, law) not in EXEMPT and (law, method, model) not in PAIRWISE + FURTHER
 ]
 
 
@@ -250,7 +251,7 @@ QUICK = ("snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", 
 @pytest.mark.law
 @pytest.mark.parametrize(
     ("law", "method", "model"),
-    [pytest.param(*cell, marks=() if cell[1] in QUICK else pytest.mark.slow) for cell in PAIRWISE],
+    [pytest.param(*cell, marks=() if cell[1] in QUICK else pytest.mark.slow) for cell in PAIRWISE + FURTHER],
 )
 def test_law(law_matrix, law, method, model):
     check(law_matrix, law, method, model)

@@ -468,29 +468,31 @@ def test_expected_attention_is_what_gaussian_queries_pay():
 
 
 @pytest.mark.filterwarnings("ignore::learnevict.errors.StockLayersWarning")
-def test_expected_attention_undoes_the_rotation_of_a_real_model():
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "smollm3", "exaone4", "cohere2", "olmo3"])
+def test_expected_attention_undoes_the_rotation_of_a_real_model(name):
     """Queries of a model, with their rotation undone by the frequencies that hooks hand over, are those before RoPE."""
     from learnevict import attach
     from tests.laws import zoo
 
-    for name in ("qwen3", "gemma3"):
-        model = zoo.build(name)
-        ids = zoo.tokens(model, 2, 24)
-        watched = Watched(methods.expected_attention.policy(16, window=6, future=9, sinks=2, recent=3, slack=4))
-        plain: list[torch.Tensor] = []
-        last = model.get_decoder().layers[-1].self_attn.q_norm
-        handle = last.register_forward_hook(lambda module, args, out, plain=plain: plain.append(out))
-        with torch.no_grad(), attach(model, watched) as cache:
-            model(input_ids=ids, past_key_values=cache)
-        handle.remove()
-        signals = watched.seen
-        assert signals is not None
-        frequencies = tuple(signals.attention.frequencies.double().tolist())
-        queries, where = signals.ring
-        before = plain[-1] if plain[-1].shape[1] == 24 else plain[-1].transpose(1, 2)  # Gemma3: heads first
-        for slot, column in enumerate(where[0].tolist()):
-            turned = queries[0, :, slot].double() @ brute.rotation(frequencies, column)
-            torch.testing.assert_close(turned.float(), before[0, column], rtol=1e-4, atol=1e-4)
+    model = zoo.build(name)
+    ids = zoo.tokens(model, 2, 24)
+    watched = Watched(methods.expected_attention.policy(16, window=6, future=9, sinks=2, recent=3, slack=4))
+    plain: list[torch.Tensor] = []
+    attention = model.get_decoder().layers[-1].self_attn
+    last = getattr(attention, "q_norm", attention.q_proj)
+    handle = last.register_forward_hook(lambda module, args, out, plain=plain: plain.append(out))
+    with torch.no_grad(), attach(model, watched) as cache:
+        model(input_ids=ids, past_key_values=cache)
+    handle.remove()
+    signals = watched.seen
+    assert signals is not None
+    frequencies = tuple(signals.attention.frequencies.double().tolist())
+    queries, where = signals.ring
+    before = plain[-1] if plain[-1].shape[1] == 24 else plain[-1].transpose(1, 2)  # Gemma3: heads first
+    before = before.reshape(2, 24, -1, queries.shape[-1])
+    for slot, column in enumerate(where[0].tolist()):
+        turned = queries[0, :, slot].double() @ brute.rotation(frequencies, column)
+        torch.testing.assert_close(turned.float(), before[0, column], rtol=1e-4, atol=1e-4)
 
 
 def test_expected_attention_says_when_a_model_has_no_rotation():

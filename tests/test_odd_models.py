@@ -236,3 +236,20 @@ def test_golden_refuses_labels_and_guards_of_another_roll():
     assert methods.golden.policy(20, trace=trace).guard == Guard(0, 0)
     with pytest.raises(TraceError, match="was rolled with"):
         methods.golden.policy(20, trace=trace, sinks=4, recent=8)
+
+
+def test_multimodal_models_read_text_and_nothing_else():
+    """Through the class that AutoModelForCausalLM opens; how its encoders attend is what it was afterwards."""
+    base = zoo.fresh("gemma3_multimodal")
+    base.set_attn_implementation({"": "eager", "text_config": "eager", "vision_config": "sdpa"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StockLayersWarning)
+        with attach(base, random_policy(), record=True) as cache:
+            base.generate(IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, max_new_tokens=4)
+            assert cache.trace().evictions > 0
+            pixels = torch.zeros(1, 3, 28, 28)
+            for given in ({"pixel_values": pixels}, {"mm_encoder_outputs": {"image": pixels}}):
+                with pytest.raises(ModelError, match="text of multimodal models only"):
+                    base(IDS, past_key_values=cache, **given)
+    assert base.config.vision_config._attn_implementation == "sdpa"
+    assert base.config.get_text_config()._attn_implementation == "eager"

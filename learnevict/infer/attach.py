@@ -24,10 +24,17 @@ from learnevict.infer.cache import EvictingCache
 from learnevict.infer.deferred import hold_events
 from learnevict.infer.identity import check_base
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.modules import attention_modules, decoder_of, rotary_of
+from learnevict.infer.modules import (
+    Rotation,
+    attention_modules,
+    attention_settings,
+    decoder_of,
+    front_of,
+    rotation_of,
+)
 from learnevict.infer.probe import QUESTION, Question
 from learnevict.infer.soft import SOFT, Soft, soft_gate
-from learnevict.infer.support import check_governor, evicting_layers
+from learnevict.infer.support import check_governor, check_text, evicting_layers
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -162,14 +169,14 @@ def hook(model: PreTrainedModel) -> None:
         return
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
-    modules, decoder = attention_modules(model), decoder_of(model)
-    previous = model.config._attn_implementation
+    modules, decoder, front = attention_modules(model), decoder_of(model), front_of(model)
+    previous = attention_settings(model.config)
     model.set_attn_implementation(NAME)
     handles = [
-        decoder.register_forward_pre_hook(partial(_open_forward, inspect.signature(decoder.forward)), with_kwargs=True),
-        decoder.register_forward_hook(_close_forward, with_kwargs=True, always_call=True),
+        front.register_forward_pre_hook(partial(_open_forward, inspect.signature(front.forward)), with_kwargs=True),
+        front.register_forward_hook(partial(_close_forward, decoder), with_kwargs=True, always_call=True),
         *(
-            module.register_forward_pre_hook(partial(_hand_over, rotary_of(decoder, module)), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_hand_over, rotation_of(decoder, module)), with_kwargs=True)
             for module in modules.values()
         ),
     ]
@@ -196,6 +203,7 @@ def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, 
         soft.begin(given)
     if cache is None:
         return
+    check_text(given)
     tokens, mask = given.get("input_ids"), given.get("attention_mask")
     source = tokens if tokens is not None else given["inputs_embeds"]
     if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
@@ -208,22 +216,20 @@ def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, 
     cache.place(mask, given.get("position_ids"))
 
 
-def _close_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _close_forward(decoder: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     cache = _serving.get()
     _serving.set(None)
     if cache is not None and output is not None:
         cache.check_served()
-        hold_events(cache, module)
+        hold_events(cache, decoder)
         cache.end()
 
 
-def _hand_over(
-    rotary: tuple[nn.Module, str] | None, module: nn.Module, args: tuple, kwargs: dict
-) -> tuple[tuple, dict] | None:
+def _hand_over(rotation: Rotation | None, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     cache, replay = _serving.get(), REPLAY.get()
     index: Any = module.layer_idx
-    frequencies = None if rotary is None else getattr(*rotary)
+    frequencies = None if rotation is None else rotation.frequencies(kwargs)
     if (question := QUESTION.get()) is not None:
         return args, {**kwargs, NAME: Step(None, hidden, frequencies=frequencies, question=question)}
     if replay is not None and index in replay.expiry:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from learnevict.errors import ModelError
 
@@ -39,22 +45,117 @@ def modelling_names(module: nn.Module) -> dict[str, Any]:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward receives the 2D attention mask."""
+    """The module that holds the text's layers."""
     decoder = model.get_decoder()
     return model if decoder is None else decoder
 
 
-def rotary_of(decoder: nn.Module, module: nn.Module) -> tuple[nn.Module, str] | None:
-    """The decoder's rotary embedding and its buffer of frequencies, if `module` rotates halves of the head dimension.
+def front_of(model: PreTrainedModel) -> nn.Module:
+    """The module whose forward receives the 2D attention mask: the decoder, or what wraps it with encoders of images."""
+    decoder = decoder_of(model)
+    around = (
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and module.get_output_embeddings() is None
+        and any(one is decoder for one in module.modules())
+    )
+    return next(around, decoder)
 
-    None if it rotates neighbouring dimensions or nothing. The buffer is named, not held: dynamic RoPE replaces it.
+
+def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `set_attn_implementation` takes to bring back how a model and the models inside it attend now."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    inner = {name: attention_settings(part) for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **inner}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one attention module rotates queries and keys: the rotary embedding, its buffer of frequencies, and if at all.
+
+    The buffer is named, not held: dynamic RoPE replaces it.
     """
-    names = modelling_names(module)
+
+    rotary: nn.Module
+    name: str
+    applied: bool
+
+    def frequencies(self, given: dict[str, Any]) -> Tensor:
+        """Radians per position [r] in a forward with these keyword arguments; zeros where nothing is rotated."""
+        found = getattr(self.rotary, self.name)
+        applied = self.applied and given.get("position_embeddings", ()) is not None
+        return found if applied else torch.zeros_like(found)
+
+
+def rotation_of(decoder: nn.Module, module: nn.Module) -> Rotation | None:
+    """How `module` rotates queries and keys; None if that is unknown, or neighbouring dimensions rather than halves."""
+    names, applied = modelling_names(module), applies_rope(module)
     if "rotate_half" in names:
         halves = names["rotate_half"](torch.arange(4)).tolist() == [-2, -3, 0, 1]
     else:
         halves = "_apply_rotary_emb" in names  # GPT-OSS
-    rotary = getattr(decoder, "rotary_emb", None) if halves else None
-    own = f"{getattr(module, 'layer_type', None)}_inv_freq"  # Gemma3: one per kind of layer
+    rotary = getattr(decoder, "rotary_emb", None)
+    kinds = getattr(getattr(decoder, "config", None), "layer_types", None)  # Gemma3: frequencies per kind of layer
+    own = f"{kinds[module.layer_idx]}_inv_freq" if kinds else ""  # pyright: ignore[reportArgumentType]
     name = next((name for name in (own, "inv_freq") if hasattr(rotary, name)), None)
-    return None if rotary is None or name is None else (rotary, name)
+    several = hasattr(decoder, "rotary_embs")  # one per layer, under a name that tells nothing
+    known = applied is False or (applied and halves and not several)
+    return Rotation(rotary, name, bool(applied)) if known and rotary is not None and name is not None else None
+
+
+def applies_rope(module: nn.Module) -> bool | None:
+    """Whether a module's forward rotates queries and keys, by the conditions in its source under which it does so.
+
+    Models without RoPE in some layers have a rotary embedding all the same, and each tells those layers in its own way
+    (`use_rope`, `sliding_window`, ...). None: it does not call transformers' `apply_rotary_pos_emb`, or under a condition
+    that is about more than the module.
+    """
+    try:
+        calls = _rope_calls(type(module))
+        return any(all(_value(test, module) for test in tests) for tests in calls) if calls else None
+    except (AttributeError, LookupError):
+        return None
+
+
+@cache
+def _rope_calls(kind: type[nn.Module]) -> list[tuple[ast.expr, ...]]:
+    """For each call of `apply_rotary_pos_emb` in the forward of this class, the conditions that have to hold for it."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except (OSError, TypeError):
+        return []
+    return list(_rope_conditions(ast.parse(source)))
+
+
+def _rope_conditions(node: ast.AST, tests: tuple[ast.expr, ...] = ()) -> Iterator[tuple[ast.expr, ...]]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "apply_rotary_pos_emb":
+        yield tests
+    for field, value in ast.iter_fields(node):
+        inner = tests
+        if isinstance(node, ast.If) and field != "test":
+            inner = (*tests, node.test if field == "body" else ast.UnaryOp(ast.Not(), node.test))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _rope_conditions(child, inner)
+
+
+def _value(node: ast.expr, module: nn.Module) -> Any:
+    """The value of a condition over attributes of `self`. Raises LookupError for anything else."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id="self"):
+            return module
+        case ast.Name(id="position_embeddings"):
+            return ()  # what a forward is given is seen there: Rotation.frequencies
+        case ast.Attribute(value=owner, attr=name):
+            return getattr(_value(owner, module), name)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, module)
+        case ast.BoolOp(op=op, values=values):
+            return (all if isinstance(op, ast.And) else any)([bool(_value(value, module)) for value in values])
+        case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[right]):
+            return (_value(left, module) is _value(right, module)) == isinstance(op, ast.Is)
+        case _:
+            raise LookupError(ast.dump(node))

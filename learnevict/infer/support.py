@@ -43,6 +43,28 @@ def check_governor(policy: Any) -> None:
         )
 
 
+def check_text(given: dict[str, Any]) -> None:
+    """Refuse what a multimodal model reads beside text: tokens of one image attend to each other in both directions.
+
+    Args:
+        given: arguments of a forward.
+
+    Raises:
+        ModelError: pixels, sounds, or what encoders made of them.
+    """
+    kinds = ("pixel_values", "image", "video", "audio", "input_features")
+    said = {
+        **given,
+        **(given.get("mm_encoder_outputs") or {}),
+        "mm_encoder_outputs": None,
+    }  # generate() gives it, empty
+    if found := sorted(name for name, value in said.items() if value is not None and name.startswith(kinds)):
+        raise ModelError(
+            f"an EvictingCache serves the text of multimodal models only, and {', '.join(found)} came in; use the model's "
+            "stock cache for images and sounds"
+        )
+
+
 def check_rope(config: Any) -> None:
     """Refuse models that throw their cache away in the middle of a text.
 
