@@ -17,6 +17,7 @@ from learnevict.methods.dms import SparsityGate
 from learnevict.methods.wg_kv import WriteGate, unrotated
 from learnevict.parts.admission import logistic
 from learnevict.signals import NEVER, Attention, Rows, Signals
+from tests.closeness import close
 from tests.event_loop import Loop, stream
 from tests.laws import zoo
 from tests.laws.run import PADS, Run, batch, read
@@ -95,7 +96,7 @@ def test_the_first_layers_history_is_that_of_the_formulas(method, notes):
     store = done.cache.layers[0].store
     held = store.position >= 0
     seen = expected.gather(-1, store.position.clamp_min(0).long())[held]
-    assert torch.allclose(store.ledger.columns["admission"][held].double(), seen, atol=1e-4)
+    close(store.ledger.columns["admission"][held].double(), seen)
     for head in range(2):
         for row, pad in enumerate(PADS):
             assert done.trace.expiry[0, row, head].tolist()[pad:] == expected_expiry(expected[row, head], pad)[pad:]

@@ -16,6 +16,7 @@ from learnevict.infer.attach import attention_function
 from learnevict.infer.support import evicting_layers
 from learnevict.policy import Guard
 from learnevict.signals import NEVER
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import judge, stock
 from tests.laws.policies import hashed
@@ -87,7 +88,7 @@ def test_a_decoder_without_head_can_be_attached():
     ids, mask = alone(model)
     with attach(model.eval(), hashed(), record=True) as cache, torch.no_grad():
         hidden = model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state
-    assert (whole.lm_head(hidden) - judge(whole, ids, mask, cache.trace().expiry)).abs().max() <= CLOSE
+    close(whole.lm_head(hidden), judge(whole, ids, mask, cache.trace().expiry), CLOSE)
     assert num_hooks(model) == 0
 
 
@@ -101,7 +102,7 @@ def test_an_attached_model_serves_stock_caches(cache):
     with attach(model, hashed()), torch.no_grad():
         held = zoo.stock_cache(model) if cache == "stock" else None
         found = model(ids, attention_mask=mask, position_ids=places, past_key_values=held, use_cache=held is not None)
-    assert (found.logits - expected)[mask.bool()].abs().max() <= 1e-5
+    close(found.logits, expected, 1e-5, mask)
 
 
 def test_a_cache_can_be_used_without_with():
@@ -142,7 +143,7 @@ def test_an_interrupted_forward_asks_for_a_reset():
         again = Reader(model, cache, ids, mask, pieces(PROMPT, LENGTH)).finish()
     assert torch.equal(again.logits, expected.logits)
     assert torch.equal(again.trace.expiry, expected.trace.expiry)
-    assert (stock(model, ids, mask) - judge(model, ids, mask, None))[mask.bool()].abs().max() <= CLOSE
+    close(stock(model, ids, mask), judge(model, ids, mask, None), CLOSE, mask)
 
 
 def stock_while_attached(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def test_any_verb_may_govern(ragged):
     for verb in (thrifty, lambda signals: None):
         run = read(model, hashed(ragged=ragged, verb=verb), ids, mask)
         expected = judge(model, ids, mask, run.trace.expiry)
-        assert (run.logits - expected)[mask.bool()].abs().max() <= CLOSE
+        close(run.logits, expected, CLOSE, mask)
         assert (run.evictions > 0) == (verb is thrifty)
 
 
@@ -331,7 +332,7 @@ def test_a_protected_prompt_stays_and_the_budget_counts_the_rest(given, ragged):
         taken = int((run.moments[-1].positions[0][row] >= 0).sum())
         over = (70 - PADS[row]) % 4
         assert taken == 2 * (length + 12 + over)
-    assert (run.logits - judge(model, ids, mask, expiry))[mask.bool()].abs().max() <= CLOSE
+    close(run.logits, judge(model, ids, mask, expiry), CLOSE, mask)
 
 
 def test_prompt_length_must_fit_the_batch():
@@ -366,7 +367,7 @@ def test_prefill_end_evicts_once_the_prompt_is_read():
     only = read(model, hashed(prompt="end", decode=False), ids, mask)
     assert set(only.trace.expiry[only.trace.expiry != NEVER].tolist()) == {PROMPT}
     for found in (run, only):
-        assert (found.logits - judge(model, ids, mask, found.trace.expiry))[mask.bool()].abs().max() <= CLOSE
+        close(found.logits, judge(model, ids, mask, found.trace.expiry), CLOSE, mask)
 
 
 def test_a_long_prompt_needs_no_more_room_than_the_budget():
@@ -390,7 +391,7 @@ def test_a_row_of_padding_disturbs_nobody():
     run = read(model, hashed(), ids, mask)
     assert bool(run.logits.isfinite().all())
     expected = judge(model, ids, mask, run.trace.expiry)
-    assert (run.logits - expected)[mask.bool()].abs().max() <= CLOSE
+    close(run.logits, expected, CLOSE, mask)
 
 
 # --- rows ---
@@ -421,7 +422,7 @@ def test_rows_can_be_selected_and_repeated(name, ragged, after):
                     position_ids=places[:, here],
                     past_key_values=cache,
                 ).logits
-            assert (found - expected[rows, here]).abs().max() <= CLOSE
+            close(found, expected[rows, here], CLOSE)
 
 
 def test_cropping_is_refused():

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from learnevict import Gates
 from learnevict.train import capacity, objectives
+from tests.closeness import close
+from tests.laws import zoo
+from tests.test_admission import signals_of
 
 LENGTH, PADS = 37, (0, 5, 14)
 
@@ -43,18 +47,28 @@ def test_occupancy_is_the_sum_over_all_pairs(name, chunk):
     double = rate.detach().double().requires_grad_()
     expected = held(double, valid())
     (other,) = torch.autograd.grad((expected * towards.double()).sum(), double)
-    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(slope.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-12)
+    close(found, expected)
+    close(slope, other)
     assert torch.isfinite(slope).all()
 
 
 def test_untrained_gates_still_tell_tokens_apart():
     """Regression: at a bias of 18 retention is 1 - 1.5e-8, which float16 and log(sigmoid) both round to 1."""
-    rate = torch.nn.functional.logsigmoid(torch.tensor([18.0, 19.0]))
-    assert -2e-8 < float(rate[0]) < float(rate[1]) < 0
-    rates = rate.view(1, 1, 2).requires_grad_()
-    capacity.occupancy(rates, torch.ones(1, 2, dtype=torch.bool)).sum().backward()
-    assert rates.grad is None or float(rates.grad[0, 0, 0]) == pytest.approx(1.0, rel=1e-6)
+    gate = Gates.make("trimkv", zoo.build("llama"), hidden=8).gate.eval()
+    with torch.no_grad():
+        gate.weight_out.zero_()
+        gate.bias_out[0] = torch.tensor([18.0, 19.0])
+    signals = signals_of(zoo.build("llama"))
+    rate = gate.write(signals)["retention"]
+    low, high = rate.detach().unbind(1)
+    assert float(low.min()) > -2e-8 and bool((low < high).all()) and bool((high < 0).all())
+    (slope,) = torch.autograd.grad(
+        capacity.occupancy(rate, torch.ones_like(low, dtype=torch.bool)).sum(), rate, retain_graph=True
+    )
+    later = torch.arange(rate.shape[-1]).flip(0)
+    close(slope, (later * (later + 1) / 2).expand_as(slope))  # every later token counts its distance
+    (learned,) = torch.autograd.grad(rate, gate.bias_out, slope)
+    close(learned[0], -(torch.expm1(rate.detach()) * slope).sum((0, 2)))  # d log beta / d b = 1 - beta
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -80,17 +94,17 @@ def test_the_hinge_by_brute_force(budget, together):
     expected = total / count
     others = torch.autograd.grad(expected, doubles)
     found, expected = found.detach(), expected.detach()
-    assert float(found) == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
+    close(found, expected)
     for one, other in zip(slopes, others, strict=True):
-        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-8)
+        close(one, other)
     assert (float(found) > 0) == (budget < LENGTH)
 
 
 def test_the_hinge_of_a_full_cache_is_the_share_of_tokens_beyond_the_budget():
     full = [torch.zeros(3, 2, LENGTH)]
-    assert float(capacity.hinge(full, torch.ones(3, LENGTH, dtype=torch.bool), 0)) == pytest.approx(1.0)
+    close(capacity.hinge(full, torch.ones(3, LENGTH, dtype=torch.bool), 0), 1.0)
     share = float(capacity.hinge(full, torch.ones(3, LENGTH, dtype=torch.bool), 20))
-    assert share == pytest.approx((LENGTH - 20) / LENGTH)
+    close(share, (LENGTH - 20) / LENGTH)
 
 
 def test_what_is_admitted_by_hand():
@@ -100,16 +114,16 @@ def test_what_is_admitted_by_hand():
     for i, g in ((1, 0.5), (2, 1.0), (3, 0.1)):
         share = min(2 / (4 - i), 1)
         costs.append(share + (1 - share) * (1 - (1 - g) ** 2))
-    assert float(capacity.admitted([gates.log()], real, 2)) == pytest.approx(sum(costs) / 3)
+    close(capacity.admitted([gates.log()], real, 2), sum(costs) / 3)
 
 
 def test_the_shortfall_is_one_sided_and_straight_through():
     log_gates = torch.tensor([[[0.9, 0.2, 0.4, 0.05]]]).log().requires_grad_()
     real = torch.tensor([[True, True, True, False]])
     found = capacity.shortfall([log_gates], real, 0.9)
-    assert float(found.detach()) == pytest.approx(0.9 - 2 / 3)
+    close(found.detach(), 0.9 - 2 / 3)
     found.backward()
-    assert torch.allclose(log_gates.grad, torch.tensor([[[0.9, 0.2, 0.4, 0.0]]]) / 3)  # d g / d log g = g
+    close(log_gates.grad, torch.tensor([[[0.9, 0.2, 0.4, 0.0]]]) / 3)  # d g / d log g = g
     assert float(capacity.shortfall([log_gates.detach()], real, 0.6)) == 0.0
 
 
@@ -123,11 +137,11 @@ def test_divergence_and_next_token_by_hand():
         p, q = teacher[b, t].double().softmax(-1), student[b, t].double().softmax(-1)
         kl += float((p * (p / q).log()).sum())
         surprise -= math.log(float(q[tokens[b, t + 1]]))
-    assert float(objectives.divergence(teacher, student, scored)) == pytest.approx(kl / 4, rel=1e-5)
-    assert float(objectives.next_token(student, tokens, scored)) == pytest.approx(surprise / 4, rel=1e-5)
-    assert float(objectives.divergence(teacher, teacher, scored)) == pytest.approx(0.0, abs=1e-7)
+    close(objectives.divergence(teacher, student, scored), kl / 4)
+    close(objectives.next_token(student, tokens, scored), surprise / 4)
+    close(objectives.divergence(teacher, teacher, scored), 0.0, scale=1.0)
     error = (teacher - student).square()[scored].mean()
-    assert float(objectives.hidden_error(teacher, student, scored)) == pytest.approx(float(error), rel=1e-5)
+    close(objectives.hidden_error(teacher, student, scored), error)
 
 
 def test_nothing_scored_costs_nothing():

@@ -20,6 +20,7 @@ from learnevict.policy import Guard, Schedule
 from learnevict.signals import Attention, Rows, Signals
 from learnevict.train.ranker import joined
 from learnevict.train.states import record_states
+from tests.closeness import close
 
 PERIOD, BUDGET, WINDOW = 8, 24, 8
 
@@ -188,8 +189,8 @@ def test_accumulators_do_not_share_storage():
     first = torch.nn.functional.pad(first, (0, 0, 0, second.shape[2] - first.shape[2]))
     left = DECAY ** (PERIOD / 16)
     assert not torch.allclose(first, second)
-    torch.testing.assert_close(notes["paid"], PERIOD * first + PERIOD * second)
-    torch.testing.assert_close(notes["decayed"], left * (1 - left) * first + (1 - left) * second)
+    close(notes["paid"], PERIOD * first + PERIOD * second)
+    close(notes["decayed"], left * (1 - left) * first + (1 - left) * second)
 
 
 def test_notes_under_steady_attention_do_not_depend_on_the_period():
@@ -225,10 +226,8 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
     assert 0 < int((wanted["idle"] > 0).sum()) < 2 * num
     for period, notes in found.items():
         for name, note in wanted.items():
-            torch.testing.assert_close(
-                notes[name], note, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, p=period: f"{n}, {p}: {m}"
-            )
-        torch.testing.assert_close(shown[period], shown[1], rtol=1e-4, atol=1e-5)
+            close(notes[name], note, about=f"{name}, {period}")
+        close(shown[period], shown[1])
 
 
 def test_a_trained_judge_keeps_its_period(tmp_path):

@@ -21,6 +21,7 @@ from learnevict.errors import CacheError
 from learnevict.signals import NEVER
 from learnevict.testbed import build_tokenizer
 from tests import brute_force as brute
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import Case
 from tests.laws.judge import forgetting, judge, judging
@@ -60,7 +61,7 @@ def agree_with_judge(model: Any, inputs: dict[str, Tensor], out: Any, cache: Evi
         "nothing went while decoding"
     )
     expected = judge(model, read_ids, mask, trace.expiry)[:, -len(out.logits) :]
-    assert (torch.stack(out.logits, 1) - expected).abs().max() <= CLOSE
+    close(torch.stack(out.logits, 1), expected, CLOSE)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -98,7 +99,7 @@ def test_chunks_change_nothing(method, chunk):
     (sequences, expiry, logits), (other_sequences, other_expiry, other_logits) = found
     assert torch.equal(sequences, other_sequences)
     assert torch.equal(expiry, other_expiry)
-    assert (logits - other_logits).abs().max() <= CLOSE
+    close(logits, other_logits, CLOSE)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -134,7 +135,7 @@ def test_beams_with_room_for_all(name):
     with attach(model, hashed(200)) as cache:
         found = beams(model, inputs, cache)
     assert torch.equal(found[0], expected[0])
-    assert (found[1] - expected[1]).abs().max() <= CLOSE
+    close(found[1], expected[1], CLOSE)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -153,7 +154,7 @@ def test_beams_under_eviction(name, slack, ragged):
     with attach(model, policy) as cache:
         found = beams(model, inputs, cache)
     assert torch.equal(found[0], expected[0])
-    assert (found[1] - expected[1]).abs().max() <= CLOSE
+    close(found[1], expected[1], CLOSE)
     assert cache.positions(cache.evicting[0]).shape[0] == 6
 
 
@@ -204,7 +205,7 @@ def test_notes_and_queries_go_with_their_row(method, name):
         text = ids[row : row + 1, own]
         alone = read(model, policy, text, torch.ones_like(text), pieces(text.shape[1] - 12, text.shape[1]))
         assert bool((alone.trace.expiry > text.shape[1] - 12).logical_and(alone.trace.expiry != NEVER).any())
-        assert (found.logits[row] - alone.logits[0, -12:]).abs().max() <= 1e-5
+        close(found.logits[row], alone.logits[0, -12:], 1e-5)
         for index in cache.evicting:
             held = cache.positions(index)[row : row + 1]
             held = torch.where(held < 0, held, held - int((~own).sum()))
@@ -302,7 +303,7 @@ class Conversations(RuleBasedStateMachine):
         found = Reader(self.model, self.cache, ids, mask, pieces).finish().logits
         told = torch.stack([row.ends for row in self.rows], 1)
         expected = judge(self.model, ids, mask, told)[:, -size:]
-        assert (found - expected)[mask[:, -size:].bool()].abs().max() <= CLOSE
+        close(found, expected, CLOSE, mask[:, -size:])
 
     @precondition(lambda self: not self.rows)
     @rule(pads=st.lists(st.integers(0, 8), min_size=1, max_size=3), size=st.integers(9, 20))
@@ -414,7 +415,7 @@ def test_tokens_masked_between_turns_are_gone(name, ragged):
         second = answer(model, {"input_ids": ids, "attention_mask": mask}, cache)
     read_ids = second.sequences[:, :-1]
     expected = judge(model, read_ids, longer(mask, read_ids.shape[1]), cache.trace().expiry)[:, -NEW:]
-    assert (torch.stack(second.logits, 1) - expected).abs().max() <= CLOSE
+    close(torch.stack(second.logits, 1), expected, CLOSE)
     now = cache.trace().expiry
     assert bool((now[cache.evicting, 1, :, PROMPT + 5 : PROMPT + NEW - 1] <= PROMPT + NEW - 1).all())
 

@@ -20,6 +20,7 @@ from learnevict.parts.window import WindowAttention
 from learnevict.policy import Guard
 from learnevict.signals import NEVER, Signals, Trace
 from tests import brute_force as brute
+from tests.closeness import close
 from tests.event_loop import LAYER, VOCABULARY, Loop, Stream, stream
 
 BUDGET, SINKS, RECENT = 20, 2, 3
@@ -352,7 +353,7 @@ def test_storage_order_means_nothing(case):
     again = shuffled(signals, order)
     crooked = policy.scorer.score(again).masked_fill(~again.occupied, 0.0)
     assert straight.dtype == torch.float32
-    torch.testing.assert_close(crooked, straight.gather(-1, order), rtol=1e-5, atol=1e-6)
+    close(crooked, straight.gather(-1, order))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -365,7 +366,7 @@ def test_empty_slots_influence_nothing(case):
     rubbish = empty.unsqueeze(-1) * torch.randn(signals.slots.keys.shape, generator=torch.Generator().manual_seed(4))
     slots = Copied(signals.slots.keys + 50 * rubbish, signals.slots.values - 50 * rubbish, signals.position)
     after = policy.scorer.score(Signals(**{**vars(signals), "slots": slots, "memo": {}}))
-    torch.testing.assert_close(after[~empty], before[~empty], rtol=1e-5, atol=1e-6)
+    close(after[~empty], before[~empty])
 
 
 def test_rkv_with_lambda_1_is_window_attention():
@@ -378,12 +379,12 @@ def test_rkv_with_lambda_1_is_window_attention():
 def test_redundancy_sums_to_one_and_rows_do_not_meet():
     _, signals = watch("rkv")
     together = redundancy(signals)
-    torch.testing.assert_close(together.sum(-1), torch.ones(3, 2))
+    close(together.sum(-1), torch.ones(3, 2))
     for row in range(3):
         one = slice(row, row + 1)
         slots = Copied(signals.slots.keys[one], signals.slots.values[one], signals.position[one])
         alone = redundancy(Signals(**{**vars(signals), "slots": slots, "memo": {}}))
-        torch.testing.assert_close(alone, together[one], rtol=1e-5, atol=1e-7)
+        close(alone, together[one])
 
 
 @pytest.mark.parametrize(
@@ -492,7 +493,7 @@ def test_expected_attention_undoes_the_rotation_of_a_real_model(name):
     before = before.reshape(2, 24, -1, queries.shape[-1])
     for slot, column in enumerate(where[0].tolist()):
         turned = queries[0, :, slot].double() @ brute.rotation(frequencies, column)
-        torch.testing.assert_close(turned.float(), before[0, column], rtol=1e-4, atol=1e-4)
+        close(turned.float(), before[0, column])
 
 
 def test_expected_attention_says_when_a_model_has_no_rotation():

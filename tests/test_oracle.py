@@ -30,6 +30,7 @@ from learnevict.oracle import (
 )
 from learnevict.policy import Guard
 from learnevict.signals import NEVER
+from tests.closeness import close
 
 BATCH, QUERY_HEADS, HEADS, SIZE, WIDTH = 2, 4, 2, 4, 6
 GROUP = QUERY_HEADS // HEADS
@@ -175,7 +176,7 @@ def test_every_reduction_matches_brute_force(name, padding, block, extra):
     reduce, length = PRESETS[name], 17
     chosen, valid = inputs(reduce, length, block, extra), mask(padding, length)
     labels = future_attention(**chosen, block=block, valid=valid, reduce=reduce, out_dtype=torch.float64)
-    torch.testing.assert_close(labels, brute(block, reduce, valid, chosen), rtol=1e-9, atol=1e-9)
+    close(labels, brute(block, reduce, valid, chosen), 1e-9)
     assert torch.isfinite(labels).any()
 
 
@@ -186,7 +187,7 @@ LOGITS = replace(LOCRET, needs_queries=False)
 def test_blocks_longer_than_a_tile(reduce):
     chosen = inputs(reduce, 150, 140, ())
     labels = future_attention(**chosen, block=140, reduce=reduce, out_dtype=torch.float64)
-    torch.testing.assert_close(labels, brute(140, reduce, None, chosen), rtol=1e-9, atol=1e-9)
+    close(labels, brute(140, reduce, None, chosen), 1e-9)
 
 
 def test_value_norm_without_projection():
@@ -195,16 +196,16 @@ def test_value_norm_without_projection():
     chosen = {name: data[name] for name in ("query", "key", "value")}
     labels = future_attention(**chosen, block=4, reduce=reduce, out_dtype=torch.float64)
     plain = brute(4, replace(reduce, value="prob"), None, chosen)
-    torch.testing.assert_close(labels, plain * data["value"].norm(dim=-1).repeat_interleave(GROUP, 1).unsqueeze(-1))
+    close(labels, plain * data["value"].norm(dim=-1).repeat_interleave(GROUP, 1).unsqueeze(-1))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
-def test_arithmetic_is_float32(dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arithmetic_is_float32(dtype):
     chosen = cast(inputs(GOLDEN, 40, 8, ()), dtype)
     labels = future_attention(**chosen, block=8)
     exact = future_attention(**cast(chosen, torch.float64), block=8, out_dtype=torch.float64)
     assert labels.dtype == torch.float32
-    torch.testing.assert_close(labels.double(), exact, rtol=0, atol=tolerance)
+    close(labels, exact)
 
 
 @pytest.mark.slow
@@ -217,14 +218,13 @@ def test_every_reduction_in_float32(name):
     exact = brute(block, reduce, valid, cast(chosen, torch.float64))
     there = exact.isfinite()
     assert labels.dtype == torch.float32 and torch.equal(labels.isfinite(), there)
-    exact = exact[there]
-    assert (labels[there] - exact).abs().max() <= 1e-6 * max(1.0, exact.abs().max().item())
+    close(labels, exact, where=there)
 
 
 def test_partial_block_is_a_mean_over_real_rows():
     """Regression 3: attention of a partial block sums to one, as a mean over its real rows must."""
     labels = future_attention(**inputs(GOLDEN, 10, 4, ()), block=4, out_dtype=torch.float64)
-    torch.testing.assert_close(labels.sum(2), torch.ones(BATCH, HEADS, 3, dtype=torch.float64))
+    close(labels.sum(2), torch.ones(BATCH, HEADS, 3, dtype=torch.float64))
 
 
 def test_padding_changes_nothing():
@@ -250,13 +250,13 @@ def test_targets_in_the_words_of_the_papers():
             early = [[values.get((h, t, i), 0.0) for t in range((cut + 1) * block)] for h in range(QUERY_HEADS)]
             for c in range(HEADS):
                 group = range(c * GROUP, (c + 1) * GROUP)
-                assert got["kvp"][b, c, i, cut].item() == pytest.approx(max(sum(late[h]) for h in group), abs=1e-6)
+                close(got["kvp"][b, c, i, cut], max(sum(late[h]) for h in group), scale=1.0)
                 past = sum(sum(early[h]) for h in group) / GROUP
-                assert got["h2o"][b, c, i, cut].item() == pytest.approx(past, abs=1e-6)
+                close(got["h2o"][b, c, i, cut], past, scale=1.0)
             for h in range(QUERY_HEADS):
                 peaks = {j: max(values.get((h, t, j), 0.0) for t in range(cut * block, len(columns))) for j in columns}
                 share = math.exp(peaks[i]) / sum(math.exp(x) for x in peaks.values())
-                assert got["indexmem"][b, h, i, cut].item() == pytest.approx(share, abs=1e-6)
+                close(got["indexmem"][b, h, i, cut], share, scale=1.0)
 
 
 PRESETS_PLAIN = ("kvp", "h2o", "indexmem")
@@ -267,17 +267,17 @@ def test_horizon(window):
     labels = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     for m in range(7):
         ahead = labels[..., m : None if window is None else m + window]
-        torch.testing.assert_close(horizon(labels, "max", window=window)[..., m], ahead.amax(-1))
-        torch.testing.assert_close(horizon(labels, "sum", window=window)[..., m], ahead.sum(-1))
+        close(horizon(labels, "max", window=window)[..., m], ahead.amax(-1))
+        close(horizon(labels, "sum", window=window)[..., m], ahead.sum(-1))
         faded = sum(0.5**j * labels[..., m + j] for j in range(7 - m))
-        torch.testing.assert_close(horizon(labels, "discounted", discount=0.5)[..., m], faded)
-        torch.testing.assert_close(horizon(labels, "past")[..., m], labels[..., : m + 1].sum(-1))
+        close(horizon(labels, "discounted", discount=0.5)[..., m], faded)
+        close(horizon(labels, "past")[..., m], labels[..., : m + 1].sum(-1))
 
 
 def test_per_head_output_weight_is_the_projection():
     value, weight = torch.randn(QUERY_HEADS, SIZE), torch.randn(WIDTH, QUERY_HEADS * SIZE)
     per_head = per_head_output_weight(weight, QUERY_HEADS)
-    torch.testing.assert_close(torch.einsum("hed,hd->e", per_head, value), weight @ value.flatten())
+    close(torch.einsum("hed,hd->e", per_head, value), weight @ value.flatten())
 
 
 SCORES = {

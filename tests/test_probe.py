@@ -27,6 +27,7 @@ from learnevict.train.draws import Draws
 from learnevict.train.labels import Document
 from learnevict.train.objectives import attention_divergence, attention_error
 from learnevict.train.probe import Cut, ProbeConfig, ProbeTrainer, Texts, at_slots, draw_cuts, foresee
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import position_ids
 from tests.laws.policies import hashed
@@ -114,7 +115,7 @@ def test_ask_equals_one_pass_over_text_and_probe(name):
                 at = position[head // 2][held].long() - pad
                 got = found[layer][row, head // 2, head % 2]
                 assert sorted(at.tolist()) == list(range(30 - pad))
-                torch.testing.assert_close(got[:, held].double(), wanted[head][:, at], rtol=1e-4, atol=1e-6)
+                close(got[:, held].double(), wanted[head][:, at])
                 assert bool((got[:, ~held] == 0).all())
                 assert bool((got.sum(-1) < 1).all())
 
@@ -183,7 +184,7 @@ def test_two_conversations_are_asked_apart():
                 found = ask(model, cache, gate)
                 if part.stop == 20:
                     for layer, wanted in alone.pop(0).items():
-                        torch.testing.assert_close(found[layer], wanted, rtol=1e-4, atol=1e-6)
+                        close(found[layer], wanted)
 
 
 def test_deltas_are_passed_by_the_probe_alone():
@@ -212,7 +213,7 @@ def test_fused_projections_are_split():
     with deltas.added_to(model.model), torch.no_grad():
         found = attention.qkv_proj(rows) - plain
     wanted = [rows @ deltas.down[part][1] @ deltas.up[part][1] * 4.0 for part in "qkv"]
-    torch.testing.assert_close(found, torch.cat(wanted, -1).detach(), rtol=1e-4, atol=1e-5)
+    close(found, torch.cat(wanted, -1).detach())
 
 
 # --- gradients ---
@@ -345,7 +346,7 @@ def test_responses_are_the_mean_of_their_tokens(reduce):
                 paid = attention[0, :, now:last, :now]
                 if reduce.needs_keys:
                     paid = paid / paid.sum(-1, keepdim=True)
-                torch.testing.assert_close(labels[layer][row, :, first:], paid.mean(1), rtol=1e-4, atol=1e-6)
+                close(labels[layer][row, :, first:], paid.mean(1))
                 assert bool((labels[layer][row, :, :first] == 0).all())
 
 

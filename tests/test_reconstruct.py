@@ -9,6 +9,7 @@ import torch
 
 from learnevict.errors import ModelError, UsageError
 from learnevict.oracle import KVZAP, KVZIP, KVZIP_PLUS, Received, Repeating, future_attention, reconstruct
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.run import batch
 
@@ -83,7 +84,7 @@ def test_labels_are_attention_of_the_repetition(name, model_name, how):
         for head in (0, 1):
             want = torch.tensor(brute(model, ids[row, pad:].tolist(), how, layer, head, name != "kvzip"))
             want = want.log() if name == "kvzap" else want
-            torch.testing.assert_close(part[row, head, pad:], want, rtol=2e-4, atol=1e-5)
+            close(part[row, head, pad:], want)
             assert bool((part[row, head, :pad] == (-math.inf if name == "kvzap" else 0)).all())
 
 
@@ -110,9 +111,9 @@ def test_what_is_visited_is_the_context_alone():
     real = mask.bool()
     for layer, (received, label) in seen.items():
         assert label is labels[layer]
-        torch.testing.assert_close(received.hidden[real], plain[layer].hidden[real], rtol=1e-4, atol=1e-5)
+        close(received.hidden[real], plain[layer].hidden[real])
         for one, other in [(received.key, plain[layer].key), (received.value, plain[layer].value)]:
-            torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
+            close(one.transpose(1, 2)[real], other.transpose(1, 2)[real])
 
 
 def test_errors_teach():

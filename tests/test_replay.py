@@ -11,6 +11,7 @@ from learnevict.errors import TraceError
 from learnevict.infer.attach import REPLAY
 from learnevict.infer.attention import replay_attention
 from learnevict.signals import NEVER, Attention, Trace
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import judge, stock
 from tests.laws.policies import hashed
@@ -42,7 +43,7 @@ def test_any_history_can_be_replayed(name):
     expiry = trace.expiry.clone()
     sliding = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or []]
     expiry[[index for index, stays in enumerate(sliding) if stays]] = NEVER
-    assert (found - judge(model, ids, mask, expiry))[mask.bool()].abs().max() <= CLOSE
+    close(found, judge(model, ids, mask, expiry), CLOSE, mask)
 
 
 def test_nothing_evicted_is_the_stock_model():
@@ -51,7 +52,7 @@ def test_nothing_evicted_is_the_stock_model():
     trace = Trace(torch.full((2, 3, 2, LENGTH), NEVER, dtype=torch.int32))
     with torch.no_grad():
         found = replay(model, ids, trace, mask).logits
-    assert (found - stock(model, ids, mask))[mask.bool()].abs().max() <= 1e-5
+    close(found, stock(model, ids, mask), 1e-5, mask)
 
 
 @pytest.mark.parametrize("block", [1, 7, 40, 128])
@@ -64,7 +65,7 @@ def test_tiles_change_nothing(block):
     attention = Attention(0.3, softcap=5.0, sinks=torch.randn(4, generator=generator))
     found = replay_attention(query, key, value, expiry, valid, attention, block=block)
     expected = by_hand(query, key, value, expiry, valid, attention)
-    assert (found - expected)[valid.unsqueeze(1).expand(-1, 4, -1)].abs().max() <= 1e-5
+    close(found, expected, 1e-5, valid.unsqueeze(1).expand(-1, 4, -1))
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, valid: Tensor, attention: Attention) -> Tensor:
@@ -91,7 +92,7 @@ def test_a_recorded_run_can_be_replayed_while_attached():
     with attach(model, hashed(16)) as cache, torch.no_grad():
         found = replay(model, ids, run.trace, mask).logits
         assert cache.get_seq_length() == 0
-    assert (found - run.logits)[mask.bool()].abs().max() <= CLOSE
+    close(found, run.logits, CLOSE, mask)
     assert model.config._attn_implementation == "eager"
 
 
@@ -101,7 +102,7 @@ def test_arguments_reach_the_model():
     trace = made_up(model)
     out = replay(model, ids, trace, labels=ids, output_hidden_states=True)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert torch.allclose(out.loss, expected)
+    close(out.loss, expected)
     assert len(out.hidden_states) == 3
     assert out.past_key_values is None
 

@@ -35,6 +35,7 @@ from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import losses, sure, token_costs
 from learnevict.rl.rollout import RefineConfig, Text, drawn_budget, log_probabilities, noisy_layers, sample_group
 from learnevict.signals import NEVER
+from tests.closeness import close
 from tests.laws import zoo
 from tests.test_foresightkv import judge_for, tiny
 
@@ -111,9 +112,9 @@ def test_log_probability_is_the_sequential_law_and_its_gradient():
 def test_a_pool_that_is_used_up_has_probability_one_at_its_last_draw():
     scores = torch.randn(4, requires_grad=True)
     found = log_probability(scores, torch.ones(4, dtype=torch.bool), torch.tensor([3, 1, 0, 2]), 1.0)
-    assert float(found[-1].detach()) == pytest.approx(0.0, abs=1e-6)
+    close(found[-1], 0.0, scale=1.0)
     (gradient,) = torch.autograd.grad(found.sum(), scores)
-    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-5)
+    close(gradient.sum(), 0.0, scale=float(gradient.abs().max()))
 
 
 def test_without_temperature_the_lowest_scores_go_in_order():
@@ -132,7 +133,7 @@ def test_the_pool_holds_the_lowest_scores_among_candidates():
 def test_entropy_of_the_first_choice():
     pool = torch.tensor([[True, True, True, False], [False] * 4])
     found = entropy(torch.zeros(2, 4), pool, 1.0)
-    assert found.tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
+    close(found, [math.log(3), 0.0])
 
 
 # --- episodes ---
@@ -143,7 +144,7 @@ def test_an_episode_is_the_replay_of_its_trace(terms):
     model, _, ids, mask, found = episode(terms=terms)
     assert found.trace.evictions > 0
     again = replay(model, ids, found.trace, mask).logits
-    assert float((again - found.logits)[mask.bool()].detach().abs().max()) < 1e-5
+    close(found.logits, again, 1e-5, mask)
 
 
 @LAWS
@@ -235,7 +236,7 @@ def test_shares_are_tried_row_by_row_and_spend_the_budget():
     free = SHARED.budget - SHARED.sinks - SHARED.period - 1
     heads, fresh = ends.shape[2], (length - torch.tensor(PADS) - 1) % SHARED.period + 1  # since the last event read on
     share = (held - heads * (fresh + SHARED.sinks + SHARED.period + 1)) / (len(held) * free * heads)
-    assert torch.allclose(share.sum(0), torch.ones(2)), "layers hold more or less than the budget"
+    close(share.sum(0), torch.ones(2), about="what layers hold beside the budget")
     assert float((share.T - found.tried.softmax(-1)).abs().max()) < 1 / (len(held) * free)
     assert not torch.equal(held[:, 0], held[:, 1]), "rows try the same shares"
 
@@ -243,19 +244,19 @@ def test_shares_are_tried_row_by_row_and_spend_the_budget():
 def test_shares_tried_are_normal_around_the_demand_and_their_probability_says_so():
     num, layers, spread = 40_000, 4, 0.3
     shifts = draw_shifts(torch.arange(num), layers, spread)
-    assert torch.allclose(shifts.sum(-1), torch.zeros(num), atol=1e-5)
+    close(shifts.sum(-1), torch.zeros(num), scale=spread)
     wanted = spread**2 * (torch.eye(layers) - 1 / layers)
     assert float((shifts.T.cov() - wanted).abs().max()) < 4 * spread**2 * math.sqrt(2 / num)
     logits = torch.tensor([0.3, -0.1, 0.0, -0.2], dtype=torch.float64, requires_grad=True)
     tried = logits.detach() + shifts[:3].double()
     found = shift_log_probability(tried, logits, spread)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
-    assert torch.allclose(gradient, shifts[:3].double().sum(0) / spread**2, atol=1e-9)
+    close(gradient, shifts[:3].double().sum(0) / spread**2, 1e-9)
     normal = torch.distributions.Normal(logits, spread)
     other = shift_log_probability(tried, logits - 0.1, spread)
     moved = torch.distributions.Normal(logits - 0.1, spread)
     expected = (normal.log_prob(tried) - moved.log_prob(tried)).sum(-1)
-    assert torch.allclose(found - other, expected, atol=1e-9)
+    close(found - other, expected, 1e-9)
 
 
 def test_demand_follows_the_budget_and_is_equal_until_learned():
@@ -325,7 +326,7 @@ def test_costs_count_where_the_full_cache_is_sure():
     plain = token_costs("plain", logits, full, ids, counted, ceiling=5.0)
     assert plain[0].tolist() == pytest.approx([0, 5.0, 5.0, 0, 0, 0])
     square = token_costs("thresholded", logits, full, ids, counted)
-    assert float(square[0, 1]) == pytest.approx(float(added[0, 1]) ** 2)
+    close(square[0, 1], added[0, 1] ** 2)
     assert float(square.sum()) == float(square[0, 1])
     assert not bool(sure(full, torch.ones(1, 6, dtype=torch.bool))[0, 2])
     with pytest.raises(UsageError, match="cost 'loss' is unknown"):
@@ -336,12 +337,12 @@ def test_credit_of_events():
     _, _, ids, _, found = episode()
     costs = torch.rand(len(ids), ids.shape[1], generator=torch.Generator().manual_seed(4))
     apart = relative(costs, 2)
-    assert torch.allclose(apart.sum(0), torch.zeros(ids.shape[1]), atol=1e-6)
+    close(apart.sum(0), torch.zeros(ids.shape[1]), scale=1.0)
     races = found.races[1]
     later = to_go_credit(apart, races)
     for row, event, head, place in (races.order != NOTHING).nonzero().tolist()[::17]:
         end = int(races.end[row, event])
-        assert float(later[row, event, head, place]) == pytest.approx(-float(apart[row, end:].sum()), abs=1e-5)
+        close(later[row, event, head, place], -apart[row, end:].sum(), scale=float(apart[row].abs().sum()))
 
 
 @LAWS
@@ -372,14 +373,14 @@ def test_credit_by_attention_against_the_whole_matrix():
         seen[layer] = matrix.masked_fill(hidden_part, -torch.inf).softmax(-1).mean(2)[0]
 
     full = replay(model, ids[:1], full_trace(model, ids[:1]), mask[:1], observe=observe).logits
-    assert torch.allclose(full, logits, atol=1e-5)
+    close(full, logits, 1e-5)
     for layer, weights in seen.items():
         column = torch.arange(ids.shape[1])
         for trace in range(2):
             for head in range(weights.shape[0]):
                 missed = ends[layer, trace, head] <= column.unsqueeze(-1)
                 expected = -(weights[head] * missed * costs[trace].unsqueeze(-1)).sum(0)
-                assert torch.allclose(blame[layer, trace, head], expected, atol=1e-5)
+                close(blame[layer, trace, head], expected)
 
 
 @pytest.mark.parametrize("rules", [{}, {"scope": "model"}, {"share_spread": 0.3}], ids=["layer", "model", "shares"])

@@ -20,6 +20,7 @@ from learnevict.infer.attention import block_attention, observed_step, step_atte
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
 from learnevict.signals import Attention, Column, Rows, Signals
+from tests.closeness import close
 
 HEADS, WIDTH, VALUE_WIDTH = 2, 4, 3
 COLUMNS = (Column("note", (2,)), Column("tag", dtype=torch.int32, fill=7.0))
@@ -137,9 +138,9 @@ class Storage(RuleBasedStateMachine):
             query, weights = self.numbers(*position.shape[:2], 3, WIDTH), self.numbers(*position.shape[:2], 3, 1)
             taken = (position >= 0).unsqueeze(2)
             wanted = (query @ keys.mT).masked_fill(~taken, 0)
-            torch.testing.assert_close(self.store.logits(query).masked_fill(~taken, 0), wanted)
+            close(self.store.logits(query).masked_fill(~taken, 0), wanted)
             weights = weights.masked_fill(~taken, 0)
-            torch.testing.assert_close(self.store.mix(weights), weights @ values)
+            close(self.store.mix(weights), weights @ values)
 
     @invariant()
     def chunks_are_small(self):
@@ -313,9 +314,9 @@ class Ragged:
         query = torch.randn(*keys.shape[:2], num, WIDTH, generator=self.random)
         logits = store.logits(query)
         assert logits.isfinite().all()
-        torch.testing.assert_close(logits.where(taken, 0.0), (query @ keys.mT).where(taken, 0.0))
+        close(logits.where(taken, 0.0), (query @ keys.mT).where(taken, 0.0))
         weights = torch.rand(logits.shape, generator=self.random).where(taken, 0.0)
-        torch.testing.assert_close(store.mix(weights), weights @ values)
+        close(store.mix(weights), weights @ values)
         store.keys[unassigned], store.values[unassigned] = 0.0, 0.0
 
 

@@ -16,6 +16,7 @@ from learnevict.infer.attach import Attachment
 from learnevict.infer.soft import SOFT, layers_again, soft_attention
 from learnevict.policy import Fade, Policy, Schedule, SoftGate
 from learnevict.signals import NEVER, Attention, Signals, Trace
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import position_ids, stock
 from tests.laws.policies import hashed
@@ -94,7 +95,7 @@ def test_values_and_gradients_are_those_of_eager_attention(kind, window):
         gradients += [out.detach(), *(leaf.grad for leaf in leaves)]
     for one, other in zip(found, expected, strict=True):
         mask = valid.view(3, 1, LENGTH, *[1] * (one.ndim - 3))
-        assert ((one - other) * mask).abs().max() <= 2e-5
+        close(one, other, where=mask.expand_as(one))
 
 
 def test_the_gradient_of_rates_is_a_difference_quotient():
@@ -124,7 +125,7 @@ def test_tiles_and_their_second_computation_change_nothing(tile):
         out[valid[:, None].expand(out.shape[:3])].square().sum().backward()
         found.append((out.detach(), rate.grad))
     for one, other in zip(*found, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+        close(one, other)
 
 
 def test_what_is_kept_for_the_backward_pass_is_no_square():
@@ -158,7 +159,7 @@ def test_rates_of_zero_are_the_stock_model(name):
     gate = Table(torch.zeros(model.config.num_hidden_layers, 3, 2, LENGTH))
     with torch.no_grad(), attach(model, weighing(gate), soft=True):
         found = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
-    assert (found - stock(model, ids, mask))[mask.bool()].abs().max() <= 1e-5
+    close(found, stock(model, ids, mask), 1e-5, mask)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss"])
@@ -172,7 +173,7 @@ def test_hard_rates_are_the_replay_of_their_expiries(name):
         with attach(model, weighing(Table(torch.where(gone, -1e9, 0.0), window)), soft=True) as soft:
             found = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
         expected = replay(model, ids, Trace(expiry, "made up"), mask).logits
-    assert (found - expected)[mask.bool()].abs().max() <= 1e-5
+    close(found, expected, 1e-5, mask)
     stays = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or []]
     assert sorted(soft.notes) == [index for index, stay in enumerate(stays or [False, False]) if not stay]
 
@@ -187,7 +188,7 @@ def test_padding_changes_nothing():
             whole = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
             for row, pad in enumerate(PADS):
                 alone = model(ids[row : row + 1, pad:], use_cache=False).logits
-                assert (whole[row, pad:] - alone[0]).abs().max() <= 1e-4
+                close(whole[row, pad:], alone[0], 1e-4)
 
 
 def random_gate(method: str, model, **settings):
@@ -217,7 +218,7 @@ def test_a_gate_says_the_same_in_training_and_in_inference(method):
     at = store.position.clamp_min(0).long()
     assert (store.position >= 0).any()
     expected = soft.notes[first][name].gather(-1, at)
-    assert torch.allclose(store.ledger.columns[name][store.position >= 0], expected[store.position >= 0], atol=1e-4)
+    close(store.ledger.columns[name][store.position >= 0], expected[store.position >= 0])
 
 
 def loss_of(model, gate: SoftGate, ids: Tensor, mask: Tensor, again: bool) -> list[Tensor]:
@@ -244,7 +245,7 @@ def test_layers_computed_again_give_the_same_gradients(name):
         found.append(loss_of(model, gate, ids, mask, again))
     for one, other in zip(*found, strict=True):
         assert one.abs().max() > 0
-        assert torch.allclose(one, other, atol=1e-6)
+        close(one, other)
     assert not model.training
     assert SOFT.get() is None
 
@@ -289,4 +290,4 @@ def test_replay_inside_is_plain_replay():
     gate = Table(torch.full((2, 3, 2, 12), -1.0))
     with torch.no_grad(), attach(model, weighing(gate), soft=True):
         found = replay(model, ids, trace, mask).logits
-    assert (found - stock(model, ids, mask))[mask.bool()].abs().max() <= 1e-5
+    close(found, stock(model, ids, mask), 1e-5, mask)

@@ -13,6 +13,7 @@ from learnevict.train import capacity, objectives
 from learnevict.train.data import Collator
 from learnevict.train.labels import Document
 from learnevict.train.soft import LOSSES, SoftConfig, SoftTrainer
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import stock
 
@@ -97,7 +98,7 @@ def test_computing_layers_again_gives_the_same_gradients(tmp_path, method):
         gradients.append([part.grad for part in teaching.gate.parameters()])
     assert any(one.abs().max() > 0 for one in gradients[0])
     for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+        close(one, other)
 
 
 def test_the_share_to_evict_rises():

@@ -24,6 +24,7 @@ from learnevict.train.lessons import Lesson, Times
 from learnevict.train.ranker import RankingConfig
 from learnevict.train.ridge import fit_linear
 from learnevict.train.stream import StreamConfig, StreamTrainer, study
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import random_gates
 from tests.laws.judge import position_ids
@@ -98,15 +99,15 @@ def test_a_cut_is_the_event_that_inference_meets(method):
         for one, other in zip(by_position(scores, position), by_position(again[row], shown.position[row]), strict=True):
             assert set(one) == set(other)
             met += len(one)
-            torch.testing.assert_close([one[p] for p in one], [other[p] for p in one], rtol=1e-3, atol=1e-4)
+            close([one[p] for p in one], [other[p] for p in one])
         for name in ("first", "now", "seen", "block", "prompt_end"):
             assert getattr(signals.rows, name)[row] == getattr(shown.rows, name)[row], name
         kept = signals.ring[1][row].sort().values
         assert torch.equal(kept, shown.ring[1][row].sort().values)
         size = int((signals.query_position[row] >= 0).sum())
         assert signals.query_position[row, :size].tolist() == shown.query_position[row].tolist()
-        torch.testing.assert_close(signals.hidden[row, :size], shown.hidden[row], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(signals.key[row, :, :size], shown.key[row], rtol=1e-3, atol=1e-4)
+        close(signals.hidden[row, :size], shown.hidden[row])
+        close(signals.key[row, :, :size], shown.key[row])
         assert torch.equal(signals.tokens[row, :size], shown.tokens[row])
     assert met > 1000
 
@@ -132,7 +133,7 @@ def test_what_a_surrogate_is_asked_is_what_it_notes(method):
         asked = by_position(found.flatten(0, 1), times.column.repeat_interleave(2, 0))
         for one, other in zip(noted, asked, strict=True):
             assert set(one) == set(other)
-            torch.testing.assert_close([one[p] for p in one], [other[p] for p in one], rtol=1e-3, atol=1e-4)
+            close([one[p] for p in one], [other[p] for p in one])
 
 
 def spied(monkeypatch, gate, config: StreamConfig, inputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -163,7 +164,7 @@ def test_verdicts_on_tokens_as_they_are_written(monkeypatch):
                 assert bool(candidates[row, :, i].all()) == bool(candidates[row, :, i].any()) == asked
                 if asked:
                     ahead = label[row, :, pad + i, i // PERIOD + 1 : last + 1]
-                    torch.testing.assert_close(targets[row, :, i], ahead.amax(-1))
+                    close(targets[row, :, i], ahead.amax(-1))
 
 
 def test_verdicts_of_a_repetition(monkeypatch):
@@ -175,7 +176,7 @@ def test_verdicts_of_a_repetition(monkeypatch):
     labels = reconstruct(model, ids, mask, how=oracle.Repeating(13, 2), reduce=KVZIP)
     for label, (_, targets, candidates) in zip(labels, met, strict=True):
         for row, pad in enumerate(PADS):
-            torch.testing.assert_close(targets[row, :, : LENGTH - pad], label[row, :, pad:])
+            close(targets[row, :, : LENGTH - pad], label[row, :, pad:])
             assert candidates[row, 0].tolist() == [2 <= i < LENGTH - pad for i in range(LENGTH)]
 
 
@@ -208,7 +209,7 @@ def test_verdicts_at_cuts(monkeypatch):
             assert seen % PERIOD == 0 and seen < LENGTH - pad
             assert candidates[row, 0].nonzero().flatten().tolist() == list(range(2, seen - PERIOD))
             later = whole[signals.layer][row, :, pad : pad + seen, seen : LENGTH - pad].sum(-1).view(2, 2, seen).amax(1)
-            torch.testing.assert_close(targets[row, :, :seen], later, rtol=1e-4, atol=1e-6)
+            close(targets[row, :, :seen], later)
 
 
 def test_cuts_of_texts_read_under_eviction(monkeypatch):
@@ -230,7 +231,7 @@ def test_cuts_of_texts_read_under_eviction(monkeypatch):
             fewer += seen > 12 + PERIOD
             want = labels[signals.layer][row, :, pad : pad + seen, seen // PERIOD :].amax(-1)
             there = candidates[row, :, :seen]
-            torch.testing.assert_close(targets[row, :, :seen][there], want[there])
+            close(targets[row, :, :seen][there], want[there])
     assert fewer
 
 
@@ -240,7 +241,8 @@ def test_stored_labels_are_those_made_on_the_way():
     gate = random_gates("kvzap", "qwen3").gate
     made = study(gate, model, {"input_ids": ids, "attention_mask": mask}, CONFIG)
     read = study(gate, model, {"input_ids": ids, "attention_mask": mask, "stored_labels": torch.stack(labels)}, CONFIG)
-    torch.testing.assert_close(made, read)
+    for one, other in zip(made, read, strict=True):
+        close(one, other)
     with pytest.raises(UsageError, match="stored labels are golden"):
         study(
             random_gates("kvp", "qwen3").gate,
@@ -332,8 +334,8 @@ def test_the_linear_surrogate_in_closed_form():
         shrunk = 1e-4 * len(rows) * torch.eye(x.shape[1]).double()
         shrunk[-1, -1] = 0
         found = torch.linalg.inv(x.T @ x + shrunk) @ x.T @ y
-        torch.testing.assert_close(gates.gate.weight[layer], found[:-1].float(), rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(gates.gate.bias[layer], found[-1].float(), rtol=2e-3, atol=2e-3)
+        close(gates.gate.weight[layer], found[:-1].float())
+        close(gates.gate.bias[layer], found[-1].float())
     with torch.no_grad():
         fitted, _ = study(gates.gate, model, inputs, CONFIG)
         gates.gate.weight += 0.05 * torch.randn_like(gates.gate.weight)
@@ -404,8 +406,8 @@ def test_networks_are_calibrated_once():
     with torch.no_grad():
         replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
     for layer, real in enumerate(keys):
-        torch.testing.assert_close(network.mean_key[layer, :, 0], real.mean(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(network.scale_key[layer, :, 0], real.std(0, unbiased=False), rtol=1e-4, atol=1e-5)
+        close(network.mean_key[layer, :, 0], real.mean(0))
+        close(network.scale_key[layer, :, 0], real.std(0, unbiased=False), 1e-4)
     before = network.mean_key.clone()
     study(gates.gate, model, {"input_ids": ids.flip(0), "attention_mask": mask.flip(0)}, CONFIG)
     study(gates.gate, model, {"input_ids": ids[:1], "attention_mask": mask[:1]}, CONFIG)

@@ -20,6 +20,7 @@ from learnevict.infer.viz import record
 from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy, Schedule
 from learnevict.signals import NEVER
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import judge, position_ids
 from tests.laws.run import batch, pieces, read
@@ -145,8 +146,8 @@ def test_a_forced_trace_is_no_more_than_masking(slack):
     with attach(model, policy, record=True) as cache, torch.no_grad():
         logits = prefill(model, cache, ids, mask)
     assert torch.equal(cache.trace().expiry, run.trace.expiry)
-    assert (logits - run.logits)[mask.bool()].abs().max() < 1e-4
-    assert (logits - judge(model, ids, mask, run.trace.expiry))[mask.bool()].abs().max() < 1e-4
+    close(logits, run.logits, 1e-4, mask)
+    close(logits, judge(model, ids, mask, run.trace.expiry), 1e-4, mask)
 
 
 # --- storage ---
@@ -239,7 +240,7 @@ def test_texts_read_once_are_read_in_step():
             found.append((reader(model, cache, ids, mask), len(calls), cache.nbytes, cache.full_nbytes))
     handle.remove()
     (apart, many, *size), (once, few, *same) = found
-    assert (apart - once)[mask.bool()].abs().max() < 1e-4
+    close(apart, once, 1e-4, mask)
     assert (many, few) == (36, 11)
     assert size == same
 
@@ -297,7 +298,7 @@ def test_rows_that_are_reordered_keep_their_shares():
             cache.reorder_cache(order)
             answers.append((prefill(model, cache, ids[order, 30:], mask[order]), cache.nbytes))
     (plain, num_bytes), (turned, same) = answers
-    assert (plain[turn] - turned).abs().max() < 1e-4
+    close(plain[turn], turned, 1e-4)
     assert num_bytes == same
 
 

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from learnevict.oracle import gradient_utility
+from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import position_ids
 from tests.laws.run import batch
@@ -89,7 +90,7 @@ def test_utility_is_the_derivative_by_a_bias_on_the_key(models):
         pull = torch.einsum("bhtd,bhid->bhti", out.grad, values) - (out.grad * out).sum(-1, keepdim=True)
         want = -(weights * pull).sum(2).unflatten(1, (2, 2)).sum(2).detach().float()
         want = want * mask[:, None]
-        torch.testing.assert_close(known, want, rtol=1e-3, atol=1e-4)
+        close(known, want)
 
 
 def test_rows_and_weights_are_left_alone():
@@ -100,7 +101,7 @@ def test_rows_and_weights_are_left_alone():
         found = gradient_utility(model, ids, mask)
     alone = gradient_utility(model, ids[1:, PADS[1] :])
     for one, other in zip(found, alone, strict=True):
-        torch.testing.assert_close(one[1:, :, PADS[1] :], other, rtol=1e-3, atol=1e-4)
+        close(one[1:, :, PADS[1] :], other)
         assert not one[1, :, : PADS[1]].any() and not one.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
     assert math.isfinite(float(sum(part.sum() for part in found)))
