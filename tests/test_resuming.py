@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learnevict.errors import UsageError
+from learnevict.errors import GateError, UsageError
 from learnevict.train.record import read_record
 from tests.test_distill import assert_equal, base, flags, texts, weights  # noqa: F401
 
@@ -34,6 +34,13 @@ def test_a_run_whose_steps_are_all_taken_takes_no_more(run, tmp_path):
     assert (again["steps"], again["log"]) == (4, [line for line in record["log"] if "train_runtime" not in line])
     run(tmp_path, *GO_ON, "--max_steps", "6")
     assert read_record(tmp_path)["steps"] == 6
+
+
+def test_a_run_that_diverges_is_no_success(run, tmp_path):
+    with pytest.raises(GateError, match=r"gate\.weight\w* of these gates holds NaN or infinity.*--learning_rate"):
+        run(tmp_path, "--learning_rate", "1e38", "--max_grad_norm", "0")
+    assert read_record(tmp_path)["status"] == "failed"
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_another_run_is_not_resumed(run, tmp_path, texts):  # noqa: F811

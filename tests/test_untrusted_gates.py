@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from learnevict import Gates, methods
@@ -121,6 +122,18 @@ def test_pickles_are_not_opened(tmp_path, monkeypatch):
             opener(folder)
     with pytest.raises(UsageError, match="drop use_safetensors=False"):
         Gates.from_pretrained(folder, use_safetensors=False)
+
+
+@pytest.mark.parametrize("worst", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(tmp_path, worst):
+    gates, file = random_gates("trimkv", "llama"), tmp_path / "model.safetensors"
+    gates.save_pretrained(tmp_path)
+    weights = load_file(file)
+    weights["gate.bias_out"][1, 0] = worst
+    save_file(weights, file, {"format": "pt"})
+    for opener in OPENERS:
+        with pytest.raises(GateError, match=r"gate\.bias_out of the gates in .* holds NaN or infinity"):
+            opener(tmp_path)
 
 
 def test_a_config_chooses_neither_code_nor_weights(tmp_path):

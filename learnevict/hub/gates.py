@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -119,8 +120,8 @@ class Gates(PreTrainedModel):
         """As of any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
 
         Raises:
-            GateError: no such file, tensors that are missing or not this gate's, or a method of somebody's own that nobody
-                has imported.
+            GateError: no such file, tensors that are missing, not this gate's or not finite, or a method of somebody's own
+                that nobody has imported.
             UsageError: use_safetensors=False.
         """
         source = pretrained_model_name_or_path
@@ -142,6 +143,7 @@ class Gates(PreTrainedModel):
                 f"the weights in {str(source)!r} are not those of a {gates.method} gate ({'; '.join(wrong)}); save "
                 "them with save_pretrained, or download them again"
             )
+        check_finite(gates.state_dict(), f"the gates in {str(source)!r}", "train them again, or download them again")
         return loaded if told else gates
 
     @classmethod
@@ -209,8 +211,10 @@ class Gates(PreTrainedModel):
         """As of any model of transformers, but for sharing: its card would be a form that nobody has filled in.
 
         Raises:
+            GateError: a weight is NaN or infinite.
             UsageError: push_to_hub=True.
         """
+        check_finite(options.get("state_dict") or self.state_dict(), "these gates", "train with a lower --learning_rate")
         if push_to_hub:
             raise UsageError(
                 "save_pretrained does not share gates; call push_to_hub, or `learnevict push` on the folder"
@@ -245,6 +249,17 @@ class Gates(PreTrainedModel):
     def method(self) -> str:
         """Name of the method."""
         return self.config.method
+
+
+def check_finite(weights: Mapping[str, Tensor], whose: str, remedy: str) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        GateError: naming the first tensor with NaN or infinity.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise GateError(f"{name} of {whose} holds NaN or infinity; {remedy}")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path | Address:
