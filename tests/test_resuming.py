@@ -24,14 +24,21 @@ def run(distill, flags):  # noqa: F811
     return run
 
 
-def test_a_run_whose_steps_are_all_taken_takes_no_more(run, tmp_path):
-    run(tmp_path)
+@pytest.mark.parametrize("logging", ["1", "3"], ids=["every step logged", "the last step not logged"])
+def test_a_run_whose_steps_are_all_taken_takes_no_more(run, tmp_path, logging):
+    run(tmp_path, "--logging_steps", logging)
     before, record = weights(tmp_path), read_record(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # killed between the last checkpoint and the end
-    run(tmp_path, *GO_ON)
+    run(tmp_path, *GO_ON, "--logging_steps", logging)
     again = read_record(tmp_path)
     assert_equal(weights(tmp_path), before)
-    assert (again["steps"], again["log"]) == (4, [line for line in record["log"] if "train_runtime" not in line])
+    timed = {
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    }  # of a run that nobody saw the end of
+    without = [{name: value for name, value in line.items() if name not in timed} for line in record["log"]]
+    assert (again["steps"], again["log"]) == (4, without) and "train_loss" in without[-1]
     run(tmp_path, *GO_ON, "--max_steps", "6")
     assert read_record(tmp_path)["steps"] == 6
 

@@ -214,7 +214,9 @@ class Gates(PreTrainedModel):
             GateError: a weight is NaN or infinite.
             UsageError: push_to_hub=True.
         """
-        check_finite(options.get("state_dict") or self.state_dict(), "these gates", "train with a lower --learning_rate")
+        check_finite(
+            options.get("state_dict") or self.state_dict(), "these gates", "train with a lower --learning_rate"
+        )
         if push_to_hub:
             raise UsageError(
                 "save_pretrained does not share gates; call push_to_hub, or `learnevict push` on the folder"

@@ -94,6 +94,7 @@ def go_on(trainer: Any, checkpoint: str | None) -> None:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     gates = trainer.accelerator.unwrap_model(trainer.model)
     gates.load_state_dict(load_file(Path(best or checkpoint) / WEIGHTS))
+    trainer.log_end(Path(checkpoint))
 
 
 def _is_complete(checkpoint: Path, training: TrainingArguments) -> bool:

@@ -22,6 +22,13 @@ from learnevict.hub import open_repository, push_folder, write_card
 class SharingTrainer(Trainer):
     """transformers.Trainer, but for what it puts on the Hub."""
 
+    def log_end(self, checkpoint: Path) -> None:
+        """Log the last line of a run that was killed between its last checkpoint and its end; nothing where none is known.
+
+        Args:
+            checkpoint: of its last step, whose state the trainer has.
+        """
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository before the training, so that a wrong name or token is found out then.
 

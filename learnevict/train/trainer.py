@@ -77,7 +77,7 @@ class GateTrainer(SharingTrainer):
         data: Any = self.train_dataset
         if isinstance(data, IterableDataset):  # has no epochs: say how much of the run is done
             self.state.epoch = self.state.global_step / max(self.state.max_steps, 1)
-        if "train_loss" in logs:  # of the whole run, also where it was resumed
+        if "train_loss" in logs:  # of the whole run, however often it was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         noted = {}
         if not any(name.startswith("eval_") for name in logs):
@@ -132,6 +132,12 @@ class GateTrainer(SharingTrainer):
             data: Any = self.train_dataset
             data.load_state_dict(progress["stream"])
 
+    def log_end(self, checkpoint: Path) -> None:
+        """See SharingTrainer."""
+        self.restore(self._progress_in(checkpoint))
+        self._total_loss_scalar += float(self._tr_loss)
+        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
+
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream deals documents to the processes itself, and its loader draws from a generator of its own."""
         data: Any = self.train_dataset
@@ -150,8 +156,10 @@ class GateTrainer(SharingTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / PROGRESS.format(rank=self.args.process_index)
-            self.restore(json.loads(path.read_text()))
+            self.restore(self._progress_in(Path(checkpoint)))
+
+    def _progress_in(self, checkpoint: Path) -> dict[str, Any]:
+        return json.loads((checkpoint / PROGRESS.format(rank=self.args.process_index)).read_text())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Gates only, as config.json + model.safetensors, by one process; no pickled arguments."""
