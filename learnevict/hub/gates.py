@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -24,7 +23,7 @@ from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.hub.fetch import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.reach import Address
 from learnevict.infer.identity import check_base, layout_of, weight_hash
-from learnevict.infer.load import HUB_ID, damage, whole_weights
+from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
 from learnevict.policy import Gate, Policy
 
 Answer = TypeVar("Answer")
@@ -251,17 +250,6 @@ class Gates(PreTrainedModel):
     def method(self) -> str:
         """Name of the method."""
         return self.config.method
-
-
-def check_finite(weights: Mapping[str, Tensor], whose: str, remedy: str) -> None:
-    """Refuse weights that are no numbers.
-
-    Raises:
-        GateError: naming the first tensor with NaN or infinity.
-    """
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise GateError(f"{name} of {whose} holds NaN or infinity; {remedy}")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path | Address:

@@ -14,12 +14,13 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from learnevict.errors import LearnevictError, ModelError, UnusedWeightsWarning, UsageError
+from learnevict.errors import GateError, LearnevictError, ModelError, UnusedWeightsWarning, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -263,6 +264,17 @@ def damage(source: str, error: Exception) -> str:
         f"a weight file of {source!r} is damaged or cut short ({error}); remove it from the cache (`hf cache rm "
         f"model/{source}`) and download it again"
     )
+
+
+def check_finite(weights: Mapping[str, Tensor], whose: str, remedy: str) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        GateError: naming the first tensor with NaN or infinity.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise GateError(f"{name} of {whose} holds NaN or infinity; {remedy}")
 
 
 def _opens(path: Path) -> bool:
