@@ -15,6 +15,7 @@
 Each message says what was given, what was expected and what to do.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Generator
@@ -102,6 +103,13 @@ class KernelUnusedWarning(LearnevictWarning):
 def debugging() -> bool:
     """Whether LEARNEVICT_DEBUG asks for tracebacks."""
     return os.environ.get("LEARNEVICT_DEBUG", "0") not in ("", "0")
+
+
+def unusable(error: OSError, remedy: str) -> str:
+    """What the operating system says of a file, and what to do: on a full disk, no other file would be any better."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space, then run it again"
+    return f"{error.strerror or type(error).__name__}; {remedy}"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ start, for other steps or under other settings is refused, for one table compare
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.flags import read_flags
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
+from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
 from learnevict.rl.trainer import EvictionTrainer
@@ -160,9 +160,7 @@ def main(config: Config) -> None:
         for variant in missing:
             done.append(refine(variant, config, subject, Gates.load(config.start_from, base), advance))
             out.parent.mkdir(parents=True, exist_ok=True)
-            fresh = out.with_suffix(".part")
-            fresh.write_text(json.dumps(done) + "\n")
-            os.replace(fresh, out)
+            write(out, json.dumps(done) + "\n", b'[{"name": ')
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

@@ -7,8 +7,8 @@ small cache: heuristics, table baselines, the oracle and the judge side by side 
 table.md and accuracy.png. The judge shipped with the package was trained longer, by the same code, on all five families.
 
 Run again, it goes on where it was interrupted: labels are kept shard by shard, a judge trained to its end is not trained again,
-samples that were judged stay judged. Another number of documents or steps, or another base model, begins anew; labels and
-numbers of the former run stay beside the new ones, its judge is replaced.
+samples that were judged stay judged. Another number of documents or steps, or another base model, begins anew; labels, judge
+and numbers of the former run stay beside the new ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -36,9 +35,11 @@ from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.journal import Journal, Key
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.report import write_report
-from learnevict.evals.rows import Row
+from learnevict.evals.rows import MARK, Row
 from learnevict.evals.suite import run
+from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.train.record import read_record
 
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
@@ -53,23 +54,13 @@ def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
     labels = out / f"labels-{documents}-{base_hash[:8]}"
     oracle.main(oracle.Config(out=labels, documents=documents, families=",".join(FAMILIES)))
     console.rule("2. a judge learns to rank tokens as the oracle does")
-    folder = out / "gates"
-    if trained(folder) == {"labels": labels.name, "max_steps": steps, "base_hash": base_hash}:
+    folder = out / f"gates-{steps}-of-{labels.name}"
+    if (read_record(folder) or {}).get("status") == "finished":
         console.print(f"the judge in {folder} has learned this already", soft_wrap=True)
     else:
         flags = ["--labels", str(labels), "--output_dir", str(folder), "--max_steps", str(steps)]
         distill.main(distill.parse([*flags, "--save_strategy", "no"]))
     return folder
-
-
-def trained(folder: Path) -> dict[str, Any]:
-    """What the judge in a folder was trained on, as its run.json says, which is written last; {} if there is none."""
-    try:
-        record = json.loads((folder / "run.json").read_text())
-        labels = Path(record["config"]["labels"]).name
-        return {"labels": labels, "max_steps": record["max_steps"], "base_hash": record["base_hash"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: Path) -> tuple[list[Row], Journal]:
@@ -153,7 +144,7 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     plan = Plan(FAMILIES, BUDGETS, samples, free="all")
     mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
     rows, journal = compare(plan, contenders, Subject(model, tokenizer), mine)
-    (out / "report.json").write_text(json.dumps({"rows": rows}, indent=1))
+    write(out / "report.json", json.dumps({"rows": rows}, indent=1), MARK)
     write_report(rows, out)
     console.rule("4. what came out")
     console.print(show(rows))

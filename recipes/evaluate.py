@@ -36,6 +36,7 @@ from learnevict.evals.plan import Plan, Subject, check_families, count
 from learnevict.evals.rows import forget_rows
 from learnevict.evals.suite import journal_path, run
 from learnevict.evals.tuning import Tuned
+from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
@@ -101,9 +102,10 @@ def everybody(config: Config, subject: Subject) -> dict[str, Contender]:
 def drop(config: Config, stage: str, family: str) -> None:
     """Forget a contender's numbers, so that they are made anew."""
     out = rows_path(config, stage, family)
-    for name in listed(config.replace):
-        batches, rows = forget(journal_path(out), name), forget_rows(out, name)
-        print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
+    with locked(out if out.parent.exists() else None):
+        for name in listed(config.replace):
+            batches, rows = forget(journal_path(out), name), forget_rows(out, name)
+            print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
 
 
 def tune(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> None:

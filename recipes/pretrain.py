@@ -13,13 +13,12 @@ and the rank, all state is safetensors and JSON. An exported model holds no opti
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import shutil
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,6 +33,8 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.errors import UsageError, told_in_one_line
+from learnevict.evals.flags import read_flags
+from learnevict.files import check_folder, replacing_folder
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.schooling import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
@@ -41,6 +42,18 @@ from learnevict.train.record import Record
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()
+CHECKPOINT: Any = (("model.safetensors", "optimizers.safetensors", "state.json"), "state.json", b'"curve": ')
+EXPORTED: Any = (
+    ("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "record.json", "tokenizer.json",
+     "tokenizer_config.json"),
+    "record.json", b'"recipe": ',
+)  # fmt: skip
+"""Of a folder: the files in it, which of them shows that this program wrote it, and by what."""
+SMOKE = {
+    "steps": 3, "cooldown": 1, "warmup": 1, "tokens_per_step": 600, "evaluate_every": 3, "evaluate_samples": 2,
+    "final_samples": 2, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "max_new_tokens": 4,
+    "out": "runs/testbed-smoke",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Config:
     """One run. Learning rates are constant after warm-up and fall as a cosine over the last `cooldown` steps."""
 
     out: str = "checkpoints/testbed"
-    data: str = str(testbed.path())
+    export_to: str = ""  # a new folder, or one of an earlier export; usually the package's data, with --smoke OUT/data
     seed: int = 0
     steps: int = 9000
     cooldown: int = 1200
@@ -74,7 +87,12 @@ class Config:
     compiled: bool = False
     smoke: bool = False
     export: bool = False
-    further: bool = False  # where `out` holds no checkpoint, begin with the model and the record in `data`
+    further: bool = False  # where `out` holds no checkpoint, begin with the model and the record in `export_to`
+
+    @property
+    def target(self) -> Path:
+        """The folder of the exported model."""
+        return Path(self.export_to or (Path(self.out) / "data" if self.smoke else testbed.path()))
 
 
 def build_model(config: Config) -> Qwen3ForCausalLM:
@@ -191,22 +209,19 @@ def answer(model: Any, config: Config, num_samples: int, length: str = "normal")
 
 def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
     """Write a checkpoint beside the old one and swap, so that a killed run always finds a whole one."""
-    fresh, old = folder / "checkpoint.new", folder / "checkpoint"
-    fresh.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in model.named_parameters()}, fresh / "model.safetensors")
     moments: dict[str, Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         for index, entry in optimizer.state_dict()["state"].items():
             moments |= {f"{number}/{index}/{key}": value.contiguous() for key, value in entry.items()}
-    save_file(moments, fresh / "optimizers.safetensors")
-    (fresh / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(fresh, old)
+    with replacing_folder(folder / "checkpoint", *CHECKPOINT) as fresh:
+        save_file({name: value.contiguous() for name, value in model.named_parameters()}, fresh / "model.safetensors")
+        save_file(moments, fresh / "optimizers.safetensors")
+        (fresh / "state.json").write_text(json.dumps(state))
 
 
 def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any] | None:
     """Load the checkpoint if there is one; returns its state."""
-    found = folder / "checkpoint" if (folder / "checkpoint").exists() else folder / "checkpoint.new"
+    found = folder / "checkpoint"
     if not (found / "state.json").exists():
         return None
     model.load_state_dict(load_file(found / "model.safetensors"), strict=False)  # the tied head is not stored
@@ -220,17 +235,20 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
 
 
 def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Load weights and training state of the data folder; its optimisers are new."""
+    """Load weights and training state of an exported model; its optimisers are new."""
     state = json.loads((folder / "record.json").read_text())["training"]
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     return state | {"fresh": state["step"]}
 
 
 def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """Write the data folder: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
-    target = Path(config.data)
-    fresh = target.with_name(target.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    """Write the exported model: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
+    with replacing_folder(config.target, *EXPORTED) as fresh:
+        return write_model(config, state, fresh)
+
+
+def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str, Any]:
+    """All files of an exported model; returns the record among them."""
     model = build_model(config)
     model.load_state_dict(load_file(Path(config.out) / "checkpoint/model.safetensors"), strict=False)
     model.to(torch.bfloat16).save_pretrained(fresh)
@@ -240,7 +258,7 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
     num, few = config.final_samples, max(1, config.final_samples // 4)
     record = {
-        "recipe": asdict(replace(config, out="", data="")), "fingerprint": testbed.fingerprint(), "split": "validation",
+        "recipe": asdict(replace(config, out="", export_to="")), "fingerprint": testbed.fingerprint(), "split": "validation",
         "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, config, num),
         "long": {"num_samples": few, "accuracy": measure(model, few, "long")}, "training": state,
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -248,14 +266,12 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     record["long"]["exact_match"] = answer(model, config, few, "long")
     (fresh / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
     (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(fresh, target)
     return record
 
 
 def stage(config: Config, begin: int) -> dict[str, Any]:
     """What the record keeps of a run that begins at this step: a resumed run may change its flags."""
-    return {"from": begin, "fingerprint": testbed.fingerprint(), **asdict(replace(config, out="", data=""))}
+    return {"from": begin, "fingerprint": testbed.fingerprint(), **asdict(replace(config, out="", export_to=""))}
 
 
 def train(
@@ -283,25 +299,47 @@ def train(
             bar.write(f"step {step + 1} validation {json.dumps(measure(model, config.evaluate_samples))}")
 
 
+def settle(config: Config) -> None:
+    """Refuse folders that hold something else, and finish what a killed run had begun to replace.
+
+    Raises:
+        UsageError: checkpoints would lie in the folder that is replaced.
+        DataError: a folder holds something else.
+    """
+    checkpoint = Path(config.out) / "checkpoint"
+    if Path(config.out).resolve().is_relative_to(config.target.resolve()):
+        raise UsageError(f"--export-to {str(config.target)!r} is replaced as a whole, so --out cannot be in it")
+    if rank() == 0:
+        check_folder(checkpoint, *CHECKPOINT)
+        check_folder(config.target, *EXPORTED)
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def main(config: Config) -> None:
     """Train, or with `export` only write what the last checkpoint holds."""
     torch.set_num_threads(config.threads)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    settle(config)
     model = build_model(config).to(config.device)
     optimizers = build_optimizers(config, model)
     state = restore(Path(config.out), model, optimizers)
     if state is not None and config.further:
         print(f"--further: going on with the checkpoint in {config.out}, not with the exported model")
     if state is None and config.further:
-        state = restore_exported(Path(config.data), model)
-    if state is not None and config.steps <= state["step"] and not config.export:
-        raise UsageError(f"the model has been trained for {state['step']} steps already; give --steps above that")
+        state = restore_exported(config.target, model)
+    if state is None and config.export:
+        raise UsageError(f"no checkpoint in {config.out!r} to export; train first, or give the --out of the run")
+    if state is not None and config.steps < state["step"] and not config.export:
+        raise UsageError(
+            f"the model has been trained for {state['step']} steps already; give --steps above that, or --export to write it"
+        )
     state = state or {"step": 0, "seconds": 0.0, "curve": []}
-    if not config.export:
+    if state["step"] < config.steps and not config.export:
         facts = {"seeds": {"seed": config.seed}, "data_hash": testbed.fingerprint()}
         with Record(
-            config.out, "pretrain", asdict(replace(config, out="", data="")), goes_on=state["step"] > 0,
+            config.out, "pretrain", asdict(replace(config, out="", export_to="")), goes_on=state["step"] > 0,
             writes=rank() == 0, **facts,
         ) as run:  # fmt: skip
             train(config, model, optimizers, state)
@@ -311,22 +349,9 @@ def main(config: Config) -> None:
         print(json.dumps({key: record[key] for key in ("accuracy", "exact_match", "long")}))
 
 
-def parse() -> Config:
+def parse(arguments: Sequence[str] | None = None) -> Config:
     """Every field of Config is a flag."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Config):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    if not config.smoke:
-        return config
-    tiny = dict(
-        steps=3, cooldown=1, warmup=1, tokens_per_step=600, evaluate_every=3, evaluate_samples=2, final_samples=2
-    )
-    small = dict(hidden_size=32, intermediate_size=64, num_layers=2, max_new_tokens=4)
-    return replace(config, out="runs/testbed-smoke", data="runs/testbed-smoke/data", **tiny, **small)
+    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import hashlib
 import importlib
@@ -24,8 +25,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import methods, testbed
 from learnevict.cli import app, main
+from learnevict.cli.console import _explain
 from learnevict.config import Budget
 from learnevict.errors import DataError, told_in_one_line
+from learnevict.evals.rows import KEYS
+from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.infer.generate import generate, read_chat, read_text
 from learnevict.infer.load import load, load_config
@@ -413,8 +417,65 @@ def test_a_page_that_failed_leaves_no_file(learnevict, tmp_path):
     assert learnevict("viz", "--model", "MODEL", "--prompt", WORDS, "--out", out)[0] == 2
     assert not out.exists()
     out.write_text("mine")
-    assert learnevict("viz", "--model", "MODEL", "--prompt", WORDS, "--out", out)[0] == 2
+    assert learnevict("viz", "--model", "MODEL", "--prompt", WORDS, "--out", out)[0] == 1
     assert out.read_text() == "mine"
+
+
+def test_outputs_replace_nothing_of_others(learnevict, tmp_path):
+    """Of others: the text that a page is made of, notes beside a report, another program's rows beside those of eval."""
+    text, rows = tmp_path / "s.txt", tmp_path / "r.jsonl"
+    text.write_text(WORDS)
+    words = ("viz", "--model", "MODEL", "--file", text, "--method", "h2o", "--budget", 48, "--out")
+    code, _, err = learnevict(*words, text)
+    assert (code, text.read_text(), "or replace it with --overwrite" in err) == (1, WORDS, True)
+    assert learnevict(*words, tmp_path / "page.html")[0] == learnevict(*words, tmp_path / "page.html")[0] == 0
+    copy = write_rows(tmp_path / "copy.txt", WORDS)
+    assert learnevict(*words, copy, "--overwrite")[0] == 0 and copy.read_text().startswith("<!doctype html>")
+    rows.write_text(json.dumps(dict.fromkeys(KEYS, 1) | {"method": "h2o", "family": "recall"}))
+    for name in ("table.md", "table.csv", "accuracy.png"):
+        (tmp_path / name).write_text("mine")
+        code, _, err = learnevict("report", rows, "--out", tmp_path)
+        assert (code, (tmp_path / name).read_text(), name in err) == (1, "mine", True)
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        assert learnevict("report", rows, "--out", tmp_path)[0] == 0
+    rows.unlink()
+    foreign = write_rows(tmp_path / "r.samples.jsonl", {"mine": 1}, '{"mi')
+    code, _, err = learnevict(
+        "eval",
+        "--model",
+        "MODEL",
+        "--families",
+        "recall",
+        "--samples",
+        1,
+        "--methods",
+        "random",
+        "--out",
+        rows,
+        "--resume",
+    )
+    assert (code, foreign.read_text(), "choose another --out" in err) == (1, '{"mine": 1}\n{"mi', True)
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_full_disk_and_an_output_in_use_are_told(learnevict, tmp_path):
+    rows, out = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS}), tmp_path / "out.jsonl"
+    words = ("infer", "--model", "MODEL", "-n", 4, "--batch", rows, "--out")
+    assert learnevict(*words, "/dev/full")[::2] == (
+        1, "error: cannot write '/dev/full': No space left on device; free some space, then run it again\n"
+    )  # fmt: skip
+    assert _explain(OSError(errno.ENOSPC, "No space left on device"))[1] == (
+        "No space left on device; free some space, then run it again"
+    )
+    with locked(out):
+        code, _, err = learnevict(*words, out)
+        assert (code, "another process is writing" in err, len(err.splitlines())) == (2, True, 1)
+        judged = ("eval", "--model", "MODEL", "--samples", 1, "--methods", "random", "--out", out)
+        assert learnevict(*judged)[0] == 2
+    assert learnevict(*words, out)[0] == 0 and len(rows_of(out)) == 1
+    code, _, err = learnevict(*words, "/dev/null")
+    assert (code, "1 of 1 rows" in err) == (0, True)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1000])

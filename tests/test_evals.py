@@ -322,7 +322,7 @@ def test_a_journal_recovers_whole_lines_and_refuses_strangers(tmp_path):
     assert found.column(key, [0, 3], "right") is None
     other = tmp_path / "poem.jsonl"
     other.write_text("roses\n")
-    with pytest.raises(DataError, match="no record"):
+    with pytest.raises(DataError, match="not written by this program"):
         Journal(other, {}, resume=True)
     with pytest.raises(DataError, match="--out"):
         Journal(other / "below.jsonl", {})
@@ -551,7 +551,7 @@ def test_what_is_judged_can_be_dropped_and_judged_anew(subject, tmp_path):
     again, _ = run(plan, subject, field, out, resume=True)
     assert [row["step_accuracy"] for row in again] == [row["step_accuracy"] for row in before]
     (tmp_path / "poem").write_text("roses\n")
-    with pytest.raises(DataError, match="no record"):
+    with pytest.raises(DataError, match="not written by this program"):
         forget(tmp_path / "poem", "h2o")
 
 

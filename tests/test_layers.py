@@ -19,7 +19,7 @@ PACKAGE = ROOT / "learnevict"
 # A row imports only rows above it. Within a row, packages are blind to each other, but for the pairs of SIDEWAYS.
 ROWS = (
     ("untrusted",),
-    ("errors", "config", "ops"),
+    ("errors", "config", "files", "ops"),
     ("signals",),
     ("policy",),
     ("parts", "infer"),
@@ -31,6 +31,7 @@ ROWS = (
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}
 SIDEWAYS = {
     ("config", "errors"),
+    ("files", "errors"),
     ("ops", "errors"),
     ("train", "hub"),  # trainers save gates
     ("evals", "testbed"),  # the suite runs the testbed's tasks

@@ -7,13 +7,14 @@ import functools
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from learnevict.errors import UsageError
+from learnevict.errors import DataError, UsageError
 from learnevict.evals import tuning
 from learnevict.evals.ablations import check_same
 
@@ -123,6 +124,39 @@ def test_only_the_usual_place_feeds_the_package(parsed, tmp_path):
     assert evaluate.tuned_path(parsed("evaluate", ["--out", str(tmp_path)])) == tmp_path / "tuned.json"
     smoke = parsed("evaluate", ["--out", "docs/results", "--smoke"])
     assert evaluate.tuned_path(smoke) == Path("docs/results/tuned.json")
+
+
+# --- pretrain ---
+
+
+def test_a_model_goes_where_it_is_told_and_over_nothing_else(parsed, tmp_path, capsys):
+    """Also after a run that was killed between its last step and the export: the same command ends it."""
+    pretrain, out = imported("pretrain"), tmp_path / "o"
+    words = ["--smoke", "--out", str(out), "--steps", "2", "--final-samples", "1"]
+    pretrain.main(parsed("pretrain", words))
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "data", "run.json"]
+    assert sorted(path.name for path in (out / "data").iterdir()) == list(pretrain.EXPORTED[0])
+    before = (out / "data" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "data")
+    pretrain.main(parsed("pretrain", words))
+    pretrain.main(parsed("pretrain", words))
+    assert (out / "data" / "model.safetensors").read_bytes() == before
+    with pytest.raises(UsageError, match="2 steps already; give --steps above that, or --export"):
+        pretrain.main(parsed("pretrain", [*words, "--steps", "1"]))
+    with pytest.raises(SystemExit):
+        parsed("pretrain", [*words, "--data", str(tmp_path)])
+    mine = tmp_path / "mydata"
+    for folder, more in ((mine, ["--export-to", str(mine)]), (mine / "checkpoint", ["--out", str(mine)])):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("mine")
+        with pytest.raises(DataError, match=r"holds thesis.txt, not written by this program; choose another folder"):
+            pretrain.main(parsed("pretrain", [*words, *more]))
+        assert (folder / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="--out cannot be in it"):
+        pretrain.main(parsed("pretrain", [*words, "--export-to", str(tmp_path)]))
+    with pytest.raises(UsageError, match="no checkpoint in"):
+        pretrain.main(parsed("pretrain", ["--export", "--smoke", "--out", str(tmp_path / "new")]))
+    assert not (tmp_path / "runs").exists()
 
 
 # --- ablate ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learnevict.errors import GateError, UsageError
+from learnevict.errors import DataError, GateError, UsageError
 from learnevict.train.record import read_record
 from tests.test_distill import assert_equal, base, flags, texts, weights  # noqa: F401
 
@@ -77,6 +77,48 @@ def test_a_trial_replaces_nothing_but_trials(run, tmp_path):
     run(trial, "--smoke")
     run(trial, "--smoke")
     assert read_record(trial)["config"]["smoke"] is True
+
+
+def test_nothing_of_others_is_trained_over(run, tmp_path, base):  # noqa: F811
+    """Neither the base itself, nor gates to start from, nor what another run made, nor the record of another program."""
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(
+        UsageError, match=r"model' holds a model \(config.json, model.safetensors\), which is not replaced"
+    ):
+        run(model, "--model", str(model))
+    shutil.copytree(base, model / "checkpoint-4")
+    (model / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    (model / "checkpoint-4" / "rng_state.pth").touch()
+    with pytest.raises(UsageError, match="holds a model that is no gates"):
+        run(model, *GO_ON)
+    assert before == {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    gates, terms = tmp_path / "gates", ["--save_strategy", "no"]
+    run(gates, *terms)
+    first = weights(gates)
+    run(gates, *terms)
+    assert_equal(weights(gates), first)
+    for more in (["--start_from", str(gates)], ["--learning_rate", "0.5"], ["--max_steps", "2"]):
+        with pytest.raises(UsageError, match="holds what another run made"):
+            run(gates, *terms, *more)
+    run(tmp_path / "new", *terms, "--start_from", str(gates))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "run.json").write_text('{"program": "oracle"}')
+    with pytest.raises(DataError, match="not the record of distill but of oracle"):
+        run(tmp_path / "labels")
+    assert_equal(weights(gates), first)
+
+
+def test_gates_that_were_resumed_do_not_tell(run, tmp_path):
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    run(whole)
+    shutil.copytree(whole / "checkpoint-2", lost / "checkpoint-2")
+    run(lost, *GO_ON)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (whole, lost)]
+    for config, folder in zip(configs, (whole, lost), strict=True):
+        assert config["training"]["training"].pop("output_dir") == folder.name
+    assert configs[0] == configs[1] and "resume_" not in (lost / "run.json").read_text()
 
 
 def test_a_trial_goes_to_a_folder_of_its_own(distill, flags):  # noqa: F811

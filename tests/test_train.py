@@ -17,7 +17,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict.cli.console import main
-from learnevict.errors import DataError, LabelError
+from learnevict.errors import DataError, LabelError, LearnevictError
 from learnevict.train.data import read_documents
 from learnevict.train.labelling import Labelling, describe, fill_store, label
 from learnevict.train.labels import Document, LabelStore, Manifest
@@ -163,16 +163,32 @@ def test_filling_a_store_goes_on_and_ends_alike(tmp_path):
     store = LabelStore(tmp_path / "two", describe(model, texts, labelling))
     store.write(1, label(model, texts[2:4], labelling))
     again = fill_store(tmp_path / "two", model, texts, labelling, watch=lambda shards: seen.extend(shards) or shards)
-    assert (seen, again.num_before, again.num_tokens) == ([0, 2], 1, 9 + 10 + 13)
+    assert (seen, again.num_before, again.num_tokens, again.num_labelled) == ([0, 2], 1, 55, 9 + 10 + 13)
     files = sorted((tmp_path / "one" / "data").iterdir())
     assert len(files) == 3
     assert all(one.read_bytes() == (tmp_path / "two" / "data" / one.name).read_bytes() for one in files)
     assert str(fill_store(tmp_path / "two", model, texts, labelling)) == "3 shards, 3 done before"
     record = read_record(tmp_path / "two")
     assert (record["program"], record["status"], len(record["sessions"])) == ("oracle", "finished", 1)
-    assert read_record(tmp_path / "one")["num_tokens"] == 55
+    assert [read_record(tmp_path / name)["num_tokens"] for name in ("one", "two")] == [55, 55]
     with pytest.raises(LabelError, match="data_hash, num_documents differ"):
         fill_store(tmp_path / "one", model, texts[:4], labelling)
+
+
+def test_labels_go_only_where_labels_are(tmp_path):
+    labelling, texts = Labelling("texts", block=4), [Document([1, 2, 3, 4, 5], 2, "texts", 0)]
+    for name, text in (
+        ("run.json", '{"mine": 1}'),
+        ("manifest.json", "{}"),
+        ("data/train-00000-of-00001.parquet", "PAR1"),
+    ):
+        path = tmp_path / Path(name).stem / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        with pytest.raises(LearnevictError, match=r"not the record of oracle|no manifest"):
+            fill_store(tmp_path / Path(name).stem, tiny(), texts, labelling)
+        assert path.read_text() == text
+        assert [one for one in (tmp_path / Path(name).stem).rglob("*") if one.is_file()] == [path]
 
 
 def test_the_command_labels_and_goes_on(tmp_path, capsys):

@@ -17,7 +17,7 @@ import typer
 
 from learnevict import __version__
 from learnevict.cli.results import INTERRUPTED, say, tell
-from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging
+from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unusable
 
 COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "doctor", "demo")
 USAGE, RUNTIME = 2, 1
@@ -135,8 +135,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         said = str(getattr(error, "format_message", error.__str__)()).strip().rstrip(".")
         return USAGE, f"{said}; see `{command} --help`"
     if isinstance(error, OSError) and not isinstance(error, LearnevictError):
-        place = f" {error.filename!r}" if error.filename else ""
-        return RUNTIME, f"{error.strerror or type(error).__name__}:{place}; choose a file or folder that can be used"
+        place = f"{error.filename!r}: " if error.filename else ""
+        return RUNTIME, place + unusable(error, "choose a file or folder that can be used")
     return USAGE if isinstance(error, UsageError | BudgetError) else RUNTIME, " ".join(str(error).split())
 
 

@@ -14,6 +14,7 @@ import learnevict.cli.eval_options as e
 import learnevict.cli.options as o
 from learnevict.cli.results import INTERRUPTED, cell, for_tables, say, tell
 from learnevict.errors import UsageError
+from learnevict.files import special
 
 
 def run(
@@ -69,7 +70,7 @@ def run(
         with _told(out, out and journal_path(out), "the same command with --resume goes on"):
             rows = judging.testbed(plan, out, resume)
     _print(rows, as_json)
-    if out is not None:
+    if out is not None and not special(out):
         say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
 
 

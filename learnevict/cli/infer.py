@@ -23,6 +23,7 @@ from learnevict.cli.requests import (
 )
 from learnevict.cli.results import INTERRUPTED, Results, say, tell
 from learnevict.errors import UsageError
+from learnevict.files import locked
 
 NUM_TOGETHER = 8
 """Rows of a batch file at a time."""
@@ -82,22 +83,24 @@ def run(
         keep_prompt or None, variant,
     )  # fmt: skip
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    rows, results = (read_rows(batch), Results(out)) if batch is not None else ([], None)
-    content = {"task": task, "seed": seed} if task is not None else {"prompt": read_prompt(prompt or "")}
-    opened = open_model(model, device, dtype.value, bars=not as_json, allow_pickle=allow_pickle)
-    answering = Answering(opened, choice, sampling)
-    if results is None:
-        _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
-        return
-    settings = {**asdict(choice), **sampling, "model": model, "dtype": dtype.value, "seed": seed, "chat": chat}
-    settings["weights"] = weights_behind(opened.model, answering.policy)
-    size = batch_size or NUM_TOGETHER
-    if temperature > 0:
-        settings["batch_size"] = size  # who is drawn together shares random numbers
-    good, bad = make_requests(opened, rows, settings, chat=chat)
-    for line in bad:
-        say(f"error: {batch}, {line}")
-    _answer_all(answering, good, results, seed, size)
+    rows = read_rows(batch) if batch is not None else []
+    with locked(out):
+        results = Results(out)
+        content = {"task": task, "seed": seed} if task is not None else {"prompt": read_prompt(prompt or "")}
+        opened = open_model(model, device, dtype.value, bars=not as_json, allow_pickle=allow_pickle)
+        answering = Answering(opened, choice, sampling)
+        if batch is None:
+            _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
+            return
+        settings = {**asdict(choice), **sampling, "model": model, "dtype": dtype.value, "seed": seed, "chat": chat}
+        settings["weights"] = weights_behind(opened.model, answering.policy)
+        size = batch_size or NUM_TOGETHER
+        if temperature > 0:
+            settings["batch_size"] = size  # who is drawn together shares random numbers
+        good, bad = make_requests(opened, rows, settings, chat=chat)
+        for line in bad:
+            say(f"error: {batch}, {line}")
+        _answer_all(answering, good, results, seed, size)
     if bad:
         say(f"{len(bad)} of {len(rows)} rows could not be read and were left out")
         raise typer.Exit(1)

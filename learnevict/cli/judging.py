@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.cli.opening import TESTBED, Opened, open_model
-from learnevict.cli.results import check_writable, say
+from learnevict.cli.results import say
 from learnevict.errors import GateError, UsageError
 from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
 from learnevict.evals.plan import Cell, Plan, Subject, check, check_families, count
-from learnevict.evals.rows import Row, read_earlier, text_row, write_rows
+from learnevict.evals.rows import MARK, Row, read_earlier, text_row, write_rows
+from learnevict.files import check as check_file
+from learnevict.files import locked, special
 from learnevict.untrusted import printable
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
@@ -145,15 +147,19 @@ class Judging:
         """Rows of methods on one text, the full cache first; written as they come.
 
         Raises:
-            UsageError: `out` holds something.
+            UsageError: `out` holds something, or is being written by another process.
             DataError: the text cannot be read, or `out` cannot be written.
         """
+        with locked(out):
+            return self._perplexity(path, max_tokens, out)
+
+    def _perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
         from learnevict.evals import perplexity as texts
 
         text = texts.read_text(path)
         read_earlier(out, resume=False)
         if out is not None:
-            check_writable(out)
+            check_file(out, MARK)
         model = self.opened.model
         ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
         rules = self.rules(COMPARISON if self.opened.speaks_testbed else Rules(slack=128, sinks=None, recent=None))
@@ -173,7 +179,7 @@ class Judging:
                 found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
                 full = full or found
                 rows.append(text_row(cell, self.opened.name, found, full))
-                if out is not None:
+                if out is not None and (len(rows) == len(cells) or not special(out)):
                     write_rows(out, rows)
         if any(one.method == GOLDEN for one in field):
             say("golden has read the whole text beforehand: it is a reference, not a method")

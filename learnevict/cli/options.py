@@ -134,4 +134,7 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Prompts of a --batch at a time. [dim]8[/dim]", rich_help_panel=MACHINE)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that learnevict did not write.", rich_help_panel=OUTPUT)
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="File to write.", rich_help_panel=OUTPUT)]

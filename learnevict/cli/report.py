@@ -17,6 +17,7 @@ def run(
         Path | None,
         typer.Option("--out", "-o", help="Folder for table.md, table.csv and accuracy.png.", rich_help_panel=o.OUTPUT),
     ] = None,
+    overwrite: o.Overwrite = False,
 ) -> None:
     """Make a Markdown table, a CSV file and a plot of accuracy against budget.
 
@@ -26,7 +27,7 @@ def run(
 
         learnevict report checkpoints/demo/report.json
 
-    Without --out only the table is printed.
+    Without --out only the table is printed. An earlier report in the folder is replaced.
     """
     from learnevict.evals.report import markdown, write_report
     from learnevict.evals.rows import read_rows
@@ -35,5 +36,5 @@ def run(
     if out is None:
         tell(markdown(found).rstrip("\n"))
         return
-    for path in write_report(found, out):
+    for path in write_report(found, out, overwrite=overwrite):
         say(f"wrote {path}")

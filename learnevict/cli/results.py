@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError, UsageError
+from learnevict.files import Lines, check, special
 from learnevict.untrusted import printable
 
 INTERRUPTED = 130
@@ -33,29 +33,15 @@ class Results:
         self.num_shown = 0
         if path is None:
             return
-        check_writable(path)
-        if path.exists():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        """Take in finished rows; cut off a last one that was being written when the run died, and nothing else."""
-        raw = path.read_bytes()
-        end = raw.rfind(b"\n") + 1
-        broken = bool(raw[end:]) and not _is_json(raw[end:])
+        self.lines = Lines(path, START)
+        check(path, START)
         try:
-            if broken and not (START.startswith(raw[end:]) or raw[end:].startswith(START)):
-                raise ValueError("the last line is not ours")
-            rows = [json.loads(line) for line in (raw[:end] if broken else raw).splitlines()]
-            self.keys = {row["id"]: row["key"] for row in rows}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self.keys = {row["id"]: row["key"] for row in self.lines.rows}
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path} holds something else than rows of `learnevict infer`; choose another --out"
             ) from error
-        if broken:
-            os.truncate(path, end)
-        elif raw[end:]:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n")
+        self.lines.mend()
 
     def has(self, name: str, key: str) -> bool:
         """Whether this row is finished.
@@ -73,49 +59,21 @@ class Results:
 
     def add(self, row: dict[str, Any], key: str) -> None:
         """Write one row, for good."""
-        line = json.dumps({**row, "key": key}, ensure_ascii=False)
-        if self.path is None:
-            tell(line)
-            self.num_shown += 1
+        self.num_shown += 1
+        if self.path is not None:
+            self.lines.append({**row, "key": key})
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        tell(json.dumps({**row, "key": key}, ensure_ascii=False))
 
     @property
     def num_rows(self) -> int:
         """Rows written, by earlier runs too; asked of the file, as an interruption may fall between row and count."""
-        if self.path is None:
+        if self.path is None or special(self.path):
             return self.num_shown
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def __str__(self) -> str:
         return "standard output" if self.path is None else str(self.path)
-
-
-def _is_json(raw: bytes) -> bool:
-    try:
-        json.loads(raw)
-    except ValueError:
-        return False
-    return True
-
-
-def check_writable(path: Path) -> None:
-    """Fail before the work, not after it; a file that was not there is not left behind.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    try:
-        new = not path.exists()
-        with path.open("a", encoding="utf-8"):
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
 
 
 def for_tables() -> Any:

@@ -11,8 +11,10 @@ import learnevict.cli.options as o
 from learnevict.cli.answering import Answering, golden_policy
 from learnevict.cli.opening import Choice, Opened, open_model
 from learnevict.cli.requests import Request, check_chat, make_request, read_prompt
-from learnevict.cli.results import check_writable, say
+from learnevict.cli.results import say
 from learnevict.errors import UsageError
+from learnevict.files import PAGE, check
+from learnevict.files import write as write_file
 from learnevict.infer.texts import read_file
 
 
@@ -48,6 +50,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.", rich_help_panel=o.OUTPUT)] = Path(
         "viz.html"
     ),
+    overwrite: o.Overwrite = False,
 ) -> None:  # fmt: skip
     """Write a page that shows which tokens each layer and head keeps while a text is read: one file, no network.
 
@@ -70,12 +73,12 @@ def run(
         keep_prompt or None, variant,
     )  # fmt: skip
     text = read_file(file) if file is not None else read_prompt(prompt or "")
-    check_writable(out)
+    check(out, PAGE, overwrite=overwrite)
     opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
     content = {"task": task, "seed": seed} if task is not None else {"prompt": text}
     request = make_request(opened, content, chat=chat)
     page = make_page(opened, choice, request, seed, write)
-    out.write_text(page, encoding="utf-8")
+    write_file(out, page, PAGE, overwrite=overwrite)
     say(f"wrote {out} ({len(page) // 1024} KiB); open it in a browser")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
+from learnevict.evals.plots import save_figure
 from learnevict.evals.report import table
 
 Variant = dict[str, Any]
@@ -89,9 +90,7 @@ def plot_curves(variants: Sequence[Variant], path: Path) -> Path:
     axes.set(xlabel="step", ylabel="cost of a trace, nats per token", title="Refinement, short runs on program")
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_training(record: Path, path: Path) -> Path | None:
@@ -116,6 +115,4 @@ def plot_training(record: Path, path: Path) -> Path | None:
     left.set_ylabel("cost of a trace, nats per token", color="C0")
     right.set_ylabel("entropy of the first draw, nats", color="C1")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError, UsageError
+from learnevict.files import Lines, write, writing
 
 Entry = dict[str, float]
+START = b'{"configuration": '
+"""How a record begins."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,15 @@ class Journal:
         wanted = json.loads(json.dumps(configuration))
         if path is None:
             return
-        try:
-            if path.exists() and path.stat().st_size:
-                if not resume:
-                    raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or choose another --out")
-                self._recover(path, wanted)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._append({"configuration": wanted})
-        except OSError as error:
-            raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines = Lines(path, START)
+        if not self.lines.rows:
+            self.lines.append({"configuration": wanted})
+        elif resume:
+            self._take_all(path, wanted)
+        else:
+            raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or choose another --out")
 
     def missing(
         self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any], columns: Sequence[str] = ()
@@ -80,7 +81,7 @@ class Journal:
         line = {**vars(key), "identity": self.identity.get(key), "seeds": list(seeds), **values}
         self._take(line)
         if self.path is not None:
-            self._append(line)
+            self.lines.append(line)
 
     def column(self, key: Key, seeds: Sequence[int], name: str) -> list[float] | None:
         """One number per seed; None unless every seed has it."""
@@ -99,33 +100,19 @@ class Journal:
             mine = {name: value[index] if isinstance(value, list) else value for name, value in values.items()}
             cell[seed] = {**mine, "batch": len(seeds)}
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        assert self.path is not None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _recover(self, path: Path, wanted: dict[str, Any]) -> None:
-        """Read what is whole, cut off a last line that was being written."""
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            os.truncate(path, end)
-        if not end:
-            self._append({"configuration": wanted})
-            return
-        try:
-            rows = [json.loads(line) for line in content[:end].decode().splitlines()]
-            found = rows[0]["configuration"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no record of an evaluation; write to another --out") from error
+    def _take_all(self, path: Path, wanted: dict[str, Any]) -> None:
+        """What the file holds, if it is of this configuration."""
+        first, *rows = self.lines.rows
+        found = first["configuration"]
         differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         if differ:
             changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in differ)
             raise UsageError(f"{path} belongs to another configuration: {changes}; write to another --out")
-        for row in rows[1:]:
-            self._take(row)
+        try:
+            for row in rows:
+                self._take(row)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(f"{str(path)!r} is no record of an evaluation; write to another --out") from error
 
 
 def forget(path: Path, name: str) -> int:
@@ -141,15 +128,9 @@ def forget(path: Path, name: str) -> int:
     """
     if not path.exists():
         return 0
-    load(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line).get("method", "").split(" ")[0] != name]
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise DataError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    lines = Lines(path, START).rows
+    kept = [line for line in lines if line.get("method", "").split(" ")[0] != name]
+    write(path, "".join(json.dumps(line) + "\n" for line in kept), START)
     return len(lines) - len(kept)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
 from learnevict.evals.report import table
 from learnevict.evals.teacher import Scores
+from learnevict.files import write
 
 REFERENCE = "golden"
 
@@ -87,9 +87,7 @@ class TriedLabels:
         content = {"origin": self.origin, "tried": [asdict(one) for one in self.tried]}
         lines = json.dumps(content).replace('{"family"', '\n{"family"')
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        fresh.write_text(lines + "\n", encoding="utf-8")
-        os.replace(fresh, self.path)
+        write(self.path, lines + "\n", b'{"origin": ')
 
 
 def label_tables(found: TriedLabels) -> list[str]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError, UsageError
+from learnevict.errors import UsageError
 from learnevict.evals.rows import Row
+from learnevict.files import PICTURE, replacing
 from learnevict.untrusted import one_line
 
 STRONG = ("#0b6bcb", "#c2410c", "#7c3aed", "#0f766e")
@@ -20,7 +21,7 @@ INK = "#1f2937"
 NAMED = 1.1
 
 
-def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
+def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | None = None) -> Path:
     """Draw step accuracy (or exact match where there is none) against slots kept, with intervals.
 
     Golden is the dashed reference, the full cache a dotted line, the best learned methods are coloured, the best heuristics
@@ -28,7 +29,7 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
 
     Raises:
         UsageError: matplotlib is not installed.
-        DataError: the file cannot be written.
+        DataError: the file cannot be written, or is somebody else's.
     """
     try:
         import matplotlib
@@ -49,10 +50,20 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     if title:
         figure.suptitle(title, color=INK)
     figure.tight_layout()
+    return save_figure(figure, path, dpi=130, overwrite=overwrite)
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 120, overwrite: bool | None = None) -> Path:
+    """Write a figure of pyplot as PNG and close it.
+
+    Raises:
+        DataError: the file cannot be written, or is somebody else's.
+    """
+    from matplotlib import pyplot
+
     try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+        with replacing(path, PICTURE, overwrite=overwrite) as fresh:
+            figure.savefig(fresh, dpi=dpi, format="png", metadata={"Software": "learnevict"})
     finally:
         pyplot.close(figure)
     return path

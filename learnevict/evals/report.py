@@ -8,32 +8,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError
 from learnevict.evals.plots import plot
 from learnevict.evals.rows import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
+from learnevict.files import MARKDOWN, PICTURE, check, write, writing
 from learnevict.untrusted import one_line, spreadsheet_cell
 
 LEARNED, REFERENCE = "learned", "reference"
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_report(rows: Sequence[Row], folder: Path, *, overwrite: bool | None = None) -> list[Path]:
     """Write table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
 
+    Args:
+        rows: of evaluations.
+        folder: made if there is none; an earlier report in it is replaced.
+        overwrite: replace files of others too; None: the program has no such flag.
+
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or files of these names are somebody else's; then none is written.
         UsageError: matplotlib is not installed.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        written = [folder / "table.md", folder / "table.csv"]
-        written[0].write_text(markdown(rows), encoding="utf-8")
-        written[1].write_text(comma_separated(rows), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write into {str(folder)!r}: {error.strerror}; choose another --out") from error
+    page, sheet, picture = (folder / name for name in ("table.md", "table.csv", "accuracy.png"))
+    header = ",".join(KEYS).encode()
     drawn = [row for row in rows if row.get("step_accuracy") is not None or row.get("exact_match") is not None]
-    if any(row.get("budget") is not None for row in drawn):
-        written.append(plot(drawn, folder / "accuracy.png"))
-    return written
+    drawn = drawn if any(row.get("budget") is not None for row in drawn) else []
+    for path, mark in ((page, MARKDOWN), (sheet, header), (picture, PICTURE))[: 3 if drawn else 2]:
+        check(path, mark, overwrite=overwrite)
+    said = f"{MARKDOWN.decode()} report. -->\n\n"
+    write(page, said + markdown(rows), MARKDOWN, overwrite=overwrite)
+    write(sheet, comma_separated(rows), header, overwrite=overwrite)
+    return [page, sheet, *([plot(drawn, picture, overwrite=overwrite)] if drawn else [])]
 
 
 def comma_separated(rows: Sequence[Row]) -> str:

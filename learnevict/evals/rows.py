@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from learnevict.evals.contenders import FULL, GOLDEN, RANDOM
 from learnevict.evals.journal import Journal, Key
 from learnevict.evals.perplexity import Perplexity
 from learnevict.evals.plan import Cell, Plan, Subject
+from learnevict.files import special, write
 
 KEYS = (
     "method", "family", "budget", "exact_match", "step_accuracy", "ci_low", "ci_high", "loss_ratio", "kv_bytes_peak",
@@ -42,6 +42,8 @@ TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 NUMBERS = (*KEYS[2:], *ORACLE_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
 
 Row = dict[str, Any]
+MARK = b'"kv_bytes_peak": '
+"""What every file of rows has near its beginning."""
 
 
 def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
@@ -167,12 +169,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text("".join(json.dumps(_finite(row)) + "\n" for row in rows), encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+    write(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows), MARK)
 
 
 def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
@@ -183,7 +180,7 @@ def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
         DataError: it holds something else than rows.
     """
     try:
-        if path is None or not path.exists() or (path.is_file() and not path.stat().st_size):
+        if path is None or special(path) or not path.exists() or (path.is_file() and not path.stat().st_size):
             return []
     except OSError as error:
         raise DataError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error

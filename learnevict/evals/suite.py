@@ -17,6 +17,7 @@ from learnevict.evals.journal import Journal
 from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
 from learnevict.evals.rows import Row, joined, make_row, place, place_of, read_earlier, write_rows
 from learnevict.evals.teacher import Scores, Storage, Texts, judge, judge_golden, read, reference
+from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
 
 Advance = Callable[[str, int], None]
@@ -37,7 +38,7 @@ def run(
 
     Args:
         out: rows are written here as JSON lines after every cell, beside those that were there, per-sample numbers to
-            `journal_path(out)` after every batch.
+            `journal_path(out)` after every batch. To a device or a pipe the rows alone are written, at the end.
         resume: go on with a run that was interrupted, or add methods, families or budgets to it. Samples can be added too,
             and what was judged without the oracle is judged again if the plan asks for it.
         advance: called with what is being run and the number of samples just done, those of earlier runs included.
@@ -47,11 +48,30 @@ def run(
 
     Raises:
         BudgetError: a budget that some method cannot be held to; nothing has been run then.
-        UsageError: an impossible plan, or `out` belongs to another one or is not to be gone on with, or would hold rows of
-            other samples beside the new ones.
+        UsageError: an impossible plan, or `out` belongs to another one or is not to be gone on with, would hold rows of
+            other samples beside the new ones, or is being written by another process.
         DataError: `out` cannot be written, or holds something else than rows.
     """
     check(plan, contenders)
+    if out is not None and special(out):
+        rows, journal = run(plan, subject, contenders, advance=advance)
+        write_rows(out, rows)
+        return rows, journal
+    if out is not None:
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _run(plan, subject, contenders, out, resume, advance)
+
+
+def _run(
+    plan: Plan,
+    subject: Subject,
+    contenders: Sequence[Contender],
+    out: Path | None,
+    resume: bool,
+    advance: Advance | None,
+) -> tuple[list[Row], Journal]:
     earlier, record = read_earlier(out, resume=resume), journal_path(out) if out else None
     if earlier and record is not None and not record.exists():
         raise UsageError(f"{out} holds rows, but {record}, the numbers behind them, is missing; choose another --out")

@@ -28,6 +28,7 @@ from learnevict.evals.sections import (
     recall_line,
     refined_tables,
 )
+from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 
 START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
@@ -96,7 +97,7 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
         parts += label_tables(TriedLabels.open(labels))
     parts += benchmark_tables(benchmarks)
     written.append(docs / "results.md")
-    written[-1].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write(written[-1], "\n\n".join(part for part in parts if part) + "\n", HEADER.encode())
     return written
 
 
@@ -212,9 +213,9 @@ def write_method_table(readme: Path) -> bool:
         if START not in text or STOP not in text:
             return False
         before, after = text.split(START)[0], text.split(STOP)[1]
-        readme.write_text(f"{before}{START}\n{method_table()}\n{STOP}{after}", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write {str(readme)!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {str(readme)!r}: {error.strerror}") from error
+    write(readme, f"{before}{START}\n{method_table()}\n{STOP}{after}", START.encode())
     return True
 
 

@@ -7,7 +7,6 @@ are tuned alike (their bonus for recency); they are learned, so they are never "
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,6 +19,7 @@ from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.plan import Plan, Subject, configuration
 from learnevict.evals.rows import Row
 from learnevict.evals.suite import Advance, run
+from learnevict.files import write
 from learnevict.hub import Gates, weight_hash
 
 TABLES = ("lexical", "clausal")
@@ -181,9 +181,7 @@ def merge(parts: Sequence[Tuned]) -> Tuned:
 def save(tuned: Tuned, path: Path = TUNED) -> None:
     """Write as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(vars(tuned), indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write(path, json.dumps(vars(tuned), indent=1) + "\n", b'"record": ')
 
 
 def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:

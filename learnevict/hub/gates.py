@@ -6,6 +6,7 @@ chooses no code and no other file of weights; weights are read from safetensors 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.utils.hub import cached_file
 from learnevict import methods
 from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError, LearnevictError, UsageError
+from learnevict.files import is_ours, writing
 from learnevict.hub.fetch import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.reach import Address
 from learnevict.infer.identity import check_base, layout_of, weight_hash
@@ -207,20 +209,25 @@ class Gates(PreTrainedModel):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: Any, *, push_to_hub: bool = False, **options: Any
     ) -> None:
-        """As of any model of transformers, but for sharing: its card would be a form that nobody has filled in.
+        """As of any model of transformers, each file whole or not at all; not over another model, and not for sharing.
 
         Raises:
-            GateError: a weight is NaN or infinite.
-            UsageError: push_to_hub=True.
+            UsageError, GateError, DataError: push_to_hub=True, a folder that holds another model, or cannot be written.
         """
-        check_finite(
-            options.get("state_dict") or self.state_dict(), "these gates", "train with a lower --learning_rate"
-        )
         if push_to_hub:
             raise UsageError(
                 "save_pretrained does not share gates; call push_to_hub, or `learnevict push` on the folder"
             )
-        super().save_pretrained(save_directory, **options)
+        folder = Path(save_directory)
+        config, weights = folder / CONFIG, folder / WEIGHTS
+        if not is_ours(config, MODEL_TYPE.encode()) if config.exists() else weights.exists():
+            raise GateError(f"{str(folder)!r} holds another model, which gates would replace; choose another folder")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder, prefix=".saving-") as fresh:
+                super().save_pretrained(fresh, **options)
+                for path in sorted(Path(fresh).iterdir()):
+                    os.replace(path, folder / path.name)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from learnevict.errors import DataError, GateError, HubError, UsageError
+from learnevict.files import write
 from learnevict.hub.card import MARK, make_card
 from learnevict.hub.fetch import CARD, CONFIG, FILES, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
@@ -172,7 +173,8 @@ def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any
     place = Path(folder)
     check_links(place)
     text = _card(place, Gates.load(place), Address.parse(repo_id), rows, None)
-    (place / CARD).write_text(text, encoding="utf-8")
+    if MARK in text:
+        write(place / CARD, text, MARK.encode())
 
 
 def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:

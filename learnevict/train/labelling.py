@@ -23,7 +23,7 @@ from learnevict.hub import weight_hash
 from learnevict.oracle import golden_labels
 from learnevict.train.data import Collator
 from learnevict.train.labels import Document, LabelStore, Manifest, hash_documents
-from learnevict.train.record import Record
+from learnevict.train.record import Record, own_record
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Labelled:
     Attributes:
         num_shards: of the whole store.
         num_before: that were there before.
-        num_tokens: labelled now.
+        num_tokens: of the whole store.
+        num_labelled: tokens labelled now.
         seconds: until the last process was done.
         num_processes: that worked.
     """
@@ -63,16 +64,17 @@ class Labelled:
     num_shards: int
     num_before: int
     num_tokens: int
+    num_labelled: int
     seconds: float
     num_processes: int
 
     def __str__(self) -> str:
         done = f"{self.num_shards} shards, {self.num_before} done before"
-        if not self.num_tokens:
+        if not self.num_labelled:
             return done
         processes = "1 process" if self.num_processes == 1 else f"{self.num_processes} processes"
-        speed = self.num_tokens / max(self.seconds, 1e-9)
-        return f"{done}; {self.num_tokens} tokens in {self.seconds:.1f} s by {processes}: {speed:.0f} tokens/s"
+        speed = self.num_labelled / max(self.seconds, 1e-9)
+        return f"{done}; {self.num_labelled} tokens in {self.seconds:.1f} s by {processes}: {speed:.0f} tokens/s"
 
 
 def fill_store(
@@ -96,8 +98,11 @@ def fill_store(
 
     Raises:
         LabelError: the folder holds labels of another run.
+        DataError: it holds the record of another program.
+        UsageError: another launch is writing into it.
     """
     state = processes()
+    own_record(folder, "oracle")
     manifest = describe(model, documents, labelling)
     store = LabelStore(Path(folder), manifest)
     missing = store.missing()
@@ -114,18 +119,20 @@ def fill_store(
         data_hash=manifest.data_hash,
     )
     with record, threads(labelling.threads):
-        began, num_tokens = time.monotonic(), 0
+        began, num_labelled = time.monotonic(), 0
         for shard in watch(mine) if state.is_main_process else mine:
             part = [documents[index] for index in store.span(shard)]
             store.write(shard, label(model, part, labelling))
-            num_tokens += sum(len(one.input_ids) for one in part)
-        total = sum(gather_object([num_tokens]))
-        done = Labelled(manifest.num_shards, num_before, total, time.monotonic() - began, state.num_processes)
+            num_labelled += sum(len(one.input_ids) for one in part)
+        num_tokens, total = sum(len(one.input_ids) for one in documents), sum(gather_object([num_labelled]))
+        seconds = time.monotonic() - began
+        done = Labelled(manifest.num_shards, num_before, num_tokens, total, seconds, state.num_processes)
         if left := store.missing():
             raise LabelError(f"{len(left)} shards of {str(folder)!r} are still missing; run the same command again")
         if state.is_main_process:
             store.clean()
-        record.add(num_tokens=total, labelling_seconds=done.seconds, num_processes=done.num_processes)
+        figures = {"num_tokens": num_tokens, "num_labelled": total, "num_processes": done.num_processes}
+        record.add(**figures, labelling_seconds=done.seconds)
     return done
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,10 @@ import torch
 from torch import Tensor
 
 from learnevict.errors import LabelError
+from learnevict.files import replacing, write
+
+MARK = b'"base_hash": '
+"""What every manifest has near its beginning."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ class LabelStore:
             raise LabelError(
                 f"no labels in {str(folder)!r}: manifest.json is missing; make them with recipes/oracle.py"
             )
-        found = Manifest(**json.loads(path.read_text())) if path.is_file() else None
+        try:
+            found = Manifest(**json.loads(path.read_text())) if path.is_file() else None
+        except (ValueError, TypeError) as error:
+            raise LabelError(f"{str(path)!r} is no manifest of labels ({error}); use another --out") from error
         if found is not None and manifest is not None and found != manifest:
             wrong = [key for key, value in asdict(manifest).items() if asdict(found)[key] != value]
             raise LabelError(
@@ -90,10 +96,10 @@ class LabelStore:
         assert wanted is not None
         self.manifest: Manifest = wanted
         if found is None:
+            if strange := list((self.folder / "data").glob("*.parquet")):
+                raise LabelError(f"{str(strange[0])!r} belongs to no manifest; use another --out")
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"manifest.{os.getpid()}.tmp")  # processes of one run all write the same
-            temporary.write_text(json.dumps(asdict(self.manifest), indent=1))
-            os.replace(temporary, path)
+            write(path, json.dumps(asdict(self.manifest), indent=1), MARK)  # processes of one run all write the same
 
     def path(self, shard: int) -> Path:
         """File of a shard."""
@@ -130,14 +136,13 @@ class LabelStore:
             for document in documents
             if document.labels is not None
         ]
-        temporary = self.path(shard).with_suffix(f".{os.getpid()}.tmp")  # a worker may outlive its killed launcher
         table = Dataset.from_list(rows, features=features).data.table
-        parquet.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, self.path(shard))
+        with replacing(self.path(shard), b"PAR1") as fresh:  # a worker may outlive its killed launcher
+            parquet.write_table(table, fresh, compression="zstd")
 
     def clean(self) -> None:
         """Remove what killed runs had begun to write; when nothing is missing, nobody writes."""
-        for path in (self.folder / "data").glob("*.tmp"):
+        for path in (self.folder / "data").glob(".train-*.part"):
             path.unlink(missing_ok=True)
 
     def documents(self) -> list[Document]:

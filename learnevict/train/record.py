@@ -29,6 +29,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from learnevict import __version__
 from learnevict.errors import DataError
+from learnevict.files import locked, write
 from learnevict.hub.places import without_folders
 
 FILE = "run.json"
@@ -49,7 +50,8 @@ class Record:
         **facts: anything else of JSON, such as base_hash, data_hash and seeds.
 
     Raises:
-        DataError: the folder holds a run.json that is no record, and the run is to go on.
+        DataError: the folder holds a run.json that is no record, or is that of another program.
+        UsageError: on entering, another process is writing into the folder.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class Record:
     ) -> None:
         self.path = Path(folder) / FILE
         self.writes, self.running, self.began = writes, False, time.monotonic()
-        before = read_record(folder) if goes_on else None
+        before = own_record(folder, program) if writes else None
+        self.lock = locked(Path(folder))
         self.content: dict[str, Any] = {
             "program": program,
             "status": "running",
@@ -75,7 +78,7 @@ class Record:
             "config": as_json(config or {}),
             **{name: as_json(fact) for name, fact in facts.items()},
         }
-        if before is not None:
+        if goes_on and before is not None:
             kept = ("status", "started", "seconds", "git", "versions")
             self.content["sessions"] = [
                 *before.get("sessions", []),
@@ -101,6 +104,7 @@ class Record:
         self.began, self.running = time.monotonic(), True
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.__enter__()
         self._write()
         return self
 
@@ -115,14 +119,13 @@ class Record:
             self.content |= {"status": "failed", "error": as_json(f"{type(error).__name__}: {error}")}
         self.content |= {"ended": now(), "seconds": round(time.monotonic() - self.began, 2)}
         self._write()
+        if self.writes:
+            self.lock.__exit__(None, None, None)
 
     def _write(self) -> None:
         """Whole or not at all."""
-        if not self.writes:
-            return
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        if self.writes:
+            write(self.path, json.dumps(self.content, indent=1) + "\n", b'"program": ')
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -142,6 +145,21 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(found, dict):
         raise DataError(f"{str(path)!r} is not the record of a run; remove it, or use another folder")
+    return found
+
+
+def own_record(folder: str | Path, program: str) -> dict[str, Any] | None:
+    """The record of an earlier run of a program in the folder it is to write to; None if there is none.
+
+    Raises:
+        DataError: there is a run.json of something else.
+    """
+    found = read_record(folder)
+    if found is not None and found.get("program") != program:
+        raise DataError(
+            f"{str(Path(folder) / FILE)!r} is not the record of {program} but of {found.get('program', 'something else')}; "
+            "choose another folder"
+        )
     return found
 
 
@@ -192,7 +210,7 @@ def installed(name: str) -> str | None:
 
 
 def changed(training: TrainingArguments) -> dict[str, Any]:
-    """Training arguments that differ from transformers' defaults; tokens, and what the terminal decides, are left out.
+    """Training arguments that differ from transformers' defaults, but for tokens, what the terminal decides, and resuming.
 
     Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
     """
@@ -205,7 +223,7 @@ def changed(training: TrainingArguments) -> dict[str, Any]:
         name: value
         for name, value in given.items()
         if not name.endswith("token")
-        and name != "disable_tqdm"
+        and name not in ("disable_tqdm", "resume_from_checkpoint")
         and value != plain.get(name)
         and not (value in nothing and plain[name] in nothing)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from learnevict.errors import UsageError
+from learnevict.files import is_ours
+from learnevict.hub.fetch import CONFIG, MODEL_TYPE, WEIGHTS
 from learnevict.train.record import as_json, read_record
 from learnevict.train.trainer import last_checkpoint
 
-WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
+STATE = "trainer_state.json"
+MODEL = (CONFIG, "*.safetensors*", "*.bin*")
+"""What a model consists of."""
+LENGTH = ("max_steps", "num_train_epochs")
 MAY_CHANGE = (
-    "max_steps",
-    "num_train_epochs",
+    *LENGTH,
     "smoke",
     "dry_run",
     "gpus",
@@ -48,18 +52,21 @@ def resume_point(
         training: its `resume_from_checkpoint` is "true" or a checkpoint's folder.
         settings: of this run, as its record will have them, part by part; they have to be those of the run that is resumed.
         facts: hashes, likewise; None is not known beforehand, as of a stream.
-        smoke: a trial may begin in a folder with checkpoints of another trial.
+        smoke: a trial may begin in a folder with what another trial left.
 
     Raises:
-        UsageError: nothing to resume, another run, or checkpoints in the way of a fresh one.
+        UsageError: nothing to resume, another run, or checkpoints or a model in the way of a fresh one.
     """
     folder, asked = str(training.output_dir), training.resume_from_checkpoint
     if not asked or str(asked).lower() == "false":
-        if any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")) and not (smoke and _was_smoke(folder)):
+        if smoke and _was_smoke(folder):
+            return None
+        if any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             raise UsageError(
                 f"{folder!r} holds checkpoints of another run; go on with it (--resume_from_checkpoint true), or choose "
                 "another --output_dir"
             )
+        _refuse_model(folder, settings, facts)
         return None
     given = str(asked).lower() != "true"
     found = str(asked) if given else last_checkpoint(folder, training.world_size)
@@ -68,10 +75,12 @@ def resume_point(
             f"no checkpoint to resume from in {str(asked) if given else folder!r}; drop --resume_from_checkpoint"
         )
     home = str(Path(found).parent)
-    before = read_record(home) or {}
-    wrong = [name for name, value in facts.items() if value is not None and before.get(name, value) != value]
-    wrong += list(_differences(before, settings))
-    if wrong:
+    for config in (Path(found) / CONFIG, Path(folder) / CONFIG):
+        if config.exists() and not is_ours(config, MODEL_TYPE.encode()):
+            raise UsageError(f"{str(config.parent)!r} holds a model that is no gates; choose another --output_dir")
+    if Path(home).resolve() != Path(folder).resolve():
+        _refuse_model(folder, settings, facts)
+    if wrong := _differences(read_record(home) or {}, settings, facts):
         raise UsageError(
             f"the run in {home!r} had another {', '.join(wrong)}; give its flags again (only steps, and what is logged, "
             "saved, evaluated or sent, may change), or begin elsewhere"
@@ -111,8 +120,27 @@ def _was_smoke(folder: str) -> bool:
     return bool((read_record(folder) or {}).get("config", {}).get("smoke"))
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Names of settings that are not what they were."""
+def _refuse_model(folder: str, settings: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """Refuse a folder with a model or gates in it, unless they are of a run like this one, which makes the same.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    files = sorted(path.name for pattern in MODEL for path in Path(folder).glob(pattern))
+    before = read_record(folder) if files else None
+    lengths = [[part.get("training", {}).get(name) for name in LENGTH] for part in (before or {}, settings)]
+    if files and (before is None or lengths[0] != lengths[1] or _differences(before, settings, facts)):
+        whose = "a model" if before is None else "what another run made"
+        raise UsageError(
+            f"{folder!r} holds {whose} ({', '.join(files[:3])}), which is not replaced; choose another --output_dir"
+        )
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]
+) -> list[str]:
+    """Names of facts and settings that are not what they were."""
+    wrong = [name for name, value in facts.items() if value is not None and before.get(name, value) != value]
     for part, settings in now.items():
         old, new = before.get(part), as_json(settings)
         if old is None:
@@ -120,4 +148,5 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         for name in sorted({*old, *new}):
             free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_ABOUT)
             if not free and old.get(name) != new.get(name):
-                yield f"{name} ({old.get(name)}, not {new.get(name)})"
+                wrong.append(f"{name} ({old.get(name)}, not {new.get(name)})")
+    return wrong
