@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learnevict import EvictingCache, Gates, attach, methods
+from learnevict import EvictingCache, Gates, attach, methods, testbed
 from learnevict.config import Budget
 from learnevict.errors import (
     BudgetError,
@@ -24,11 +24,14 @@ from learnevict.errors import (
     TraceError,
     UsageError,
 )
+from learnevict.hub import weight_hash
+from learnevict.infer.generate import generate
 from learnevict.oracle import golden, golden_labels, golden_trace
 from learnevict.parts.rule import Rule
 from learnevict.policy import Guard, Policy, Schedule
 from tests.closeness import close
 from tests.laws import zoo
+from tests.laws.cases import random_gates
 
 SMALL: dict[str, Any] = {**zoo.COMMON, "num_hidden_layers": 2}
 IDS = torch.arange(3, 43).view(1, 40) % zoo.VOCABULARY
@@ -144,9 +147,38 @@ def test_attach_checks_the_base_of_gates():
             attach(zoo.fresh("qwen3", **changed), gates.policy(40, slack=4, allow_other_base=True))
 
 
-def test_any_changed_tensor_changes_the_fingerprint():
-    from learnevict.hub import weight_hash
+@pytest.mark.parametrize("method", ["foresightkv", "lookahead_kv"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_gates_serve_a_model_whose_weights_are_elsewhere(tmp_path, method, where):
+    """Offloaded weights are meta tensors that hooks fill while a module runs."""
+    from accelerate import cpu_offload, disk_offload
 
+    policy = random_gates(method, "llama").policy(20, slack=4, sinks=2, recent=3)
+    tokenizer, options = testbed.build_tokenizer(), {"max_new_tokens": 4, "record": True}
+    (expected,) = generate(zoo.build("llama"), tokenizer, policy, IDS.tolist(), **options)
+    away = zoo.fresh("llama")
+    cpu_offload(away, "cpu") if where == "cpu" else disk_offload(away, str(tmp_path), "cpu")
+    assert away.device.type == "meta"
+    (found,) = generate(away, tokenizer, policy, IDS.tolist(), **options)
+    assert found.tokens == expected.tokens
+    assert found.trace is not None and expected.trace is not None and expected.trace.evictions > 0
+    assert torch.equal(found.trace.expiry, expected.trace.expiry)
+
+
+def test_weights_that_were_never_loaded_have_no_fingerprint():
+    with pytest.raises(GateError, match="have not been loaded"):
+        weight_hash(zoo.fresh("llama").to("meta"))
+
+
+def test_gates_are_not_spread_over_devices():
+    spread = zoo.fresh("llama")
+    spread.model.layers[1].to("meta")
+    with pytest.raises(GateError, match=r"compute on cpu and meta.*one device"):
+        attach(spread, methods.foresightkv.policy(200, gate=random_gates("foresightkv", "llama").gate))
+    attach(spread, random_policy()).detach()
+
+
+def test_any_changed_tensor_changes_the_fingerprint():
     base = zoo.fresh("llama", num_hidden_layers=5)
     seen = {weight_hash(base)}
     for parameter in base.parameters():

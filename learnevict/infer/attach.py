@@ -22,7 +22,7 @@ from learnevict.errors import CacheError, UsageError
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.deferred import hold_events
-from learnevict.infer.identity import check_base
+from learnevict.infer.identity import check_base, device_for
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.modules import (
     Rotation,
@@ -154,7 +154,7 @@ def attach(
         check_governor(policy)
         if (base := getattr(policy, "base", None)) is not None:
             check_base(base, model)
-        policy.scorer.to(model.device)
+        policy.scorer.to(device_for(policy.scorer, model))
         if soft:
             stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
             return Attachment(model, None, Soft(soft_gate(policy.scorer), frozenset(evicting_layers(stock))))

@@ -19,6 +19,7 @@ from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.modules import device_of
 from learnevict.infer.prefill import read_ahead
 from learnevict.infer.texts import checked
 from learnevict.policy import Governor
@@ -200,11 +201,11 @@ class _Batch:
         rows = [[self.pad] * gap + prompt for gap, prompt in zip(gaps, self.prompts, strict=True)]
         mask = torch.tensor([[0] * gap + [1] * (self.width - gap) for gap in gaps])
         inputs = {"input_ids": torch.tensor(rows), "attention_mask": mask}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(device_of(self.model)) for name, tensor in inputs.items()}
         config, watch = self._config(sampling), Stopwatch(streamer)
         stock = DynamicCache(config=self.model.config)
         attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
-        with seeded(sampling, self.model.device), attached as cache:
+        with seeded(sampling, device_of(self.model)), attached as cache:
             read_ahead(self.model, cache, **inputs)
             out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
         stop = time.perf_counter()

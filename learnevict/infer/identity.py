@@ -6,10 +6,14 @@ import hashlib
 from dataclasses import asdict
 
 import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from learnevict.config import Base, Layout
 from learnevict.errors import GateError
+from learnevict.infer.modules import attention_modules, device_of
+from learnevict.policy import Scorer
 
 
 def check_base(base: Base, model: PreTrainedModel) -> None:
@@ -45,16 +49,50 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     )
 
 
+def device_for(scorer: Scorer, model: PreTrainedModel) -> torch.device:
+    """Where the parameters of a scorer belong: where the model's attention computes.
+
+    Raises:
+        GateError: it has parameters, and layers of the model compute on several devices.
+    """
+    devices = sorted({str(device_of(module)) for module in attention_modules(model).values()})
+    if len(devices) > 1 and type(scorer).to is not Scorer.to:
+        raise GateError(
+            f"the layers of this model compute on {' and '.join(devices)}, and gates rank all of them on one device; load the "
+            "model on one, offload what does not fit (accelerate.cpu_offload), or use a method without gates"
+        )
+    return torch.device(devices[0])
+
+
 def weight_hash(model: PreTrainedModel) -> str:
     """Fingerprint of a model's weights: sha256 over names, shapes and up to 256 evenly spaced values of every tensor.
 
-    Values are taken in bfloat16, so that a model loaded in another precision keeps its fingerprint.
+    Values are taken in bfloat16, so that a model loaded in another precision keeps its fingerprint. Offloaded weights are
+    brought in module by module.
+
+    Raises:
+        GateError: weights that have not been loaded (meta tensors).
     """
     digest, samples = hashlib.sha256(), []
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        samples.append(flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16))
-    values = torch.cat(samples).cpu() if samples else torch.empty(0, dtype=torch.bfloat16)
+        samples.append(_sample(model, name, tensor))
+    values = torch.cat(samples) if samples else torch.empty(0, dtype=torch.bfloat16)
     digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sample(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Up to 256 evenly spaced values of a tensor of the state dict, bfloat16 [n] on the CPU, wherever its model keeps it."""
+    if tensor.is_meta:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):
+            found = getattr(module, leaf)
+            if found.is_meta:
+                raise GateError(
+                    f"the weights of this model have not been loaded ({name} is a meta tensor); load it with from_pretrained"
+                )
+            return _sample(model, name, found)
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()

@@ -63,6 +63,16 @@ def front_of(model: PreTrainedModel) -> nn.Module:
     return next(around, decoder)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; with offloaded weights (meta tensors until accelerate's hooks fill them) not where they are."""
+    own = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    if own.type != "meta":
+        return own
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    found = (device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None)
+    return torch.device(next(found, own))
+
+
 def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """What `set_attn_implementation` takes to bring back how a model and the models inside it attend now."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}

@@ -21,7 +21,7 @@ from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import plain_attention
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.modules import decoder_of
+from learnevict.infer.modules import decoder_of, device_of
 from learnevict.infer.pages import PagePool
 from learnevict.infer.slots import SlotPool
 from learnevict.policy import Probe
@@ -128,18 +128,18 @@ def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Recei
     check_questioned(cache.layers)
     if not cache.clock.seen:
         raise CacheError("a probe questions what has been read, and this cache has read nothing; run the model first")
-    weight = next(decoder.parameters())
-    tokens = probe.embeddings.to(weight.device, weight.dtype)
+    place = device_of(decoder)
+    tokens = probe.embeddings.to(place, next(decoder.parameters()).dtype)
     batch, num = len(cache.clock.seen), len(tokens)
     asking = Question(cache, receive)
-    ahead = torch.arange(num, device=weight.device)
+    ahead = torch.arange(num, device=place)
     places = (ahead + asking.end).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
     token = QUESTION.set(asking)
     try:
         with probe.adapted(decoder):
             decoder(
                 inputs_embeds=tokens.expand(batch, -1, -1),
-                attention_mask=torch.ones(batch, num, dtype=torch.int64, device=weight.device),
+                attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
                 position_ids=places,
                 use_cache=False,
             )

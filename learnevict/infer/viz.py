@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import TraceError
 from learnevict.infer.attach import attach
+from learnevict.infer.modules import device_of
 from learnevict.infer.prefill import prefill
 from learnevict.policy import Governor
 from learnevict.signals import NEVER, Trace
@@ -37,7 +38,7 @@ def record(model: PreTrainedModel, policy: Governor, ids: list[int], prompt_leng
     """
     given = None if prompt_length is None else [prompt_length]
     with attach(model, policy, record=True, prompt_length=given) as cache:
-        prefill(model, cache, torch.tensor([ids], device=model.device), last_only=True)
+        prefill(model, cache, torch.tensor([ids], device=device_of(model)), last_only=True)
     return cache.trace()
 
 
