@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learnevict import attach, methods, replay
+from learnevict import Gates, attach, methods, replay
 from learnevict.config import Budget
 from learnevict.errors import CacheError, ModelError, UsageError
 from learnevict.infer.attach import Attachment
@@ -258,6 +258,22 @@ def test_only_the_gate_learns():
         model(ids, attention_mask=mask, use_cache=False).logits.sum().backward()
     assert all(weights.grad is not None for weights in gate.parameters())
     assert all(weights.grad is None for weights in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_policy_whose_layers_compete_is_weighed_by_its_gate(tied):
+    """Whoever ranks by a gate that can weigh, also where it is not the scorer itself."""
+    model = zoo.build("llama")
+    ids, mask = batch(zoo.tokens(model, 2, 12), (0, 3))
+    gates = Gates.make("trimkv", model, hidden=8, tied=tied, bias=1.0)
+    policy = gates.policy(30, slack=4)
+    assert policy.scope == ("model" if tied else "layer")
+    logits = []
+    for one in (policy, weighing(gates.gate)):
+        with torch.no_grad(), attach(model, one, soft=True) as soft:
+            logits.append(model(ids, attention_mask=mask, use_cache=False).logits)
+        assert soft.gate is gates.gate
+    assert torch.equal(*logits)
 
 
 def test_what_soft_refuses():

@@ -143,17 +143,17 @@ SOFT: ContextVar[Soft | None] = ContextVar("learnevict_soft", default=None)
 
 
 def soft_gate(scorer: Scorer) -> SoftGate:
-    """The scorer, if it can weigh attention.
+    """What of a scorer can weigh attention.
 
     Raises:
-        UsageError: it can not.
+        UsageError: nothing.
     """
-    if not isinstance(scorer, SoftGate):
+    if (gate := scorer.soft) is None:
         raise UsageError(
             f"attach(soft=True) needs a policy scored by a SoftGate, which weighs attention; {type(scorer).__name__} cannot: "
             "drop soft, or give the policy of trimkv, wg_kv or dms"
         )
-    return scorer
+    return gate
 
 
 def soft_attention(

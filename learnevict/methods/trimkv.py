@@ -140,6 +140,11 @@ class Worth(Scorer):
             raise UsageError(f"a token is worth nothing over {self.horizon} tokens; give a horizon of at least 1")
         object.__setattr__(self, "columns", self.gate.columns)
 
+    @property
+    def soft(self) -> TrimGate:
+        """The gate."""
+        return self.gate
+
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """As the gate."""
         return self.gate.write(signals)

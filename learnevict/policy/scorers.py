@@ -48,6 +48,11 @@ class Scorer(ABC):
         """Updated notes of all slots after a period, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
         return {}
 
+    @property
+    def soft(self) -> SoftGate | None:
+        """The gate by which attention may be weighed in place of eviction, if the scorer is or has one."""
+        return None
+
     def to(self, device: torch.device) -> Scorer:
         """Move parameters or tables to `device`; scorers without any return themselves."""
         return self
@@ -109,6 +114,11 @@ class SoftGate(Gate):
     mode = "soft"
     losses: Mapping[str, float] = {}
     words: Tensor | None = None
+
+    @property
+    def soft(self) -> SoftGate:
+        """Itself."""
+        return self
 
     @abstractmethod
     def fade(self, notes: dict[str, Tensor]) -> Fade:
