@@ -96,6 +96,10 @@ class PromptInPiecesWarning(LearnevictWarning):
     """A policy depends on where the prompt ends, but the prompt comes in several forwards and its length was not given."""
 
 
+class UnusedCacheWarning(LearnevictWarning):
+    """A cache was made for a `with` block, and nothing was read into it."""
+
+
 class KernelUnusedWarning(LearnevictWarning):
     """Kernels were asked for, but a step has to run in plain torch."""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +14,18 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaModel
 
 from learnevict import EvictingCache, attach, methods
-from learnevict.errors import BudgetError, CacheError, ModelError, NotAttachedError, StockLayersWarning
+from learnevict.errors import (
+    BudgetError,
+    CacheError,
+    ModelError,
+    NotAttachedError,
+    StockLayersWarning,
+    UnusedCacheWarning,
+    UsageError,
+)
 from learnevict.infer.attach import attention_function
+from learnevict.infer.generate import generate
+from learnevict.infer.replay import replay
 from learnevict.infer.support import evicting_layers
 from learnevict.policy import Guard
 from learnevict.signals import NEVER
@@ -51,10 +64,10 @@ def test_hooks_are_counted_and_removed_with_the_last(implementation):
     outer, inner = attach(model), attach(model, hashed())
     hooks = num_hooks(model)
     assert hooks > 0
-    with inner as cache, attach(model) as nothing:
-        assert isinstance(cache, EvictingCache)
+    with inner as cache, attach(model) as nothing, torch.no_grad():
         assert nothing is None
         assert num_hooks(model) == hooks
+        model(alone(model)[0], past_key_values=cache)
     outer.detach()
     outer.detach()
     assert num_hooks(model) == 0
@@ -99,7 +112,7 @@ def test_an_attached_model_serves_stock_caches(cache):
     ids, mask = text(model)
     expected = stock(model, ids, mask)
     places = (mask.cumsum(-1) - 1).clamp_min(0)
-    with attach(model, hashed()), torch.no_grad():
+    with attach(model), torch.no_grad():
         held = zoo.stock_cache(model) if cache == "stock" else None
         found = model(ids, attention_mask=mask, position_ids=places, past_key_values=held, use_cache=held is not None)
     close(found.logits, expected, 1e-5, mask)
@@ -118,7 +131,122 @@ def test_a_cache_can_be_used_without_with():
     assert torch.equal(run.trace.expiry, read(model, hashed(), ids, mask).trace.expiry)
 
 
+def test_threads_attach_and_detach_one_model():
+    """All at once, each with a cache of its own; now and then one reads."""
+    model = zoo.fresh("llama")
+    ids, mask = alone(model)
+    expected = read(model, hashed(), ids, mask).logits
+
+    def work(seed: int) -> float:
+        apart = 0.0
+        for turn in range(200):
+            with attach(model) if turn % 50 else attach(model, hashed()) as cache:
+                if cache is not None:
+                    found = Reader(model, cache, ids, mask, pieces(PROMPT, LENGTH)).finish().logits
+                    apart = max(apart, float((found - expected).abs().max()))
+        return apart
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) <= 1e-5
+    assert num_hooks(model) == 0
+    assert "generate" not in vars(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_cache_that_was_forgotten_is_named():
+    """Nothing else tells that the figures are those of a full cache."""
+    model = zoo.build("llama")
+    ids, _ = alone(model)
+    with pytest.warns(UnusedCacheWarning, match=r"read nothing.*past_key_values=cache"), torch.no_grad():  # noqa: SIM117
+        with attach(model, hashed()) as cache:
+            model(ids)
+    assert cache.nbytes == 0
+    with pytest.raises(KeyError), attach(model, hashed()):
+        raise KeyError
+
+
 # --- when something goes wrong ---
+
+
+def checkpointed(model: Any) -> None:
+    model.train()
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "match"),
+    [
+        (checkpointed, UsageError, r"gradient checkpointing.*eval\(\)"),
+        (lambda model: model.set_attn_implementation("sdpa"), UsageError, r"set_attn_implementation\('sdpa'\).*before"),
+        (lambda model: model.config.update({"use_cache": False}), None, ""),
+    ],
+)
+def test_what_was_changed_on_the_model_is_named(spoil, error, match):
+    model = zoo.fresh("llama")
+    ids, mask = alone(model)
+    with attach(model, hashed()) as cache, torch.no_grad():
+        spoil(model)
+        with nullcontext() if error is None else pytest.raises(error, match=match):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        if error is not None:
+            assert cache.get_seq_length() == 0
+    assert num_hooks(model) == 0
+    assert model.config._attn_implementation == ("sdpa" if "sdpa" in match else "eager")
+
+
+def test_an_attention_function_set_while_attached_is_named_in_a_replay_too():
+    model = zoo.fresh("llama")
+    ids, mask = alone(model)
+    trace = read(model, hashed(), ids, mask).trace
+    with attach(model):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(UsageError, match="set_attn_implementation"):
+            replay(model, ids, trace, mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_hidden_layers": 1}, r"num_layers 1 \(the model has 2\)"),
+        ({"num_hidden_layers": 3}, "num_layers 3"),
+        ({"num_key_value_heads": 4, "head_dim": 16}, "num_heads 4"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(changes, match):
+    model, other = zoo.build("llama"), zoo.fresh("llama", **changes)
+    ids, _ = alone(model)
+    cache = EvictingCache(other.config, hashed())
+    with attach(model), torch.no_grad(), pytest.raises(CacheError, match=match):
+        model(ids, past_key_values=cache)
+    same = EvictingCache(zoo.fresh("llama").config, hashed())
+    with attach(model), torch.no_grad():
+        model(ids, past_key_values=same)
+    assert same.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("by", ["argument", "generation_config"])
+def test_generation_without_cache_is_refused(by):
+    model = zoo.fresh("llama")
+    ids, mask = alone(model)
+    how = {"use_cache": False} if by == "argument" else {}
+    model.generation_config.use_cache = by == "argument"
+    with attach(model, hashed()) as cache, pytest.raises(UsageError, match=r"use_cache=False.*use_cache=True"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, **how)
+    assert cache.get_seq_length() == 0
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids))
+    found = generate(model, tokenizer, hashed(), [ids[0].tolist()], max_new_tokens=9)[0]
+    model.generation_config.use_cache = True
+    assert generate(model, tokenizer, hashed(), [ids[0].tolist()], max_new_tokens=9)[0].tokens == found.tokens
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_text_that_begins_with_a_forward_of_padding(ragged):
+    model = zoo.build("llama")
+    ids, mask = batch(zoo.tokens(model, 3, LENGTH), (9, 12, 14))
+    run = read(model, hashed(ragged=ragged), ids, mask, [9, 30, *[1] * (LENGTH - 39)])
+    assert run.evictions > 0
+    assert torch.equal(run.trace.expiry, read(model, hashed(ragged=ragged), ids, mask).trace.expiry)
 
 
 def test_an_interrupted_forward_asks_for_a_reset():

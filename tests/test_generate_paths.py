@@ -17,7 +17,9 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from learnevict import EvictingCache, attach, methods
-from learnevict.errors import CacheError
+from learnevict.errors import CacheError, UsageError
+from learnevict.infer.chat import Chat
+from learnevict.infer.generate import read_chat
 from learnevict.signals import NEVER
 from learnevict.testbed import build_tokenizer
 from tests import brute_force as brute
@@ -435,6 +437,140 @@ def test_a_prompt_of_one_token_and_embeddings():
         again = answer(model, embedded | {"attention_mask": inputs["attention_mask"]}, other)
     assert torch.equal(again.sequences, out.sequences[:, PROMPT:])
     assert torch.equal(other.trace().expiry, cache.trace().expiry)
+
+
+@pytest.mark.parametrize("length", [PROMPT - 14, PROMPT + NEW - 1, PROMPT + 40], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("given", ["tokens and mask", "tokens", "embeddings"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_another_prompt_on_a_used_cache_is_refused(length, given, padded):
+    """It would be answered from what was read before; the cache goes on with its own conversation, or after a reset."""
+    model = zoo.build("llama")
+    inputs, ids = prompt(model), zoo.tokens(model, len(PADS), length, 8)
+    inputs["attention_mask"] = inputs["attention_mask"] if padded else torch.ones_like(inputs["attention_mask"])
+    other = {"input_ids": ids} if given != "embeddings" else {"inputs_embeds": model.get_input_embeddings()(ids)}
+    if given != "tokens":
+        other["attention_mask"] = torch.ones_like(ids)
+    with attach(model, hashed()) as cache:
+        out = answer(model, inputs, cache)
+        if (given, length, padded) == ("embeddings", PROMPT + 40, False):
+            answer(model, other, cache, max_new_tokens=1)  # which embeddings were read before is not known
+            return
+        with pytest.raises(CacheError, match=r"cache\.reset\(\)"):
+            answer(model, other, cache, max_new_tokens=1)
+        more = torch.cat([out.sequences, zoo.tokens(model, len(PADS), 5, 9)], 1)
+        answer(model, {"input_ids": more, "attention_mask": longer(inputs["attention_mask"], more.shape[1])}, cache)
+        cache.reset()
+        found = answer(model, other, cache)
+    with attach(model, hashed()) as cache:
+        assert torch.equal(found.sequences, answer(model, other, cache).sequences)
+
+
+@pytest.mark.parametrize("given", ["all", "all, without mask", "what is new", "by hand"])
+def test_a_next_turn_in_every_form(given):
+    model = zoo.build("llama")
+    ids = zoo.tokens(model, 2, PROMPT)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with attach(model, hashed(200)) as cache:
+        first = answer(model, inputs, cache).sequences
+        new = zoo.tokens(model, 2, 7, 21)
+        ids = torch.cat([first, new], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert cache.starts_with(ids)
+        assert cache.starts_with(ids.tolist(), inputs["attention_mask"])
+        expected = answer(model, inputs).sequences
+        if given == "by hand":
+            with torch.no_grad():
+                found = model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1].argmax(-1)
+            assert torch.equal(found, expected[:, ids.shape[1]])
+            return
+        if given == "all, without mask":
+            del inputs["attention_mask"]
+        if given == "what is new":
+            inputs["input_ids"] = ids[:, cache.get_seq_length() :]
+        found = answer(model, inputs, cache).sequences
+    assert torch.equal(found[:, -NEW:], expected[:, -NEW:])
+
+
+def test_what_a_cache_has_read():
+    model = zoo.build("llama")
+    inputs = prompt(model)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    more, seen = torch.cat([ids, ids], 1), longer(mask, 2 * PROMPT)
+    cache = EvictingCache(model.config, hashed())
+    assert cache.starts_with([[1, 2]])
+    with attach(model), torch.no_grad():
+        Reader(model, cache, ids, mask, [PROMPT]).finish()
+    assert cache.starts_with(more, seen)
+    assert cache.starts_with(more)
+    assert not cache.starts_with(ids, mask), "there is nothing to go on with"
+    assert not cache.starts_with(more[:2])
+    assert not cache.starts_with(more, torch.ones_like(more)), "padding is no token"
+    for row in range(len(PADS)):
+        changed = more.clone()
+        changed[row, PADS[row]] += 1
+        assert not cache.starts_with(changed, seen)
+        changed[row, PADS[row]] -= 1
+        changed[row, : PADS[row]] += 1
+        assert cache.starts_with(changed, seen)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.starts_with(more[[2, 0, 0]], seen[[2, 0, 0]])
+    assert not cache.starts_with(more, seen)
+    cache.reset()
+    assert cache.starts_with(ids)
+    for wrong in ([[1], [1, 2]], [[[1]]], "text"):
+        with pytest.raises(UsageError, match="token ids must be"):
+            cache.starts_with(wrong)
+
+
+def test_a_chat_goes_on_through_one_cache():
+    """Every answer is that of the whole conversation; what was read is not read again."""
+    model, tokenizer = zoo.fresh("llama", vocab_size=len(build_tokenizer())), build_tokenizer()
+    read_columns: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: read_columns.append(args[0].shape[1]))
+    asked = ["ann has 3", "bob has 4", "ann has"]
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": list(range(9))}
+    with Chat(model, tokenizer, hashed(200), eos_token_id=None, **how) as chat:
+        answers = [chat.ask(text) for text in asked]
+        assert chat.cache.get_seq_length() >= sum(read_columns)
+    texts = [part for pair in zip(asked, answers, strict=True) for part in pair]
+    assert [message["content"] for message in chat.messages] == texts
+    ids = torch.tensor([read_chat(tokenizer, chat.messages[:-1])])
+    alone = answer(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **how).sequences
+    assert tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True) == answers[-1]
+    with Chat(model, tokenizer, hashed(200), eos_token_id=None, **how) as other:
+        other.ask(asked[0])
+        other.messages[-1]["content"] = "bob"  # not what was read
+        assert other.ask(asked[1])
+        assert other.cache.starts_with(read_chat(tokenizer, other.messages))
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv", "rkv", "kvpop", "foresightkv", "wg_kv", "dms", "judge_q"])
+def test_a_prompt_read_in_inference_mode(name):
+    """And the rest outside of it, or the other way about."""
+    case = Case(name, "llama")
+    ids, mask = case.text()
+    found = []
+    for modes in ((True, False), (False, True), (False, False)):
+        policy = case.policy(ids, mask)
+        with attach(case.model, policy, record=True) as cache:
+            for mode, sizes in zip(modes, ([37], [1] * 12), strict=True):
+                with torch.inference_mode(mode):
+                    run = Reader(case.model, cache, ids, mask, sizes).finish()
+        found.append((run.logits, cache.trace().expiry))
+    assert int((found[0][1] != NEVER).sum()) > 0
+    for logits, expiry in found[:2]:
+        assert torch.equal(logits, found[2][0])
+        assert torch.equal(expiry, found[2][1])
+
+
+def test_beams_go_on_after_inference_mode():
+    model = zoo.build("llama")
+    with attach(model, hashed()) as cache:
+        with torch.inference_mode():
+            out = answer(model, prompt(model), cache, num_beams=3, num_return_sequences=3)
+        with torch.no_grad():
+            model(out.sequences[:, -1:], past_key_values=cache)
 
 
 def test_assisted_decoding_is_refused():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from learnevict import testbed
+import pytest
+from transformers import pipeline
+
+from learnevict import attach, testbed
+from learnevict.errors import CacheError
 from learnevict.evals.contenders import contender
 from learnevict.evals.plan import Plan, Subject
 from learnevict.evals.suite import run
 from learnevict.hub import GATES_FOLDER, Gates
+from learnevict.infer.generate import generate
 
 OTHER_NAMES = {"dbtrimkv": "trimkv"}
 SHIPPED = sorted(folder.name for folder in GATES_FOLDER.glob("testbed-*"))
@@ -24,6 +29,29 @@ def test_gates_fit_the_bundled_model(name):
     assert gates.method == OTHER_NAMES.get(own, own)
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".md"}
     assert max(path.stat().st_size for path in folder.iterdir()) <= 8 * 2**20
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_gates_serve_plain_generation(name):
+    """As the README begins: one generate(), whatever the policy needs; and again, from a pipeline."""
+    model, tokenizer = testbed.load()
+    prompt = testbed.generate("program", seed=3).prompt
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    policy = Gates.load(GATES_FOLDER / name, model).policy(96, slack=16)
+    with attach(model, policy) as cache:
+        output = model.generate(**inputs, past_key_values=cache, **how)
+        length = inputs["input_ids"].shape[1]
+        assert cache.get_seq_length() == output.shape[1] - 1
+        assert int((cache.positions(0) >= 0).sum(-1).float().mean()) < length
+        cache.reset()
+        speak = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        found = speak(prompt, past_key_values=cache, return_tensors=True, **how)[0]["generated_token_ids"]
+        assert found == output[0].tolist()
+        with pytest.raises(CacheError, match=r"reset\(\)"):
+            speak(testbed.generate("recall", seed=4).prompt, past_key_values=cache, **how)
+    ours = generate(model, tokenizer, policy, [inputs["input_ids"][0].tolist()], max_new_tokens=12)[0]
+    assert ours.tokens == output[0, length:].tolist()
 
 
 @pytest.mark.slow

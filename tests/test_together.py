@@ -211,21 +211,80 @@ def test_an_event_waits_once_and_a_step_never():
 # --- reading ---
 
 
-def test_a_forward_beyond_an_event_is_refused_before_anything_is_stored():
+def counted(model: Any, calls: list[int]) -> Any:
+    """Notes how many columns go through the first layer at a time."""
+    return model.model.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+
+
+@pytest.mark.parametrize("how", ["tokens", "embeddings", "chunks", "a tuple"])
+def test_a_forward_may_reach_beyond_events(how):
+    """It is read in pieces, and nobody but the layers sees them: the same trace, logits and hidden states."""
     model = zoo.build("llama")
     ids, mask = batch(zoo.distinct_tokens(model, 2, 40), (0, 3))
+    expected, calls = read(model, knorm(), ids, mask), []
+    with attach(model, knorm(), record=True) as cache, torch.no_grad():
+        handle = counted(model, calls)
+        given = {"position_ids": position_ids(mask), "attention_mask": mask, "past_key_values": cache}
+        if how == "chunks":
+            parts = [
+                {**given, "position_ids": given["position_ids"][:, part]} for part in (slice(0, 23), slice(23, 40))
+            ]
+            parts[0]["attention_mask"] = mask[:, :23]
+            found = torch.cat([model(ids[:, :23], **parts[0]).logits, model(ids[:, 23:], **parts[1]).logits], 1)
+        elif how == "embeddings":
+            out = model(inputs_embeds=model.get_input_embeddings()(ids), output_hidden_states=True, **given)
+            found = out.logits
+            assert [tuple(state.shape[:2]) for state in out.hidden_states] == [(2, 40)] * (len(cache.layers) + 1)
+            assert torch.equal(model.lm_head(out.hidden_states[-1]), found)
+        elif how == "a tuple":
+            found = model(ids, return_dict=False, **given)[0]
+        else:
+            found = model(ids, **given).logits
+        handle.remove()
+    assert len(calls) > 10
+    assert sum(calls) == 40
+    assert torch.equal(cache.trace().expiry, expected.trace.expiry)
+    assert (found - expected.logits)[mask.bool()].abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::learnevict.errors.StockLayersWarning")
+def test_what_pieces_cannot_return():
+    """And a forward that went wrong after its first pieces asks for a reset."""
+    model = zoo.build("gpt_oss")
+    ids = zoo.distinct_tokens(model, 1, 30)
+    with attach(model, knorm()) as cache, torch.no_grad():
+        with pytest.raises(UsageError, match="router_logits cannot be joined"):
+            model(ids, past_key_values=cache, output_router_logits=True)
+        cache.reset()
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: cache.get_seq_length() and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids, past_key_values=cache)
+        handle.remove()
+        assert cache.get_seq_length() == SLACK
+        with pytest.raises(CacheError, match=r"interrupted.*reset"):
+            model(ids[:, SLACK:], past_key_values=cache)
+
+
+def test_pieces_of_one_token_are_read_as_parts_of_their_turn():
+    """Padding in the middle of a conversation, where a piece of a turn is a single column; and what its mask hides."""
+    model = zoo.build("llama")
+    ids = zoo.distinct_tokens(model, 2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, 16:21] = mask[1, 14:16] = 0  # the second row's last tokens were padding after all
     policy = knorm()
     with attach(model, policy, record=True) as cache, torch.no_grad():
-        with pytest.raises(UsageError, match=r"5 tokens of row 0 .* due after 4.*infer\.prefill"):
-            model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
-        assert cache.get_seq_length() == cache.nbytes == 0
-        prefill(model, cache, ids[:, :24], mask[:, :24])
-        before = {index: cache.positions(index).clone() for index in cache.evicting}
-        with pytest.raises(UsageError, match="16 tokens of row 0"):
-            model(ids[:, 24:], attention_mask=mask, past_key_values=cache)
-        assert all(torch.equal(cache.positions(index), position) for index, position in before.items())
-        prefill(model, cache, ids[:, 24:], mask)
-    assert torch.equal(cache.trace().expiry, read(model, policy, ids, mask).trace.expiry)
+        calls: list[int] = []
+        prefill(model, cache, ids[:, :16], torch.ones_like(ids[:, :16]))
+        handle = counted(model, calls)
+        found = prefill(model, cache, ids[:, 16:], mask)
+        handle.remove()
+    assert 1 in calls
+    expected = judge(model, ids, mask, cache.trace().expiry)[:, 16:]
+    assert (found - expected)[mask[:, 16:].bool()].abs().max() < 1e-4
+    for index in cache.evicting:
+        held = cache.positions(index)
+        assert not bool(torch.isin(held[0], torch.arange(16, 21)).any())
+        assert not bool(torch.isin(held[1], torch.tensor([14, 15])).any())
 
 
 def test_texts_read_once_are_read_in_step():
@@ -233,7 +292,7 @@ def test_texts_read_once_are_read_in_step():
     model = zoo.build("llama")
     ids, mask = batch(zoo.distinct_tokens(model, 4, 42), (0, 5, 6, 7))
     calls, found = [], []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    handle = counted(model, calls)
     for reader in (prefill, read_once):
         calls.clear()
         with attach(model, knorm()) as cache, torch.no_grad():
@@ -249,7 +308,7 @@ def test_prefill_of_other_policies_is_one_forward():
     model = zoo.build("llama")
     ids, mask = batch(zoo.distinct_tokens(model, 2, 30), (0, 3))
     calls = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    handle = counted(model, calls)
     with attach(model, methods.knorm.policy(BUDGET, slack=SLACK)) as cache, torch.no_grad():
         last = prefill(model, cache, ids, mask, last_only=True)
     handle.remove()

@@ -1,27 +1,31 @@
 """Hooks that let a model read and write an EvictingCache; everything is undone on exit.
 
-Three pieces, none of them on the model's classes: an attention function and a mask function registered with transformers
-under the name "learnevict", hooks on the decoder that open and close each forward, and a hook on every attention module
-that hands it its cache layer (or, in a replay, its expiries).
+Four pieces, none of them on the model's classes: an attention function and a mask function registered with transformers
+under the name "learnevict", hooks on the decoder that open and close each forward (infer.forward), a hook on every attention
+module that hands it its cache layer (or, in a replay, its expiries), and a generate() of this one model that looks at the
+prompt first.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 import weakref
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from learnevict.errors import CacheError, UsageError
+from learnevict.errors import CacheError, UnusedCacheWarning, UsageError
+from learnevict.infer import forward
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
-from learnevict.infer.deferred import hold_events
+from learnevict.infer.history import ordinary_tensors
 from learnevict.infer.identity import check_base, device_for
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.modules import (
@@ -34,7 +38,7 @@ from learnevict.infer.modules import (
 )
 from learnevict.infer.probe import QUESTION, Question
 from learnevict.infer.soft import SOFT, Soft, soft_gate
-from learnevict.infer.support import check_governor, check_text, evicting_layers
+from learnevict.infer.support import check_governor, evicting_layers
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -74,15 +78,16 @@ class Step:
 
 @dataclass
 class Hooks:
-    """The hooks of one model, shared by nested attachments and removed with the last."""
+    """The hooks of one model, shared by nested attachments and removed with the last; what they replaced."""
 
     handles: list[Any]
     previous: Any
+    generate: Any
     count: int = 1
 
 
 REPLAY: ContextVar[Replay | None] = ContextVar("learnevict_replay", default=None)
-_serving: ContextVar[EvictingCache | None] = ContextVar("learnevict_serving", default=None)
+_lock = threading.Lock()
 _hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()
 
 
@@ -113,10 +118,13 @@ class Attachment:
         self.tokens.append(SOFT.set(self.soft))
         return self.soft
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.tokens:
             SOFT.reset(self.tokens.pop())
         self.detach()
+        if kind is None and self.cache is not None and not self.cache.used:
+            text = "the cache of attach(model, policy) has read nothing, so nothing was evicted: pass past_key_values=cache"
+            warnings.warn(f"{text} to the model or its generate()", UnusedCacheWarning, stacklevel=2)
 
 
 def attach(
@@ -164,70 +172,63 @@ def attach(
 
 def hook(model: PreTrainedModel) -> None:
     """Set the hooks, or count one more user of those that are there."""
-    if model in _hooked:
-        _hooked[model].count += 1
-        return
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, mask_function)
-    modules, decoder, front = attention_modules(model), decoder_of(model), front_of(model)
-    previous = attention_settings(model.config)
-    model.set_attn_implementation(NAME)
-    handles = [
-        front.register_forward_pre_hook(partial(_open_forward, inspect.signature(front.forward)), with_kwargs=True),
-        front.register_forward_hook(partial(_close_forward, decoder), with_kwargs=True, always_call=True),
-        *(
-            module.register_forward_pre_hook(partial(_hand_over, rotation_of(decoder, module)), with_kwargs=True)
-            for module in modules.values()
-        ),
-    ]
-    _hooked[model] = Hooks(handles, previous)
+    with _lock:
+        if model in _hooked:
+            _hooked[model].count += 1
+            return
+        AttentionInterface.register(NAME, attention_function)
+        AttentionMaskInterface.register(NAME, mask_function)
+        modules, decoder, front = attention_modules(model), decoder_of(model), front_of(model)
+        previous = attention_settings(model.config)
+        model.set_attn_implementation(NAME)
+        opening = partial(_open_forward, inspect.signature(front.forward), decoder)
+        handles = [
+            front.register_forward_pre_hook(opening, with_kwargs=True),
+            front.register_forward_hook(partial(forward.close_forward, decoder), with_kwargs=True, always_call=True),
+            *(
+                module.register_forward_pre_hook(partial(_hand_over, rotation_of(decoder, module)), with_kwargs=True)
+                for module in modules.values()
+            ),
+        ]
+        _hooked[model] = Hooks(handles, previous, vars(model).get("generate"))
+        if callable(generate := getattr(model, "generate", None)):
+            vars(model)["generate"] = update_wrapper(partial(forward.checked_generate, generate), generate)
 
 
 def unhook(model: PreTrainedModel) -> None:
     """One user fewer; the last one removes the hooks."""
-    hooks = _hooked[model]
-    hooks.count -= 1
-    if hooks.count == 0:
+    with _lock:
+        hooks = _hooked[model]
+        hooks.count -= 1
+        if hooks.count:
+            return
         for handle in hooks.handles:
             handle.remove()
-        model.set_attn_implementation(hooks.previous)
+        if model.config._attn_implementation == NAME:  # else it was set while attached
+            model.set_attn_implementation(hooks.previous)
+        vars(model).pop("generate", None)
+        if hooks.generate is not None:
+            vars(model)["generate"] = hooks.generate
         del _hooked[model]
 
 
-def _open_forward(signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _open_forward(
+    signature: inspect.Signature, decoder: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
-    cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
-    _serving.set(cache)
+    cache = forward.cache_among(given)
+    if cache is not None or any(one.get() is not None for one in (SOFT, REPLAY, QUESTION)):
+        forward.check_attention(decoder, NAME)
     if (soft := SOFT.get()) is not None and REPLAY.get() is None:
         soft.begin(given)
-    if cache is None:
-        return
-    check_text(given)
-    tokens, mask = given.get("input_ids"), given.get("attention_mask")
-    source = tokens if tokens is not None else given["inputs_embeds"]
-    if given.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise UsageError("an EvictingCache returns no attention probabilities; drop output_attentions=True")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise CacheError(
-            "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
-        )
-    cache.begin(source.shape[0], source.shape[1], mask, tokens, source.device)
-    cache.place(mask, given.get("position_ids"))
-
-
-def _close_forward(decoder: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    cache = _serving.get()
-    _serving.set(None)
-    if cache is not None and output is not None:
-        cache.check_served()
-        hold_events(cache, decoder)
-        cache.end()
+    last = None if cache is None else forward.open_forward(module, decoder, cache, given)
+    return None if last is None else ((), last)
 
 
 def _hand_over(rotation: Rotation | None, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
-    cache, replay = _serving.get(), REPLAY.get()
+    cache, replay = forward.SERVING.get(), REPLAY.get()
     index: Any = module.layer_idx
     frequencies = None if rotation is None else rotation.frequencies(kwargs)
     if (question := QUESTION.get()) is not None:
@@ -279,7 +280,8 @@ def attention_function(
         index: Any = module.layer_idx
         out = learnevict.question.attend(index, (query, key, value), attention, kwargs.get("sliding_window"))
     elif learnevict.layer is not None:
-        out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
+        with ordinary_tensors():
+            out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
     elif learnevict.soft is not None:
         out = learnevict.soft.attend(module.layer_idx, query, key, value, learnevict.hidden, attention)  # pyright: ignore[reportArgumentType]
     else:
@@ -292,7 +294,7 @@ def attention_function(
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """Masks for stock layers; none for layers whose visibility comes from slot positions or a trace."""
-    decided = _serving.get() is not None or REPLAY.get() is not None or SOFT.get() is not None
+    decided = forward.SERVING.get() is not None or REPLAY.get() is not None or SOFT.get() is not None
     if QUESTION.get() is not None or (decided and kwargs.get("local_size") is None):
         return None
     return eager_mask(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
+from learnevict.infer.conversation import Conversation, as_batch
 from learnevict.infer.deferred import is_deferred
+from learnevict.infer.history import ordinary_tensors
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.probe import check_questioned
 from learnevict.infer.storage import Meter, Place, targets
@@ -50,6 +53,8 @@ class EvictingCache(Cache):
         self.record = record
         self._warned = False
         self.clock = Clock(policy.schedule, prompt_length, deferred=is_deferred(policy))
+        self.conversation = Conversation(self.clock)
+        self.used = False
         self.mask: Tensor | None = None
         self.places: Tensor | None = None
         self.text_config = text = config.get_text_config(decoder=True)
@@ -88,55 +93,51 @@ class EvictingCache(Cache):
 
     # --- forwards ---
 
-    def begin(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
-        """Plan one forward; called by the hook on the model, once, before its layers run.
+    def admit(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """A forward is to be read; called by the hook on the model, before any layer runs. See Conversation.admit.
 
         Tokens that `mask` hides although they were read as real (what follows the end token of a row that finished early,
         when the next turn begins) are evicted.
-
-        Raises:
-            CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; the last
-                forward was interrupted.
-            UsageError: the forward would read beyond an event that has to wait for its end; nothing has changed then.
         """
-        if self.clock.seen and len(self.clock.seen) != batch:
-            raise CacheError(
-                f"this cache holds a conversation of {len(self.clock.seen)} rows, but {batch} rows came in; call "
-                "cache.reset() or make a new cache for a new prompt"
-            )
-        if self.clock.pending:
-            raise CacheError(
-                "the last forward of this cache was interrupted, so its layers disagree; call cache.reset() and read the "
-                "conversation again"
-            )
-        if self.clock.prompt_length is not None and len(self.clock.prompt_length) != batch:
-            raise CacheError(
-                f"prompt_length has {len(self.clock.prompt_length)} entries, but {batch} rows came in; give one per row "
-                "(with num_return_sequences, one per returned row)"
-            )
-        length = self.clock.length
-        if mask is not None and mask.shape[1] not in (size, length + size):
-            raise CacheError(
-                f"a mask of {mask.shape[1]} columns does not fit: this cache has read {length} and {size} come in; a new "
-                "prompt needs cache.reset() or a new cache, a next turn the whole conversation"
-            )
+        size, length = source.shape[1], self.clock.length
+        self.conversation.admit(source, tokens, mask, position_ids, self.places)
         self._warn_of_pieces(size)
-        self.clock.read(batch, size, mask, tokens, device)
+        if mask is not None and size > 1 and length and mask.shape[1] == length + size:
+            hidden = mask[:, :length] == 0
+            self.conversation.hide(hidden)
+            for layer in self._slots():
+                layer.hide(hidden)
+
+    def begin(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Plan an admitted forward, or the next piece of one; arguments as in `admit`."""
+        size = source.shape[1]
+        self.clock.read(source.shape[0], size, mask, tokens, source.device, single=self.conversation.open == 1)
         for layer in self._slots():
             layer.attended = False
-        if mask is not None and size > 1 and length and mask.shape[1] == length + size:
-            for layer in self._slots():
-                layer.hide(mask[:, :length] == 0)
-
-    def place(self, mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Where the forward planned by `begin` stands, for a probe that may follow it: its mask and its last position."""
-        whole = mask is not None and mask.shape[1] == self.clock.length + self.clock.pending
+        whole = mask is not None and mask.shape[1] == self.clock.length + size
         self.mask = mask if whole else None
         self.places = None if position_ids is None else position_ids[..., -1:]
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See Cache."""
+        with ordinary_tensors():
+            return super().update(*args, **kwargs)
+
     def end(self) -> None:
-        """The forward planned by `begin` is over, and so are its events; called by the hook on the model."""
+        """What `begin` planned is over, and so are its events; called by the hook on the model."""
         self.clock.commit()
+
+    def starts_with(self, ids: Any, attention_mask: Tensor | None = None) -> bool:
+        """Whether a text begins with all that was read and goes on, so that generate() may be given both.
+
+        Args:
+            ids: the whole conversation, int64 [tokens] or [batch, tokens], tensor or lists.
+            attention_mask: [batch, tokens], 0 = padding; None: columns that were read as padding are not compared.
+
+        Raises:
+            UsageError: ids of another shape.
+        """
+        return self.conversation.starts(as_batch(ids), attention_mask)
 
     def check_served(self) -> None:
         """Called by the hook on the model when the layers of a forward have run.
@@ -252,6 +253,7 @@ class EvictingCache(Cache):
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
+        self.conversation.reset()
         self.mask = self.places = None
         self._warned = False
         self.meter.reset()
@@ -262,6 +264,7 @@ class EvictingCache(Cache):
             else:
                 self.layers[index] = stock[index]
 
+    @ordinary_tensors()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i], slots and ledger and clock alike (beam search).
 
@@ -271,6 +274,7 @@ class EvictingCache(Cache):
         if self.record and any(layer.expiry is not None for layer in self._slots()):
             raise CacheError("beams record no trace; create the cache with record=False")
         self.clock.reorder(beam_idx.tolist())
+        self.conversation.select(beam_idx)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
         if self.places is not None and self.places.shape[-2] > 1:

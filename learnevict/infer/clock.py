@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learnevict.errors import UsageError
 from learnevict.policy import Schedule
 from learnevict.signals import NEVER, Rows
 
@@ -74,7 +73,7 @@ class Clock:
     Args:
         schedule: when events fall.
         prompt_length: real tokens of each row's prompt; None: what is read before the first single step.
-        deferred: events are held after the forward, so none may read beyond one.
+        deferred: events are held after the forward, so one that would read beyond an event comes in pieces (infer.forward).
     """
 
     def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None, deferred: bool = False) -> None:
@@ -108,28 +107,33 @@ class Clock:
             old = getattr(self, name)
             setattr(self, name, old if old is None else [old[i] for i in index])
 
-    def read(self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, device: torch.device) -> None:
-        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding.
+    def read(
+        self,
+        batch: int,
+        size: int,
+        mask: Tensor | None,
+        tokens: Tensor | None,
+        device: torch.device,
+        *,
+        single: bool | None = None,
+    ) -> None:
+        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding. `single`: a step, no piece of a longer text.
 
         Once every row has begun, single tokens are always real: reading their mask would make each step wait for the device.
-
-        Raises:
-            UsageError: events are deferred, and a row reads on beyond its next one; nothing is planned then.
         """
         if not self.seen:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
             self.prompt_seen = [0] * batch
-        queues = self._queues(batch, size, mask)
-        if self.deferred:
-            self._check_reach(queues)
+        single = size == 1 if single is None else single
+        queues = self._queues(batch, size, mask, single)
         self.tokens = tokens
         if not self.decoding:
-            self._extend_prompt(queues, size)
+            self._extend_prompt(queues, single)
         self.plan = []
         done = [0] * batch
         while any(done[row] < len(queues[row]) for row in range(batch)):
-            self.plan.append(self._block(queues, done, size == 1, device))
+            self.plan.append(self._block(queues, done, single, device))
         self.pending = size
 
     def commit(self) -> None:
@@ -147,27 +151,15 @@ class Clock:
             return prompt[row] if seen < prompt[row] else grid if schedule.decode else NEVER
         return grid
 
-    def _check_reach(self, queues: list[range] | list[list[int]]) -> None:
-        for row, queue in enumerate(queues):
-            left = self.next_event(row, self.seen[row]) - self.seen[row]
-            if len(queue) > left:
-                if not any(self.seen):
-                    self.reset()
-                raise UsageError(
-                    f"{len(queue)} tokens of row {row} come in one forward, but its next event is due after {left}, and this "
-                    "policy decides when all layers have run; read texts with learnevict.infer.prefill.prefill(model, cache, "
-                    "input_ids, attention_mask), which cuts them there"
-                )
-
-    def _queues(self, batch: int, size: int, mask: Tensor | None) -> list[range] | list[list[int]]:
-        if mask is None or (size == 1 and all(self.seen)):
+    def _queues(self, batch: int, size: int, mask: Tensor | None, single: bool) -> list[range] | list[list[int]]:
+        if mask is None or (single and all(self.seen)):
             return [range(size)] * batch
         flags = mask[:, -size:].bool().tolist()
         return [[column for column, real in enumerate(row) if real] for row in flags]
 
-    def _extend_prompt(self, queues: list[range] | list[list[int]], size: int) -> None:
+    def _extend_prompt(self, queues: list[range] | list[list[int]], single: bool) -> None:
         """Tokens read before the first single step are the prompt, unless its length was given."""
-        if size == 1 and self.prompt_length is None:
+        if single and self.prompt_length is None:
             self.decoding = all(self.seen)
         for row, queue in enumerate(queues):
             count = 0 if self.decoding else len(queue)

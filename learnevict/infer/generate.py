@@ -20,7 +20,6 @@ from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.modules import device_of
-from learnevict.infer.prefill import read_ahead
 from learnevict.infer.texts import checked
 from learnevict.policy import Governor
 from learnevict.signals import EMPTY, NEVER, Trace
@@ -206,7 +205,6 @@ class _Batch:
         stock = DynamicCache(config=self.model.config)
         attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
         with seeded(sampling, device_of(self.model)), attached as cache:
-            read_ahead(self.model, cache, **inputs)
             out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
         stop = time.perf_counter()
         answers = [self._cut(row) for row in out[:, self.width :].tolist()]
@@ -224,6 +222,7 @@ class _Batch:
         config = copy.deepcopy(self.model.generation_config)
         config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=self.pad, num_beams=1)
         config.update(do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False)
+        config.use_cache = True  # else every step would read the whole text into the cache again
         if sampling.temperature > 0:
             config.update(temperature=sampling.temperature)
         else:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from learnevict.infer.clock import Block
 from learnevict.signals import NEVER
+
+
+@contextmanager
+def ordinary_tensors() -> Generator[None]:
+    """Inside, tensors are made that may be written to later, although the caller may be in torch.inference_mode()."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Ring:
@@ -64,7 +77,8 @@ class Expiries:
 
     def note(self, drop: Tensor, position: Tensor, end: Tensor) -> None:
         """The slots `drop` [B, H, N] at `position` are gone from column `end` [B, 1, 1] on."""
-        assert self.table is not None
+        if self.table is None:
+            return  # only padding was read, so no slot is occupied
         column = torch.where(drop, position, self.table.shape[-1] - 1).long()
         self.table.scatter_(-1, column, end.to(torch.int32).expand_as(column))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
-from learnevict.infer.prefill import read_ahead
 from learnevict.ops.processes import highest
 from learnevict.parts.gates import Judge
 from learnevict.rl.episode import Episode, gathered
@@ -68,13 +67,13 @@ def sample_answers(
     explorer = Explorer(terms, judge, everywhere, ids.shape[1] + limit, row_words(len(ids), seeds, device))
     generator: Any = model
     with attach(model, explorer, prompt_length=mask.sum(-1).tolist()) as cache:
-        read_ahead(model, cache, ids, mask)
         written = generator.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=limit,
             do_sample=False,
+            use_cache=True,
             synced_gpus=False,  # the base is whole in every process, also under ZeRO-3
         )
     ends = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,60 @@
+"""A conversation with a model, turn by turn, through one cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from learnevict.infer.attach import attach
+from learnevict.infer.generate import read_chat
+from learnevict.policy import Governor
+
+
+class Chat:
+    """Asks a model turn by turn, and lets its cache read only what is new: `with Chat(model, tokenizer, policy) as chat`.
+
+    A chat template may write earlier turns otherwise than they were read (it may drop what a model thought). The cache then
+    forgets all and reads the conversation anew, as the template has it.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, with a chat template.
+        policy: governs the cache.
+        **how: handed to the model's generate(), such as max_new_tokens.
+
+    Attributes:
+        messages: the conversation so far, {"role", "content"}; a system message may be put in first.
+        cache: the EvictingCache.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, policy: Governor, **how: Any) -> None:
+        self.model: Any = model
+        self.tokenizer, self.how = tokenizer, how
+        self.messages: list[dict[str, str]] = []
+        self.attachment = attach(model, policy)
+        self.cache: Any = self.attachment.cache
+
+    def ask(self, text: str) -> str:
+        """The model's answer to the user's next words, without special tokens.
+
+        Raises:
+            DataError: the template refuses the message; the conversation is then as it was.
+            UsageError: the tokenizer has no chat template.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = torch.tensor([read_chat(self.tokenizer, messages)], device=self.model.device)
+        if not self.cache.starts_with(ids):
+            self.cache.reset()
+        given = {"attention_mask": torch.ones_like(ids), **self.how, "past_key_values": self.cache, "use_cache": True}
+        found = self.model.generate(ids, **given)[0, ids.shape[1] :]
+        answer: str = self.tokenizer.decode(found, skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.attachment.detach()

@@ -1,0 +1,204 @@
+"""What a cache has read, token by token, and whether what comes in goes on from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import CacheError, UsageError
+from learnevict.infer.clock import Clock
+
+EMBEDDED, PADDING = -1, -2
+ROOM = 256
+ADVICE = "call cache.reset() or make a new cache for a new prompt, and give a next turn the whole conversation"
+
+
+class Conversation:
+    """Token ids of the columns that were read, and the check that a forward continues them.
+
+    The ids stay on the device of the tokens, so that writing them down makes no step wait; only what compares them does.
+
+    Args:
+        clock: of the cache.
+
+    Attributes:
+        ids: int32 [B, room], -1 for embeddings, -2 for padding; None before the first forward.
+        open: columns of the forward that has been admitted and is not over; 0 if there is none.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.ids: Tensor | None = None
+        self.open = 0
+
+    def admit(
+        self,
+        source: Tensor,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        places: Tensor | None,
+        last: Tensor | None,
+    ) -> None:
+        """Check that a forward goes on from where the cache stands, and write its tokens down.
+
+        Args:
+            source: input ids [B, S], or embeddings [B, S, E]; `tokens` are the ids, None where embeddings were given.
+            mask: [B, S or columns read + S], 0 = padding.
+            places: position ids [B or 1, S]; others, of several kinds, are not checked.
+            last: position ids of the last column read before, [B or 1, 1].
+
+        Raises:
+            CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; mask or
+                positions are those of another text; the last forward was interrupted.
+        """
+        (batch, size), length = source.shape[:2], self.clock.length
+        self._check_rows(batch)
+        if size == 0 or (mask is not None and mask.shape[1] not in (size, length + size)):
+            given = (
+                "a forward of no columns" if not size else f"a mask of {0 if mask is None else mask.shape[1]} columns"
+            )
+            raise CacheError(
+                f"{given} does not fit: this cache has read {length} and {size} come in; a new prompt needs cache.reset() or a "
+                "new cache, a next turn the whole conversation"
+            )
+        if size > 1 and length and places is not None and places.ndim == 2:
+            check_positions(places, last, mask, length, self.clock.seen)
+        if size > 1 and length and mask is not None and mask.shape[1] > size:
+            self._check_padding(mask[:, :length] != 0)
+        self._write(source, tokens, mask)
+        self.open = size
+
+    def _check_rows(self, batch: int) -> None:
+        seen, prompts = self.clock.seen, self.clock.prompt_length
+        if seen and len(seen) != batch:
+            raise CacheError(
+                f"this cache holds a conversation of {len(seen)} rows, but {batch} rows came in; call "
+                "cache.reset() or make a new cache for a new prompt"
+            )
+        if self.open:
+            raise CacheError(
+                "the last forward of this cache was interrupted, so its layers disagree; call cache.reset() and read the "
+                "conversation again"
+            )
+        if prompts is not None and len(prompts) != batch:
+            raise CacheError(
+                f"prompt_length has {len(prompts)} entries, but {batch} rows came in; give one per row "
+                "(with num_return_sequences, one per returned row)"
+            )
+
+    def _check_padding(self, real: Tensor) -> None:
+        old = self.ids
+        if old is not None and bool((real & (old[:, : real.shape[1]] == PADDING)).any()):
+            raise CacheError(f"the mask has tokens where this cache has read padding; {ADVICE}")
+
+    def _write(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None) -> None:
+        (batch, size), length, old = source.shape[:2], self.clock.length, self.ids
+        if old is None or old.shape[1] < length + size:
+            room = max(ROOM, length + size + length // 2)
+            self.ids = torch.full((batch, room), EMBEDDED, dtype=torch.int32, device=source.device)
+            if old is not None:
+                self.ids[:, :length] = old[:, :length]
+        assert self.ids is not None
+        fresh = self.ids[:, length : length + size]
+        if tokens is None:
+            fresh.fill_(EMBEDDED)
+        else:
+            fresh.copy_(tokens)
+        if mask is not None and size > 1:  # single tokens are always real
+            fresh.masked_fill_(mask[:, -size:] == 0, PADDING)
+
+    def hide(self, hidden: Tensor) -> None:
+        """Columns bool [B, columns read] were padding after all."""
+        if self.ids is not None:
+            self.ids[:, : hidden.shape[1]].masked_fill_(hidden, PADDING)
+
+    def select(self, index: Tensor) -> None:
+        """Row i becomes what row index[i] was."""
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, index.to(self.ids.device))
+
+    def starts(self, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether a text begins with all that was read, and goes on; see EvictingCache.starts_with."""
+        length = self.clock.length
+        if not length or self.ids is None:
+            return True
+        if len(ids) != len(self.clock.seen) or ids.shape[1] <= length:
+            return False
+        old = self.ids[:, :length]
+        real = old != PADDING if mask is None else mask[:, :length].to(old.device) != 0
+        wrong = (ids[:, :length].to(old) != old) & (old != EMBEDDED) & real
+        return not bool(wrong.any())
+
+    def check_prompt(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Refuse what generate() is given, unless it goes on from what was read.
+
+        Args:
+            ids: int64 [B, T]: the whole conversation; or what is new, with a mask [B, columns read + T].
+
+        Raises:
+            CacheError: it begins otherwise, or is no longer.
+        """
+        new = mask is not None and mask.shape[1] > ids.shape[1]
+        if new or len(ids) != len(self.clock.seen) or self.starts(ids, mask):
+            return
+        raise CacheError(
+            f"generate() was given {ids.shape[1]} tokens, which are not the {self.clock.length} that this cache has read and "
+            f"more; {ADVICE}"
+        )
+
+
+def as_batch(ids: Any) -> Tensor:
+    """Token ids as int64 [B, T], from a tensor or lists, of one row or several.
+
+    Raises:
+        UsageError: something else, such as rows of different lengths.
+    """
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"token ids must be [tokens] or [batch, tokens], a tensor or lists: {error}") from None
+    found = found.unsqueeze(0) if found.ndim == 1 else found
+    if found.ndim != 2:
+        raise UsageError(f"token ids must be [tokens] or [batch, tokens], not of shape {list(found.shape)}")
+    return found
+
+
+def check_positions(places: Tensor, last: Tensor | None, mask: Tensor | None, length: int, seen: list[int]) -> None:
+    """Refuse several columns that do not stand behind what a cache has read; this waits for the device.
+
+    Positions may count the mask's tokens, or go on from those given before; if none were, count columns or tokens read.
+
+    Args:
+        places: position ids of the columns, [B or 1, S].
+        last: those of the last column read before, [B or 1, 1]; None if they were not given.
+        mask: [B, S or length + S], 0 = padding.
+        length: columns read before.
+        seen: tokens each row has read before.
+
+    Raises:
+        CacheError: in some row, the first token stands elsewhere.
+    """
+    batch, size = len(seen), places.shape[1]
+    real = torch.ones(batch, size, device=places.device) if mask is None else mask[:, -size:].to(places.device)
+    column = (real != 0).int().argmax(-1, keepdim=True)
+    first = places.expand(batch, -1).gather(1, column)
+    if last is not None:
+        allowed = [last.to(places.device).expand(batch, 1) + 1]
+    else:
+        allowed = [column + length, torch.tensor(seen, device=places.device).unsqueeze(1)]
+    if mask is not None and mask.shape[1] == length + size:
+        allowed.append(mask[:, :length].to(places.device).sum(-1, keepdim=True))
+    right = torch.stack([first == one for one in allowed]).any(0) | (real == 0).all(-1, keepdim=True)
+    wrong: list[int] = (~right.flatten()).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0]
+        raise CacheError(
+            f"the first token that comes in stands at position {int(first[row])} of row {row}, but this cache has read "
+            f"{seen[row]} tokens there; {ADVICE}"
+        )

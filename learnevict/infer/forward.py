@@ -1,0 +1,252 @@
+"""One forward of a decoder into an EvictingCache: checked, read in pieces where events have to wait, and joined again.
+
+Policies that rank all layers together, or question a probe, decide when all layers have run. A forward that reaches beyond
+such an event is cut there, and every piece runs through the decoder by itself; the caller sees one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from learnevict.errors import CacheError, UsageError
+from learnevict.infer.cache import EvictingCache
+from learnevict.infer.clock import Clock
+from learnevict.infer.deferred import hold_events
+from learnevict.infer.history import ordinary_tensors
+from learnevict.infer.identity import layout_of
+from learnevict.infer.support import check_text
+
+SERVING: ContextVar[EvictingCache | None] = ContextVar("learnevict_serving", default=None)
+_read: ContextVar[tuple[Any, ...]] = ContextVar("learnevict_read", default=())
+
+Arguments = dict[str, Any]
+
+
+def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A model's generate(), given only prompts that go on from what their cache has read.
+
+    Raises:
+        CacheError: another prompt; see Conversation.check_prompt.
+    """
+    cache, tokens = kwargs.get("past_key_values"), args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if isinstance(cache, EvictingCache) and isinstance(tokens, Tensor) and not tokens.is_floating_point():
+        cache.conversation.check_prompt(tokens, kwargs.get("attention_mask"))
+    return generate(*args, **kwargs)
+
+
+def cache_among(given: Mapping[str, Any]) -> EvictingCache | None:
+    """The EvictingCache that a decoder's forward was given, which is in use from now on; None if there is none.
+
+    No cache is served until `open_forward`.
+    """
+    SERVING.set(None)
+    cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
+    if cache is not None:
+        cache.used = True
+    return cache
+
+
+def open_forward(front: nn.Module, decoder: nn.Module, cache: EvictingCache, given: Arguments) -> Arguments | None:
+    """Begin a forward into a cache, and read all of its pieces but the last.
+
+    Args:
+        front: the module that is about to run: the decoder, or what wraps it.
+        decoder: holds the text's layers.
+        given: its arguments by name.
+
+    Returns:
+        The arguments of the last piece, which is still to be read; None if that is the whole forward.
+
+    Raises:
+        UsageError: the decoder is set up, or called, in a way that cannot work with this cache.
+        CacheError: the forward does not go on from where the cache stands; see EvictingCache.admit.
+    """
+    check_arguments(decoder, cache, given)
+    source, tokens, mask, places = inputs(given)
+    batch, size = source.shape[:2]
+    with ordinary_tensors():
+        cache.admit(source, tokens, mask, places)
+    flags = None if mask is None or not cache.clock.deferred else mask[:, -size:].bool().tolist()
+    *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
+    read = []
+    for part in first:
+        _begin(cache, part)
+        SERVING.set(cache)
+        try:
+            read.append(front.forward(**part))
+            _end(decoder, cache)
+        finally:
+            SERVING.set(None)
+    _begin(cache, last)
+    _read.set(tuple(read))
+    SERVING.set(cache)
+    return last if first else None
+
+
+def close_forward(decoder: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A hook: a forward has run, and its events are held; what it returns, if that differs from `output`.
+
+    Args:
+        output: what it returned; None after an exception.
+    """
+    cache, read = SERVING.get(), _read.get()
+    SERVING.set(None)
+    _read.set(())
+    if cache is None or output is None:
+        return None
+    _end(decoder, cache)
+    cache.conversation.open = 0
+    return joined([*read, output]) if read else None
+
+
+def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Of a decoder's arguments: ids or embeddings, whichever were given; ids; mask; position ids."""
+    tokens = given.get("input_ids")
+    source = tokens if tokens is not None else given["inputs_embeds"]
+    return source, tokens, given.get("attention_mask"), given.get("position_ids")
+
+
+def _begin(cache: EvictingCache, given: Arguments) -> None:
+    with ordinary_tensors():
+        cache.begin(*inputs(given))
+
+
+def _end(decoder: nn.Module, cache: EvictingCache) -> None:
+    cache.check_served()
+    with ordinary_tensors():
+        hold_events(cache, decoder)
+        cache.end()
+
+
+def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str, Any]) -> None:
+    """Refuse what an EvictingCache cannot answer.
+
+    Raises:
+        ModelError: images or sounds.
+        UsageError: use_cache=False, attention probabilities, or layers that are checkpointed.
+        CacheError: a cache made for another model, or a mask that is not [batch, tokens].
+    """
+    check_text({**given})
+    config: Any = decoder.config
+    if cache.text_config is not config and (have := shape_of(cache.text_config)) != (want := shape_of(config)):
+        wrong = ", ".join(
+            f"{name} {have[name]} (the model has {want[name]})" for name in want if have[name] != want[name]
+        )
+        raise CacheError(
+            f"this cache was made for another model: {wrong}; make one with EvictingCache(model.config, policy)"
+        )
+    if given.get("use_cache") is False:
+        raise UsageError(
+            "use_cache=False came with an EvictingCache, so every step would read the whole text into it again; pass "
+            "use_cache=True to generate(), or set it in the model's generation_config"
+        )
+    if given.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise UsageError("an EvictingCache returns no attention probabilities; drop output_attentions=True")
+    checkpointed = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+    if decoder.training and any(checkpointed):
+        raise UsageError(
+            "gradient checkpointing is on and the model is in train(), and transformers then withholds the cache from its "
+            "layers; call model.eval() before reading into an EvictingCache"
+        )
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise CacheError(
+            "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
+        )
+
+
+def check_attention(decoder: Any, name: str) -> None:
+    """Refuse a decoder whose attention function is no longer ours.
+
+    Raises:
+        UsageError: it was replaced.
+    """
+    if (found := decoder.config._attn_implementation) != name:
+        raise UsageError(
+            f"set_attn_implementation({found!r}) was called after attach(), which took learnevict's attention away; call it "
+            "before attach(), or not at all"
+        )
+
+
+def shape_of(config: Any) -> dict[str, Any]:
+    """What a cache of a model depends on."""
+    layout = asdict(layout_of(config))
+    del layout["vocab_size"]
+    return {**layout, "layer_types": getattr(config, "layer_types", None)}
+
+
+def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) -> list[int]:
+    """Columns after which pieces of a forward over `size` columns must end, ascending, the last one included.
+
+    Args:
+        clock: of the cache that will read them.
+        flags: real tokens of every row; None if all are.
+    """
+    stops = {size}
+    for row in range(batch if clock.deferred and size > 1 else 0):
+        columns = range(size) if flags is None else [column for column, real in enumerate(flags[row]) if real]
+        before = clock.seen[row] if clock.seen else 0
+        event = clock.next_event(row, before)
+        while event - before <= len(columns):
+            stops.add(columns[event - before - 1] + 1)
+            event = clock.next_event(row, event)
+    return sorted(stops)
+
+
+def parts(given: Arguments, stops: list[int], batch: int, length: int) -> Iterator[Arguments]:
+    """The arguments of a decoder's forward, cut along its tokens.
+
+    Args:
+        given: for the whole forward, by name.
+        stops: where its pieces end; the last one is its number of columns.
+        batch: rows.
+        length: columns that were read before.
+    """
+    size = stops[-1]
+
+    def cut(name: str, value: Any, start: int, stop: int) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if name == "attention_mask":  # of these columns, or of all that were read as well
+            return value[:, : length + stop] if value.shape[1] == length + size else value[:, start:stop]
+        if name in ("position_ids", "cache_position"):  # [tokens], [batch, tokens], or [kinds, batch, tokens]
+            return value[..., start:stop]
+        return value[:, start:stop] if value.shape[:2] == (batch, size) else value
+
+    if len(stops) == 1:
+        yield given
+        return
+    for start, stop in zip([0, *stops], stops, strict=False):
+        yield {name: cut(name, value, start, stop) for name, value in given.items()}
+
+
+def joined(outputs: list[Any]) -> Any:
+    """What one forward would have returned, from what its pieces did.
+
+    Raises:
+        UsageError: something is asked for that cannot be joined.
+    """
+    if isinstance(outputs[-1], ModelOutput):
+        names = outputs[-1].keys()
+        return type(outputs[-1])(**{name: _joined(name, [out[name] for out in outputs]) for name in names})
+    return tuple(_joined(f"value {index}", list(found)) for index, found in enumerate(zip(*outputs, strict=True)))
+
+
+def _joined(name: str, found: list[Any]) -> Any:
+    if found[-1] is None or isinstance(found[-1], EvictingCache):
+        return found[-1]
+    if isinstance(found[-1], tuple):
+        return tuple(_joined(name, list(layer)) for layer in zip(*found, strict=True))
+    if isinstance(found[-1], Tensor) and found[-1].ndim == 3:  # [batch, tokens, E]
+        return torch.cat(found, 1)
+    raise UsageError(
+        f"this forward is read in pieces, because its policy decides when all layers have run, and {name} cannot be joined; "
+        "do not ask for it"
+    )
