@@ -124,7 +124,7 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
         after_interrupt: what Ctrl-C leaves behind and how to go on.
 
     Raises:
-        SystemExit: 1 after an error of this tree or of the operating system, 130 after Ctrl-C.
+        SystemExit: 1 after an error, 2 after one of usage, 130 after Ctrl-C.
     """
     try:
         yield
@@ -135,4 +135,34 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
         if debugging():
             raise
         sys.stderr.write(printable(f"error: {' '.join(str(error).split())}") + "\n")
+        raise SystemExit(2 if isinstance(error, UsageError | BudgetError) else 1) from None
+    except Exception as error:  # whatever it is: a person who cannot read tracebacks is told how to get one
+        if debugging():
+            raise
+        sys.stderr.write(printable(f"error: {unforeseen(error, 'LEARNEVICT_DEBUG=1')}") + "\n")
+        raise SystemExit(1) from None
+
+
+def unforeseen(error: Exception, flag: str) -> str:
+    """One line about an error that nothing else explains; `flag` is what shows its traceback."""
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    return f"{kind}{': ' * bool(said)}{said[:300]}; for the traceback run it again with {flag}"
+
+
+@contextmanager
+def needing(extra: str) -> Generator[None, None, None]:
+    """Around imports of a program: what is not installed is told in one line.
+
+    Args:
+        extra: of this package, that brings it.
+
+    Raises:
+        SystemExit: 1, if an import fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if debugging():
+            raise
+        sys.stderr.write(printable(f"error: {error}; pip install 'learnevict[{extra}]'") + "\n")
         raise SystemExit(1) from None

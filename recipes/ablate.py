@@ -16,12 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import TrainerCallback
-from trl import GRPOConfig
 
 from learnevict.cli.judging import progress
-from learnevict.errors import UsageError, told_in_one_line
+from learnevict.errors import UsageError, needing, told_in_one_line
 from learnevict.evals.ablations import check_same, read_variants
 from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.flags import read_flags
@@ -30,8 +28,13 @@ from learnevict.evals.suite import run
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
-from learnevict.rl.trainer import EvictionTrainer
 from learnevict.testbed.corpus import load_base, read_source
+
+with needing("train"):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from learnevict.rl.trainer import EvictionTrainer
 
 SHARES = ("1/6", "1/8", "1/12")
 START = "the supervised start"

@@ -24,15 +24,17 @@ from typing import Any
 
 from transformers import set_seed
 
+from learnevict.config import Budget
 from learnevict.errors import told_in_one_line
 from learnevict.hub import weight_hash
 from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.train.data import Collator
-from learnevict.train.estimate import estimate, report
+from learnevict.train.estimate import estimate, memory_of, report
 from learnevict.train.flags import Flags
 from learnevict.train.flags import parse as parse_flags
 from learnevict.train.launch import find_tools, launch_defaults
 from learnevict.train.planning import plan_distilling
+from learnevict.train.ranges import check_numbers
 from learnevict.train.record import Record, changed
 from learnevict.train.resuming import go_on, resume_point
 from learnevict.train.running import hash_data, make_gates, read_data, settle
@@ -99,6 +101,13 @@ class Config:
     dry_run: bool = False
     gpu_memory: str = "80GiB"
     gpus: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"sinks": 0, "recent": 0, "eval_documents": 0})
+        families_of(self.families)
+        memory_of(self.gpu_memory)
+        for budget in self.eval_budgets:
+            Budget.parse(budget)
 
 
 DEFAULTS = {

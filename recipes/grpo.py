@@ -32,26 +32,30 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from transformers import set_seed
-from trl import GRPOConfig
 
-from learnevict.errors import LearnevictWarning, UsageError, told_in_one_line
+from learnevict.errors import LearnevictWarning, UsageError, needing, told_in_one_line
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
-from learnevict.rl.trainer import EvictionTrainer
 from learnevict.testbed import generate, verify
 from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.train.data import long_enough
-from learnevict.train.estimate import estimate, report
+from learnevict.train.estimate import estimate, memory_of, report
 from learnevict.train.flags import parse_parts
 from learnevict.train.labels import Document, hash_documents
 from learnevict.train.launch import check_launch, find_tools, launch_defaults
 from learnevict.train.planning import plan_refining
+from learnevict.train.ranges import check_numbers
 from learnevict.train.record import Record, changed
 from learnevict.train.resuming import go_on, resume_point, smoke_folder
 from learnevict.train.sources import Source
 from learnevict.train.validation import Validation
+
+with needing("train"):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from learnevict.rl.trainer import EvictionTrainer
 
 
 @dataclass
@@ -85,6 +89,11 @@ class Config:
     dry_run: bool = False
     gpu_memory: str = "80GiB"
     gpus: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"eval_documents": 0})
+        families_of(self.families)
+        memory_of(self.gpu_memory)
 
 
 DEFAULTS = {

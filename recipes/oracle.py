@@ -23,6 +23,7 @@ from learnevict.errors import told_in_one_line
 from learnevict.infer.load import quiet
 from learnevict.testbed.corpus import families_of, load_base, read_source
 from learnevict.train.labelling import Labelling, fill_store, processes
+from learnevict.train.ranges import check_numbers
 from learnevict.train.sources import Source
 
 
@@ -48,6 +49,10 @@ class Config:
     first_seed: int = 0
     threads: int = 1  # of each process on a CPU; sums of another number of threads may differ in the last bit
     smoke: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        families_of(self.families)
 
 
 def main(config: Config) -> None:

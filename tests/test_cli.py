@@ -27,7 +27,7 @@ from learnevict import methods, testbed
 from learnevict.cli import app, main
 from learnevict.cli.console import _explain
 from learnevict.config import Budget
-from learnevict.errors import DataError, told_in_one_line
+from learnevict.errors import DataError, UsageError, told_in_one_line
 from learnevict.evals.rows import KEYS
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
@@ -552,13 +552,16 @@ def test_a_program_tells_in_one_line_and_says_how_to_go_on(capsys, monkeypatch):
         (KeyboardInterrupt(), 130, "interrupted; give the command again"),
         (DataError("no\n  text"), 1, "error: no text"),
         (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'"),
+        (UsageError("what?"), 2, "error: what?"),
+        (KeyError("a\nb"), 1, "error: KeyError: 'a\\nb'; for the traceback run it again with LEARNEVICT_DEBUG=1"),
     ):
         with pytest.raises(SystemExit) as caught, told_in_one_line("give the command again"):
             raise error
         assert (caught.value.code, capsys.readouterr().err) == (code, line + "\n")
     monkeypatch.setenv("LEARNEVICT_DEBUG", "1")
-    with pytest.raises(DataError), told_in_one_line("give the command again"):
-        raise DataError("no text")
+    for error in (DataError("no text"), KeyError("a")):
+        with pytest.raises(type(error)), told_in_one_line("give the command again"):
+            raise error
 
 
 def test_every_recipe_runs_under_the_same_guard():

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from learnevict.errors import DataError, UsageError
+from learnevict.errors import DataError, LearnevictError, UsageError
 from learnevict.evals import tuning
 from learnevict.evals.ablations import check_same
 
@@ -100,6 +101,102 @@ def test_shown_commands_are_understood(name, parsed):
         if name == "compare_labels":
             names = [one.strip() for one in config.variants.split(";") if one.strip()]
             assert set(names) <= set(imported(name).VARIANTS), words
+
+
+# --- flags that make no sense ---
+
+NO_NUMBERS = ("nan", "inf", "-7", "9" * 20)
+NO_WORDS = ("../x", "")
+RECIPES_WITH_FLAGS = [one for one in PARAMETERS if one.values[0] != "demo"]
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """Values of all flags, by name."""
+    if hasattr(config, "training"):
+        return {**vars(config.training), **vars(config.common), **vars(config.mode), **config.settings}
+    parts = config if isinstance(config, tuple) else (config,)
+    return {name: value for part in reversed(parts) for name, value in vars(part).items()}
+
+
+def no_sense(read: Any, usual: dict[str, Any]) -> dict[str, list[str]]:
+    """Numbers that are taken though they make no sense; any error but ours and argparse's comes through."""
+    taken: dict[str, list[str]] = {}
+    for flag, value in usual.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        for word in NO_NUMBERS if number else NO_WORDS:
+            try:
+                read([f"--{flag}={word}"])
+            except (LearnevictError, SystemExit):
+                continue
+            if number and (flag, word) != ("bias", "-7"):
+                taken.setdefault(flag, []).append(word)
+    return taken
+
+
+@pytest.mark.parametrize("name", RECIPES_WITH_FLAGS)
+def test_no_flag_takes_what_makes_no_sense(name, parsed):
+    usual = values_of(parsed(name, []))
+    flags = {flag: value for flag, value in usual.items() if not flag.startswith("_")}
+    assert not no_sense(lambda words: parsed(name, words), flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kvpop", "trimkv", "dms", "kvzap", "judge_q", "lookahead_kv"])
+def test_no_flag_of_a_mode_or_gate_takes_what_makes_no_sense(method, parsed):
+    found = parsed("distill", ["--method", method])
+    flags = {**vars(found.mode), **found.settings}
+    assert not no_sense(lambda words: parsed("distill", ["--method", method, *words]), flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "../x"], ["--method", ""], ["--method", "os"], ["--method", "a.b..c"], ["--window", "0"],
+        ["--hidden", "0"], ["--report_to", "zzz"], ["--output_dir", ""], ["--lr_scheduler_kwargs", "zzz"], ["--deepspeed", "1"],
+        ["--accelerator_config", "nowhere.json"], ["--eval_budgets", "zz"], ["--eval_budgets", "64", "-1"],
+        ["--families", "zzz"], ["--gpu_memory", "zzz"], ["--max_steps", "0"], ["--save_steps", "0"], ["nowhere.yaml"],
+    ],
+)  # fmt: skip
+def test_distilling_is_refused_before_any_work(words, parsed):
+    with pytest.raises(LearnevictError) as caught:
+        parsed("distill", words)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distill", "grpo"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "max_steps: null", "seed: null", "documents: null", "max_steps: [1, 2]", "learning_rate: {a: 1}", "learning_rate: .nan",
+        "documents: [1]", "eval_steps: [[1]]", "model: null", "x: " + "[" * 5000 + "]" * 5000, "&a [*a]", "12", "",
+        "max_steps: -2",
+    ],
+)  # fmt: skip
+def test_files_of_flags_that_make_no_sense_are_refused(name, line, parsed, tmp_path):
+    (tmp_path / "config.YAML").write_text(line)
+    with pytest.raises((LearnevictError, SystemExit)):
+        parsed(name, [str(tmp_path / "config.YAML")])
+
+
+@pytest.mark.slow
+def test_files_of_flags_may_hold_nothing_and_lists_where_flags_do(parsed, tmp_path):
+    lines = "eval_steps: null\nsave_total_limit: null\ncolumn: null\nlabels: null\neval_budgets: [64, 25%]\nbudgets: [40, 90]\n"
+    (tmp_path / "config.yaml").write_text(lines + "lr_scheduler_kwargs: {num_cycles: 2}\n")
+    found = parsed("distill", [str(tmp_path / "config.yaml")])
+    assert (found.common.eval_budgets, found.mode.budgets) == (["64", "25%"], (40, 90))
+    assert (found.training.eval_steps, found.training.lr_scheduler_kwargs) == (None, {"num_cycles": 2})
+
+
+@pytest.mark.parametrize("name", ["grpo", "ablate"])
+def test_a_missing_package_is_told_in_one_line(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and "pip install 'learnevict[train]'" in said and said.count("\n") == 1
 
 
 # --- evaluate ---

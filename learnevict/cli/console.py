@@ -17,7 +17,7 @@ import typer
 
 from learnevict import __version__
 from learnevict.cli.results import INTERRUPTED, say, tell
-from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unusable
+from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
 COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "doctor", "demo")
 USAGE, RUNTIME = 2, 1
@@ -142,10 +142,9 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _unforeseen(error: Exception) -> str:
     """One line about an error that nothing else explains."""
-    kind, said = type(error).__name__, " ".join(str(error).split())
-    if kind == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16"
-    return f"{kind}{': ' * bool(said)}{said[:300]}; for the traceback run it again with --debug (or LEARNEVICT_DEBUG=1)"
+    return unforeseen(error, "--debug (or LEARNEVICT_DEBUG=1)")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

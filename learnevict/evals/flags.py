@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from learnevict.errors import UsageError
+from learnevict.train.ranges import check_numbers
+
 Config = TypeVar("Config")
 
 
@@ -28,6 +31,7 @@ def read_flags(
         kinds: what makes a value of a word, where the type of the default does not.
 
     Raises:
+        UsageError: a number that makes no sense, or a folder or file without a name.
         SystemExit: from argparse, after --help or a mistake.
     """
     parser = argparse.ArgumentParser(
@@ -47,4 +51,9 @@ def read_flags(
             parser.add_argument(*names, dest=one.name, type=kind, help=shown.replace("%", "%%").strip())
     given = vars(parser.parse_args(arguments))
     preset = smoke if smoke is not None and given.get("smoke") else {}
-    return config(**{**preset, **given})
+    made = config(**{**preset, **given})
+    check_numbers(made)
+    for one in fields(parts):
+        if one.default and getattr(made, one.name) == "":
+            raise UsageError(f"--{one.name} is empty; give it a value, or leave it out")
+    return made

@@ -60,14 +60,17 @@ def load(name: str) -> ModuleType:
         UsageError: no such method, or the module lacks PAPER or policy.
     """
     path = f"learnevict.methods.{name}" if name in METHODS else name
+    strange = UsageError(
+        f"there is no method {name!r}; known: {', '.join(METHODS)}; or give the import path of your own module"
+    )
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise strange
     try:
         module = import_module(path)
     except ImportError as error:
         if error.name not in (path, path.partition(".")[0]):
             raise UsageError(f"module {path!r} could not be imported: {error}") from error
-        raise UsageError(
-            f"there is no method {name!r}; known: {', '.join(METHODS)}; or give the import path of your own module"
-        ) from error
+        raise strange from error
     return _checked(module, path)
 
 

@@ -28,6 +28,7 @@ from learnevict.rl.draw import NOTHING, entropy, log_probability, shift_log_prob
 from learnevict.rl.episode import Episode, expired, run_episode
 from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import COSTS, token_costs
+from learnevict.train.ranges import check_numbers
 
 CREDITS = ("trace", "to_go", "attention")
 
@@ -75,6 +76,7 @@ class RefineConfig:
     free_every: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, {"sinks": 0, "recent": 0, "floor": 0})
         floor = self.least
         if not floor <= self.min_budget <= self.max_budget:
             raise BudgetError(
@@ -87,20 +89,12 @@ class RefineConfig:
             raise UsageError(f"scope {self.scope!r} is unknown; choose layer or model")
         if self.cost not in COSTS:
             raise UsageError(f"cost {self.cost!r} is unknown; choose {', '.join(COSTS)}")
-        if self.draw_temperature <= 0:
-            raise UsageError(f"draw_temperature must be above 0 (nothing would be tried), not {self.draw_temperature}")
         if not 0 < self.layer_share <= 1:
             raise UsageError(f"layer_share is above 0 and at most 1, not {self.layer_share}")
-        least = {"ceiling": 1e-6, "pool": 0, "kl": 0, "floor": 0, "free_every": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} must be {'above 0' if low else '0 or more'}, not {getattr(self, name)}")
         if self.floor > 1:
             raise UsageError(f"floor is at most 1, not {self.floor}")
-        if self.share_spread < 0 or (self.share_spread and self.scope == "model"):
-            raise UsageError(
-                f"share_spread is 0 or more, and 0 for scope model, where layers compete anyway; not {self.share_spread}"
-            )
+        if self.share_spread and self.scope == "model":
+            raise UsageError(f"share_spread is 0 for scope model, where layers compete anyway; not {self.share_spread}")
 
     @property
     def least(self) -> int:

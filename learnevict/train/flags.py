@@ -14,13 +14,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from learnevict.errors import UsageError
 from learnevict.train.modes import Course, course, required
+from learnevict.train.ranges import GATE, check_numbers, check_training
 
 TRAINING_FIELDS = {one.name for one in fields(TrainingArguments) if one.init}
 
@@ -69,7 +71,7 @@ def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], desc
     """
     words = list(arguments)
     written: dict[str, Any] = {}
-    if words and words[0].endswith((".yaml", ".yml")):
+    if words and words[0].lower().endswith((".yaml", ".yml")):
         written = read_yaml(Path(words.pop(0)))
     method = str(_early(words, ["method"]).get("method", written.get("method", _default(common, "method"))))
     early = {**written, **_early(words, required(method))}
@@ -85,22 +87,21 @@ def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], desc
     _refuse_unknown(written, known, "the configuration file")
     _refuse_unknown(teaching.defaults, known, f"TRAINING of {method!r}")
     own = {name: text.format(method=method) if isinstance(text, str) else text for name, text in defaults.items()}
-    preset = {**own, **teaching.defaults, **dict(_as_defaults(written))}
+    preset = {**own, **teaching.defaults, **dict(_as_defaults(written, parser, kinds))}
     parser.set_defaults(**preset)
     for action in parser._actions:
         action.required = action.required and action.dest not in preset
-    try:
-        *parts, training, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
-    except ValueError as error:  # training arguments that contradict each other
-        raise UsageError(str(error)) from error
-    if unknown:
-        raise UsageError(f"{' '.join(unknown)} is no flag of method {method!r}; see --help")
+    *parts, training = _parsed(parser, words, f"of method {method!r}")
     values = {**vars(training), **{name: value for part in parts for name, value in vars(part).items()}}
+    settings = {name: values[name] for name in teaching.settings}
+    check_numbers(settings, GATE, otherwise=-inf)
+    mode = teaching.config(**dict(_for_config(teaching.config, values)))
+    check_numbers(mode, otherwise=0)
     return Flags(
         common(**{one.name: values[one.name] for one in fields(common)}),
         teaching,
-        teaching.config(**dict(_for_config(teaching.config, values))),
-        {name: values[name] for name in teaching.settings},
+        mode,
+        settings,
         training,
         set(written) | {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")},
     )
@@ -125,7 +126,7 @@ def parse_parts(
         UsageError: an unknown flag, here or in the file, or arguments that contradict each other.
     """
     words = list(arguments)
-    written = read_yaml(Path(words.pop(0))) if words and words[0].endswith((".yaml", ".yml")) else {}
+    written = read_yaml(Path(words.pop(0))) if words and words[0].lower().endswith((".yaml", ".yml")) else {}
     kinds: Any = [*(_group(title, list(_typed(one))) for title, one in parts.items()), training]
     parser: Any = HfArgumentParser(
         kinds,
@@ -136,15 +137,23 @@ def parse_parts(
     )
     parser._action_groups.sort(key=lambda group: group.title == "options")
     _refuse_unknown(written, {action.dest for action in parser._actions} - {"help"}, "the configuration file")
-    parser.set_defaults(**{**defaults, **dict(_as_defaults(written))})
-    try:
-        *found, settled, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if unknown:
-        raise UsageError(f"{' '.join(unknown)} is no flag here; see --help")
+    parser.set_defaults(**{**defaults, **dict(_as_defaults(written, parser, kinds))})
+    *found, settled = _parsed(parser, words, "here")
     made = zip(parts.values(), found, strict=True)
     return [*(one(**dict(_for_config(one, vars(values)))) for one, values in made), settled]
+
+
+def _parsed(parser: Any, words: Sequence[str], where: str) -> list[Any]:
+    """One of each dataclass of the parser, training arguments last and checked."""
+    try:
+        *found, unknown = parser.parse_args_into_dataclasses(words, True, look_for_args_file=False)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:
+        # training arguments that contradict each other, or that nobody has looked at before using them
+        raise UsageError(f"these flags do not work together: {' '.join(str(error).split())}") from error
+    if unknown:
+        raise UsageError(f"{' '.join(unknown)} is no flag {where}; see --help")
+    check_training(found[-1])
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read flags from {str(path)!r}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{str(path)!r} holds no flags; write one a line, as in `learning_rate: 0.001`")
@@ -246,13 +255,33 @@ def _default(config: type, name: str) -> Any:
     return next(one.default for one in fields(config) if one.name == name)
 
 
-def _as_defaults(written: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Values of a file as argparse reads words: text is converted and checked, lists are taken as they are."""
+def _as_defaults(written: dict[str, Any], parser: Any, kinds: Sequence[type]) -> Iterator[tuple[str, Any]]:
+    """Values of a file as argparse reads words: text is converted and checked.
+
+    Raises:
+        UsageError: a list or nothing where a value is wanted, or a list of something else.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    typed = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for name, value in written.items():
-        yield (
-            name,
-            value if isinstance(value, list | None) else json.dumps(value) if isinstance(value, dict) else str(value),
-        )
+        many, kind = actions[name].nargs in ("+", "*"), actions[name].type
+        if (isinstance(value, list) and not many) or (value is None and not _takes_nothing(typed[name])):
+            raise UsageError(
+                f"the configuration file sets {name} to {json.dumps(value)}; give it a value, or leave it out"
+            )
+        try:
+            many_values = [kind(str(one)) if kind else str(one) for one in value] if isinstance(value, list) else None
+            plain = json.dumps(value) if isinstance(value, dict) else str(value)
+        except (ValueError, TypeError, RecursionError, argparse.ArgumentTypeError) as error:
+            raise UsageError(
+                f"the configuration file sets {name} to something else than its values: {error}"
+            ) from error
+        yield name, None if value is None else plain if many_values is None else many_values
+
+
+def _takes_nothing(hint: Any) -> bool:
+    """Whether None is a value of this type; those of functions that read words have none to ask."""
+    return not isinstance(hint, type) and (not get_args(hint) or type(None) in get_args(hint))
 
 
 def _refuse_unknown(names: dict[str, Any], known: set[str], where: str) -> None:

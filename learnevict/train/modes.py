@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import inf
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from learnevict import methods
 from learnevict.config import Layout
 from learnevict.errors import GateError, UsageError
 from learnevict.policy import Gate
+from learnevict.train.ranges import GATE, check_numbers
 
 ANY_LAYOUT = Layout(
     num_layers=1, num_heads=2, num_query_heads=4, head_dim=32, value_dim=32, hidden_size=128, vocab_size=64
@@ -147,7 +149,8 @@ def _sample_gate(module: ModuleType, method: str, given: dict[str, Any]) -> Gate
     missing = [name for name in required(method) if name not in given]
     if missing:
         raise UsageError(f"method {method!r} needs {', '.join('--' + name for name in missing)}; there is no default")
+    check_numbers(given, GATE, otherwise=-inf)
     try:
         return module.build(ANY_LAYOUT, **given)
-    except TypeError as error:
+    except Exception as error:  # what a method raises is its own business
         raise UsageError(f"method {method!r} cannot be built: {error}") from error

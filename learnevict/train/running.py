@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -24,7 +23,6 @@ from learnevict.train.sources import Source
 from learnevict.train.streaming import Stream
 from learnevict.train.validation import BEST
 
-REPORTERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
 
 Reader = Callable[[Source, int, int], tuple[list[Document], list[Document]]]
@@ -57,10 +55,6 @@ def settle(flags: Flags) -> None:
             "are of the given answers"
         )
     _settle_evaluation(flags)
-    wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
-    missing = [name for name in wanted if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None]
-    if missing:
-        raise UsageError(f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or drop it")
 
 
 def _settle_evaluation(flags: Flags) -> None:
@@ -99,7 +93,7 @@ def make_gates(flags: Flags, base: PreTrainedModel) -> Gates:
     if not common.start_from:
         try:
             return Gates.make(common.method, base, **flags.settings)
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"method {common.method!r} does not take {flags.settings}: {error}") from error
     gates = Gates.load(common.start_from, base)
     if gates.method != common.method:
