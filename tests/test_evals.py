@@ -393,6 +393,7 @@ def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):
         with pytest.raises(error, match="choose another --out"):
             run(plan, subject, field, out, resume=resume)
     assert out.read_text() == "my notes\n" and not journal_path(out).exists()
+    out.unlink()
     write_rows(out, [dict.fromkeys(KEYS) | {"method": "h2o", "family": "recall"}])
     with pytest.raises(UsageError, match="the numbers behind them, is missing"):
         run(plan, subject, field, out, resume=True)

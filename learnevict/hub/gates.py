@@ -212,8 +212,11 @@ class Gates(PreTrainedModel):
         """As of any model of transformers, each file whole or not at all; not over another model, and not for sharing.
 
         Raises:
-            UsageError, GateError, DataError: push_to_hub=True, a folder that holds another model, or cannot be written.
+            GateError: a weight is NaN or infinite, or the folder holds another model.
+            UsageError, DataError: push_to_hub=True; a folder that cannot be written.
         """
+        state = options.get("state_dict") or self.state_dict()
+        check_finite(state, "these gates", "train with a lower --learning_rate")
         if push_to_hub:
             raise UsageError(
                 "save_pretrained does not share gates; call push_to_hub, or `learnevict push` on the folder"
