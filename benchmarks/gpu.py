@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from measuring import RESULTS, ROOT, commit, machine
 
+from learnevict.files import write
+
 
 @dataclass(frozen=True)
 class Part:
@@ -104,7 +106,7 @@ def main() -> None:
             content["parts"][name] = run_part(
                 PARTS[name], options.device, options.smoke, box, path.with_suffix(f".{name}")
             )
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write(path, json.dumps(content, indent=1) + "\n", b'"smoke": ')
         print(f"gpu: {name}: {content['parts'][name]['status']}, {content['parts'][name]['seconds']} s", flush=True)
     print(f"gpu: {path} ({time.perf_counter() - started:.0f} s)")
     sys.exit(any(part["status"] != "ok" for part in content["parts"].values()))

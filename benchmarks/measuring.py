@@ -22,6 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from learnevict.files import write
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -190,9 +192,7 @@ class Results:
         """Replace parts of the content and write the file."""
         self.content |= parts
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(self.content, indent=1) + "\n")
-        draft.replace(self.path)
+        write(self.path, json.dumps(self.content, indent=1) + "\n", b'"smoke": ')
 
     def finish(self, console: Console) -> None:
         """Mark the file complete, print the goals and where the figures are."""

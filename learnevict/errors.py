@@ -104,6 +104,9 @@ class KernelUnusedWarning(LearnevictWarning):
     """Kernels were asked for, but a step has to run in plain torch."""
 
 
+FREE_SPACE = "free some space, then run it again"
+
+
 def debugging() -> bool:
     """Whether LEARNEVICT_DEBUG asks for tracebacks."""
     return os.environ.get("LEARNEVICT_DEBUG", "0") not in ("", "0")
@@ -111,9 +114,12 @@ def debugging() -> bool:
 
 def unusable(error: OSError, remedy: str) -> str:
     """What the operating system says of a file, and what to do: on a full disk, no other file would be any better."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some space, then run it again"
-    return f"{error.strerror or type(error).__name__}; {remedy}"
+    return f"{error.strerror or type(error).__name__}; {FREE_SPACE if is_disk_full(error) else remedy}"
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error, of the operating system or of a library that writes, comes from a disk without room."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 @contextmanager
@@ -134,7 +140,8 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
     except (LearnevictError, OSError) as error:
         if debugging():
             raise
-        sys.stderr.write(printable(f"error: {' '.join(str(error).split())}") + "\n")
+        full = isinstance(error, OSError) and is_disk_full(error)
+        sys.stderr.write(printable(f"error: {' '.join(str(error).split())}{f'; {FREE_SPACE}' * full}") + "\n")
         raise SystemExit(2 if isinstance(error, UsageError | BudgetError) else 1) from None
     except Exception as error:  # whatever it is: a person who cannot read tracebacks is told how to get one
         if debugging():
@@ -146,7 +153,8 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
 def unforeseen(error: Exception, flag: str) -> str:
     """One line about an error that nothing else explains; `flag` is what shows its traceback."""
     kind, said = type(error).__name__, " ".join(str(error).split())
-    return f"{kind}{': ' * bool(said)}{said[:300]}; for the traceback run it again with {flag}"
+    remedy = FREE_SPACE if is_disk_full(error) else f"for the traceback run it again with {flag}"
+    return f"{kind}{': ' * bool(said)}{said[:300]}; {remedy}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learnevict.cli.judging import progress
-from learnevict.errors import told_in_one_line
+from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.contenders import COMPARISON, contender
 from learnevict.evals.flags import read_flags
 from learnevict.evals.plan import Plan, Subject, count
@@ -24,7 +24,7 @@ from learnevict.hub import Gates, weight_hash
 from learnevict.testbed.corpus import load_base, read_source
 from learnevict.train.data import Collator
 from learnevict.train.labels import hash_documents
-from learnevict.train.record import Record
+from learnevict.train.record import Record, own_record
 from learnevict.train.tables import fit_tables
 
 SEPARATOR = ";"
@@ -43,9 +43,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Fit on training seeds, choose bonuses by step accuracy on validation seeds, save."""
+    out, told = Path(config.output_dir), {"documents": config.documents, "samples": config.samples}
+    if any(out.glob("testbed-*")) and (own_record(out, "tables") or {}).get("config") != told:
+        raise UsageError(f"{str(out)!r} holds tables of another run; choose another --output_dir")
     model, tokenizer = load_base("testbed")
-    texts, out = read_source("testbed", tokenizer, config.documents), Path(config.output_dir)
-    told = {"documents": config.documents, "samples": config.samples}
+    texts = read_source("testbed", tokenizer, config.documents)
     with Record(out, "tables", told, base_hash=weight_hash(model), data_hash=hash_documents(texts)) as record:
         collate = Collator(tokenizer.pad_token_id)
         batches = (collate(texts[start : start + 16]) for start in range(0, len(texts), 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from learnevict.errors import DataError, UsageError
+from learnevict.errors import DataError, UsageError, told_in_one_line
 from learnevict.files import MARKDOWN, Lines, check, check_folder, locked, replacing, replacing_folder, special, write
 
 MARK = b'{"id": "'
@@ -69,6 +70,16 @@ def test_devices_and_pipes_are_written_to_as_they_are(tmp_path):
         with pytest.raises(DataError, match="cannot write '/dev/full': No space left on device; free some space"):
             action()
     assert listing(tmp_path) == ["fifo"]
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda said: OSError(errno.ENOSPC, said), lambda said: RuntimeError(f"I/O error: {said}")]
+)
+def test_on_a_full_disk_programs_ask_for_space(kind, capsys):
+    """An OSError without a file's name, as write() raises it, and what safetensors makes of one."""
+    with pytest.raises(SystemExit), told_in_one_line("go on"):
+        raise kind("No space left on device")
+    assert capsys.readouterr().err.endswith("No space left on device; free some space, then run it again\n")
 
 
 @pytest.mark.parametrize(

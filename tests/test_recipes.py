@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -254,6 +255,19 @@ def test_a_model_goes_where_it_is_told_and_over_nothing_else(parsed, tmp_path, c
     with pytest.raises(UsageError, match="no checkpoint in"):
         pretrain.main(parsed("pretrain", ["--export", "--smoke", "--out", str(tmp_path / "new")]))
     assert not (tmp_path / "runs").exists()
+
+
+# --- tables ---
+
+
+def test_tables_of_another_run_stay(parsed, tmp_path):
+    (tmp_path / "testbed-lexical").mkdir()
+    words = ["--smoke", "--output_dir", str(tmp_path)]
+    for record in (None, {"program": "tables", "config": {"documents": 2000, "samples": 40}}):
+        if record is not None:
+            (tmp_path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(UsageError, match="holds tables of another run; choose another --output_dir"):
+            imported("tables").main(parsed("tables", words))
 
 
 # --- ablate ---
