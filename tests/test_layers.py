@@ -56,6 +56,7 @@ ON_DEMAND = {"learnevict/rl/trainer.py"}  # a subclass of trl.GRPOTrainer
 OUTSIDE = {"recipes", "benchmarks", "tests", "scripts", "pytest", "hypothesis", "beartype", "psutil"}
 
 # Exceptions, each with its reason.
+TENSORS_ONLY = {"learnevict/hub/published.py": "authors publish pickles; read once, if the user allows it"}
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}  # "learnevict/ops/scan.py::scan": reason
 
@@ -197,6 +198,12 @@ def unsafe(node: ast.AST) -> bool:
     return ast.unparse(node.func) in {"eval", "exec", "torch.load", "builtins.eval", "builtins.exec"}
 
 
+def loads_tensors(node: ast.AST) -> bool:
+    """torch.load(..., weights_only=True), which makes tensors and plain data and calls nothing."""
+    words = [ast.unparse(word) for word in node.keywords] if isinstance(node, ast.Call) else []
+    return "weights_only=True" in words and ast.unparse(node.func) == "torch.load"
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -214,7 +221,12 @@ def test_what_counts_as_unsafe(line):
 
 
 def test_nothing_unsafe():
-    wrong = [f"{path}:{node.lineno}" for path, tree in parsed().items() for node in ast.walk(tree) if unsafe(node)]
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path, tree in parsed().items()
+        for node in ast.walk(tree)
+        if unsafe(node) and not (path.relative_to(ROOT).as_posix() in TENSORS_ONLY and loads_tensors(node))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,7 @@ from learnevict import __version__
 from learnevict.cli.results import INTERRUPTED, say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
-COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "doctor", "demo")
+COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "import", "doctor", "demo")
 USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -70,8 +71,9 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _name in COMMANDS:
-    if find_spec(f"learnevict.cli.{_name}") is not None:
-        app.command(_name)(_interruptible(import_module(f"learnevict.cli.{_name}").run))
+    _module = f"learnevict.cli.{_name}{'_' * iskeyword(_name)}"
+    if find_spec(_module) is not None:
+        app.command(_name)(_interruptible(import_module(_module).run))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

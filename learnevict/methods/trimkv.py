@@ -20,8 +20,9 @@ predict prompts; bias, budgets and width are those of texts of a few hundred tok
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +35,15 @@ from learnevict.errors import GateError, TrainedOtherwiseWarning, UsageError
 from learnevict.methods import Paper
 from learnevict.parts.admission import logistic
 from learnevict.parts.allocators import Together
+from learnevict.parts.gates import expect, stacked
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Fade, Policy, Scorer, SoftGate
 from learnevict.signals import Column, Signals
 
 PAPER = Paper("Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs", "2512.03324", 2025, "learned")
-
+PUBLISHED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.retention_gate\.(linear[123]\.(?:weight|bias)|bias)")
+"""Names of the authors' tensors (ngocbh/TrimKV-*, ngocbh/DBTrimKV-*): layer, and name within it."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
 TRAINING: dict[str, Any] = {
     "hidden": 128,  # 512
@@ -67,6 +71,8 @@ class TrimGate(SoftGate):
         tied: DBTrimKV's gate: two hidden layers, and one output projection for all layers.
         dropout: on hidden units while training; 0.1 in the paper's recipe.
         noise: scale of logistic noise on logits while training; 0 in the paper.
+        activation: gelu, or silu as in published gates, which take that of their base model.
+        shared_output: False gives each layer of a tied gate its own output projection, as published DBTrimKV gates have.
     """
 
     columns = (Column("retention"),)
@@ -79,16 +85,24 @@ class TrimGate(SoftGate):
         tied: bool = False,
         dropout: float = 0.1,
         noise: float = 0.0,
+        activation: str = "gelu",
+        shared_output: bool = True,
     ) -> None:
         super().__init__()
-        self.made = {"hidden": hidden, "bias": bias, "tied": tied, "dropout": dropout, "noise": noise}
+        if activation not in ACTIVATIONS:
+            raise UsageError(f"a retention gate has no activation {activation!r}; choose {' or '.join(ACTIVATIONS)}")
+        self.made = {
+            "hidden": hidden, "bias": bias, "tied": tied, "dropout": dropout, "noise": noise, "activation": activation,
+            "shared_output": shared_output,
+        }  # fmt: skip
+        self.activation, self.shared = ACTIVATIONS[activation], tied and shared_output
         self.tied, self.dropout, self.noise = tied, dropout, noise
         self.losses: Mapping[str, float] = {
             "divergence": 1.0,
             "next_token": 1.0,
             "hinge_together" if tied else "hinge": 1.0,
         }
-        layers, outputs = layout.num_layers, 1 if tied else layout.num_layers
+        layers, outputs = layout.num_layers, 1 if self.shared else layout.num_layers
         self.weight_in = normal(layers, layout.hidden_size, hidden)
         self.bias_in = nn.Parameter(torch.zeros(layers, hidden))
         if tied:
@@ -105,12 +119,12 @@ class TrimGate(SoftGate):
         """{"retention": log beta of fresh tokens, float32 [B, H, S]}."""
         if signals.hidden is None:
             raise GateError("trimkv reads what attention modules are given, but this run has no hidden states")
-        layer, gelu = signals.layer, nn.functional.gelu
+        layer = signals.layer
         x = signals.hidden.to(self.weight_in.dtype)
-        x = self._drop(gelu(x @ self.weight_in[layer] + self.bias_in[layer]))
+        x = self._drop(self.activation(x @ self.weight_in[layer] + self.bias_in[layer]))
         if self.tied:
-            x = self._drop(gelu(x @ self.weight_mid[layer] + self.bias_mid[layer]))
-        output = 0 if self.tied else layer
+            x = self._drop(self.activation(x @ self.weight_mid[layer] + self.bias_mid[layer]))
+        output = 0 if self.shared else layer
         logits = ((x @ self.weight_out[output]).float() + self.bias_out[output].float()).transpose(1, 2)
         if self.training and self.noise:
             logits = logits + self.noise * logistic(logits, signals, self.words)
@@ -174,6 +188,36 @@ def log_geometric(rate: Tensor, terms: int) -> Tensor:
 def normal(*shape: int) -> nn.Parameter:
     """Weights of standard deviation 0.02."""
     return nn.Parameter(0.02 * torch.randn(*shape))
+
+
+def convert(layers: Sequence[Mapping[str, Tensor]], activation: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of the gate that the authors' weights are.
+
+    Args:
+        layers: tensors of each, by the names of PUBLISHED.
+        activation: of the base model, which theirs take over.
+
+    Raises:
+        GateError: other tensors than theirs, or an activation that this gate does not have.
+    """
+    ends = {"weight_in": "linear1.weight", "bias_in": "linear1.bias", "bias_out": "bias"}
+    one = ends | {"weight_out": "linear2.weight"}
+    two = ends | {"weight_mid": "linear2.weight", "bias_mid": "linear2.bias", "weight_out": "linear3.weight"}
+    names = next((names for names in (one, two) if expect(layers, *names.values())), None)
+    if names is None:
+        raise GateError(
+            f"a retention gate has {', '.join(two.values())}, but a layer has {', '.join(sorted(layers[0]))}"
+        )
+    if activation not in ACTIVATIONS:
+        raise GateError(
+            f"activation {activation!r} of the base model is unknown here; known are {', '.join(ACTIVATIONS)}"
+        )
+    state = {own: stacked(layers, theirs) for own, theirs in names.items()}
+    output = ("weight_out", "bias_out")
+    shared = names is two and all(bool((state[name] == state[name][:1]).all()) for name in output)
+    state |= {name: state[name][:1] for name in output} if shared else {}
+    made = {"hidden": state["bias_in"].shape[-1], "tied": names is two, "shared_output": shared or names is one}
+    return made | {"activation": activation}, state
 
 
 def build(layout: Layout, **settings: Any) -> TrimGate:

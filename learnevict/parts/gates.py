@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +113,23 @@ class Ranker(Learner):
     def judged(self, signals: Signals) -> Tensor:
         """See Learner."""
         return self.score(signals)
+
+
+def stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    """A tensor of all layers [L, ...]; matrices of torch's Linear [out, in] are turned to [in, out].
+
+    Raises:
+        GateError: its shapes differ between layers.
+    """
+    parts = [layer[name] for layer in layers]
+    if len({part.shape for part in parts}) > 1:
+        raise GateError(f"{name} has another shape in every layer: {', '.join(str(list(p.shape)) for p in parts[:3])}")
+    return torch.stack([part.T.contiguous() if part.dim() == 2 else part for part in parts])
+
+
+def expect(layers: Sequence[Mapping[str, Tensor]], *names: str) -> bool:
+    """Whether every layer has exactly these tensors."""
+    return all(set(layer) == set(names) for layer in layers)
 
 
 def hidden_of(signals: Signals, method: str) -> Tensor:
