@@ -29,6 +29,7 @@ from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageE
 from learnevict.hub import Gates
 from learnevict.rl.draw import NOTHING
 from tests.closeness import close
+from tests.recipe_runs import run_recipe
 from tests.test_foresightkv import tiny
 
 pytest.importorskip("trl")
@@ -286,27 +287,23 @@ FLAGS = (
 )
 
 
-def refined(folder: Path, *more: str, kill_at: str = "") -> None:
-    """Run the recipe; with `kill_at`, until a file of that name is there, and then kill -9."""
-    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *FLAGS.split(), "--output_dir", str(folder), *more]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, env=one, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while kill_at and run.poll() is None:
-        if list(folder.glob(kill_at)):
-            run.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.05)
-    said = run.communicate()[1]
-    assert kill_at or run.returncode == 0, said[-2000:]
+def refining(folder: Path, *more: str) -> list[str]:
+    return [str(ROOT / "recipes" / "grpo.py"), *FLAGS.split(), "--output_dir", str(folder), *more]
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_as_if_nothing_had_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    refined(whole)
-    refined(killed, kill_at="checkpoint-2/trainer_state.json")
+    assert run_recipe(*refining(whole)).returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *refining(killed)]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (killed / "checkpoint-2" / "trainer_state.json").exists():
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL, "it was done before it could be killed"
     assert not (killed / "model.safetensors").exists()
-    refined(killed, "--resume_from_checkpoint", "true")
+    assert run_recipe(*refining(killed, "--resume_from_checkpoint", "true")).returncode == 0
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     logs = [json.loads((folder / "run.json").read_text())["log"] for folder in (whole, killed)]
     costs = [[line["cost"] for line in log if "cost" in line] for log in logs]

@@ -25,6 +25,7 @@ from learnevict.train.objectives import kept_share, pairwise, regression, sample
 from learnevict.train.record import read_record
 from learnevict.train.sources import Source
 from learnevict.train.states import look_ahead
+from tests.recipe_runs import run_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -214,14 +215,14 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_labels_then_accelerate_launch(tmp_path):
     """The README's way: label, be killed in the middle, label on, train from the store with accelerate."""
-    label = [sys.executable, "recipes/oracle.py", "--smoke", "--out", str(tmp_path / "labels")]
-    first = launch(*label)
+    label = ["recipes/oracle.py", "--smoke", "--out", str(tmp_path / "labels")]
+    first = run_recipe(*label)
     assert first.returncode == 0, first.stderr[-2000:]
     shard = min((tmp_path / "labels" / "data").iterdir())
     whole = shard.read_bytes()
     shard.unlink()
     shard.with_suffix(".tmp").write_bytes(whole[:100])  # what a kill in the middle of writing leaves
-    second = launch(*label)
+    second = run_recipe(*label)
     assert "2 shards, 1 done before" in second.stdout, second.stderr[-2000:]
     assert shard.read_bytes() == whole
     train = [
@@ -241,7 +242,7 @@ def test_labels_then_accelerate_launch(tmp_path):
 def test_killed_processes_and_another_number_of_them_label_alike(tmp_path):
     """Two processes are killed in the middle, one goes on, and the files are those of an undisturbed run."""
     common = ["recipes/oracle.py", "--documents", "10", "--per_shard", "1", "--batch_size", "1", "--out"]
-    alone = launch(sys.executable, *common, str(tmp_path / "alone"))
+    alone = run_recipe(*common, str(tmp_path / "alone"))
     assert "10 shards, 0 done before" in alone.stdout, alone.stderr[-2000:]
     lost = tmp_path / "lost"
     pair = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *common, str(lost)]
@@ -254,7 +255,7 @@ def test_killed_processes_and_another_number_of_them_label_alike(tmp_path):
     psutil.wait_procs(family)
     done = len(list((lost / "data").glob("*.parquet")))
     assert 3 <= done < 10, "it was done before it could be killed"
-    rest = launch(sys.executable, *common, str(lost))
+    rest = run_recipe(*common, str(lost))
     assert f"10 shards, {done} done before" in rest.stdout, rest.stderr[-2000:]
     assert rest.stdout.count("labelling") == 1
     for one in (tmp_path / "alone" / "data").iterdir():
@@ -263,12 +264,11 @@ def test_killed_processes_and_another_number_of_them_label_alike(tmp_path):
 
 @pytest.mark.slow
 def test_recipes_say_what_is_wrong(tmp_path):
-    other = launch(sys.executable, "recipes/distill.py", "--labels", str(tmp_path / "none"))
+    other = run_recipe("recipes/distill.py", "--labels", str(tmp_path / "none"))
     assert other.returncode == 1
     assert "Traceback" not in other.stderr
     assert "make them with recipes/oracle.py" in other.stderr
-    heuristic = launch(
-        sys.executable, "recipes/distill.py", "--smoke", "--method", "snapkv", "--output_dir", str(tmp_path)
-    )
+    heuristic = run_recipe("recipes/distill.py", "--smoke", "--method", "snapkv", "--output_dir", str(tmp_path))
+    assert heuristic.returncode == 1
     assert "has no gate to train" in heuristic.stderr
     assert "Traceback" not in heuristic.stderr
