@@ -35,7 +35,8 @@ RUNS = {
     "probe": ("distill", "--method judge_q --num_tokens 4 --response 40 --horizon 20 --learning_rate 20"),
     "grpo": (
         "grpo",
-        "--start_from testbed-foresightkv --num_generations 2 --min_budget 36 --max_budget 48 --learning_rate 4",
+        "--start_from testbed-foresightkv --num_generations 2 --min_budget 36 --max_budget 48 --learning_rate 4 "
+        "--max_steps 1",  # a draw that rounding turns shows in all later steps
     ),
 }
 ABORTED = "terminate called without an active exception", "Signal 6 (SIGABRT)"
