@@ -100,6 +100,10 @@ class UnusedCacheWarning(LearnevictWarning):
     """A cache was made for a `with` block, and nothing was read into it."""
 
 
+class PaddingReadWarning(LearnevictWarning):
+    """Tokens were read as text that the mask of a later turn calls padding; what they evicted is lost."""
+
+
 class KernelUnusedWarning(LearnevictWarning):
     """Kernels were asked for, but a step has to run in plain torch."""
 

@@ -55,6 +55,8 @@ class Rows:
 
     Positions are columns of the (padded) input. `first`: first real token. `now`: last real token. `seen`: real tokens.
     `block`: first token after the last event (the fresh block starts here). `prompt_end`: first token after the prompt.
+    `runs`, where padding stands between real tokens, as between the turns of a batch: int32 [2, B, R], the columns where
+    stretches without padding begin (NEVER where a row has fewer), and columns less real tokens before them; else None.
     """
 
     first: Tensor
@@ -62,6 +64,22 @@ class Rows:
     seen: Tensor
     block: Tensor
     prompt_end: Tensor
+    runs: Tensor | None = None
+
+    def place(self, column: Tensor) -> Tensor:
+        """Real tokens of its row before each of the columns int32 [B, ...]: the token's place in the row's own time."""
+        if self.runs is None:
+            return column - self.first.view(-1, *[1] * (column.ndim - 1))
+        flat = column.reshape(column.shape[0], -1)
+        run = torch.searchsorted(self.runs[0], flat, right=True).sub_(1).clamp_min_(0)
+        return (flat - self.runs[1].gather(1, run)).view_as(column)
+
+    def age(self, column: Tensor) -> Tensor:
+        """Real tokens of its row read since each of the columns int32 [B, ...]; 0 for the newest."""
+        shape = (-1, *[1] * (column.ndim - 1))
+        if self.runs is None:
+            return self.now.view(shape) - column
+        return self.seen.view(shape) - 1 - self.place(column)
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,12 @@ class Signals:
     @property
     def age(self) -> Tensor:
         """Tokens since each slot's token was read, int32 [B, H, N]; 0 for the newest, meaningless where empty."""
-        return self.rows.now.view(-1, 1, 1) - self.position
+        return self.rows.age(self.position)
+
+    @property
+    def place(self) -> Tensor:
+        """Which of its row's tokens each slot holds, padding not counted, int32 [B, H, N]; meaningless where empty."""
+        return self.rows.place(self.position)
 
     @property
     def order(self) -> Tensor:

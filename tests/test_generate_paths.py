@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from learnevict import EvictingCache, attach, methods
-from learnevict.errors import CacheError, UsageError
+from learnevict.errors import CacheError, PaddingReadWarning, UsageError
 from learnevict.infer.chat import Chat
 from learnevict.infer.generate import read_chat
 from learnevict.signals import NEVER
@@ -230,6 +230,10 @@ class Told:
     def first(self) -> int:
         return self.mask.index(1)
 
+    @property
+    def real(self) -> list[int]:
+        return [column for column, real in enumerate(self.mask) if real]
+
     def held(self, layer: int, head: int) -> list[int]:
         """Columns read and not gone."""
         ends = self.ends[layer, head].tolist()
@@ -256,8 +260,8 @@ class Told:
 
     def evict(self, layer: int, end: int) -> None:
         """2 sinks, 3 recent tokens and the block stay, and what Random ranks highest."""
-        held = [self.held(layer, head) for head in range(2)]
-        safe = [{j for j in one if j < self.first + 2 or j >= min(self.block, end - 3)} for one in held]
+        held, place = [self.held(layer, head) for head in range(2)], {j: rank for rank, j in enumerate(self.real)}
+        safe = [{j for j in one if place[j] < 2 or j >= min(self.block, self.real[-3])} for one in held]
         counts = [12, 12]
         if self.ragged:
             free = 24 - len(safe[0]) - len(safe[1])
@@ -265,9 +269,9 @@ class Told:
             counts = [len(safe[0]) + more, len(safe[1]) + free - more]
         for head, columns in enumerate(held):
             times = [[], []]
-            times[head] = [j - self.first for j in columns]
+            times[head] = [place[j] for j in columns]
             scores = brute.hashed(0)(SimpleNamespace(layer=layer, held=times), head)
-            scores = {j + self.first: x for j, x in scores.items()}
+            scores = {self.real[rank]: x for rank, x in scores.items()}
             for j in brute.ranked(columns, safe[head], scores)[counts[head] :]:
                 self.ends[layer, head, j] = end
 
@@ -275,7 +279,9 @@ class Told:
         """The last tokens were padding after all."""
         for column in range(len(self.ids) - size, len(self.ids)):
             self.ends[:, :, column].clamp_(max=len(self.ids))
+            self.seen, self.live = self.seen - self.mask[column], self.live - self.mask[column]
             self.mask[column] = 0
+        self.block = self.real[self.seen // 4 * 4] if self.seen % 4 else self.real[-1] + 1
 
 
 class Conversations(RuleBasedStateMachine):
@@ -351,7 +357,7 @@ class Conversations(RuleBasedStateMachine):
             assert found == [[row.held(layer, head) for head in range(2)] for row in self.rows]
 
 
-TestConversations = Conversations.TestCase
+TestConversations = pytest.mark.filterwarnings("ignore::learnevict.errors.PaddingReadWarning")(Conversations.TestCase)
 TestConversations.settings = settings(max_examples=15, stateful_step_count=12)
 
 
@@ -406,7 +412,7 @@ def test_later_turns_evict_too(name, ragged):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_tokens_masked_between_turns_are_gone(name, ragged):
-    """A row that ended early is filled with padding; when the next turn's mask says so, nobody sees it any more."""
+    """What was read as text, and the next turn's mask calls padding, is taken back; the user hears that it had a price."""
     model = zoo.build(name)
     inputs = prompt(model)
     with attach(model, hashed(18, ragged=ragged), record=True) as cache:
@@ -414,7 +420,8 @@ def test_tokens_masked_between_turns_are_gone(name, ragged):
         ids = torch.cat([first.sequences, zoo.tokens(model, len(PADS), 7, 21)], 1)
         mask = longer(inputs["attention_mask"], ids.shape[1])
         mask[1, PROMPT + 5 : PROMPT + NEW] = 0
-        second = answer(model, {"input_ids": ids, "attention_mask": mask}, cache)
+        with pytest.warns(PaddingReadWarning, match="10 tokens"):
+            second = answer(model, {"input_ids": ids, "attention_mask": mask}, cache)
     read_ids = second.sequences[:, :-1]
     expected = judge(model, read_ids, longer(mask, read_ids.shape[1]), cache.trace().expiry)[:, -NEW:]
     close(torch.stack(second.logits, 1), expected, CLOSE)

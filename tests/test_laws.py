@@ -183,17 +183,20 @@ def guarded(case: Case) -> int:
     return case.count
 
 
-def check_guards(case: Case) -> None:
-    period = max(case.slack, 1)
-    for moment in case.run.moments:
-        for row, pad in enumerate(PADS):
-            seen = moment.length - pad
-            block = max(seen - 1, 0) // period * period
-            wanted = {*range(min(SINKS, seen)), *range(max(0, seen - case.recent), seen), *range(block, seen)}
+def check_guards(case: Case, run: Run | None = None) -> None:
+    """Counted in the real tokens of a row, wherever its padding stands."""
+    run, period = run or case.run, max(case.slack, 1)
+    for moment in run.moments:
+        for row, mask in enumerate(run.mask[:, : moment.length].bool()):
+            tokens = mask.nonzero().flatten().tolist()
+            block = max(len(tokens) - 1, 0) // period * period
+            wanted = {*tokens[:SINKS], *tokens[max(0, len(tokens) - case.recent) :], *tokens[block:]}
             for index, position in moment.positions.items():
                 for head in position[row]:
-                    missing = {token + pad for token in wanted} - set(head.tolist())
-                    assert not missing, f"layer {index}, row {row}: {sorted(missing)} gone after {moment.length} tokens"
+                    missing = wanted - set(head.tolist())
+                    assert not missing, (
+                        f"layer {index}, row {row}: {sorted(missing)} gone after {moment.length} columns"
+                    )
 
 
 def determinism(case: Case) -> int:
@@ -205,8 +208,31 @@ def determinism(case: Case) -> int:
     return case.count
 
 
+def turns(case: Case) -> int:
+    """What follows the end of a row, and stands between its turns, is emptiness: each row goes on as it does alone."""
+    turns = case.turns
+    run = turns.read(case.model, case.policy(turns.ids, turns.mask))
+    if not run.cache.evicting:
+        return 0
+    expiry = run.trace.expiry
+    assert distance(run.logits, judge(case.model, run.ids, run.mask, expiry), run.mask) <= CLOSE
+    check_guards(case, run)
+    stock = len(run.cache.layers) - len(run.cache.evicting)
+    for row in range(0 if stock else len(run.ids)):  # a stock sliding window counts columns
+        one, real = turns.alone(row), run.mask[row].bool()
+        alone = one.read(case.model, case.policy(one.ids, one.mask))
+        assert distance(run.logits[row : row + 1, real], alone.logits, one.mask) <= CLOSE
+        column = torch.nn.functional.pad(real.nonzero().flatten() + 1, (1, 0)).int()
+        ends = alone.trace.expiry
+        there = torch.where(ends == NEVER, NEVER, column[ends.clamp_max(one.ids.shape[1]).long()])
+        assert torch.equal(expiry[:, row : row + 1, :, real], there)
+        assert bool((expiry[:, row, :, ~real] == NEVER).all())
+    assert (run.evictions > 0) == case.evicts
+    return run.evictions
+
+
 LAWS: dict[str, Callable[[Case], int]] = {
-    law.__name__: law for law in (bounded, identity, masking, padding, isolation, gone, guarded, determinism)
+    law.__name__: law for law in (bounded, identity, masking, padding, isolation, gone, guarded, determinism, turns)
 }
 
 

@@ -26,6 +26,13 @@ HEADS, WIDTH, VALUE_WIDTH = 2, 4, 3
 COLUMNS = (Column("note", (2,)), Column("tag", dtype=torch.int32, fill=7.0))
 
 
+def picked(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """Rows and places of the first sizes[b] tokens of every row; None if rows are of one size."""
+    if len(set(sizes)) == 1:
+        return None
+    return (torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(-1)).nonzero(as_tuple=True)
+
+
 @dataclass
 class Token:
     """What one slot should hold."""
@@ -84,7 +91,7 @@ class Storage(RuleBasedStateMachine):
                     at = row, head, column
                     token = Token(self.shelf.next[row] - 1, *(part[at].tolist() for part in (key, value, notes)))
                     self.shelf.rows[row][head].append(token)
-        self.store.write(key, value, position, {"note": notes}, sizes)
+        self.store.write(key, value, position, {"note": notes}, sizes, picked(sizes))
         self.ahead = [room - size for room, size in zip(self.ahead, sizes, strict=True)]
 
     @rule(share=st.sampled_from([0.1, 0.5, 0.9, 1.0]), one_row=st.booleans())
@@ -288,7 +295,7 @@ class Ragged:
         part = slice(self.next, self.next + size)
         position = torch.arange(part.start, part.stop, dtype=torch.int32).expand(2, -1)
         self.store.assign([size + spare] * 2)
-        self.store.write(self.keys[:, :, part], self.values[:, :, part], position, {}, (size,) * 2)
+        self.store.write(self.keys[:, :, part], self.values[:, :, part], position, {}, (size,) * 2, None)
         self.next += size
 
     def evict(self, share: list[float]) -> None:
@@ -366,11 +373,11 @@ def poisoned(kind: type[SlotPool] | type[PagePool], poison: float) -> SlotPool |
     else:
         store.resize(9)
     place = torch.arange(9, dtype=torch.int32).expand(2, -1)
-    store.write(key[:, :, :8], value[:, :, :8], place[:, :8], {}, (8, 8))
+    store.write(key[:, :, :8], value[:, :, :8], place[:, :8], {}, (8, 8), None)
     store.evict((store.position == 2) | (store.position == 7))
     if isinstance(store, PagePool):
         store.assign([9, 9])
-    store.write(key[:, :, 8:], value[:, :, 8:], place[:, 8:], {}, (1, 1))
+    store.write(key[:, :, 8:], value[:, :, 8:], place[:, 8:], {}, (1, 1), None)
     return store
 
 

@@ -181,7 +181,7 @@ def hook(model: PreTrainedModel) -> None:
         modules, decoder, front = attention_modules(model), decoder_of(model), front_of(model)
         previous = attention_settings(model.config)
         model.set_attn_implementation(NAME)
-        opening = partial(_open_forward, inspect.signature(front.forward), decoder)
+        opening = partial(_open_forward, inspect.signature(front.forward), decoder, weakref.ref(model))
         handles = [
             front.register_forward_pre_hook(opening, with_kwargs=True),
             front.register_forward_hook(partial(forward.close_forward, decoder), with_kwargs=True, always_call=True),
@@ -213,7 +213,7 @@ def unhook(model: PreTrainedModel) -> None:
 
 
 def _open_forward(
-    signature: inspect.Signature, decoder: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature, decoder: nn.Module, model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
@@ -222,6 +222,8 @@ def _open_forward(
         forward.check_attention(decoder, NAME)
     if (soft := SOFT.get()) is not None and REPLAY.get() is None:
         soft.begin(given)
+    if cache is not None:
+        cache.clock.learn_ends(model())
     last = None if cache is None else forward.open_forward(module, decoder, cache, given)
     return None if last is None else ((), last)
 

@@ -14,8 +14,9 @@ from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, Sto
 from learnevict.infer.clock import Clock
 from learnevict.infer.conversation import Conversation, as_batch
 from learnevict.infer.deferred import is_deferred
+from learnevict.infer.ends import warn_of_padding
 from learnevict.infer.history import ordinary_tensors
-from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.layer import NO_CROP, EvictingLayer
 from learnevict.infer.probe import check_questioned
 from learnevict.infer.storage import Meter, Place, targets
 from learnevict.infer.support import check_governor, check_rope, evicting_layers
@@ -96,17 +97,21 @@ class EvictingCache(Cache):
     def admit(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """A forward is to be read; called by the hook on the model, before any layer runs. See Conversation.admit.
 
-        Tokens that `mask` hides although they were read as real (what follows the end token of a row that finished early,
-        when the next turn begins) are evicted.
+        What `mask` hides although it was read as text is taken back, with a PaddingReadWarning: what it has evicted is gone.
         """
         size, length = source.shape[1], self.clock.length
         self.conversation.admit(source, tokens, mask, position_ids, self.places)
         self._warn_of_pieces(size)
         if mask is not None and size > 1 and length and mask.shape[1] == length + size:
-            hidden = mask[:, :length] == 0
-            self.conversation.hide(hidden)
-            for layer in self._slots():
-                layer.hide(hidden)
+            self._hide(mask[:, :length] == 0)
+
+    def _hide(self, hidden: Tensor) -> None:
+        self.conversation.hide(hidden)
+        lost = self.clock.hide(hidden)
+        for layer in self._slots() if any(lost) else []:
+            layer.hide(hidden)
+        if max(lost) > 1 and self.policy.schedule.active:
+            warn_of_padding(max(lost))
 
     def begin(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Plan an admitted forward, or the next piece of one; arguments as in `admit`."""
@@ -245,10 +250,7 @@ class EvictingCache(Cache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Refused; see EvictingLayer.crop."""
-        raise CacheError(
-            "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
-            "`assistant_model` / `prompt_lookup_num_tokens`, or use a stock cache"
-        )
+        raise CacheError(NO_CROP)
 
     def reset(self) -> None:
         """Forget the conversation; the cache may then serve a new one."""

@@ -7,10 +7,13 @@ integer additions. Tokens are cut into blocks on each row's own grid, anchored a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from learnevict.infer.ends import Ends, Finished
+from learnevict.infer.runs import Run, columns_of, laid_out, lengthen
 from learnevict.policy import Schedule
 from learnevict.signals import NEVER, Rows
 
@@ -47,6 +50,15 @@ class Block:
         """Real tokens each row has seen with this block."""
         return [before + size for before, size in zip(self.before, self.sizes, strict=True)]
 
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor] | None:
+        """Rows and places in the block of its real tokens, int64 [n] each; None if all are real."""
+        if all(size == self.width for size in self.sizes):
+            return None
+        pairs = [(row, place) for row, size in enumerate(self.sizes) for place in range(size)]
+        rows, places = torch.tensor(pairs, dtype=torch.int64).to(self.position.device, non_blocking=True).unbind(-1)
+        return rows, places
+
     def take(self, values: Tensor, dim: int) -> Tensor:
         """The block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
         if isinstance(self.columns, slice):
@@ -80,6 +92,7 @@ class Clock:
         self.schedule = schedule
         self.given_prompt_length = prompt_length
         self.deferred = deferred
+        self.ends = Ends()
         self.reset()
 
     def reset(self) -> None:
@@ -94,8 +107,15 @@ class Clock:
         self.block: list[int] = []
         self.prompt_end: list[int] = []
         self.prompt_seen: list[int] = []
+        self.runs: list[list[Run]] = []
         self.tokens: Tensor | None = None
         self.plan: list[Block] = []
+        self.finished = Finished()
+        self._table: tuple[list[list[Run]], Tensor | None] = ([], None)
+
+    def learn_ends(self, model: object) -> None:
+        """Which token ids end a row; of the model that is about to read."""
+        self.ends = Ends.of(model)
 
     def prompt_tokens(self, row: int) -> int:
         """Real tokens of the row's prompt read so far."""
@@ -106,6 +126,8 @@ class Clock:
         for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen", "prompt_length"):
             old = getattr(self, name)
             setattr(self, name, old if old is None else [old[i] for i in index])
+        self.runs = [list(self.runs[i]) for i in index]
+        self.finished.reorder(index)
 
     def read(
         self,
@@ -119,14 +141,15 @@ class Clock:
     ) -> None:
         """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding. `single`: a step, no piece of a longer text.
 
-        Once every row has begun, single tokens are always real: reading their mask would make each step wait for the device.
+        Once every row has begun, single tokens are real until the row's end token (see ends.py): reading their mask would make
+        each step wait for the device.
         """
         if not self.seen:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
-            self.prompt_seen = [0] * batch
+            self.prompt_seen, self.runs = [0] * batch, [[] for _ in range(batch)]
         single = size == 1 if single is None else single
-        queues = self._queues(batch, size, mask, single)
+        queues = self._queues(batch, size, mask, tokens, single)
         self.tokens = tokens
         if not self.decoding:
             self._extend_prompt(queues, single)
@@ -135,6 +158,24 @@ class Clock:
         while any(done[row] < len(queues[row]) for row in range(batch)):
             self.plan.append(self._block(queues, done, single, device))
         self.pending = size
+
+    def hide(self, hidden: Tensor) -> list[int]:
+        """Take back what was read in columns bool [B, columns read]: how many tokens each row loses."""
+        lost, period = [0] * len(hidden), self.schedule.period
+        if hidden.sum(-1).tolist() == [self.length - seen for seen in self.seen]:
+            return lost  # what is hidden is the padding that was known as such
+        for row, flags in enumerate(hidden.tolist()):
+            columns = [column for column in columns_of(self.runs[row], self.seen[row]) if not flags[column]]
+            lost[row], seen = self.seen[row] - len(columns), len(columns)
+            if not lost[row]:
+                continue
+            self.seen[row], self.runs[row] = seen, []
+            if columns:
+                lengthen(self.runs[row], 0, columns)
+            self.first[row], self.now[row] = (columns[0], columns[-1]) if columns else (0, -1)
+            self.block[row] = columns[seen // period * period] if seen % period else self.now[row] + 1
+            self.prompt_seen[row] = sum(column < self.prompt_end[row] for column in columns)
+        return lost
 
     def commit(self) -> None:
         """The planned forward has run through all layers."""
@@ -151,7 +192,13 @@ class Clock:
             return prompt[row] if seen < prompt[row] else grid if schedule.decode else NEVER
         return grid
 
-    def _queues(self, batch: int, size: int, mask: Tensor | None, single: bool) -> list[range] | list[list[int]]:
+    def _queues(
+        self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, single: bool
+    ) -> list[range] | list[list[int]]:
+        if not single:
+            self.finished.forget()
+        elif all(self.seen) and batch > 1 and self.ends.ends and tokens is not None:
+            return [range(1 - padded) for padded in self.finished.look(tokens, self.ends)]
         if mask is None or (single and all(self.seen)):
             return [range(size)] * batch
         flags = mask[:, -size:].bool().tolist()
@@ -181,6 +228,7 @@ class Clock:
             if size:
                 if self.seen[row] == 0:
                     self.first[row] = self.block[row] = self.length + part[0]
+                lengthen(self.runs[row], self.seen[row], part, self.length)
                 self.now[row] = self.length + part[-1]
                 self.seen[row] += size
                 done[row] += size
@@ -189,7 +237,7 @@ class Clock:
             due.append(self._due(row, size, done[row] == len(queue), single))
             full.append(self._full(row, size, single))
         rows = self._rows(device)
-        columns, position = self._columns(parts, max(sizes), device)
+        columns, position = self._columns(parts, max(sizes), single, device)
         for row in range(batch):
             if sizes[row] and self.seen[row] % period == 0:
                 self.block[row] = self.now[row] + 1
@@ -219,7 +267,7 @@ class Clock:
         left = self.prompt_length[row] - self.seen[row]
         return left if left > 0 else NEVER
 
-    def _columns(self, parts: list, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor]:
+    def _columns(self, parts: list, width: int, single: bool, device: torch.device) -> tuple[slice | Tensor, Tensor]:
         same = all(len(part) == width and part[0] == parts[0][0] and part[-1] == parts[0][-1] for part in parts)
         if same and parts[0][-1] - parts[0][0] == width - 1:
             start = parts[0][0]
@@ -227,11 +275,11 @@ class Clock:
             return slice(start, start + width), place.expand(len(parts), -1)
         columns = [[*part, *([0] * (width - len(part)))] for part in parts]
         places = [[*(self.length + c for c in part), *([-1] * (width - len(part)))] for part in parts]
-        return (
-            torch.tensor(columns, dtype=torch.int64, device=device),
-            torch.tensor(places, dtype=torch.int32, device=device),
-        )
+        position = torch.tensor(places, dtype=torch.int32).to(device, non_blocking=True)
+        return slice(0, 1) if single else torch.tensor(columns, dtype=torch.int64, device=device), position
 
     def _rows(self, device: torch.device) -> Rows:
         state = torch.tensor([self.first, self.now, self.seen, self.block, self.prompt_end], dtype=torch.int32)
-        return Rows(*state.to(device, non_blocking=True).unbind(0))
+        if self._table[0] != self.runs:
+            self._table = [list(runs) for runs in self.runs], laid_out(self.runs, device)
+        return Rows(*state.to(device, non_blocking=True).unbind(0), runs=self._table[1])

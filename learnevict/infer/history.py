@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learnevict.infer.clock import Block
-from learnevict.signals import NEVER
+from learnevict.signals import EMPTY, NEVER
 
 
 @contextmanager
@@ -52,6 +52,13 @@ class Ring:
             for start, stop, at in ring_spans(before, size, self.size):
                 queries[row, :, at : at + stop - start] = query[row, :, start:stop]
                 positions[row, at : at + stop - start] = block.position[row, start:stop]
+
+    def hide(self, hidden: Tensor) -> None:
+        """Forget the queries of columns bool [B, columns read]."""
+        if self.held is not None:
+            position = self.held[1]
+            gone = hidden.gather(1, position.clamp_min(0).long()) & (position >= 0)
+            position.masked_fill_(gone, EMPTY)
 
     def select(self, index: Tensor) -> None:
         """Rows of the batch, int64 [b]."""

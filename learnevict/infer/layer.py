@@ -21,6 +21,11 @@ from learnevict.ops import runs_in_torch
 from learnevict.policy import Governor
 from learnevict.signals import Attention, Signals
 
+NO_CROP = (
+    "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop `assistant_model` / "
+    "`prompt_lookup_num_tokens`, or use a stock cache"
+)
+
 
 class EvictingLayer(CacheLayerMixin):
     """Cache layer that holds slots instead of a growing sequence.
@@ -90,10 +95,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Refused: evicted tokens cannot be brought back."""
-        raise CacheError(
-            "an EvictingCache cannot be cropped, so assisted and prompt-lookup decoding are not possible; drop "
-            "`assistant_model` / `prompt_lookup_num_tokens`, or use a stock cache"
-        )
+        raise CacheError(NO_CROP)
 
     def reset(self) -> None:
         """Forget everything held."""
@@ -157,7 +159,7 @@ class EvictingLayer(CacheLayerMixin):
                 "was given (latent or differential attention); learnevict cannot serve it: use the model's stock cache"
             )
         self.attended = True
-        single = query.shape[2] == 1 and all(size == 1 for block in self.clock.plan for size in block.sizes)
+        single = query.shape[2] == 1 and len(self.clock.plan) == 1
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
         rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
         for block in self.clock.plan:
@@ -216,6 +218,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def _answer(self, pool: SlotPool | PagePool, signals: Signals, single: bool) -> Tensor:
         scorer = self.policy.scorer
+        single = single and all(self.clock.seen) and (not scorer.observes or all(self.clock.plan[0].sizes))
         if single and not scorer.observes:
             return step_attention(pool, signals.query, signals.attention)
         if single:
@@ -264,7 +267,7 @@ class EvictingLayer(CacheLayerMixin):
         storage.give_back()
 
     def hide(self, hidden: Tensor) -> None:
-        """Evict tokens that the caller has since marked as padding, bool [B, columns read]."""
+        """Take back tokens that the caller has since marked as padding, bool [B, columns read]."""
         if self.storage is None:
             return
         position = self.storage.pool.position
@@ -272,6 +275,8 @@ class EvictingLayer(CacheLayerMixin):
         drop = hidden.gather(1, index).view_as(position) & (position >= 0)
         end = torch.full((hidden.shape[0],), hidden.shape[1], device=hidden.device)
         self.evict(drop, end)
+        self.storage.recount()
+        self.ring.hide(hidden)
 
     def evict(self, drop: Tensor, end: Tensor) -> None:
         """Empty the slots `drop`, bool [B, H, N]; their tokens are gone from column `end` [B] on."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from learnevict.infer.slots import Ledger
+from learnevict.infer.slots import Ledger, Picked, pick, picked_slots
 from learnevict.signals import EMPTY, Column
 
 SMALL_PAGE = 8
@@ -144,22 +144,25 @@ class PagePool:
         return self.table.gather(2, slot // self.page) * self.page + slot % self.page
 
     def write(
-        self, key: Tensor, value: Tensor, position: Tensor, notes: dict[str, Tensor], sizes: tuple[int, ...]
+        self,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        notes: dict[str, Tensor],
+        sizes: tuple[int, ...],
+        real: Picked | None,
     ) -> None:
         """Enter fresh tokens behind the occupied slots; see SlotPool.write."""
-        width = key.shape[2]
-        slot = self.count.unsqueeze(-1) + torch.arange(width, device=key.device)
+        slot = self.count.unsqueeze(-1) + torch.arange(key.shape[2], device=key.device)
         slot = slot.clamp_max(self.position.shape[2] - 1)
         where = self._physical(slot)
-        if all(size == width for size in sizes):
+        if real is None:
             self._store(where, key, value)
-            self.ledger.write(slot, position, notes, slice(None))
+            self.ledger.write(slot, position, notes)
         else:
-            for row, size in enumerate(sizes):
-                one = slice(row, row + 1)
-                self._store(where[one, :, :size], key[one, :, :size], value[one, :, :size])
-                part = {name: note[one, :, :size] for name, note in notes.items()}
-                self.ledger.write(slot[one, :, :size], position[one, :size], part, one)
+            self._store(pick(real, where), pick(real, key), pick(real, value))
+            parts = {name: pick(real, note) for name, note in notes.items()}
+            self.ledger.put(picked_slots(real, slot), position[real], parts)
         self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
 
     def _store(self, where: Tensor, key: Tensor, value: Tensor) -> None:
@@ -261,16 +264,14 @@ class PagePool:
     def mix(self, weights: Tensor) -> Tensor:
         """[B, H, R, N] -> [B, H, R, dv]; what pages add up to is summed in float32."""
         batch, heads, num, _ = weights.shape
-        width = self.values.shape[-1]
+        width, total = self.values.shape[-1], torch.promote_types(self.values.dtype, torch.float32)
         if self._gathers(num):
-            total = torch.promote_types(self.values.dtype, torch.float32)
             mixed = self.values.new_zeros(batch, heads, num, width, dtype=total)
             for part, _, values in self.chunks(keys=False):
                 mixed += (weights[..., part].to(values.dtype) @ values).to(total)
             return mixed.to(self.values.dtype)
         shares = weights.reshape(batch * heads, num, -1, self.page)
         owner = self.owner.clamp_max(batch * heads - 1)
-        total = torch.promote_types(self.values.dtype, torch.float32)
         out = self.values.new_zeros(batch * heads + 1, num, width, dtype=total)
         for part in self._parts(num * max(width, self.page), weights.numel()):
             share = shares[owner[part], :, self.rank[part]].to(self.values.dtype)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from learnevict.signals import EMPTY, Column
 
+Picked = tuple[Tensor, Tensor]
+"""Rows, and places in a block, of some of its tokens: int64 [n] each."""
+
 
 class Ledger:
     """Positions and columns of slots, [B, H, N, ...], shared by both storages."""
@@ -28,17 +31,24 @@ class Ledger:
         for column in self.spec:
             self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
 
-    def write(self, slot: Tensor, position: Tensor, notes: dict[str, Tensor], row: slice) -> None:
-        """Enter fresh tokens: slot int64 [b, H, n], position int32 [b, n], notes {name: [b, H, n, ...]}."""
+    def write(self, slot: Tensor, position: Tensor, notes: dict[str, Tensor]) -> None:
+        """Enter fresh tokens: slot int64 [B, H, n], position int32 [B, n], notes {name: [B, H, n, ...]}."""
         place = position.unsqueeze(1).expand(-1, slot.shape[1], -1)
-        self.position[row].scatter_(2, slot, place)
+        self.position.scatter_(2, slot, place)
         for column in self.spec:
-            target = self.columns[column.name][row]
+            target = self.columns[column.name]
             index = slot.view(*slot.shape, *([1] * len(column.shape))).expand(*slot.shape, *column.shape)
             if column.name in notes:
                 target.scatter_(2, index, notes[column.name].to(column.dtype))
             else:
                 target.scatter_(2, index, column.fill)
+
+    def put(self, where: tuple[Tensor, ...], position: Tensor, notes: dict[str, Tensor]) -> None:
+        """As `write`, for tokens picked from several rows: position int32 [n], notes {name: [n, H, ...]}."""
+        self.position[where] = position.unsqueeze(-1).expand(where[-1].shape)
+        for column in self.spec:
+            fresh = notes[column.name].to(column.dtype) if column.name in notes else column.fill
+            self.columns[column.name][where] = fresh
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for byte counts."""
@@ -103,18 +113,31 @@ class SlotPool:
         self.first = first_rows(self.free)
 
     def write(
-        self, key: Tensor, value: Tensor, position: Tensor, notes: dict[str, Tensor], sizes: tuple[int, ...]
+        self,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        notes: dict[str, Tensor],
+        sizes: tuple[int, ...],
+        real: Picked | None,
     ) -> None:
-        """Enter fresh tokens: key/value [B, H, W, d], position int32 [B, W]; the first sizes[b] of row b are real."""
-        width = key.shape[2]
-        if all(size == width for size in sizes):
-            self._enter(slice(None), self._next(width), key, value, position, notes)
+        """Enter fresh tokens.
+
+        Args:
+            key: [B, H, W, d]; value [B, H, W, dv].
+            position: int32 [B, W].
+            notes: {name: [B, H, W, ...]}.
+            sizes: the first sizes[b] tokens of row b are real.
+            real: their rows and places in W; None if all are.
+        """
+        slot = self._next(key.shape[2])
+        if real is None:
+            self._enter(slot, key, value, position, notes)
         else:
-            for row, size in enumerate(sizes):
-                one = slice(row, row + 1)
-                slot = self.free[one, :, self.cursor[row] : self.cursor[row] + size]
-                part = {name: note[one, :, :size] for name, note in notes.items()}
-                self._enter(one, slot, key[one, :, :size], value[one, :, :size], position[one, :size], part)
+            where = picked_slots(real, slot)
+            self.keys[where], self.values[where] = pick(real, key), pick(real, value)
+            self.bias[where] = 0.0
+            self.ledger.put(where, position[real], {name: pick(real, note) for name, note in notes.items()})
         self.cursor = [cursor + size for cursor, size in zip(self.cursor, sizes, strict=True)]
 
     def _next(self, width: int) -> Tensor:
@@ -122,16 +145,16 @@ class SlotPool:
         if all(cursor == start for cursor in self.cursor):
             return self.free[:, :, start : start + width]
         offsets = torch.tensor(self.cursor).to(self.free.device, non_blocking=True).view(-1, 1, 1)
-        index = offsets + torch.arange(width, device=self.free.device)
+        index = (offsets + torch.arange(width, device=self.free.device)).clamp_max(self.capacity - 1)
         return self.free.gather(2, index.expand(-1, self.free.shape[1], -1))
 
-    def _enter(self, row: slice, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, notes: dict) -> None:
+    def _enter(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, notes: dict) -> None:
         # By row of the flattened pool: scatter_ of bf16 on a CPU takes time in proportion to the pool.
-        index = (slot + self.first[row]).flatten()
+        index = (slot + self.first).flatten()
         self.keys.view(-1, key.shape[-1]).index_copy_(0, index, key.reshape(-1, key.shape[-1]))
         self.values.view(-1, value.shape[-1]).index_copy_(0, index, value.reshape(-1, value.shape[-1]))
         self.bias.view(-1).index_fill_(0, index, 0.0)
-        self.ledger.write(slot, position, notes, row)
+        self.ledger.write(slot, position, notes)
 
     def evict(self, drop: Tensor) -> None:
         """Empty the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
@@ -168,6 +191,16 @@ class SlotPool:
         self.first = first_rows(self.free)
         self.ledger.select(index)
         self.cursor = [self.cursor[i] for i in index.tolist()]
+
+
+def picked_slots(real: Picked, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, head and slot [n, H] of picked tokens, whose slots are in [B, H, W]."""
+    return real[0].unsqueeze(-1), torch.arange(slot.shape[1], device=slot.device), pick(real, slot)
+
+
+def pick(real: Picked, values: Tensor) -> Tensor:
+    """Picked tokens of [B, H, W, ...], [n, H, ...]."""
+    return values.transpose(1, 2)[real]
 
 
 def first_rows(slots: Tensor) -> Tensor:

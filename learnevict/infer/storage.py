@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from learnevict.infer.clock import Block, Clock
@@ -146,7 +147,7 @@ class Storage:
 
     def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
         """Enter the fresh tokens of a block."""
-        self.pool.write(key, value, block.position, notes, block.sizes)
+        self.pool.write(key, value, block.position, notes, block.sizes, block.real)
         self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
         if self.shared:
             heads = key.shape[1]
@@ -158,6 +159,13 @@ class Storage:
         self.note_peak()
         self.pool.evict(drop)
         self.unassigned = True
+
+    def recount(self) -> None:
+        """Ask the pool what is left in it, after tokens were taken back; the host waits for it."""
+        counts = (self.pool.position >= 0).sum(-1)
+        self.held, self.longest = torch.stack([counts.sum(-1), counts.amax(-1)]).tolist()
+        ragged = isinstance(self.pool, PagePool)
+        self.live = [-(-held // counts.shape[1]) for held in self.held] if ragged else list(self.longest)
 
     def note_peak(self) -> None:
         """Remember the most bytes ever held, and tell the meter what is held now."""

@@ -43,7 +43,7 @@ class ExpectedAttention(Scorer):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        support = signals.occupied & (signals.position >= signals.rows.first.view(-1, 1, 1) + self.skip)
+        support = signals.occupied & (signals.place >= self.skip)
         expected = self.logits(signals).unsqueeze(3)
         share = Attention(1.0).probabilities(expected, support[:, :, None, None, :]).mean((2, 3))
         size = signals.per_slot(lambda _, values: torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32))
@@ -74,7 +74,7 @@ class ExpectedAttention(Scorer):
         """Positions of the queries in the ring, int32 [B, W], and which of them count, bool [B, W]."""
         assert signals.ring is not None
         where = signals.ring[1]
-        return where, where >= signals.rows.first.view(-1, 1) + self.skip
+        return where, signals.rows.place(where) >= self.skip
 
     def _ahead(self, signals: Signals) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries moved to the average of the next positions, float32 [B, Hq, w, d], with [B, 1, w, 1] 1 where they
@@ -99,7 +99,7 @@ class ExpectedAttention(Scorer):
         size = max(1, min(room, queries.shape[-1] * room // signals.position.shape[-1]) // (4 * group))
         for start in range(0, where.shape[1], size):
             part = slice(start, start + size)
-            angle = (signals.rows.now.view(-1, 1) - where[:, part]).unsqueeze(-1) * frequency
+            angle = signals.rows.age(where[:, part]).unsqueeze(-1) * frequency
             real_part = (cos * angle.cos() - sin * angle.sin()).unsqueeze(1)
             imaginary = (sin * angle.cos() + cos * angle.sin()).unsqueeze(1)
             query = queries[:, :, part].float()

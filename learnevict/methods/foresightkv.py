@@ -144,7 +144,7 @@ class ForesightGate(Judge):
         mean, top, _ = self._paid(signals)
         notes, rows = signals.ledger, signals.rows
         needed = top.amax(-1) > NEEDED
-        tokens = (rows.now - rows.block + 1).view(-1, 1, 1).float()
+        tokens = (rows.age(rows.block) + 1).view(-1, 1, 1).float()
         left = (DECAY ** (tokens / WINDOW)).unsqueeze(-1)
         return {
             "paid": notes["paid"] + tokens.unsqueeze(-1) * mean,
@@ -203,7 +203,7 @@ class ForesightGate(Judge):
             torch.log(seen).expand_as(age),
             torch.log(share).expand_as(age),
             torch.log1p(notes["idle"]),
-            torch.log1p((signals.position - rows.first.view(-1, 1, 1)).clamp_min(0).float()),
+            torch.log1p(signals.place.clamp_min(0).float()),
         ]
         return torch.cat([*(torch.log(part + 1e-4) for part in attention), torch.stack(scalars, -1)], dim=-1)
 
@@ -217,12 +217,11 @@ class ForesightGate(Judge):
         shape = (batch, heads, group, num)
         total, top = (torch.zeros(shape, device=signals.position.device) for _ in range(2))
         recent = [torch.zeros_like(total) for _ in RECENT]
-        last = signals.rows.now.view(-1, 1)
         for weights, where in signals.window(self.window):
             total += weights.sum(3)
             top = torch.maximum(top, weights.amax(3))
             for span, part in zip(RECENT, recent, strict=True):
-                late = (where > last - span).view(batch, 1, 1, -1, 1)
+                late = (signals.rows.age(where) < span).view(batch, 1, 1, -1, 1)
                 part += (weights * late).sum(3)
         count = signals.rows.seen.clamp_max(self.window).view(-1, 1, 1, 1)
         signals.memo["paid_mean"], signals.memo["paid_top"] = (total / count).mT, top.mT

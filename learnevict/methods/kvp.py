@@ -79,8 +79,7 @@ class KVPGate(Ranker):
 
 def places(signals: Signals) -> Tensor:
     """log(1 + position in the row) and log(1 + age) of every slot, float32 [B, H, N, 2]."""
-    since = signals.position - signals.rows.first.view(-1, 1, 1)
-    return torch.stack([since, signals.age], -1).clamp_min(0).float().log1p()
+    return torch.stack([signals.place, signals.age], -1).clamp_min(0).float().log1p()
 
 
 def build(layout: Layout, **settings: Any) -> KVPGate:

@@ -30,7 +30,7 @@ class Hashed(Scorer):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        place = (signals.position - signals.rows.first.view(-1, 1, 1)).long()
+        place = signals.place.long()
         head = torch.arange(place.shape[1], device=place.device).view(1, -1, 1)
         start = finalise(torch.full_like(head, self.seed) ^ 0x5E_ED)
         word = finalise(finalise(start + (signals.layer << 20) + head) + place)

@@ -109,7 +109,7 @@ def unrotated(signals: Signals) -> Tensor:
         )
     assert signals.key is not None
     key, half = signals.key.float(), frequency.shape[0]
-    place = (signals.query_position - signals.rows.first.view(-1, 1)).clamp_min(0)
+    place = signals.rows.place(signals.query_position).clamp_min(0)
     angle = (place.unsqueeze(-1) * frequency.float()).unsqueeze(1)
     cos, sin = angle.cos(), angle.sin()
     first, second = key[..., :half], key[..., half : 2 * half]

@@ -74,7 +74,7 @@ def logistic(logits: Tensor, signals: Signals, words: Tensor | None = None) -> T
         draws = torch.rand_like(logits, dtype=torch.float32)
     else:
         head = torch.arange(logits.shape[1], device=logits.device).view(-1, 1)
-        place = (signals.query_position - signals.rows.first.view(-1, 1)).unsqueeze(1)
+        place = signals.rows.place(signals.query_position).unsqueeze(1)
         draws = uniform(hashed(words.view(-1, 1, 1), signals.layer, head, place))
     return draws.clamp(1e-6, 1 - 1e-6).logit()
 

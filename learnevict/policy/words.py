@@ -112,13 +112,13 @@ class Guard:
     def protect(self, signals: Signals) -> Tensor:
         """bool [B, H, N]."""
         rows, position = signals.rows, signals.position
-        first, block = rows.first.view(-1, 1, 1), rows.block.view(-1, 1, 1)
         prompt = (position < rows.prompt_end.view(-1, 1, 1)) & signals.occupied
         recent: Tensor | int = self.recent
         if self.recent_share:  # of what the budget holds beside sinks and a protected prompt
             free = signals.budget - self.sinks - (prompt[:, 0].sum(-1) if self.prompt else 0)
             recent = (self.recent_share * free).int().clamp_min(self.recent).view(-1, 1, 1)
-        kept = (position < first + self.sinks) | (position >= block) | (signals.age < recent)
+        fresh = position >= rows.block.view(-1, 1, 1)
+        kept = (signals.place < self.sinks) | fresh | (signals.age < recent)
         return (kept | prompt if self.prompt else kept) & signals.occupied
 
 

@@ -178,7 +178,7 @@ class Explorer:
 
     def _noise(self, signals: Signals) -> Tensor:
         """Uniform in [0, 1), float32 [B, H, N]; a token's own, wherever it is stored and whatever else is in the batch."""
-        place = signals.position.long() - signals.rows.first.view(-1, 1, 1)
+        place = signals.place.long()
         head = torch.arange(place.shape[1], device=place.device).view(-1, 1)
         event = hashed(self.words, signals.layer, signals.rows.seen).view(-1, 1, 1)
         return uniform(hashed(event, head, place))

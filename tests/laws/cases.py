@@ -16,7 +16,7 @@ from learnevict.oracle.collect import golden_trace
 from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy
 from tests.laws import zoo
-from tests.laws.run import LENGTH, Run, batch, read
+from tests.laws.run import LENGTH, STEPS, TURN, Run, Turns, batch, read
 
 BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
 LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
@@ -135,6 +135,14 @@ class Case:
     def text(self, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Three rows, the second and third padded on the left: ids and mask, int64 [3, T]."""
         return batch(zoo.distinct_tokens(self.model, 3, LENGTH, seed))
+
+    @property
+    def turns(self) -> Turns:
+        """Two turns of three rows, two of which end early."""
+        config = self.model.generation_config
+        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        ids = zoo.distinct_tokens(self.model, 3, LENGTH + TURN + STEPS)
+        return Turns.of(ids, end, end if config.pad_token_id is None else config.pad_token_id)
 
     def policy(self, ids: Tensor, mask: Tensor, budget: int = BUDGET) -> Policy:
         """The method's policy for this text."""

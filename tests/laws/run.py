@@ -17,6 +17,8 @@ from tests.laws.judge import position_ids
 
 PROMPT, LENGTH = 37, 49
 PADS = (0, 5, 14)
+ANSWERS, GAPS, TURN, STEPS = (LENGTH - PROMPT, 4, 7), (0, 3, 5), 11, 9
+"""Of `Turns`: tokens each row reads of its answer, padding before its second turn, columns of that turn, and steps after it."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ def cut_at_events(cache: EvictingCache, mask: Tensor, sizes: list[int]) -> list[
     """The same forwards; where events wait for the end of a forward, cut at those of all rows."""
     if not cache.clock.deferred:
         return sizes
-    flags = mask.bool().tolist()
+    flags = mask[:, cache.get_seq_length() :].bool().tolist()
     ends = {sum(sizes[: index + 1]) for index in range(len(sizes))}
-    stops = sorted(ends | {stop for stop in cuts(cache.clock, flags, len(flags), mask.shape[1]) if stop <= max(ends)})
+    stops = sorted(ends | {stop for stop in cuts(cache.clock, flags, len(flags), len(flags[0])) if stop <= max(ends)})
     return [stop - before for before, stop in zip([0, *stops], stops, strict=False)]
 
 
@@ -118,6 +120,57 @@ def read(model: PreTrainedModel, policy: Policy, ids: Tensor, mask: Tensor, size
     """Reads ids through a cache of this policy, by default the prompt at once and the rest token by token."""
     with attach(model, policy, record=True) as cache:
         return Reader(model, cache, ids, mask, sizes or pieces(PROMPT, ids.shape[1])).finish()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation of two turns in which rows end early and the next turn is padded.
+
+    Attributes:
+        ids: int64 [B, T]; mask [B, T], 0 = padding, the rows' own padding after their end included.
+        first: columns of the first turn.
+        sizes: of the forwards of both turns.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    first: int
+    sizes: tuple[list[int], list[int]]
+
+    @classmethod
+    def of(cls, ids: Tensor, end: int, pad: int) -> Turns:
+        """Rows of distinct tokens: all but the first end early, and have less to read in the second turn."""
+        ids, mask = batch(ids)
+        for row, (answer, gap) in enumerate(zip(ANSWERS, GAPS, strict=True)):
+            stop = PROMPT + answer
+            if stop < LENGTH:
+                ids[row, stop - 1] = end
+            ids[row, stop:LENGTH], mask[row, stop:LENGTH] = pad, 0
+            ids[row, LENGTH : LENGTH + gap], mask[row, LENGTH : LENGTH + gap] = pad, 0
+        turn = [TURN, *([1] * (ids.shape[1] - LENGTH - TURN))]
+        return cls(ids, mask, LENGTH, (pieces(PROMPT, LENGTH), turn))
+
+    def alone(self, row: int) -> Turns:
+        """One row without any padding."""
+        real = self.mask[row].bool()
+        ids, first = self.ids[row : row + 1, real], int(real[: self.first].sum())
+        one, two = (self._real(row, start, sizes) for start, sizes in zip((0, self.first), self.sizes, strict=True))
+        return Turns(ids, torch.ones_like(ids), first, (one, two))
+
+    def _real(self, row: int, start: int, sizes: list[int]) -> list[int]:
+        ends = [start + sum(sizes[: index + 1]) for index in range(len(sizes))]
+        counts = [int(self.mask[row, stop - size : stop].sum()) for stop, size in zip(ends, sizes, strict=True)]
+        return [count for count in counts if count]
+
+    def read(self, model: PreTrainedModel, policy: Policy) -> Run:
+        """As generate() does: in the first turn what a row is fed after its end is masked as text."""
+        shown = self.mask[:, : self.first].clone()
+        shown[:, self.sizes[0][0] :] = 1
+        with attach(model, policy, record=True) as cache:
+            one = Reader(model, cache, self.ids[:, : self.first], shown, self.sizes[0]).finish()
+            two = Reader(model, cache, self.ids, self.mask, self.sizes[1]).finish()
+        logits, moments = torch.cat([one.logits, two.logits], 1), one.moments + two.moments
+        return Run(self.ids, self.mask, policy, cache, logits, moments)
 
 
 def held(expiry: Tensor, mask: Tensor, length: int) -> list[list[list[list[int]]]]:
