@@ -173,6 +173,16 @@ def test_ragged_heads_stay_in_place(model, slack):
     assert found.events >= 2
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv"])
+def test_steps_after_a_rows_end_stay_in_place(model, name):
+    """A row that has ended reads nothing more, and neither grows nor moves what the others hold."""
+    ids, mask = text(model)
+    ids[1, PROMPT + 5 :] = model.config.eos_token_id
+    found = decode(model, policy_of(name, model, ids, mask), ids, mask)
+    assert not found.anything, found
+    assert found.events >= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AT_EVENTS)
 def test_steps_between_events_stay_in_place(model, name):

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import LogitsProcessor, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from learnevict import EvictingCache, attach, methods
@@ -427,6 +427,73 @@ def test_tokens_masked_between_turns_are_gone(name, ragged):
     close(torch.stack(second.logits, 1), expected, CLOSE)
     now = cache.trace().expiry
     assert bool((now[cache.evicting, 1, :, PROMPT + 5 : PROMPT + NEW - 1] <= PROMPT + NEW - 1).all())
+
+
+class Script(LogitsProcessor):
+    """Row b writes answers[b]."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers, self.step = answers, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        told = [tokens[min(self.step, len(tokens) - 1)] for tokens in self.answers]
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(told).view(-1, 1), 0.0)
+
+
+def converse(
+    model: Any, policy: Any, prompts: list[list[int]], answers: list[list[int]], more: list[list[int]]
+) -> tuple[list[Tensor], list[list[list[list[list[int]]]]]]:
+    """Two turns through generate(): logits of the second, row by row; tokens held after each turn, in each row's own time."""
+    ids = mask = torch.zeros(len(prompts), 0, dtype=torch.long)
+    held, logits = [], ()
+    with attach(model, policy) as cache:
+        for texts, told in ((prompts, answers), (more, more)):
+            width = max(map(len, texts))
+            rows = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+            ids, mask = torch.cat([ids, rows], 1), torch.cat([mask, (rows > 0).long()], 1)
+            how = {"max_new_tokens": max(map(len, told)), "eos_token_id": 2, "logits_processor": [Script(told)]}
+            out = answer(model, {"input_ids": ids, "attention_mask": mask}, cache, **how)
+            ids, logits = out.sequences, out.logits
+            mask = torch.cat([mask, (ids[:, mask.shape[1] :] > 0).long()], 1)
+            place = torch.nn.functional.pad(mask.cumsum(-1) - 1, (0, 1), value=-1)
+            layers = [cache.positions(index) for index in cache.evicting]
+            held.append(
+                [occupied(place.gather(1, one.flatten(1).long() % place.shape[1]).view_as(one)) for one in layers]
+            )
+    return list(torch.stack(logits, 1)), held
+
+
+@pytest.mark.parametrize("method", ["streaming_llm", "adakv"])
+def test_a_row_that_ends_early_goes_on_as_alone(method):
+    """Of three rows two end early in the first turn, and write less in the second, each beginning at another column."""
+    model, policy = zoo.build("llama"), methods.load(method).policy(18, slack=4, sinks=2, recent=3)
+    text = zoo.tokens(model, 3, 80, 8).tolist()
+    prompts = [row[: 30 - pad] for row, pad in zip(text, PADS, strict=True)]
+    answers = [[*row[30 : 30 + size], 2] for row, size in zip(text, (25, 4, 9), strict=True)]
+    more = [row[60 : 60 + size] for row, size in zip(text, (12, 12, 7), strict=True)]
+    logits, held = converse(model, policy, prompts, answers, more)
+    for row in range(3):
+        own = ([part[row]] for part in (prompts, answers, more))
+        alone, kept = converse(model, policy, *own)
+        size = len(more[row])
+        assert (logits[row][:size] - alone[0][:size]).abs().max() <= CLOSE
+        if len(answers[row]) == max(map(len, answers)):  # else its end token has been read in the batch already
+            assert [layer[row] for layer in held[0]] == [layer[0] for layer in kept[0]]
+        if size == max(map(len, more)):
+            assert [layer[row] for layer in held[1]] == [layer[0] for layer in kept[1]]
+
+
+def test_only_padding_after_an_end_token_is_no_text():
+    """A conversation may be read token by token, end tokens, and pad tokens anywhere else, included."""
+    model = zoo.build("llama")
+    ids = torch.tensor([[5, 6, 7, 2, 8, 0, 9, 2, 0, 0, 0], [5, 6, 2, 0, 7, 2, 2, 0, 2, 0, 9]])
+    seen = []
+    with attach(model, hashed(30)) as cache, torch.no_grad():
+        for part in ids.split([2, *[1] * 9], 1):
+            model(part, past_key_values=cache)
+            seen.append(list(cache.clock.seen))
+    assert seen == [[2, 2], [3, 3], [4, 3], [5, 4], [6, 5], [7, 6], [8, 6], [8, 7], [8, 7], [8, 8]]
 
 
 def test_a_prompt_of_one_token_and_embeddings():
