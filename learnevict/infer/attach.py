@@ -217,13 +217,11 @@ def _open_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
-    cache = forward.cache_among(given)
+    cache = forward.cache_among(given, model())
     if cache is not None or any(one.get() is not None for one in (SOFT, REPLAY, QUESTION)):
         forward.check_attention(decoder, NAME)
     if (soft := SOFT.get()) is not None and REPLAY.get() is None:
         soft.begin(given)
-    if cache is not None:
-        cache.clock.learn_ends(model())
     last = None if cache is None else forward.open_forward(module, decoder, cache, given)
     return None if last is None else ((), last)
 

@@ -103,15 +103,12 @@ class EvictingCache(Cache):
         self.conversation.admit(source, tokens, mask, position_ids, self.places)
         self._warn_of_pieces(size)
         if mask is not None and size > 1 and length and mask.shape[1] == length + size:
-            self._hide(mask[:, :length] == 0)
-
-    def _hide(self, hidden: Tensor) -> None:
-        self.conversation.hide(hidden)
-        lost = self.clock.hide(hidden)
-        for layer in self._slots() if any(lost) else []:
-            layer.hide(hidden)
-        if max(lost) > 1 and self.policy.schedule.active:
-            warn_of_padding(max(lost))
+            hidden = mask[:, :length] == 0
+            self.conversation.hide(hidden)
+            lost = self.clock.hide(hidden)
+            for layer in self._slots() if any(lost) else []:
+                layer.hide(hidden)
+            warn_of_padding(max(lost) if self.policy.schedule.active else 0)
 
     def begin(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Plan an admitted forward, or the next piece of one; arguments as in `admit`."""

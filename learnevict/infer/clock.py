@@ -92,7 +92,7 @@ class Clock:
         self.schedule = schedule
         self.given_prompt_length = prompt_length
         self.deferred = deferred
-        self.ends = Ends()
+        self.ends: Ends | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -112,10 +112,6 @@ class Clock:
         self.plan: list[Block] = []
         self.finished = Finished()
         self._table: tuple[list[list[Run]], Tensor | None] = ([], None)
-
-    def learn_ends(self, model: object) -> None:
-        """Which token ids end a row; of the model that is about to read."""
-        self.ends = Ends.of(model)
 
     def prompt_tokens(self, row: int) -> int:
         """Real tokens of the row's prompt read so far."""
@@ -197,7 +193,7 @@ class Clock:
     ) -> list[range] | list[list[int]]:
         if not single:
             self.finished.forget()
-        elif all(self.seen) and batch > 1 and self.ends.ends and tokens is not None:
+        elif all(self.seen) and batch > 1 and tokens is not None and self.ends is not None and self.ends.ends:
             return [range(1 - padded) for padded in self.finished.look(tokens, self.ends)]
         if mask is None or (single and all(self.seen)):
             return [range(size)] * batch

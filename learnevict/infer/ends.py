@@ -1,8 +1,8 @@
 """Rows of a batch that have ended: `generate()` feeds them padding until the last one ends, and its mask calls that text.
 
 A row has ended once it has read an end token in a single step. Pad tokens that follow in single steps are padding; any other
-token is text, so a conversation may also be read token by token. (To write on past end tokens, set eos_token_id=None in
-generation_config, not in the call of `generate()`.)
+token is text, so a conversation may also be read token by token. Which ids these are, `generate()` is told; who calls the model
+step by step has them in its generation_config.
 
 Only ids tell, and they are on the device: they are copied to the host while the layers run, and looked at one step later, when
 nobody has to wait. Only in steps after a row's end are a step's own ids awaited, one small copy, as `generate()` itself does in
@@ -12,6 +12,7 @@ every step. A single row is never padded.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,16 @@ class Ends:
     pads: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, model: Any) -> Ends:
-        """As the model's generation_config says; what is given to `generate()` alone is not seen here."""
-        config = getattr(model, "generation_config", None)
-        if config is None or config.eos_token_id is None:
-            return cls()
-        given = config.eos_token_id
-        ends = frozenset(given if isinstance(given, list | tuple) else [given])
-        return cls(ends, ends if config.pad_token_id is None else frozenset([config.pad_token_id]))
+    def of(cls, config: Any, given: Mapping[str, Any] | None = None) -> Ends:
+        """As a generation_config says, and what was `given` to generate() beside it."""
+        names = ("eos_token_id", "pad_token_id")
+        ends, pads = (_ids((given or {}).get(name, getattr(config, name, None))) for name in names)
+        return cls(ends, pads or ends)
+
+
+def _ids(given: Any) -> frozenset[int]:
+    given = given.flatten().tolist() if isinstance(given, Tensor) else given
+    return frozenset(given if isinstance(given, list | tuple) else [] if given is None else [given])
 
 
 class Finished:
@@ -82,7 +85,9 @@ class Finished:
 
 
 def warn_of_padding(num: int) -> None:
-    """Tell the caller of the model that `num` tokens were taken for text and are padding."""
+    """Tell the caller of the model that `num` tokens were taken for text and are padding; of one, an end token, nothing."""
+    if num <= 1:
+        return
     warnings.warn(
         f"the attention mask hides {num} tokens that were read as text and may have evicted others; rows that generate() pads "
         "when they have ended are known by eos_token_id and pad_token_id of model.generation_config: set them there",

@@ -19,6 +19,7 @@ from learnevict.errors import CacheError, UsageError
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.clock import Clock
 from learnevict.infer.deferred import hold_events
+from learnevict.infer.ends import Ends
 from learnevict.infer.history import ordinary_tensors
 from learnevict.infer.identity import layout_of
 from learnevict.infer.support import check_text
@@ -30,7 +31,7 @@ Arguments = dict[str, Any]
 
 
 def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A model's generate(), given only prompts that go on from what their cache has read.
+    """A model's generate(), given only prompts that go on from what their cache has read; the cache learns how rows end.
 
     Raises:
         CacheError: another prompt; see Conversation.check_prompt.
@@ -38,11 +39,18 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
     cache, tokens = kwargs.get("past_key_values"), args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if isinstance(cache, EvictingCache) and isinstance(tokens, Tensor) and not tokens.is_floating_point():
         cache.conversation.check_prompt(tokens, kwargs.get("attention_mask"))
-    return generate(*args, **kwargs)
+    if not isinstance(cache, EvictingCache):
+        return generate(*args, **kwargs)
+    config = kwargs.get("generation_config") or getattr(getattr(generate, "__self__", None), "generation_config", None)
+    cache.clock.ends = Ends.of(config, kwargs)
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        cache.clock.ends = None
 
 
-def cache_among(given: Mapping[str, Any]) -> EvictingCache | None:
-    """The EvictingCache that a decoder's forward was given, which is in use from now on; None if there is none.
+def cache_among(given: Mapping[str, Any], model: object) -> EvictingCache | None:
+    """The EvictingCache that the forward of a model's decoder was given, in use from now on; None if there is none.
 
     No cache is served until `open_forward`.
     """
@@ -50,6 +58,7 @@ def cache_among(given: Mapping[str, Any]) -> EvictingCache | None:
     cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
     if cache is not None:
         cache.used = True
+        cache.clock.ends = cache.clock.ends or Ends.of(getattr(model, "generation_config", None))
     return cache
 
 
