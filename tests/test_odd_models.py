@@ -134,14 +134,12 @@ def test_a_new_prompt_in_a_used_cache_is_refused():
 
 def test_attach_checks_the_base_of_gates():
     gates = Gates.make("foresightkv", zoo.build("qwen3"), hidden=4)
-    with attach(zoo.build("qwen3"), gates.policy(40, slack=4)):
-        pass
+    attach(zoo.build("qwen3"), gates.policy(40, slack=4)).detach()
     other = zoo.fresh("qwen3")
     other.lm_head.weight.add_(1.0)
     with pytest.raises(GateError, match="other weights"):
         attach(other, gates.policy(40, slack=4))
-    with attach(other, gates.policy(40, slack=4, allow_other_base=True)):
-        pass
+    attach(other, gates.policy(40, slack=4, allow_other_base=True)).detach()
     for changed in ({"num_hidden_layers": 1}, {"num_attention_heads": 2}):
         with pytest.raises(GateError, match="another model"):
             attach(zoo.fresh("qwen3", **changed), gates.policy(40, slack=4, allow_other_base=True))

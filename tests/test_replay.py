@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learnevict import attach, replay
+from learnevict import EvictingCache, attach, replay
 from learnevict.errors import TraceError
 from learnevict.infer.attach import REPLAY
 from learnevict.infer.attention import replay_attention
@@ -89,9 +89,10 @@ def test_a_recorded_run_can_be_replayed_while_attached():
     model = zoo.build("llama")
     ids, mask = batch(zoo.tokens(model, len(PADS), LENGTH))
     run = read(model, hashed(16), ids, mask, [20, *[1] * 20])
-    with attach(model, hashed(16)) as cache, torch.no_grad():
+    cache = EvictingCache(model.config, hashed(16))
+    with attach(model), torch.no_grad():
         found = replay(model, ids, run.trace, mask).logits
-        assert cache.get_seq_length() == 0
+    assert cache.get_seq_length() == 0
     close(found, run.logits, CLOSE, mask)
     assert model.config._attn_implementation == "eager"
 

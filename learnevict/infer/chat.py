@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
 from learnevict.infer.generate import read_chat
+from learnevict.infer.modules import device_of
 from learnevict.policy import Governor
 
 
@@ -44,7 +45,7 @@ class Chat:
             UsageError: the tokenizer has no chat template.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = torch.tensor([read_chat(self.tokenizer, messages)], device=self.model.device)
+        ids = torch.tensor([read_chat(self.tokenizer, messages)], device=device_of(self.model))
         if not self.cache.starts_with(ids):
             self.cache.reset()
         given = {"attention_mask": torch.ones_like(ids), **self.how, "past_key_values": self.cache, "use_cache": True}
