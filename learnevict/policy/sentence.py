@@ -63,8 +63,8 @@ class Policy:
         name: shown in tables and traces.
         base: the model its gate was trained for; None if it has none.
         scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
-            so that layers and heads compete for L * H * budget slots. Forwards then must not reach beyond an event: read
-            texts with learnevict.infer.prefill.
+            so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
+            read in pieces.
         probe: tokens that question the cache before every event, which then falls after the forward too.
 
     Raises:
