@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,8 @@ def listen() -> None:
     """Do jobs until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from learnevict.hub import fetch, share
-
+    fetch, share = (import_module(f"learnevict.hub.{name}") for name in ("fetch", "share"))
+    fetch.GRACE = 300.0
     fetch.PATIENCE = share.PATIENCE = 60.0  # a busy machine may be slower than a person is patient
     for line in sys.stdin:
         job = json.loads(line)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from tests.hub_state import OWNER, TOKENS, Mishap, Repository
@@ -20,11 +20,16 @@ class Gone(Exception):
     """The connection is to be closed without an answer."""
 
 
+class Refused(Exception):
+    """The answer has been given; the connection stays, for a client that reuses it must not find it closed."""
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request: who asks, what for, and the answer."""
 
     hub: Hub
-    cut = False
+    kind = ""
+    """Of the mishap that strikes the answer to a GET."""
     protocol_version = "HTTP/1.1"
     ROUTES = (
         ("POST", r"/api/repos/create", "create"),
@@ -46,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         path = urlparse(self.path).path
         self.hub.requests.append((self.command, path))
         mishap = self.hub.mishap(self.command, path)
-        self.cut = mishap is not None and mishap.kind == "drop" and self.command == "GET"
+        self.kind = mishap.kind if mishap is not None and self.command == "GET" else ""
         try:
             body = self.read(mishap)
             if mishap is not None and mishap.kind == "status":
@@ -57,10 +62,12 @@ class Handler(BaseHTTPRequestHandler):
                     if mishap is not None and mishap.kind == "lose":
                         self.answer = lambda *_, **__: None  # carried out, and nobody is told
                     getattr(self, name)(*(part and unquote(part) for part in match.groups()), body=body)
-                    if mishap is not None:
+                    if mishap is not None and self.kind != "swap":
                         raise Gone
                     return
             self.refuse(404, "EntryNotFound")
+        except Refused:
+            pass
         except (Gone, ConnectionError):
             self.close_connection = True
 
@@ -80,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
     def read(self, mishap: Mishap | None) -> bytes:
         """The body of the request, or as much of it as the mishap lets through."""
         length = int(self.headers.get("Content-Length") or 0)
-        if mishap is None or mishap.kind in ("status", "lose") or self.cut:
+        if mishap is None or mishap.kind in ("status", "lose") or self.kind:
             return self.chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
         self.rfile.read(length // 2)
         if mishap.kind == "hold":
@@ -99,12 +106,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, content: object = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self.kind in ("swap", "swell"):
+            body = body[::-1] * (1 if self.kind == "swap" else 3)
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if self.cut else body)
+        if self.command == "HEAD":
+            return
+        if self.kind == "trickle":
+            for place in range(len(body)):
+                self.wfile.write(body[place : place + 1])
+                self.hub.never.wait(0.05)
+        self.wfile.write(body[: len(body) // 2] if self.kind == "drop" else body)
 
     def refuse(self, status: int, code: str = "", message: str = "") -> None:
         headers = {"X-Error-Code": code} if code else {}
@@ -115,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if sent and sent not in TOKENS:
             self.refuse(401, message="Invalid credentials in Authorization header")
-            raise Gone
+            raise Refused
         return TOKENS.get(sent)
 
     def repository(self, repo_id: str, *, write: bool = False) -> Repository:
@@ -123,10 +137,10 @@ class Handler(BaseHTTPRequestHandler):
         found, rights = self.hub.repositories.get(repo_id), self.rights()
         if found is None or (found.private and rights != "write"):
             self.refuse(404 if rights else 401, "RepoNotFound", "Repository not found")
-            raise Gone
+            raise Refused
         if write and rights != "write":
             self.refuse(403 if rights else 401, message="You don't have the required permissions")
-            raise Gone
+            raise Refused
         return found
 
     def at(self, repo_id: str, revision: str | None) -> tuple[Repository, str]:
@@ -134,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         oid = repository.find(revision or "main")
         if oid is None:
             self.refuse(404, "RevisionNotFound")
-            raise Gone
+            raise Refused
         return repository, oid
 
     def create(self, *, body: bytes) -> None:
@@ -169,6 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         license = re.search(rb"^license: (\S+)$", files.get("README.md", b""), re.MULTILINE)
         data = {"cardData": {"license": license[1].decode()}} if license else {}
         siblings = [{"rfilename": name} for name in sorted(files)]
+        if "blobs=" in self.path.lower():
+            siblings = [described(name, files[name]) for name in sorted(files)]
         self.answer({"id": repo_id, "sha": oid, "private": repository.private, "siblings": siblings, **data})
 
     def tree(self, repo_id: str, revision: str, *, body: bytes) -> None:
@@ -247,6 +263,13 @@ class Handler(BaseHTTPRequestHandler):
         if is_large(name):
             headers |= {"X-Linked-Etag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
         self.answer(content, 200, headers)
+
+
+def described(name: str, content: bytes) -> dict[str, Any]:
+    """What the Hub says of a file if asked for `blobs`."""
+    found = {"rfilename": name, "size": len(content), "blobId": git_oid(content)}
+    large = {"lfs": {"sha256": sha256(content), "size": len(content), "pointerSize": 130}}
+    return found | (large if is_large(name) else {})
 
 
 def is_large(name: str) -> bool:

@@ -6,6 +6,9 @@ armed with `fail` and strikes the next requests that match:
     status   an answer with this code
     drop     the connection is closed after half of what the client sends, or of what a GET gets
     lose     the request is carried out, and the connection closed without an answer
+    swap     a GET gets other bytes, as many as were announced
+    swell    a GET gets three times as many
+    trickle  a GET gets 20 bytes a second
     hold     half of the body of a PUT is read, `held` is set, and nothing more happens until the client is gone
 """
 
@@ -30,7 +33,7 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.mishaps: list[Mishap] = []
         self.connections: set[socket.socket] = set()
-        self.held = threading.Event()
+        self.held, self.never = threading.Event(), threading.Event()
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
 

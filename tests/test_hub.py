@@ -539,6 +539,50 @@ def test_where_gates_are_looked_for(tmp_path, monkeypatch):
         locate("a/b/c")
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.md", "run.json"])
+def test_what_is_too_large_is_not_fetched(hub, client, tmp_path, name):
+    client("push", save(tmp_path / "gates"), "me/large")
+    files = hub.files("me/large")
+    large = files[name] + b" " * (11 if name == "run.json" else 2) * 2**20
+    hub.repositories["me/large"].commit("main", files | {name: large}, name)
+    before = len(hub.requests)
+    told = (name, f"{len(large)} bytes", "gates at most", "is it the right repository?")
+    is_told(client("pull", "me/large", "--out", tmp_path / "back"), 1, *told)
+    assert not any("resolve" in path for _, path in hub.requests[before:])
+
+
+@pytest.mark.parametrize("kind", ["swap", "swell"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+def test_other_bytes_than_the_hub_states_are_not_taken(hub, client, tmp_path, name, kind):
+    """Nor kept in the cache: the same command fetches them again."""
+    folder = save(tmp_path / "gates", change=len(name) + len(kind) / 8)
+    repository = f"me/bytes-{kind}-{name[:5]}"
+    client("push", folder, repository)
+    hub.fail("GET", f"resolve/.*/{name}", kind)
+    said = "hash" if kind == "swap" else "more than the"
+    is_told(client("pull", repository, "--out", tmp_path / "back"), 1, name, said, "give the same command again")
+    assert not (tmp_path / "back").exists()
+    code, _, err = client("pull", repository, "--out", tmp_path / "back")
+    assert code == 0, err
+    same(folder, tmp_path / "back")
+
+
+def test_a_trickle_is_not_waited_for(hub, client, tmp_path):
+    """20 bytes a second keep a connection alive for ever."""
+    client("push", save(tmp_path / "gates"), "me/trickle")
+    hub.fail("GET", "resolve/.*safetensors", "trickle")
+    code = (
+        "from importlib import import_module\nfetch = import_module('learnevict.hub.fetch')\n"
+        "result, fetch.GRACE = fetch.GRACE, given"
+    )
+    usual = client.run(code, given=1.0)
+    start = time.monotonic()
+    is_told(client("pull", "me/trickle", "--out", tmp_path / "back"), 1, "too slowly", "give the same command again")
+    assert time.monotonic() - start < 30
+    client.run(code, given=usual)
+    assert client("pull", "me/trickle", "--out", tmp_path / "back")[0] == 0
+
+
 # --- the card, there ---
 
 

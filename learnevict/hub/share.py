@@ -14,14 +14,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from learnevict.errors import DataError, GateError, HubError, UsageError
 from learnevict.files import write
 from learnevict.hub.card import MARK, make_card
-from learnevict.hub.fetch import CARD, CONFIG, FILES, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
+from learnevict.hub.fetch import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
 from learnevict.hub.places import without_folders
 from learnevict.hub.reach import COMMIT, PATIENCE, Address, asking, insist
 
 MAIN = "main"
-LARGEST = {CONFIG: 2**20, WEIGHTS: 2**31, CARD: 2**20, RUN: 10 * 2**20}
-"""Bytes. Gates are small: more than this is something else."""
 
 
 @dataclass(frozen=True)
