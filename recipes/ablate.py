@@ -72,6 +72,10 @@ class Config:
     samples: int = told(60, "to judge on")
     smoke: bool = told(False, "seconds, the same code")
 
+    def __post_init__(self) -> None:
+        if self.rows % 8:
+            raise UsageError(f"--rows {self.rows}: traces come in groups of 8; give a multiple of that")
+
 
 SMOKE = {
     "variants": "credit by attention instead", "steps": 1, "rows": 8, "samples": 4, "out": "runs/ablations-smoke.json"

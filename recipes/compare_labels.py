@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from learnevict import testbed
+from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.budgets import resolve
 from learnevict.evals.contenders import COMPARISON
@@ -60,6 +61,12 @@ class Config:
     out: str = "docs/results/labels.json"
     threads: int = 1
     smoke: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split not in testbed.SPLITS:
+            raise UsageError(f"--split {self.split!r}: choose from {', '.join(testbed.SPLITS)}")
+        for share in self.shares.split(","):
+            Budget.parse(share)
 
 
 SMOKE = {

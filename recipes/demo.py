@@ -13,11 +13,11 @@ and numbers of the former run stay beside the new ones.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,6 +32,7 @@ from learnevict import testbed
 from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
 from learnevict.evals.contenders import Contender, contender
+from learnevict.evals.flags import read_flags
 from learnevict.evals.journal import Journal, Key
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.report import write_report
@@ -46,6 +47,16 @@ BUDGETS = ("1/4", "1/8")
 BASELINES = ("random", "lexical", "clausal", "streaming_llm", "h2o", "snapkv", "tova", "keydiff")
 JUDGE = "foresightkv"
 console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of this program."""
+
+    out: Path = field(default=Path("checkpoints/demo"), metadata={"help": "goes on with what it finds there"})
+    samples: int = field(default=48, metadata={"help": "unseen samples per family"})
+    documents: int = field(default=480, metadata={"help": "training texts to label"})
+    steps: int = field(default=160, metadata={"help": "training steps of the judge"})
 
 
 def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
@@ -156,12 +167,11 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     return better
 
 
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Every field of Config is a flag."""
+    return read_flags(Config, __doc__, arguments)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="goes on with what it finds there")
-    parser.add_argument("--samples", type=int, default=48, help="unseen samples per family")
-    parser.add_argument("--documents", type=int, default=480, help="training texts to label")
-    parser.add_argument("--steps", type=int, default=160, help="training steps of the judge")
-    given = parser.parse_args()
     with told_in_one_line("run the same command again to go on"):
-        main(given.out, given.samples, given.documents, given.steps)
+        main(**vars(parse()))

@@ -27,6 +27,7 @@ import torch
 
 from learnevict import methods, testbed
 from learnevict.cli.judging import progress
+from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning
 from learnevict.evals.contenders import Contender, Rules, contender
@@ -66,6 +67,12 @@ class Config:
     threads: int = 1
     batch_size: int = 50
     smoke: bool = False
+
+    def __post_init__(self) -> None:
+        if not Path(self.gates).is_dir():
+            raise UsageError(f"--gates {self.gates!r}: there is no such folder")
+        for budget in listed(self.budgets):
+            Budget.parse(budget)
 
 
 def main(config: Config) -> None:

@@ -351,6 +351,7 @@ MISTAKES = {
     "device that is not here": ((*TASK, "--device", "cuda:7"), 2, "--device auto"),
     "no tokens": ((*TASK, "--max-new-tokens", "0"), 2, "at least 1"),
     "negative temperature": ((*TASK, "--temperature", "-1"), 2, "0 (greedy) or more"),
+    "endless temperature": ((*TASK, "--temperature", "inf"), 2, "0 (greedy) or more"),
     "out without batch": ((*TASK, "--out", "x.jsonl"), 2, "--out belongs to --batch"),
     "missing batch": (("infer", "--model", "MODEL", "--batch", "nowhere.jsonl"), 1, "cannot read 'nowhere.jsonl'"),
     "viz of a full cache": (("viz", "--model", "MODEL", "--task", "recall", "--out", "OUT"), 2, "give --budget"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import attach, methods, testbed
-from learnevict.errors import DataError, GateError, LabelError, UsageError
+from learnevict.errors import BudgetError, DataError, GateError, LabelError, UsageError
 from learnevict.hub import Gates
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Schedule
@@ -160,6 +160,13 @@ def test_texts_too_short_to_judge_by_are_told(tmp_path, distill, flags):
     with pytest.raises(UsageError, match="too short for --eval_budgets 99"):
         distill.main(distill.parse([*flags, *SMALL["foresightkv"], *more]))
     assert read_record(tmp_path)["status"] == "failed"
+
+
+def test_a_budget_that_cannot_be_held_is_told_before_the_first_step(tmp_path, distill, flags, monkeypatch):
+    monkeypatch.setattr(distill, "go_on", lambda *_: pytest.fail("it began to train"))
+    more = ["--eval_documents", "2", "--eval_steps", "1", "--eval_budgets", "5", "--output_dir", str(tmp_path)]
+    with pytest.raises(BudgetError, match="budget 5 is too small"):
+        distill.main(distill.parse([*flags, *SMALL["foresightkv"], *more]))
 
 
 def test_a_file_of_flags(tmp_path, distill, flags):

@@ -496,6 +496,7 @@ def test_free_rows_have_tokens_and_speed(subject):
         (small_plan(budgets=("25%",)), ["golden"], UsageError, "slots"),
         (small_plan(), ["random", "random"], UsageError, "once"),
         (small_plan(tries=3), ["full"], UsageError, "temperature"),
+        (small_plan(temperature=float("nan")), ["full"], UsageError, "0 .greedy. or more, not nan"),
         (small_plan(temperature=1.0, free="all"), ["golden"], UsageError, "greedy"),
         (small_plan(teacher=False, free="none"), ["full"], UsageError, "nothing"),
         (small_plan(num_samples=0), ["full"], UsageError, "at least 1"),

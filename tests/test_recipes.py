@@ -95,9 +95,6 @@ def test_shown_commands_are_understood(name, parsed):
     commands = flags_for(name)
     assert commands, f"recipes/{name}.py shows no command"
     for words in commands:
-        if name == "demo":
-            assert not words, "its flags are read where it runs: show none, or give it a parse()"
-            continue
         config = parsed(name, words)
         if name == "compare_labels":
             names = [one.strip() for one in config.variants.split(";") if one.strip()]
@@ -108,7 +105,6 @@ def test_shown_commands_are_understood(name, parsed):
 
 NO_NUMBERS = ("nan", "inf", "-7", "9" * 20)
 NO_WORDS = ("../x", "")
-RECIPES_WITH_FLAGS = [one for one in PARAMETERS if one.values[0] != "demo"]
 
 
 def values_of(config: Any) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def no_sense(read: Any, usual: dict[str, Any]) -> dict[str, list[str]]:
     return taken
 
 
-@pytest.mark.parametrize("name", RECIPES_WITH_FLAGS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_no_flag_takes_what_makes_no_sense(name, parsed):
     usual = values_of(parsed(name, []))
     flags = {flag: value for flag, value in usual.items() if not flag.startswith("_")}
@@ -147,6 +143,20 @@ def test_no_flag_of_a_mode_or_gate_takes_what_makes_no_sense(method, parsed):
     found = parsed("distill", ["--method", method])
     flags = {**vars(found.mode), **found.settings}
     assert not no_sense(lambda words: parsed("distill", ["--method", method, *words]), flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("evaluate", ["--gates", "nowhere"]), ("evaluate", ["--budgets", "1/4,zz"]), ("evaluate", ["--out", ""]),
+        ("compare_labels", ["--shares", "zz"]), ("compare_labels", ["--split", "zz"]), ("pretrain", ["--device", ""]),
+        ("oracle", ["--families", "zz"]), ("tables", ["--output_dir", ""]),
+        pytest.param("ablate", ["--rows", "12"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_words_that_make_no_sense_are_refused_before_a_model_is_opened(name, words, parsed):
+    with pytest.raises(LearnevictError, match=words[-1].split(",")[-1] or "is empty"):
+        parsed(name, words)
 
 
 @pytest.mark.slow

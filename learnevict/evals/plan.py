@@ -125,6 +125,8 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
     check_families(plan.families)
     if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
         raise UsageError("samples, batch size and tries must be at least 1")
+    if not 0 <= plan.temperature < float("inf"):
+        raise UsageError(f"temperature must be 0 (greedy) or more, not {plan.temperature}")
     if len({one.name for one in contenders}) < len(contenders) or not contenders:
         raise UsageError("give at least one method, and each only once")
     if len(set(plan.budgets)) < len(plan.budgets):

@@ -67,7 +67,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
 
 

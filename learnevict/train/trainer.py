@@ -43,6 +43,8 @@ class GateTrainer(SharingTrainer):
         self.model_accepts_loss_kwargs = False
         self.base = base.eval().requires_grad_(False)
         self.validation = validation
+        if validation is not None:
+            validation.policies(self.gates)  # budgets that cannot be held are told before the first step
         self.figures: dict[str, list[float]] = {}
         self.whole = Whole(self)
         self.batch = (-1, 0)
