@@ -575,8 +575,8 @@ def test_every_recipe_runs_under_the_same_guard():
     ("words", "code", "message"),
     [
         (("evaluate", "--stage", "nope"), 2, "no stage nope; choose all, tune, main"),
-        (("evaluate", "--families", "sudoku"), 1, "no such task family: sudoku"),
-        (("distill", "--method", "lexical", "--smoke"), 1, "tables are fitted with recipes/tables.py"),
+        (("evaluate", "--families", "sudoku"), 2, "no such task family: sudoku"),
+        (("distill", "--method", "lexical", "--smoke"), 2, "tables are fitted with recipes/tables.py"),
         (("oracle", "--data", "./nowhere.txt"), 1, "cannot read"),
     ],
 )
