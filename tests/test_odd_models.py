@@ -102,6 +102,37 @@ def test_attention_that_is_not_plain_is_refused(model):
     assert not isinstance(cache, EvictingCache) or cache.clock.length == 0
 
 
+def test_encoders_are_refused_and_become_decoders():
+    with pytest.raises(ModelError, match="BertLMHeadModel attends in both directions"):
+        attach(make("BertConfig"), random_policy())
+    base = make("BertConfig", is_decoder=True)
+    with torch.no_grad():
+        expected = base(IDS).logits
+    with attach(base, random_policy(64)) as cache:
+        assert (step_by_step(base, cache) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.full
+def test_the_table_of_models_is_what_they_do():
+    from tests.laws import compatibility
+
+    found = compatibility.rows()
+    assert not [row for row in found if row.outcome == "broken"]
+    assert compatibility.page(found) == compatibility.FILE.read_text(encoding="utf-8"), (
+        "python -m tests.laws.compatibility"
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "opt"])
+def test_the_table_of_models_says_that_they_are_served(name):
+    """Three that another decoder holds than the one their outer class calls, or whose layers differ in width."""
+    from tests.laws import compatibility
+
+    (row,) = compatibility.rows([name])
+    assert row.outcome == "served", row
+    assert str(row) in compatibility.FILE.read_text(encoding="utf-8").splitlines()
+
+
 def test_longrope_is_refused():
     factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.Phi3Config(

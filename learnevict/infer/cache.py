@@ -19,7 +19,7 @@ from learnevict.infer.history import ordinary_tensors
 from learnevict.infer.layer import NO_CROP, EvictingLayer
 from learnevict.infer.probe import check_questioned
 from learnevict.infer.storage import Meter, Place, targets
-from learnevict.infer.support import check_governor, check_rope, evicting_layers
+from learnevict.infer.support import check_governor, check_rope, evicting_layers, state_shape
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 
@@ -62,12 +62,11 @@ class EvictingCache(Cache):
         check_rope(text)
         stock = DynamicCache(config=text).layers
         evicting = evicting_layers(stock)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        states = sum(heads * width for heads, width in (state_shape(text, index) for index in evicting))
         dtype = getattr(text, "dtype", None) or torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.meter = Meter()
-        row_bytes = len(evicting) * 2 * heads * width * torch.empty(0, dtype=dtype).element_size()
+        row_bytes = 2 * states * torch.empty(0, dtype=dtype).element_size()
         layers = list(stock)
         for rank, index in enumerate(evicting):
             layers[index] = EvictingLayer(

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from learnevict.config import Base, Layout
 from learnevict.errors import GateError
 from learnevict.infer.modules import attention_modules, device_of
+from learnevict.infer.support import state_shape
 from learnevict.policy import Scorer
 
 
@@ -36,8 +37,7 @@ def check_base(base: Base, model: PreTrainedModel) -> None:
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The cache shape of a model, from its config."""
     text = config.get_text_config(decoder=True)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads, width = state_shape(text)
     return Layout(
         num_layers=text.num_hidden_layers,
         num_heads=heads,

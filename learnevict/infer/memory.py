@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, UsageError
-from learnevict.infer.support import evicting_layers
+from learnevict.infer.support import evicting_layers, state_shape
 from learnevict.policy import Guard, Schedule
 
 
@@ -68,8 +68,7 @@ def estimate(
     kind = dtype or getattr(text, "dtype", None) or torch.float32
     layers = DynamicCache(config=text).layers
     evicting = set(evicting_layers(layers))
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads, width = state_shape(text)
     per_token = 2 * heads * width * torch.empty(0, dtype=kind).element_size()
     floor = guard.reserved(schedule.period) + 1
     if budget.unit == "tokens" and budget.amount < floor:

@@ -22,14 +22,23 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The model's self-attention modules by layer index.
 
     Raises:
-        ModelError: none can be found, or the model does not support attention backends.
+        ModelError: none can be found, the model does not support attention backends, or it attends in both directions.
     """
     found: dict[int, nn.Module] = {}
+    both_ways: list[int] = []
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
         dispatches = "ALL_ATTENTION_FUNCTIONS" in modelling_names(module)
         if type(module).__name__.endswith("Attention") and isinstance(index, int) and dispatches:
-            found[index] = module
+            if getattr(module, "is_causal", True):
+                found[index] = module
+            else:  # an encoder's, or cross-attention beside the layer's own
+                both_ways.append(index)
+    if both_ways and not found:
+        raise ModelError(
+            f"{type(model).__name__} attends in both directions, so what it has read depends on what comes; use a decoder "
+            "(some encoders become one with is_decoder=True in their configuration)"
+        )
     if not found:
         raise ModelError(
             f"{type(model).__name__} does not dispatch attention through transformers' AttentionInterface, so learnevict "
@@ -53,6 +62,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def front_of(model: PreTrainedModel) -> nn.Module:
     """The module whose forward receives the 2D attention mask: the decoder, or what wraps it with encoders of images."""
     decoder = decoder_of(model)
+    if getattr(decoder, "config", None) is model.config:
+        return decoder
     around = (
         module
         for module in model.modules()

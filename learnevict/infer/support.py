@@ -26,6 +26,22 @@ def evicting_layers(stock: list) -> list[int]:
     return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
 
 
+def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
+    """Key-value heads and head size of one layer, by default the first with full attention (Gemma 4: wider than the rest).
+
+    Args:
+        text: configuration of the text's decoder.
+        layer: its index.
+    """
+    if layer is None:
+        kinds = getattr(text, "layer_types", None) or []
+        layer = kinds.index("full_attention") if "full_attention" in kinds else 0
+    views = getattr(text, "per_layer_config", None)
+    own = text if views is None else views[layer]
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    return heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+
+
 def check_governor(policy: Any) -> None:
     """Say what is missing from an object that is to govern a cache.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.infer.replay import replay
+from learnevict.infer.support import state_shape
 from learnevict.oracle.labels import future_attention
 from learnevict.oracle.reducers import GOLDEN, Reducers
 from learnevict.oracle.roll import golden
@@ -17,7 +18,7 @@ from learnevict.signals import NEVER, Attention, Trace
 def full_trace(model: PreTrainedModel, input_ids: Tensor) -> Trace:
     """The trace of a cache from which nothing is ever evicted."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = state_shape(config)[0]
     shape = (config.num_hidden_layers, input_ids.shape[0], heads, input_ids.shape[1])
     # one number behind a view: a full trace of a long document costs nothing
     return Trace(

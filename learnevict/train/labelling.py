@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import LabelError
 from learnevict.hub import weight_hash
+from learnevict.infer.support import state_shape
 from learnevict.oracle import golden_labels
 from learnevict.train.data import Collator
 from learnevict.train.labels import Document, LabelStore, Manifest, hash_documents
@@ -162,7 +163,7 @@ def describe(model: PreTrainedModel, documents: list[Document], labelling: Label
         block=labelling.block,
         reduce="golden",
         num_layers=text.num_hidden_layers,
-        num_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        num_heads=state_shape(text)[0],
         num_documents=len(documents),
         documents_per_shard=labelling.per_shard,
     )
