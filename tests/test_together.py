@@ -265,6 +265,7 @@ def test_what_pieces_cannot_return():
             model(ids[:, SLACK:], past_key_values=cache)
 
 
+@pytest.mark.filterwarnings("ignore::learnevict.errors.PaddingReadWarning")
 def test_pieces_of_one_token_are_read_as_parts_of_their_turn():
     """Padding in the middle of a conversation, where a piece of a turn is a single column; and what its mask hides."""
     model = zoo.build("llama")
