@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say
+from learnevict.cli.results import say, tell
 from learnevict.errors import UsageError
 
 
@@ -60,4 +60,4 @@ def run(
         write_card(folder, f"user/{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.resolve().name).strip('-.') or 'gates'}")
         os.replace(folder, out)
     say(f"{gates.method}, {gates.num_parameters():,} parameters, for {gates.config.base_name}")
-    typer.echo(str(out))
+    tell(str(out))
