@@ -119,8 +119,8 @@ def test_traces_that_were_not_recorded():
         model(zoo.tokens(model, 1, 9), past_key_values=cache)
         with pytest.raises(TraceError, match=r"record=True.*beams"):
             cache.trace()
-    with attach(model, hashed(), record=True) as cache, pytest.raises(TraceError, match="run the model"):
-        cache.trace()
+    with pytest.raises(TraceError, match="run the model"):
+        EvictingCache(model.config, hashed(), record=True).trace()
     model = zoo.build("mistral_window")
     with pytest.warns(errors.StockLayersWarning):
         cache = EvictingCache(model.config, hashed(), record=True)
