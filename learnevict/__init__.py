@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from learnevict.hub import Gates
     from learnevict.infer.attach import attach
     from learnevict.infer.cache import EvictingCache
-    from learnevict.infer.replay import replay
+    from learnevict.infer.teacher_forcing import replay
 
 __version__ = "0.1.0"
 __all__ = ["EvictingCache", "Gates", "__version__", "attach", "methods", "oracle", "replay"]
@@ -21,7 +21,7 @@ __all__ = ["EvictingCache", "Gates", "__version__", "attach", "methods", "oracle
 _HOMES = {
     "attach": "learnevict.infer.attach",
     "EvictingCache": "learnevict.infer.cache",
-    "replay": "learnevict.infer.replay",
+    "replay": "learnevict.infer.teacher_forcing",
     "Gates": "learnevict.hub",
 }
 

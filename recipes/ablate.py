@@ -18,17 +18,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from learnevict.cli.judging import progress
+from learnevict.cli.evaluation import progress
+from learnevict.data.opening import load_base, read_source
 from learnevict.errors import UsageError, needing, told_in_one_line
-from learnevict.evals.ablations import check_same, read_variants
-from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.flags import read_flags
+from learnevict.evals.methods import Contender, contender
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
-from learnevict.testbed.corpus import load_base, read_source
+from tools.results.ablations import check_same, read_variants
 
 with needing("train"):
     from datasets import Dataset

@@ -31,16 +31,16 @@ from rich.table import Table
 from learnevict import testbed
 from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
-from learnevict.evals.contenders import Contender, contender
 from learnevict.evals.flags import read_flags
-from learnevict.evals.journal import Journal, Key
+from learnevict.evals.methods import Contender, contender
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.report import write_report
-from learnevict.evals.rows import MARK, Row
+from learnevict.evals.sample_log import Journal, Key
 from learnevict.evals.suite import run
+from learnevict.evals.summaries import MARK, Row
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.train.record import read_record
+from learnevict.hub.run_record import read_record
 
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")

@@ -7,7 +7,8 @@
     python recipes/distill.py --model Qwen/Qwen3-0.6B --data user/chats --streaming --packed --max_length 2048
     python recipes/distill.py --method judge_q --own_answers true --output_dir runs/judge_q
 
-A method's gate says in which mode it learns (learnevict.train.modes): "replay" ranks the states of teacher-forced runs under
+A method's gate says in which mode it learns (learnevict.train.run.registry): "replay" ranks the states of
+teacher-forced runs under
 eviction, "stream" regresses on the oracle's numbers layer by layer, "soft" weighs attention and learns through the model,
 "probe" learns tokens that ask. Departures from each paper are told in its method's file; where a paper keeps a second copy of
 the model, or labels on a disk, one frozen copy makes them on the way (--labels takes those of recipes/oracle.py). With
@@ -25,19 +26,19 @@ from typing import Any
 from transformers import set_seed
 
 from learnevict.config import Budget
+from learnevict.data.documents import Collator
+from learnevict.data.opening import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.errors import told_in_one_line
 from learnevict.hub import weight_hash
-from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
-from learnevict.train.data import Collator
-from learnevict.train.estimate import estimate, memory_of, report
-from learnevict.train.flags import Flags
-from learnevict.train.flags import parse as parse_flags
-from learnevict.train.launch import find_tools, launch_defaults
-from learnevict.train.planning import plan_distilling
-from learnevict.train.ranges import check_numbers
-from learnevict.train.record import Record, changed
-from learnevict.train.resuming import go_on, resume_point
-from learnevict.train.running import hash_data, make_gates, read_data, settle
+from learnevict.hub.run_record import Record, changed
+from learnevict.train.memory.estimate import estimate, memory_of, report
+from learnevict.train.memory.plans import plan_distilling
+from learnevict.train.run.arguments import Flags
+from learnevict.train.run.arguments import parse as parse_flags
+from learnevict.train.run.launch import find_tools, launch_defaults
+from learnevict.train.run.ranges import check_numbers
+from learnevict.train.run.resume import go_on, resume_point
+from learnevict.train.run.setup import hash_data, make_gates, read_data, settle
 from learnevict.train.validation import BEST, Patience, Validation
 
 

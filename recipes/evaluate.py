@@ -26,16 +26,16 @@ from pathlib import Path
 import torch
 
 from learnevict import methods, testbed
-from learnevict.cli.judging import progress
+from learnevict.cli.evaluation import progress
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning
-from learnevict.evals.contenders import Contender, Rules, contender
 from learnevict.evals.flags import read_flags
-from learnevict.evals.journal import forget
+from learnevict.evals.methods import Contender, Rules, contender
 from learnevict.evals.plan import Plan, Subject, check_families, count
-from learnevict.evals.rows import forget_rows
+from learnevict.evals.sample_log import forget
 from learnevict.evals.suite import journal_path, run
+from learnevict.evals.summaries import forget_rows
 from learnevict.evals.tuning import Tuned
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash

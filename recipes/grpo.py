@@ -34,21 +34,21 @@ from typing import Any
 
 from transformers import set_seed
 
+from learnevict.data.documents import long_enough
+from learnevict.data.label_store import Document, hash_documents
+from learnevict.data.opening import describe_base, families_of, load_base, longest_text, read_for_learning
+from learnevict.data.sources import Source
 from learnevict.errors import LearnevictWarning, UsageError, needing, told_in_one_line
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.hub.run_record import Record, changed
 from learnevict.rl.rollout import RefineConfig
 from learnevict.testbed import generate, verify
-from learnevict.testbed.corpus import describe_base, families_of, load_base, longest_text, read_for_learning
-from learnevict.train.data import long_enough
-from learnevict.train.estimate import estimate, memory_of, report
-from learnevict.train.flags import parse_parts
-from learnevict.train.labels import Document, hash_documents
-from learnevict.train.launch import check_launch, find_tools, launch_defaults
-from learnevict.train.planning import plan_refining
-from learnevict.train.ranges import check_numbers
-from learnevict.train.record import Record, changed
-from learnevict.train.resuming import go_on, resume_point, smoke_folder
-from learnevict.train.sources import Source
+from learnevict.train.memory.estimate import estimate, memory_of, report
+from learnevict.train.memory.plans import plan_refining
+from learnevict.train.run.arguments import parse_parts
+from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
+from learnevict.train.run.ranges import check_numbers
+from learnevict.train.run.resume import go_on, resume_point, smoke_folder
 from learnevict.train.validation import Validation
 
 with needing("train"):

@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.progress import track
 from transformers import HfArgumentParser
 
+from learnevict.data.labelling import Labelling, fill_store, processes
+from learnevict.data.opening import families_of, load_base, read_source
+from learnevict.data.sources import Source
 from learnevict.errors import told_in_one_line
 from learnevict.infer.load import quiet
-from learnevict.testbed.corpus import families_of, load_base, read_source
-from learnevict.train.labelling import Labelling, fill_store, processes
-from learnevict.train.ranges import check_numbers
-from learnevict.train.sources import Source
+from learnevict.train.run.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     out: Path = Path("runs/labels")
     model: str = "testbed"
     allow_pickle: bool = False  # of the model: read .bin files too; otherwise safetensors only
-    data: str = "testbed"  # "testbed", a file, a folder, or a dataset of the Hub: see learnevict.train.sources
+    data: str = "testbed"  # "testbed", a file, a folder, or a dataset of the Hub: see learnevict.data.sources
     data_config: str | None = None
     data_split: str = "train"
     column: str | None = None

@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learnevict.cli.judging import progress
+from learnevict.cli.evaluation import progress
+from learnevict.data.documents import Collator
+from learnevict.data.label_store import hash_documents
+from learnevict.data.opening import load_base, read_source
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.evals.contenders import COMPARISON, contender
 from learnevict.evals.flags import read_flags
+from learnevict.evals.methods import COMPARISON, contender
 from learnevict.evals.plan import Plan, Subject, count
 from learnevict.evals.suite import run
 from learnevict.evals.tuning import BONUSES
 from learnevict.hub import Gates, weight_hash
-from learnevict.testbed.corpus import load_base, read_source
-from learnevict.train.data import Collator
-from learnevict.train.labels import hash_documents
-from learnevict.train.record import Record, own_record
-from learnevict.train.tables import fit_tables
+from learnevict.hub.run_record import Record, own_record
+from learnevict.train.trainers.token_tables import fit_tables
 
 SEPARATOR = ";"
 SMOKE = {"output_dir": "runs/tables-smoke", "documents": 32, "samples": 2}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.storage import Meter, Place
+from learnevict.infer.store.storage import Meter, Place
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
+from learnevict.data.label_store import Document, hash_documents
+from learnevict.data.self_generated import Answering, answer
 from learnevict.errors import DataError, LearnevictWarning, UsageError
-from learnevict.train.answers import Answering, answer
-from learnevict.train.labels import Document, hash_documents
-from learnevict.train.record import read_record
+from learnevict.hub.run_record import read_record
 
 TOKENIZER = testbed.build_tokenizer()
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def test_processes_share_the_prompts(monkeypatch):
         parts.append(mine)
         return [pair for part in parts for pair in part]
 
-    monkeypatch.setattr("learnevict.train.answers.gather_object", gather)
+    monkeypatch.setattr("learnevict.data.self_generated.gather_object", gather)
     with pytest.raises(KeyError):  # what the second process has not answered yet
         answer(model, TOKENIZER, given, Answering(batch_size=2, rank=0, num_ranks=2))
     assert answer(model, TOKENIZER, given, Answering(batch_size=2, rank=1, num_ranks=2)) == alone

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learnevict import EvictingCache, Gates, attach
-from learnevict.infer.prefill import prefill
+from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Guard, Policy
 from tests.laws.cases import LEARNED, VARIANTS, made_with, make_policy

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from learnevict.evals.benchmarks import benchmark_tables
+from tools.results.benchmarks import benchmark_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {"median", "q1", "q3", "n"}

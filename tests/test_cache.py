@@ -26,8 +26,8 @@ from learnevict.errors import (
 )
 from learnevict.infer.attach import attention_function
 from learnevict.infer.generate import generate
-from learnevict.infer.replay import replay
-from learnevict.infer.support import evicting_layers
+from learnevict.infer.model.supported import evicting_layers
+from learnevict.infer.teacher_forcing import replay
 from learnevict.policy import Guard
 from learnevict.signals import NEVER
 from tests.closeness import close

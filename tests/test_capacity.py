@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learnevict import Gates
-from learnevict.train import capacity, objectives
+from learnevict.train.losses import capacity, objectives
 from tests.closeness import close
 from tests.laws import zoo
 from tests.test_admission import signals_of

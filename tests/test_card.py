@@ -12,14 +12,14 @@ from huggingface_hub import ModelCard
 
 from learnevict import Gates, methods
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.contenders import contender
+from learnevict.evals.methods import contender
 from learnevict.evals.perplexity import Perplexity
 from learnevict.evals.plan import Cell
-from learnevict.evals.rows import read_rows, text_row
+from learnevict.evals.summaries import read_rows, text_row
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
+from learnevict.hub.run_record import Record
 from learnevict.rl.rollout import RefineConfig
-from learnevict.train.ranker import RankingConfig
-from learnevict.train.record import Record
+from learnevict.train.trainers.pairwise import RankingConfig
 from tests.laws.cases import LEARNED, random_gates
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

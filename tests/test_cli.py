@@ -28,13 +28,13 @@ from learnevict.cli import app, main
 from learnevict.cli.console import _explain
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError, told_in_one_line
-from learnevict.evals.rows import KEYS
+from learnevict.evals.summaries import KEYS
+from learnevict.evals.viz import page
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.infer.generate import generate, read_chat, read_text
 from learnevict.infer.load import load, load_config
-from learnevict.infer.memory import estimate
-from learnevict.infer.viz import page
+from learnevict.infer.model.memory import estimate
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
 from learnevict.untrusted import printable

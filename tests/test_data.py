@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from learnevict import testbed
-from learnevict.cli.requests import read_rows
+from learnevict.cli.prompts import read_rows
+from learnevict.data import documents as data
+from learnevict.data.documents import Collator, Encoder, long_enough, read_documents
+from learnevict.data.label_store import Document
+from learnevict.data.opening import families_of, read_for_learning, read_source
+from learnevict.data.sources import Source
+from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LearnevictWarning, UsageError
-from learnevict.testbed.corpus import families_of, read_for_learning, read_source
-from learnevict.train import data
-from learnevict.train.data import Collator, Encoder, long_enough, read_documents
-from learnevict.train.labels import Document
-from learnevict.train.sources import Source
-from learnevict.train.streaming import Stream
 
 TOKENIZER = testbed.build_tokenizer()
 WORDS = [word for word in TOKENIZER.get_vocab() if not word.startswith("<")]

@@ -21,12 +21,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict import attach, methods, testbed
 from learnevict.errors import BudgetError, DataError, GateError, LabelError, UsageError
 from learnevict.hub import Gates
+from learnevict.hub.run_record import read_record
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Schedule
-from learnevict.train.modes import MODES, course
-from learnevict.train.record import read_record
-from learnevict.train.states import record_states
+from learnevict.train.run.registry import MODES, course
 from learnevict.train.trainer import last_checkpoint
+from learnevict.train.trainers.replay_states import record_states
 from learnevict.train.validation import BEST, Patience
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +203,7 @@ def test_every_learned_method_has_a_command_line(method, distill):
 
 
 def layout() -> Any:
-    from learnevict.train.modes import ANY_LAYOUT
+    from learnevict.train.run.registry import ANY_LAYOUT
 
     return ANY_LAYOUT
 

@@ -9,11 +9,11 @@ import torch
 from transformers import TrainingArguments
 
 from learnevict.errors import UsageError
-from learnevict.ops.hashing import hashed, uniform
-from learnevict.ops.processes import highest, ratio, summed
-from learnevict.train.draws import Draws
-from learnevict.train.launch import check_launch, find_tools, launch_defaults
-from learnevict.train.objectives import pairwise, sample_slots
+from learnevict.ops.distributed import highest, ratio, summed
+from learnevict.ops.random import hashed, uniform
+from learnevict.train.batch_random import Draws
+from learnevict.train.losses.objectives import pairwise, sample_slots
+from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
 
 
 def test_hashes_are_even_and_tell_their_parts_apart():

@@ -11,20 +11,20 @@ import torch
 
 from learnevict import testbed
 from learnevict.config import Budget
+from learnevict.data.documents import Collator
+from learnevict.data.opening import describe_base, longest_text, read_source
 from learnevict.errors import UsageError
 from learnevict.hub import Gates
 from learnevict.infer.attach import attach
-from learnevict.infer.prefill import prefill
+from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Policy, Schedule
-from learnevict.testbed.corpus import describe_base, longest_text, read_source
-from learnevict.train.data import Collator
-from learnevict.train.estimate import Figures, estimate, memory_of, report
-from learnevict.train.held import kept
-from learnevict.train.ranker import judge_all
-from learnevict.train.sizes import LEARNING, Plan
-from learnevict.train.states import record_states
-from learnevict.train.stream import StreamConfig, study
+from learnevict.train.memory.estimate import Figures, estimate, memory_of, report
+from learnevict.train.memory.phases import LEARNING, Plan
+from learnevict.train.memory.saved_activations import kept
+from learnevict.train.trainers.pairwise import judge_all
+from learnevict.train.trainers.regression import StreamConfig, study
+from learnevict.train.trainers.replay_states import record_states
 
 ROOT = Path(__file__).parent.parent
 TOKENS, ROWS, PERIOD = 256, 2, 16

@@ -16,27 +16,28 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict import testbed
 from learnevict.cli import main
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
-from learnevict.evals import metrics, perplexity, sections, tables, tuning
+from learnevict.evals import metrics, perplexity, tuning
 from learnevict.evals.budgets import mean_length, resolve
-from learnevict.evals.contenders import COMPARISON, Contender, Rules, contender
 from learnevict.evals.generation import Decoding, agreement, answer, answer_golden
-from learnevict.evals.journal import Journal, Key, forget
-from learnevict.evals.journal import load as load_journal
-from learnevict.evals.label_table import Tried, TriedLabels, label_tables
+from learnevict.evals.methods import COMPARISON, Contender, Rules, contender
 from learnevict.evals.metrics import Cell
 from learnevict.evals.plan import Plan, Subject, check
+from learnevict.evals.records import Results, of_run, read_results
 from learnevict.evals.report import write_report
-from learnevict.evals.results import Results, of_run, read_results
-from learnevict.evals.rows import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
+from learnevict.evals.sample_log import Journal, Key, forget
+from learnevict.evals.sample_log import load as load_journal
 from learnevict.evals.suite import journal_path, run
-from learnevict.evals.teacher import Texts, judge, judge_golden, read
+from learnevict.evals.summaries import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
+from learnevict.evals.teacher_forced import Texts, judge, judge_golden, read
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
 from learnevict.oracle.metrics import judge_policy
 from tests.interrupting import ctrl_c_after
+from tools.results import sections, tables
+from tools.results.label_table import Tried, TriedLabels, label_tables
 
 SMALL = Rules(slack=4, sinks=1, recent=2)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from learnevict import methods
 from learnevict.hub import Gates
-from learnevict.train.modes import ANY_LAYOUT, MODES
+from learnevict.train.run.registry import ANY_LAYOUT, MODES
 from tests.hub_client import Client
 
 ROOT = Path(__file__).resolve().parent.parent

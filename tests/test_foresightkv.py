@@ -12,14 +12,13 @@ from learnevict import attach, methods, oracle
 from learnevict.config import Budget
 from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub import Gates, layout_of
-from learnevict.infer.prefill import prefill
-from learnevict.infer.replay import replay
 from learnevict.infer.soft import Sequence
+from learnevict.infer.teacher_forcing import prefill, replay
 from learnevict.methods.foresightkv import DECAY, NEEDED, RECENT, ForesightGate
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import Attention, Rows, Signals
-from learnevict.train.ranker import joined
-from learnevict.train.states import record_states
+from learnevict.train.trainers.pairwise import joined
+from learnevict.train.trainers.replay_states import record_states
 from tests.closeness import close
 
 PERIOD, BUDGET, WINDOW = 8, 24, 8
@@ -284,7 +283,7 @@ def test_golden_rows_follow_the_oracle():
     """A recorder whose rows all follow the oracle leaves the golden trace behind."""
     model, ids = tiny(), torch.randint(0, 64, (2, 48))
     labels, _ = oracle.golden_labels(model, ids, block=PERIOD)
-    from learnevict.train.states import Recorder, look_ahead
+    from learnevict.train.trainers.replay_states import Recorder, look_ahead
 
     ahead = [look_ahead(part) for part in labels if part is not None]
     recorder = Recorder(

@@ -27,7 +27,7 @@ import torch
 from learnevict import testbed
 from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
-from learnevict.rl.draw import NOTHING
+from learnevict.rl.distribution import NOTHING
 from tests.closeness import close
 from tests.recipe_runs import run_recipe
 from tests.test_foresightkv import tiny

@@ -572,7 +572,7 @@ def test_a_trickle_is_not_waited_for(hub, client, tmp_path):
     client("push", save(tmp_path / "gates"), "me/trickle")
     hub.fail("GET", "resolve/.*safetensors", "trickle")
     code = (
-        "from importlib import import_module\nfetch = import_module('learnevict.hub.fetch')\n"
+        "from importlib import import_module\nfetch = import_module('learnevict.hub.download')\n"
         "result, fetch.GRACE = fetch.GRACE, given"
     )
     usual = client.run(code, given=1.0)

@@ -16,7 +16,7 @@ from tests.closeness import close
 COMPARE = """
 import torch
 from learnevict import ops
-from learnevict.infer.slots import SlotPool
+from learnevict.infer.store.slots import SlotPool
 from tests.test_slots import poisoned
 ops.use_kernels()
 torch.manual_seed(0)

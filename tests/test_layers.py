@@ -23,9 +23,11 @@ ROWS = (
     ("signals",),
     ("policy",),
     ("parts", "infer"),
-    ("methods", "oracle"),
-    ("hub", "train"),
-    ("rl", "evals", "testbed"),
+    ("methods", "oracle", "testbed"),
+    ("hub",),
+    ("data",),
+    ("train", "evals"),
+    ("rl",),
     ("cli",),
 )
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}
@@ -33,16 +35,14 @@ SIDEWAYS = {
     ("config", "errors"),
     ("files", "errors"),
     ("ops", "errors"),
-    ("train", "hub"),  # trainers save gates
-    ("evals", "testbed"),  # the suite runs the testbed's tasks
 }
 
 # Who may import what at all, and of these what only inside functions: a core install has none of the latter.
-TRANSFORMERS = {"infer", "oracle", "train", "hub", "rl", "testbed"}
+TRANSFORMERS = {"infer", "oracle", "data", "train", "hub", "rl", "testbed"}
 ANYWHERE = {"transformers": TRANSFORMERS}
 INSIDE_FUNCTIONS = {
-    "datasets": {"oracle", "train", "rl", "evals"},
-    "pyarrow": {"oracle", "train", "rl", "evals"},
+    "datasets": {"data", "train", "rl", "evals"},
+    "pyarrow": {"data", "train", "rl", "evals"},
     "deepspeed": {"train", "rl"},
     "peft": {"train", "rl"},
     "trl": {"rl"},
@@ -53,7 +53,7 @@ INSIDE_FUNCTIONS = {
 }
 # Modules that only recipes import, so that they may need an optional package from their first line on.
 ON_DEMAND = {"learnevict/rl/trainer.py"}  # a subclass of trl.GRPOTrainer
-OUTSIDE = {"recipes", "benchmarks", "tests", "scripts", "pytest", "hypothesis", "beartype", "psutil"}
+OUTSIDE = {"recipes", "tools", "benchmarks", "tests", "scripts", "pytest", "hypothesis", "beartype", "psutil"}
 
 # Exceptions, each with its reason.
 TENSORS_ONLY = {"learnevict/hub/published.py": "authors publish pickles; read once, if the user allows it"}

@@ -11,11 +11,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, UsageError
-from learnevict.evals.contenders import Rules
-from learnevict.evals.hindsight import Case, by_value, caote, from_the_left
-from learnevict.evals.teacher import Texts
+from learnevict.evals.methods import Rules
+from learnevict.evals.teacher_forced import Texts
 from learnevict.infer.attach import attach
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, golden, h2o, keydiff, random, snapkv
 from learnevict.oracle import Received, Reducers, future_attention, golden_labels, golden_trace, horizon
 from learnevict.oracle import golden as roll_golden
@@ -27,13 +26,13 @@ from learnevict.oracle.metrics import (
     recalled,
     top_recall,
 )
-from learnevict.oracle.reference import Reference, align
-from learnevict.oracle.shared import Share, golden_shared, profile, ranks, slots_of
-from learnevict.oracle.watching import watched
+from learnevict.oracle.reference import Reference, align, watched
+from learnevict.oracle.shared_traces import Share, golden_shared, profile, ranks, slots_of
 from learnevict.parts.rule import Rule
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
 from tests.closeness import close
+from tools.results.hindsight import Case, by_value, caote, from_the_left
 
 GUARD, BLOCK = Guard(1, 2), 4
 TERMS = {"sinks": 1, "recent": 2, "slack": 4}

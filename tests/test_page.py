@@ -8,10 +8,11 @@ import subprocess
 import pytest
 
 from learnevict import testbed
-from learnevict.evals import benchmarks, goals, sections, tables, tuning
-from learnevict.evals.goals import MET, MISSED, UNMEASURED, UNSCORED, Evidence
-from learnevict.evals.journal import Journal, Key
-from learnevict.evals.results import Results, of_run
+from learnevict.evals import tuning
+from learnevict.evals.records import Results, of_run
+from learnevict.evals.sample_log import Journal, Key
+from tools.results import benchmarks, goals, sections, tables
+from tools.results.goals import MET, MISSED, UNMEASURED, UNSCORED, Evidence
 
 LEARNED = ("lexical", "foresightkv-sl", "foresightkv", "dbtrimkv")
 SEEDS = range(6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learnevict.hub.places import without_folders
+from learnevict.hub.paths import without_folders
 
 REDUCED = {
     "/tmp/x/base": "base",

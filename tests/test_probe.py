@@ -15,18 +15,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 from learnevict import EvictingCache, Gates, attach, methods
 from learnevict.config import Budget
+from learnevict.data.documents import Collator
+from learnevict.data.label_store import Document
 from learnevict.errors import CacheError, DataError, ModelError, NotAttachedError
-from learnevict.infer.prefill import prefill
 from learnevict.infer.probe import ask
+from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle import JUDGE_Q, LOOKAHEAD_KV
 from learnevict.parts.probes import LowRank, projections
 from learnevict.policy import Policy
 from learnevict.signals import NEVER
-from learnevict.train.data import Collator
-from learnevict.train.draws import Draws
-from learnevict.train.labels import Document
-from learnevict.train.objectives import attention_divergence, attention_error
-from learnevict.train.probe import Cut, ProbeConfig, ProbeTrainer, Texts, at_slots, draw_cuts, foresee
+from learnevict.train.batch_random import Draws
+from learnevict.train.losses.objectives import attention_divergence, attention_error
+from learnevict.train.trainers.probe import Cut, ProbeConfig, ProbeTrainer, Texts, at_slots, draw_cuts, foresee
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import position_ids

@@ -18,7 +18,7 @@ import pytest
 
 from learnevict.errors import DataError, LearnevictError, UsageError
 from learnevict.evals import tuning
-from learnevict.evals.ablations import check_same
+from tools.results.ablations import check_same
 
 # TRL and what it brings: a flag has a new name that the oldest transformers does not know, rollouts are experimental.
 pytestmark = pytest.mark.filterwarnings(

@@ -98,7 +98,7 @@ def test_a_context_shorter_than_a_chunk_is_repeated_whole():
 
 def test_what_is_visited_is_the_context_alone():
     """The context cannot see its repetition, so its states are those of a plain pass."""
-    from learnevict.infer.replay import replay
+    from learnevict.infer.teacher_forcing import replay
     from learnevict.oracle import full_trace, receiving
 
     model = zoo.build("qwen3")

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from learnevict.errors import DataError
-from learnevict.train.record import Record, changed, commit, read_record
+from learnevict.hub.run_record import Record, changed, commit, read_record
 
 
 @dataclass(frozen=True)

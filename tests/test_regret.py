@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from learnevict.train.objectives import LEAST, cross_entropy, log_error
-from learnevict.train.regret import OUTSIDE, best_cost, cost, expected_regret, log_chance, regret, rloo
+from learnevict.train.losses.objectives import LEAST, cross_entropy, log_error
+from learnevict.train.losses.regret import OUTSIDE, best_cost, cost, expected_regret, log_chance, regret, rloo
 from tests.closeness import close
 
 N = 6

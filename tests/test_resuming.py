@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learnevict.errors import DataError, GateError, UsageError
-from learnevict.train.record import read_record
+from learnevict.hub.run_record import read_record
 from tests.test_distill import assert_equal, base, flags, texts, weights  # noqa: F401
 
 METHOD = ["--method", "kvzap", "--budgets", "24", "40", "--lr_scheduler_type", "constant"]
@@ -122,7 +122,7 @@ def test_gates_that_were_resumed_do_not_tell(run, tmp_path):
 
 
 def test_a_trial_goes_to_a_folder_of_its_own(distill, flags):  # noqa: F811
-    from learnevict.train.running import settle
+    from learnevict.train.run.setup import settle
 
     read = distill.parse([*METHOD, *flags, "--smoke"])
     settle(read)
@@ -133,9 +133,9 @@ def test_what_could_not_be_sent_is_whole_at_home(run, tmp_path, monkeypatch):
     def refused(*_: object, **__: object) -> None:
         raise OSError("403")
 
-    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer.init_hf_repo", lambda *_, **__: None)
-    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer._push_from_checkpoint", lambda *_, **__: None)
-    monkeypatch.setattr("learnevict.train.sharing.SharingTrainer.push_to_hub", refused)
+    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer.init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer._push_from_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer.push_to_hub", refused)
     with pytest.raises(OSError, match="403"):
         run(tmp_path, "--push_to_hub", "--hub_model_id", "me/gates")
     record = json.loads((tmp_path / "run.json").read_text())

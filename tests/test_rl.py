@@ -13,15 +13,14 @@ from transformers import DynamicCache
 from learnevict import attach, methods
 from learnevict.errors import BudgetError, DataError, StockLayersWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
-from learnevict.infer.prefill import prefill
-from learnevict.infer.replay import replay
-from learnevict.infer.support import evicting_layers
-from learnevict.ops.hashing import hashed, uniform
+from learnevict.infer.model.supported import evicting_layers
+from learnevict.infer.teacher_forcing import prefill, replay
+from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
-from learnevict.parts.demand import GAIN, Demand
-from learnevict.parts.gates import Judge
+from learnevict.parts.layer_allocation import GAIN, Demand
+from learnevict.parts.learned import Judge
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
-from learnevict.rl.draw import (
+from learnevict.rl.distribution import (
     NOTHING,
     draw_evictions,
     draw_shifts,
@@ -30,10 +29,10 @@ from learnevict.rl.draw import (
     lowest_scores,
     shift_log_probability,
 )
-from learnevict.rl.episode import expired, run_episode
-from learnevict.rl.explorer import Terms
 from learnevict.rl.rewards import losses, sure, token_costs
 from learnevict.rl.rollout import RefineConfig, Text, drawn_budget, log_probabilities, noisy_layers, sample_group
+from learnevict.rl.sampler import Terms
+from learnevict.rl.trajectory import expired, run_episode
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo

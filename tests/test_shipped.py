@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from learnevict import attach, testbed
 from learnevict.errors import CacheError
-from learnevict.evals.contenders import contender
+from learnevict.evals.methods import contender
 from learnevict.evals.plan import Plan, Subject
 from learnevict.evals.suite import run
 from learnevict.hub import GATES_FOLDER, Gates

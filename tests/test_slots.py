@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from learnevict.infer.attention import block_attention, observed_step, step_attention
-from learnevict.infer.pages import PagePool
-from learnevict.infer.slots import SlotPool
+from learnevict.infer.store.pages import PagePool
+from learnevict.infer.store.slots import SlotPool
 from learnevict.signals import Attention, Column, Rows, Signals
 from tests.closeness import close
 

@@ -192,7 +192,7 @@ def test_padding_changes_nothing():
 
 
 def random_gate(method: str, model, **settings):
-    from learnevict.infer.identity import layout_of
+    from learnevict.infer.model.fingerprint import layout_of
 
     torch.manual_seed(4)
     gate = methods.load(method).build(layout_of(model.config), **settings).eval()

@@ -7,12 +7,12 @@ import torch
 from transformers import TrainingArguments
 
 from learnevict import Gates, methods
+from learnevict.data.documents import Collator
+from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
-from learnevict.infer.identity import layout_of
-from learnevict.train import capacity, objectives
-from learnevict.train.data import Collator
-from learnevict.train.labels import Document
-from learnevict.train.soft import LOSSES, SoftConfig, SoftTrainer
+from learnevict.infer.model.fingerprint import layout_of
+from learnevict.train.losses import capacity, objectives
+from learnevict.train.trainers.soft_gate import LOSSES, SoftConfig, SoftTrainer
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import stock

@@ -11,19 +11,19 @@ from transformers import TrainingArguments
 
 from learnevict import Gates, attach, oracle
 from learnevict.config import Budget
+from learnevict.data.documents import Collator
+from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.methods.golden import Hindsight
 from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, receiving, reconstruct
 from learnevict.policy import Gate, Guard, Policy, Schedule, Scorer
 from learnevict.signals import Column, Signals
-from learnevict.train.course import OBJECTIVES
-from learnevict.train.data import Collator
-from learnevict.train.labels import Document
-from learnevict.train.lessons import Lesson, Times
-from learnevict.train.ranker import RankingConfig
-from learnevict.train.ridge import fit_linear
-from learnevict.train.stream import StreamConfig, StreamTrainer, study
+from learnevict.train.trainers.closed_form import fit_linear
+from learnevict.train.trainers.layer_batch import Lesson, Times
+from learnevict.train.trainers.pairwise import RankingConfig
+from learnevict.train.trainers.regression import StreamConfig, StreamTrainer, study
+from learnevict.train.trainers.teacher_pass import OBJECTIVES
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import random_gates

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learnevict import Gates, attach, methods
 from learnevict.errors import GateError, UsageError
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import Received, receiving
 from learnevict.parts.allocators import Together
 from learnevict.signals import NEVER

@@ -13,10 +13,9 @@ from torch.overrides import TorchFunctionMode
 from learnevict import attach, methods
 from learnevict.config import Budget
 from learnevict.errors import CacheError, UsageError
+from learnevict.evals.viz import record
 from learnevict.infer.generate import generate
-from learnevict.infer.prefill import prefill, read_once
-from learnevict.infer.replay import replay
-from learnevict.infer.viz import record
+from learnevict.infer.teacher_forcing import prefill, read_once, replay
 from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy, Schedule
 from learnevict.signals import NEVER

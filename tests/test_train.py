@@ -17,14 +17,14 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict.cli.console import main
+from learnevict.data.documents import read_documents
+from learnevict.data.label_store import Document, LabelStore, Manifest
+from learnevict.data.labelling import Labelling, describe, fill_store, label
+from learnevict.data.sources import Source
 from learnevict.errors import DataError, LabelError, LearnevictError
-from learnevict.train.data import read_documents
-from learnevict.train.labelling import Labelling, describe, fill_store, label
-from learnevict.train.labels import Document, LabelStore, Manifest
-from learnevict.train.objectives import kept_share, pairwise, regression, sample_slots
-from learnevict.train.record import read_record
-from learnevict.train.sources import Source
-from learnevict.train.states import look_ahead
+from learnevict.hub.run_record import read_record
+from learnevict.train.losses.objectives import kept_share, pairwise, regression, sample_slots
+from learnevict.train.trainers.replay_states import look_ahead
 from tests.recipe_runs import run_recipe
 
 ROOT = Path(__file__).parent.parent

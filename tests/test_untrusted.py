@@ -14,15 +14,15 @@ import torch
 
 from learnevict import Gates
 from learnevict.cli import console
-from learnevict.cli import results as cli_results
+from learnevict.cli import output as cli_results
 from learnevict.cli.eval import _show
-from learnevict.cli.judging import progress
+from learnevict.cli.evaluation import progress
 from learnevict.errors import DataError, GateError, told_in_one_line
 from learnevict.evals.report import write_report
-from learnevict.evals.rows import read_rows
+from learnevict.evals.summaries import read_rows
+from learnevict.evals.viz import page
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
-from learnevict.infer.printing import printer
-from learnevict.infer.viz import page
+from learnevict.infer.prompts.printing import printer
 from learnevict.signals import NEVER, Trace
 from learnevict.untrusted import CONTROLS, one_line, printable, spreadsheet_cell
 

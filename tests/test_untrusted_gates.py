@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from learnevict import Gates, methods
 from learnevict.cli import main
-from learnevict.cli.judging import Judging
+from learnevict.cli.evaluation import Judging
 from learnevict.errors import GateError, UsageError
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, push_folder, write_card
 from learnevict.hub.share import _folder

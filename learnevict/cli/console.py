@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from learnevict import __version__
-from learnevict.cli.results import INTERRUPTED, say, tell
+from learnevict.cli.output import INTERRUPTED, say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
 COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "import", "doctor", "demo")

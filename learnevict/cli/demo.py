@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.answering import Answer, Answering, size
-from learnevict.cli.opening import Choice, open_model
-from learnevict.cli.requests import make_request
-from learnevict.cli.results import for_tables, tell
+from learnevict.cli.generation import Answer, Answering, size
+from learnevict.cli.output import for_tables, tell
+from learnevict.cli.policy_choice import Choice, open_model
+from learnevict.cli.prompts import make_request
 
 METHODS = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")

@@ -13,9 +13,9 @@ import typer
 
 import learnevict.cli.options as o
 from learnevict import __version__
-from learnevict.cli.answering import size
-from learnevict.cli.opening import COMPARISON, TESTBED
-from learnevict.cli.results import cell, for_tables, tell
+from learnevict.cli.generation import size
+from learnevict.cli.output import cell, for_tables, tell
+from learnevict.cli.policy_choice import COMPARISON, TESTBED
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"
@@ -141,7 +141,7 @@ def memory(model: str, budget: str, context: int, batch: int, slack: int | None,
     """The calculator's figures in bytes, all rows together."""
     from learnevict.config import Budget
     from learnevict.infer.load import load_config, pick_dtype
-    from learnevict.infer.memory import estimate
+    from learnevict.infer.model.memory import estimate
     from learnevict.policy import Guard, Schedule
 
     testbed = model == TESTBED

@@ -12,7 +12,7 @@ import typer
 
 import learnevict.cli.eval_options as e
 import learnevict.cli.options as o
-from learnevict.cli.results import INTERRUPTED, cell, for_tables, say, tell
+from learnevict.cli.output import INTERRUPTED, cell, for_tables, say, tell
 from learnevict.errors import UsageError
 from learnevict.files import special
 
@@ -43,9 +43,9 @@ def run(
     "Loss gap closed from random" is 0 where a method loses as much as random eviction and 1 where it loses as little as
     golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
-    from learnevict.cli.judging import Judging
-    from learnevict.evals.rows import read_rows
+    from learnevict.cli.evaluation import Judging
     from learnevict.evals.suite import journal_path
+    from learnevict.evals.summaries import read_rows
 
     judging = Judging(
         model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say, tell
+from learnevict.cli.output import say, tell
 from learnevict.errors import UsageError
 
 
@@ -45,7 +45,7 @@ def run(
     --model is the model that they were trained on: its shape is checked, and its weights are what the gates belong to from
     then on. Pickles are read once, tensors only, and the result is safetensors.
     """
-    from learnevict.cli.opening import open_model
+    from learnevict.cli.policy_choice import open_model
     from learnevict.hub import write_card
     from learnevict.hub.published import import_gates
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.answering import Answering, figures
-from learnevict.cli.opening import Choice, Opened, open_model
-from learnevict.cli.requests import (
+from learnevict.cli.generation import Answering, figures
+from learnevict.cli.output import INTERRUPTED, Results, say, tell
+from learnevict.cli.policy_choice import Choice, Opened, open_model
+from learnevict.cli.prompts import (
     Request,
     check_chat,
     make_request,
@@ -21,7 +22,6 @@ from learnevict.cli.requests import (
     read_rows,
     weights_behind,
 )
-from learnevict.cli.results import INTERRUPTED, Results, say, tell
 from learnevict.errors import UsageError
 from learnevict.files import locked
 
@@ -123,7 +123,7 @@ def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out
 
 def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool) -> None:
     """Stream the answer, then the figures; or both as one JSON object."""
-    from learnevict.infer.printing import printer
+    from learnevict.infer.prompts.printing import printer
 
     opened = answering.opened
     if answering.golden:

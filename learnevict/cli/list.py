@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import learnevict.cli.options as o
-from learnevict.cli.results import for_tables, tell
+from learnevict.cli.output import for_tables, tell
 
 
 def run(as_json: o.AsJson = False) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say, tell
+from learnevict.cli.output import say, tell
 
 TEXTS = "What to label"
 
@@ -72,11 +72,11 @@ def run(
     The labels are what recipes/distill.py --labels learns from: Parquet files that datasets can load. Interrupted, the same
     command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
     """
-    from learnevict.cli.judging import progress
-    from learnevict.cli.opening import open_model
-    from learnevict.testbed.corpus import families_of, read_source
-    from learnevict.train.labelling import Labelling, fill_store
-    from learnevict.train.sources import Source
+    from learnevict.cli.evaluation import progress
+    from learnevict.cli.policy_choice import open_model
+    from learnevict.data.labelling import Labelling, fill_store
+    from learnevict.data.opening import families_of, read_source
+    from learnevict.data.sources import Source
 
     opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
     source = Source(data, data_config, data_split, column, max_length, packed)

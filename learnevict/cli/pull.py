@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from learnevict.cli.output import say, tell
 from learnevict.cli.push import Method
-from learnevict.cli.results import say, tell
 
 
 def run(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from learnevict.cli.results import say, tell
+from learnevict.cli.output import say, tell
 
 CARD = "The card"
 Method = Annotated[
@@ -81,7 +81,7 @@ def run(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows of an evaluation; what reads them is loaded only if there are some."""
-    from learnevict.evals.rows import read_rows
+    from learnevict.evals.summaries import read_rows
 
     return read_rows(path)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.results import say, tell
+from learnevict.cli.output import say, tell
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
     Without --out only the table is printed. An earlier report in the folder is replaced.
     """
     from learnevict.evals.report import markdown, write_report
-    from learnevict.evals.rows import read_rows
+    from learnevict.evals.summaries import read_rows
 
     found = [row for path in rows for row in read_rows(path)]
     if out is None:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.answering import Answering, golden_policy
-from learnevict.cli.opening import Choice, Opened, open_model
-from learnevict.cli.requests import Request, check_chat, make_request, read_prompt
-from learnevict.cli.results import say
+from learnevict.cli.generation import Answering, golden_policy
+from learnevict.cli.output import say
+from learnevict.cli.policy_choice import Choice, Opened, open_model
+from learnevict.cli.prompts import Request, check_chat, make_request, read_prompt
 from learnevict.errors import UsageError
 from learnevict.files import PAGE, check
 from learnevict.files import write as write_file
-from learnevict.infer.texts import read_file
+from learnevict.infer.prompts.text_files import read_file
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
 
 def make_page(opened: Opened, choice: Choice, request: Request, seed: int, write: int) -> str:
     """Run the text, or let the model write, and lay out what was kept."""
-    from learnevict.infer.viz import page, record, visible
+    from learnevict.evals.viz import page, record, visible
 
     sampling = {"max_new_tokens": max(write, 1), "temperature": 0.0}
     answering = Answering(opened, choice, sampling, record=write > 0)

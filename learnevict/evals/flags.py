@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from learnevict.errors import UsageError
-from learnevict.train.ranges import check_numbers
+from learnevict.train.run.ranges import check_numbers
 
 Config = TypeVar("Config")
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from learnevict.evals.contenders import Rules
-from learnevict.evals.teacher import Storage
+from learnevict.evals.methods import Rules
+from learnevict.evals.teacher_forced import Storage
 from learnevict.infer.generate import Completion, generate, read_text
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.budgets import resolved
-from learnevict.evals.contenders import GOLDEN, Contender, Rules
+from learnevict.evals.methods import GOLDEN, Contender, Rules
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
-from learnevict.infer.prefill import prefill
-from learnevict.infer.texts import read_file
+from learnevict.infer.prompts.text_files import read_file
+from learnevict.infer.teacher_forcing import prefill
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor

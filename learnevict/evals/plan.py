@@ -9,8 +9,8 @@ from typing import Any, Literal
 from learnevict import testbed
 from learnevict.errors import BudgetError, UsageError
 from learnevict.evals.budgets import resolve
-from learnevict.evals.contenders import COMPARISON, FULL, GOLDEN, Contender, Rules
-from learnevict.evals.journal import Key
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, Contender, Rules
+from learnevict.evals.sample_log import Key
 from learnevict.hub import weight_hash
 
 

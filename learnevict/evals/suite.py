@@ -11,12 +11,12 @@ from torch import Tensor
 from learnevict import testbed
 from learnevict.errors import UsageError
 from learnevict.evals.budgets import longest_response
-from learnevict.evals.contenders import GOLDEN, Contender
 from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
-from learnevict.evals.journal import Journal
+from learnevict.evals.methods import GOLDEN, Contender
 from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
-from learnevict.evals.rows import Row, joined, make_row, place, place_of, read_earlier, write_rows
-from learnevict.evals.teacher import Scores, Storage, Texts, judge, judge_golden, read, reference
+from learnevict.evals.sample_log import Journal
+from learnevict.evals.summaries import Row, joined, make_row, place, place_of, read_earlier, write_rows
+from learnevict.evals.teacher_forced import Scores, Storage, Texts, judge, judge_golden, read, reference
 from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
 

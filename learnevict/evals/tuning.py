@@ -15,10 +15,10 @@ from typing import Any
 
 from learnevict import methods
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.contenders import Contender, contender
+from learnevict.evals.methods import Contender, contender
 from learnevict.evals.plan import Plan, Subject, configuration
-from learnevict.evals.rows import Row
 from learnevict.evals.suite import Advance, run
+from learnevict.evals.summaries import Row
 from learnevict.files import write
 from learnevict.hub import Gates, weight_hash
 

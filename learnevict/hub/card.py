@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from learnevict import methods
+from learnevict.hub.card_tables import family, join, of_gates, results, shown, tables
 from learnevict.hub.gates import TESTBED, Gates, GatesConfig
-from learnevict.hub.measured import family, join, of_gates, results, shown, tables
-from learnevict.hub.reach import Address
-from learnevict.infer.identity import weight_hash
+from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID
+from learnevict.infer.model.fingerprint import weight_hash
 from learnevict.untrusted import one_line
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -56,7 +56,7 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
     Args:
         gates: what it tells about.
         source: where they will be.
-        rows: of an evaluation (learnevict.evals.rows), those of other methods too: they are what to compare with.
+        rows: of an evaluation (learnevict.evals.summaries), those of other methods too: they are what to compare with.
         license: that the repository states.
 
     Raises:

@@ -22,10 +22,10 @@ from learnevict import methods
 from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
-from learnevict.hub.fetch import CONFIG, MODEL_TYPE, WEIGHTS, fetch
-from learnevict.hub.reach import Address
-from learnevict.infer.identity import check_base, layout_of, weight_hash
+from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
+from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
+from learnevict.infer.model.fingerprint import check_base, layout_of, weight_hash
 from learnevict.policy import Gate, Policy
 
 Answer = TypeVar("Answer")

@@ -14,10 +14,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from learnevict.errors import DataError, GateError, HubError, UsageError
 from learnevict.files import write
 from learnevict.hub.card import MARK, make_card
-from learnevict.hub.fetch import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
+from learnevict.hub.download import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
-from learnevict.hub.places import without_folders
-from learnevict.hub.reach import COMMIT, PATIENCE, Address, asking, insist
+from learnevict.hub.paths import without_folders
+from learnevict.hub.repo import COMMIT, PATIENCE, Address, asking, insist
 
 MAIN = "main"
 

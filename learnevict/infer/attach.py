@@ -25,10 +25,9 @@ from learnevict.errors import CacheError, UnusedCacheWarning, UsageError
 from learnevict.infer import forward
 from learnevict.infer.attention import plain_attention, replay_attention
 from learnevict.infer.cache import EvictingCache
-from learnevict.infer.history import ordinary_tensors
-from learnevict.infer.identity import check_base, device_for
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.modules import (
+from learnevict.infer.model.fingerprint import check_base, device_for
+from learnevict.infer.model.modules import (
     Rotation,
     attention_modules,
     attention_settings,
@@ -36,9 +35,10 @@ from learnevict.infer.modules import (
     front_of,
     rotation_of,
 )
+from learnevict.infer.model.supported import check_governor, evicting_layers
 from learnevict.infer.probe import QUESTION, Question
 from learnevict.infer.soft import SOFT, Soft, soft_gate
-from learnevict.infer.support import check_governor, evicting_layers
+from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learnevict.infer.pages import PagePool
-from learnevict.infer.slots import SlotPool
+from learnevict.infer.store.pages import PagePool
+from learnevict.infer.store.slots import SlotPool
 from learnevict.ops import runs_in_torch, slot_attention
 from learnevict.signals import NEVER, Attention, Signals
 

@@ -12,14 +12,14 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
-from learnevict.infer.conversation import Conversation, as_batch
-from learnevict.infer.deferred import is_deferred
-from learnevict.infer.ends import warn_of_padding
-from learnevict.infer.history import ordinary_tensors
+from learnevict.infer.eviction_after_forward import is_deferred
 from learnevict.infer.layer import NO_CROP, EvictingLayer
+from learnevict.infer.model.supported import check_governor, check_rope, evicting_layers, state_shape
 from learnevict.infer.probe import check_questioned
-from learnevict.infer.storage import Meter, Place, targets
-from learnevict.infer.support import check_governor, check_rope, evicting_layers, state_shape
+from learnevict.infer.rows.conversation import Conversation, as_batch
+from learnevict.infer.rows.ends import warn_of_padding
+from learnevict.infer.store.recording import ordinary_tensors
+from learnevict.infer.store.storage import Meter, Place, targets
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
 from learnevict.infer.generate import read_chat
-from learnevict.infer.modules import device_of
+from learnevict.infer.model.modules import device_of
 from learnevict.policy import Governor
 
 

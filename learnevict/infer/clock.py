@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from learnevict.infer.ends import Ends, Finished
-from learnevict.infer.runs import Run, columns_of, laid_out, lengthen
+from learnevict.infer.rows.ends import Ends, Finished
+from learnevict.infer.rows.runs import Run, columns_of, laid_out, lengthen
 from learnevict.policy import Schedule
 from learnevict.signals import NEVER, Rows
 

@@ -18,11 +18,11 @@ from transformers.utils.generic import ModelOutput
 from learnevict.errors import CacheError, UsageError
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.clock import Clock
-from learnevict.infer.deferred import hold_events
-from learnevict.infer.ends import Ends
-from learnevict.infer.history import ordinary_tensors
-from learnevict.infer.identity import layout_of
-from learnevict.infer.support import check_text
+from learnevict.infer.eviction_after_forward import hold_events
+from learnevict.infer.model.fingerprint import layout_of
+from learnevict.infer.model.supported import check_text
+from learnevict.infer.rows.ends import Ends
+from learnevict.infer.store.recording import ordinary_tensors
 
 SERVING: ContextVar[EvictingCache | None] = ContextVar("learnevict_serving", default=None)
 _read: ContextVar[tuple[Any, ...]] = ContextVar("learnevict_read", default=())

@@ -19,8 +19,8 @@ from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.modules import device_of
-from learnevict.infer.texts import checked
+from learnevict.infer.model.modules import device_of
+from learnevict.infer.prompts.text_files import checked
 from learnevict.policy import Governor
 from learnevict.signals import EMPTY, NEVER, Trace
 

@@ -12,11 +12,11 @@ from transformers.cache_utils import CacheLayerMixin
 from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.clock import Block, Clock
-from learnevict.infer.events import Event, check_room
-from learnevict.infer.history import Expiries, Ring
-from learnevict.infer.pages import PagePool
-from learnevict.infer.slots import SlotPool
-from learnevict.infer.storage import Meter, Place, Storage
+from learnevict.infer.eviction import Event, check_room
+from learnevict.infer.store.pages import PagePool
+from learnevict.infer.store.recording import Expiries, Ring
+from learnevict.infer.store.slots import SlotPool
+from learnevict.infer.store.storage import Meter, Place, Storage
 from learnevict.ops import runs_in_torch
 from learnevict.policy import Governor
 from learnevict.signals import Attention, Signals

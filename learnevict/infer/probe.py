@@ -21,9 +21,9 @@ from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import plain_attention
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.modules import decoder_of, device_of
-from learnevict.infer.pages import PagePool
-from learnevict.infer.slots import SlotPool
+from learnevict.infer.model.modules import decoder_of, device_of
+from learnevict.infer.store.pages import PagePool
+from learnevict.infer.store.slots import SlotPool
 from learnevict.policy import Probe
 from learnevict.signals import Attention
 

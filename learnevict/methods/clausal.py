@@ -3,7 +3,8 @@
 score = mean golden label of (first token id of the clause, place in the clause), per layer and head, - bonus * log(1 + age)
 
 The stronger sibling of lexical: where the first word of a statement says whether it counts (as on the testbed), this table
-knows it. What a learned policy has over it is context beyond one clause. Fitted like lexical (learnevict.train.tables).
+knows it. What a learned policy has over it is context beyond one clause. Fitted like lexical
+(learnevict.train.trainers.token_tables).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.gates import Table, keep_worthiest
+from learnevict.parts.learned import Table, keep_worthiest
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals

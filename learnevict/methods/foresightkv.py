@@ -30,9 +30,9 @@ from learnevict.config import Budget, Layout
 from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
-from learnevict.parts.demand import Demand
-from learnevict.parts.gates import Judge
 from learnevict.parts.headwise import centre_and_scale
+from learnevict.parts.layer_allocation import Demand
+from learnevict.parts.learned import Judge
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals

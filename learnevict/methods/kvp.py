@@ -5,7 +5,7 @@
 The ranker is taught by regret over all budgets: a ranking of n slots that the future pays I_1 .. I_n costs the sum of
 (rank - 1) I. I is attention summed over all later queries, then the largest of the group (oracle.KVP). Under the Plackett-Luce
 law of f the expected cost has a closed form, which is the default objective; objective="rloo" is the paper's sampled gradient
-of the same (learnevict.train.regret).
+of the same (learnevict.train.losses.regret).
 
 Departures: two hidden layers of 64 (the paper says 256, its parameter count more); logarithms of position and age for the
 plain position, which does not carry over to longer texts; keys and values are centred and scaled; events while decoding too,
@@ -23,8 +23,8 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.gates import Ranker
 from learnevict.parts.headwise import HeadwiseMLP
+from learnevict.parts.learned import Ranker
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Signals

@@ -6,7 +6,7 @@
 A token's worth shows only after it was written, so the score of a slot sees the state of the text at its own time and the
 state now. Every slot carries the state of its time in the ledger column "state"; the newest slot's is the current one, from
 which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Taught golden labels, the attention
-of the future, at random events of a pass along golden eviction, through the recurrence (learnevict.train.stream).
+of the future, at random events of a pass along golden eviction, through the recurrence (learnevict.train.trainers.regression).
 
 Known of the paper (openreview R54wzDIb0L) are its outlines: stateful, delayed scoring at eviction time under a fixed budget
 per head, a future-attention target, guidance by an xLSTM. Ours and not the paper's: a GRU in place of the xLSTM, one small
@@ -24,8 +24,8 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.gates import Ranker, hidden_of
 from learnevict.parts.headwise import HeadwiseMLP
+from learnevict.parts.learned import Ranker, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals

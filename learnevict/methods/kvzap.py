@@ -28,9 +28,9 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError, UsageError
 from learnevict.methods import Paper
-from learnevict.parts.draws import Above
-from learnevict.parts.gates import Surrogate, expect, hidden_of, stacked
+from learnevict.parts.learned import Surrogate, expect, hidden_of, stacked
 from learnevict.parts.options import Options, compose
+from learnevict.parts.selection import Above
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 

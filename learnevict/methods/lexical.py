@@ -2,7 +2,8 @@
 
 score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
 
-The table is fitted on training seeds (learnevict.train.tables), the bonus for recency tuned on validation seeds. A
+The table is fitted on training seeds (learnevict.train.trainers.token_tables), the bonus for recency tuned on
+validation seeds. A
 policy that only learned "digits stay, filler goes" does no better than this.
 """
 
@@ -15,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.gates import Table, keep_worthiest
+from learnevict.parts.learned import Table, keep_worthiest
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
 from learnevict.signals import Column, Signals

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.ops.hashing import finalise, uniform
+from learnevict.ops.random import finalise, uniform
 from learnevict.parts.options import Terms, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals

@@ -35,7 +35,7 @@ from learnevict.errors import GateError, TrainedOtherwiseWarning, UsageError
 from learnevict.methods import Paper
 from learnevict.parts.admission import logistic
 from learnevict.parts.allocators import Together
-from learnevict.parts.gates import expect, stacked
+from learnevict.parts.learned import expect, stacked
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Fade, Policy, Scorer, SoftGate
 from learnevict.signals import Column, Signals

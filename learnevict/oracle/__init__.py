@@ -7,6 +7,7 @@ Every paper reduces attention in another order; `Reducers` spells the order out 
 """
 
 from learnevict.oracle.collect import full_trace, golden_labels, golden_trace
+from learnevict.oracle.gradient import gradient_utility
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
 from learnevict.oracle.reconstruct import Received, Repeating, receiving, reconstruct
 from learnevict.oracle.reducers import (
@@ -26,8 +27,7 @@ from learnevict.oracle.reducers import (
     pool_groups,
     target,
 )
-from learnevict.oracle.roll import Protection, RollRule, golden
-from learnevict.oracle.utility import gradient_utility
+from learnevict.oracle.traces import Protection, RollRule, golden
 
 __all__ = [
     "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "receiving",

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.infer.replay import replay
-from learnevict.infer.support import state_shape
+from learnevict.infer.model.supported import state_shape
+from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.labels import future_attention
 from learnevict.oracle.reducers import GOLDEN, Reducers
-from learnevict.oracle.roll import golden
+from learnevict.oracle.traces import golden
 from learnevict.policy import Guard
 from learnevict.signals import NEVER, Attention, Trace
 

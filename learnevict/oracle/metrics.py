@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
-from learnevict.infer.prefill import prefill
-from learnevict.oracle.reference import Reference, losses
-from learnevict.oracle.watching import Note, watched
+from learnevict.infer.teacher_forcing import prefill
+from learnevict.oracle.reference import Note, Reference, losses, watched
 from learnevict.policy import Governor, Guard
 from learnevict.signals import NEVER, Trace
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.collect import golden_labels
 from learnevict.oracle.reducers import horizon
-from learnevict.oracle.shared import Roll, held_after, ranks
-from learnevict.policy import Guard
-from learnevict.signals import NEVER, Trace
+from learnevict.oracle.shared_traces import Roll, held_after, ranks
+from learnevict.policy import Governor, Guard, Scorer
+from learnevict.signals import NEVER, Signals, Trace
 
 
 @dataclass(frozen=True)
@@ -140,3 +141,76 @@ def losses(
     target = input_ids[:, 1:]
     found = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
     return (found.view_as(target) * spoken[:, 1:]).double().sum(-1)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Scores of one layer at one event: position int32 and scores float32, both [B, H, N]; now int32 [B], last token read."""
+
+    layer: int
+    position: Tensor
+    scores: Tensor
+    now: Tensor
+
+
+@dataclass(frozen=True)
+class Overheard(Scorer):
+    """A scorer whose scores are noted down."""
+
+    scorer: Scorer
+    notes: list[Note] = field(default_factory=list)
+
+    @property
+    def columns(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See Scorer."""
+        return self.scorer.columns
+
+    @property
+    def window(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See Scorer."""
+        return self.scorer.window
+
+    @property
+    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See Scorer."""
+        return self.scorer.observes
+
+    @property
+    def refreshes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See Scorer."""
+        return self.scorer.refreshes
+
+    def score(self, signals: Signals) -> Tensor:
+        """See Scorer."""
+        scores = self.scorer.score(signals)
+        self.notes.append(Note(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now))
+        return scores
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.write(signals)
+
+    def observe(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.observe(signals)
+
+    def refresh(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.refresh(signals)
+
+    def to(self, device: torch.device) -> Scorer:
+        """See Scorer."""
+        self.scorer.to(device)
+        return self
+
+
+def watched(policy: Governor) -> tuple[Governor, list[Note]]:
+    """The same policy, and a list that fills with what its scorer says; it stays empty if none is asked (a Rule).
+
+    A governor that is no dataclass is left as it is.
+    """
+    if not is_dataclass(policy):
+        return policy, []
+    notes: list[Note] = []
+    listening: Any = replace(policy, scorer=Overheard(policy.scorer, notes))  # pyright: ignore[reportCallIssue]
+    return listening, notes

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
-from learnevict.ops.hashing import hashed, uniform
+from learnevict.ops.random import hashed, uniform
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Fade, Policy, SoftGate
 from learnevict.signals import Column, Signals

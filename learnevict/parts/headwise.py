@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learnevict.config import Layout
-from learnevict.ops.processes import summed
+from learnevict.ops.distributed import summed
 
 
 def headwise(inputs: Tensor, weight: Tensor) -> Tensor:

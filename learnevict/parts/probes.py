@@ -35,7 +35,8 @@ class SoftTokens(Gate):
 
     Attributes:
         embeddings: [P, E], what the decoder reads.
-        objective: how their attention is compared with that of the response, a name of learnevict.train.probe.OBJECTIVES.
+        objective: how their attention is compared with that of the response, a name of
+        learnevict.train.trainers.probe.OBJECTIVES.
         oracle: the response's attention, a name of learnevict.oracle.PRESETS.
 
     Args:

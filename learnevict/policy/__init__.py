@@ -6,9 +6,9 @@ Its one verb is `keep(signals)`: the slots to keep, or None for all. This packag
 offer; the library of words is `learnevict.parts`.
 """
 
-from learnevict.policy.scorers import Fade, Gate, Probe, Scorer, SoftGate
-from learnevict.policy.sentence import Assembly, Governor, Policy, keep_best
-from learnevict.policy.words import Allocator, Draw, Guard, Schedule, TopK, Uniform
+from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
+from learnevict.policy.policy import Assembly, Governor, Policy, keep_best
+from learnevict.policy.scorer import Fade, Gate, Probe, Scorer, SoftGate
 
 __all__ = [
     "Policy", "Governor", "Assembly", "keep_best", "Scorer", "Gate", "SoftGate", "Fade", "Probe",

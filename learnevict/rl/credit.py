@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.infer.replay import replay
+from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.collect import full_trace
-from learnevict.rl.draw import NOTHING
-from learnevict.rl.episode import Races
+from learnevict.rl.distribution import NOTHING
+from learnevict.rl.trajectory import Races
 from learnevict.signals import Attention
 
 TILE = 32

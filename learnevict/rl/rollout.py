@@ -17,18 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.errors import BudgetError, DataError, UsageError
-from learnevict.infer.replay import replay
-from learnevict.ops.hashing import hashed, uniform
-from learnevict.ops.processes import highest
+from learnevict.infer.teacher_forcing import replay
+from learnevict.ops.distributed import highest
+from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
-from learnevict.parts.gates import Judge
+from learnevict.parts.learned import Judge
 from learnevict.policy import Guard
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
-from learnevict.rl.draw import NOTHING, entropy, log_probability, shift_log_probability
-from learnevict.rl.episode import Episode, expired, run_episode
-from learnevict.rl.explorer import Terms
+from learnevict.rl.distribution import NOTHING, entropy, log_probability, shift_log_probability
 from learnevict.rl.rewards import COSTS, token_costs
-from learnevict.train.ranges import check_numbers
+from learnevict.rl.sampler import Terms
+from learnevict.rl.trajectory import Episode, expired, run_episode
+from learnevict.train.run.ranges import check_numbers
 
 CREDITS = ("trace", "to_go", "attention")
 

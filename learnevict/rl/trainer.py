@@ -24,18 +24,18 @@ from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from learnevict.data.documents import Collator
 from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
-from learnevict.infer.support import evicting_layers
-from learnevict.ops.processes import highest
-from learnevict.parts.gates import Judge
-from learnevict.rl.episode import Episode
-from learnevict.rl.free import Verifier, sample_answers
+from learnevict.infer.model.supported import evicting_layers
+from learnevict.ops.distributed import highest
+from learnevict.parts.learned import Judge
+from learnevict.rl.free_generation import Verifier, sample_answers
 from learnevict.rl.rollout import RefineConfig, Text, log_probabilities, sample_group
-from learnevict.train.data import Collator
-from learnevict.train.sharing import SharingTrainer
+from learnevict.rl.trajectory import Episode
+from learnevict.train.gathered import Whole
+from learnevict.train.pushing import SharingTrainer
 from learnevict.train.validation import Validation, summarise, validate
-from learnevict.train.whole import Whole
 
 
 class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]

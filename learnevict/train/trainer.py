@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from learnevict.errors import UsageError
-from learnevict.ops.hashing import hashed
-from learnevict.train.draws import Draws
-from learnevict.train.sharing import SharingTrainer
+from learnevict.ops.random import hashed
+from learnevict.train.batch_random import Draws
+from learnevict.train.gathered import Whole
+from learnevict.train.pushing import SharingTrainer
 from learnevict.train.validation import Validation, summarise, validate
-from learnevict.train.whole import Whole
 
 PROGRESS = "progress_{rank}.json"
 

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from learnevict import methods
 from learnevict.config import Budget
+from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
 from learnevict.hub import Gates
 from learnevict.oracle.metrics import Judged, judge
 from learnevict.oracle.reference import Reference
 from learnevict.policy import Policy
-from learnevict.train.labels import Document
 
 Collate = Callable[[list[Document]], dict[str, Any]]
 """Documents to a batch."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from learnevict import Gates, methods
-from learnevict.infer.support import evicting_layers
+from learnevict.infer.model.supported import evicting_layers
 from learnevict.oracle.collect import golden_trace
 from learnevict.parts.allocators import Together
 from learnevict.policy import Guard, Policy

@@ -1,0 +1,204 @@
+"""What `learnevict eval` does once its options are read: opens the model, gathers the contenders, shows progress."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from learnevict.cli.output import say
+from learnevict.cli.policy_choice import TESTBED, Opened, open_model
+from learnevict.errors import GateError, UsageError
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
+from learnevict.evals.plan import Cell, Plan, Subject, check, check_families, count
+from learnevict.evals.summaries import MARK, Row, read_earlier, text_row, write_rows
+from learnevict.files import check as check_file
+from learnevict.files import locked, special
+from learnevict.untrusted import printable
+
+DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Model, methods and rules that the user asked for; None where nothing was said."""
+
+    model: str
+    device: str
+    dtype: str
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    ckpts: tuple[str, ...] = ()
+    allow_other_base: bool = False
+    sinks: int | None = None
+    recent: int | None = None
+    slack: int | None = None
+    prompt: bool = False
+    tuned: bool = False
+    allow_pickle: bool = False
+
+    @cached_property
+    def opened(self) -> Opened:
+        """The model, loaded when first needed."""
+        return open_model(self.model, self.device, self.dtype, allow_pickle=self.allow_pickle)
+
+    def rules(self, base: Rules) -> Rules:
+        """What was given, over what holds otherwise."""
+        names = ("sinks", "recent", "slack")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(base, prompt=self.prompt, **given)
+
+    def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
+        """A comparison on the testbed under the usual rules."""
+        plan = Plan(budgets=self.budgets, rules=self.rules(COMPARISON), **fields)
+        plan = replace(plan, families=families) if families else plan
+        check_families(plan.families)
+        return plan
+
+    def contenders(self, default: tuple[str, ...]) -> list[Contender]:
+        """Methods by name, with their gates and settings.
+
+        Raises:
+            GateError: gates missing, of another model, or of a method nobody asked for.
+            UsageError: two checkpoints of one method, or no such method.
+        """
+        from learnevict import methods
+        from learnevict.evals import tuning
+        from learnevict.hub import Gates, weight_hash
+
+        for name in self.methods:
+            if self._shipped_in(name) is None:
+                methods.load(name)  # of one's own: imported because it is named here, so that gates may be of it
+        opened = self.opened
+        gates: dict[str, Gates] = {}
+        sources: dict[str, str] = {}
+        for source in self.ckpts:
+            one = Gates.load(source, opened.model, allow_other_base=self.allow_other_base)
+            if one.method in gates:
+                raise UsageError(
+                    f"--ckpt {sources[one.method]!r} and --ckpt {source!r} both hold gates of {one.method}; a table "
+                    "shows one of them: judge the other in a run of its own, with another --out"
+                )
+            gates[one.method], sources[one.method] = one, source
+        wanted = self.methods or (*default, *(name for name in gates if name not in default))
+        unused = sorted(set(gates) - set(wanted))
+        if unused:
+            raise GateError(
+                f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
+            )
+        known = tuning.load() if self.tuned else None
+        found = {name: gates.get(name) or self._shipped(name) for name in wanted}
+        if known is not None:
+            known.check(weight_hash(opened.model), found)
+        of = {name: one.method if one is not None else name for name, one in found.items()}
+        return [
+            contender(
+                of[name], one, tuned=known.of(of[name]) if known else None, name=name,
+                allow_other_base=self.allow_other_base,
+            )
+            for name, one in found.items()
+        ]  # fmt: skip
+
+    def _shipped_in(self, name: str) -> Path | None:
+        """Where the testbed's own gates are: those of a learned method, or what its refinement started from ("NAME-sl")."""
+        from learnevict.hub import GATES_FOLDER
+
+        folder = GATES_FOLDER / f"{TESTBED}-{name}"
+        return folder if Path(name).name == name and self.opened.speaks_testbed and folder.is_dir() else None
+
+    def _shipped(self, name: str) -> Any:
+        """These gates; None if there are none."""
+        from learnevict.hub import Gates
+
+        folder = self._shipped_in(name)
+        if folder is None:
+            return None
+        return Gates.load(folder, self.opened.model, allow_other_base=self.allow_other_base)
+
+    def testbed(self, plan: Plan, out: Path | None, resume: bool) -> list[Row]:
+        """Rows of a comparison on the testbed's tasks.
+
+        Raises:
+            UsageError: a model of another vocabulary, --resume without --out, or an `out` that is not to be gone on with.
+            DataError: `out` holds something else than rows.
+        """
+        from learnevict.evals.suite import run
+
+        if resume and out is None:
+            raise UsageError("--resume needs the --out of the run to go on with")
+        read_earlier(out, resume=resume)
+        opened = self.opened
+        if not opened.speaks_testbed:
+            raise UsageError(
+                f"{self.model!r} does not speak the testbed's words; judge it on a text: --task perplexity --text FILE"
+            )
+        contenders = self.contenders(DEFAULT_METHODS)
+        check(plan, contenders)
+        if self.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned_budgets(contenders)]):
+            say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
+        subject = Subject(opened.model, opened.tokenizer, opened.name)
+        with progress(count(plan, contenders)) as advance:
+            return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
+
+    def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
+        """Rows of methods on one text, the full cache first; written as they come.
+
+        Raises:
+            UsageError: `out` holds something, or is being written by another process.
+            DataError: the text cannot be read, or `out` cannot be written.
+        """
+        with locked(out):
+            return self._perplexity(path, max_tokens, out)
+
+    def _perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
+        from learnevict.evals import perplexity as texts
+
+        text = texts.read_text(path)
+        read_earlier(out, resume=False)
+        if out is not None:
+            check_file(out, MARK)
+        model = self.opened.model
+        ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
+        rules = self.rules(COMPARISON if self.opened.speaks_testbed else Rules(slack=128, sinks=None, recent=None))
+        field = [one for one in self.contenders(()) if one.method != FULL]
+        cells = [Cell(Contender(FULL, FULL), path.name, FULL, None, ())]
+        for asked in self.budgets:
+            budget = texts.resolve(asked, ids.shape[1])
+            cells += [Cell(one, path.name, asked, budget, ()) for one in field]
+        policies = [
+            None if c.budget is None else texts.policy_for(c.contender, c.budget, rules, model, ids) for c in cells
+        ]
+        rows: list[Row] = []
+        full = None
+        with progress(ids.shape[1] * len(cells)) as advance:
+            for cell, policy in zip(cells, policies, strict=True):
+                label = f"{cell.contender.name} {cell.asked}"
+                found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
+                full = full or found
+                rows.append(text_row(cell, self.opened.name, found, full))
+                if out is not None and (len(rows) == len(cells) or not special(out)):
+                    write_rows(out, rows)
+        if any(one.method == GOLDEN for one in field):
+            say("golden has read the whole text beforehand: it is a reference, not a method")
+        return rows
+
+
+def tuned_budgets(contenders: list[Contender]) -> set[str]:
+    """Budgets for which some contender has tuned settings."""
+    return {budget for one in contenders for _, budget in one.tuned}
+
+
+@contextmanager
+def progress(total: int) -> Generator[Any]:
+    """A bar on standard error, if that is a terminal; yields a function of a description and a number of samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda label, number: bar.update(task, advance=number, description=printable(label))

@@ -1,0 +1,234 @@
+"""What a user wants read: one prompt, one testbed task, or the rows of a file; checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from learnevict.cli.policy_choice import Opened
+from learnevict.errors import DataError, LearnevictError, UsageError
+from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
+from learnevict.infer.prompts.text_files import checked, decode, parse_row, read_lines
+
+FORMS = '{"prompt": TEXT}, {"messages": [{"role": ..., "content": ...}]} or {"task": FAMILY, "seed": N}'
+NESTED = "brackets are nested too deeply"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a batch file: what it asks, or what is wrong with it."""
+
+    line: int
+    name: str
+    content: dict[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to read. `sample` is the testbed task they come from; its verifier judges the answer."""
+
+    name: str
+    ids: list[int]
+    sample: Any = None
+    key: str = ""
+
+    def verdict(self, opened: Opened, tokens: list[int]) -> dict[str, Any]:
+        """Whether a task was answered right, and what was expected; nothing for a free prompt."""
+        if self.sample is None:
+            return {}
+        from learnevict.testbed import verify
+
+        text = opened.tokenizer.decode(tokens)
+        named = {"task": self.sample.family, "seed": self.sample.seed}
+        return {**named, "correct": verify(self.sample, text), "expected": self.sample.answer}
+
+
+def make_request(
+    opened: Opened, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
+) -> Request:
+    """Turn one row into token ids.
+
+    Raises:
+        DataError: empty, or of no known form.
+        UsageError: words or a task that the model does not know; no chat template.
+    """
+    from learnevict.infer.generate import read_chat, read_text
+
+    forms = [form for form in ("prompt", "task", *CHATS) if form in content]
+    if len(forms) != 1:
+        raise DataError(f"a row needs exactly one of prompt, {', '.join(CHATS)} and task, as in {FORMS}")
+    given = content[forms[0]]
+    if forms == ["task"]:
+        sample = make_task(opened, content)
+        return Request(name, read_text(opened.tokenizer, sample.prompt), sample, key)
+    if forms == ["prompt"] and not isinstance(given, str | list):
+        raise DataError(f"prompt must be text, not {type(given).__name__}")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else as_messages(given)
+    for message in messages:
+        check_words(opened, message["content"])
+    if not isinstance(given, str) or chat or needs_chat(opened, given):
+        warn_of_tools(messages, opened.tokenizer)
+        return Request(name, read_chat(opened.tokenizer, messages), None, key)
+    return Request(name, read_text(opened.tokenizer, given), None, key)
+
+
+def needs_chat(opened: Opened, text: str) -> bool:
+    """The testbed was only ever shown chats: a bare prompt becomes a user's turn."""
+    return opened.speaks_testbed and bool(text.strip()) and not text.lstrip().startswith("<bos>")
+
+
+def make_task(opened: Opened, content: dict[str, Any]) -> Any:
+    """The testbed sample that a row names.
+
+    Raises:
+        UsageError: this model does not speak the testbed's language, or there is no such task.
+    """
+    from learnevict import testbed
+
+    if not opened.speaks_testbed:
+        raise UsageError(
+            f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt"
+        )
+    seed = content.get("seed", 0)
+    if not isinstance(seed, int):
+        raise DataError(f"seed must be a whole number, not {seed!r}")
+    return testbed.generate(str(content["task"]), seed)
+
+
+def check_words(opened: Opened, text: str) -> None:
+    """Words that would silently become <unk>.
+
+    Raises:
+        DataError: half of a character.
+        UsageError: on the testbed, naming them.
+    """
+    checked(text, "the prompt ")
+    if opened.speaks_testbed:
+        from learnevict.testbed import unknown_words
+
+        if unknown := unknown_words(text):
+            shown = ", ".join(repr(word) for word in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
+            raise UsageError(
+                f"the testbed does not know {shown}: it reads its own small language only; try --task program, or "
+                "another --model"
+            )
+        return
+    unknown_id = opened.tokenizer.unk_token_id
+    if unknown_id is not None and unknown_id in opened.tokenizer(text, add_special_tokens=False).input_ids:
+        warnings.warn("parts of the prompt are unknown to this model's tokenizer and are read as <unk>", stacklevel=2)
+
+
+def check_chat(*, chat: bool, task: str | None) -> None:
+    """Refuse to put a task into a chat template again.
+
+    Raises:
+        UsageError: both were given.
+    """
+    if chat and task is not None:
+        raise UsageError("--chat means nothing to --task, whose prompts are conversations already; drop --chat")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt; "-" stands for standard input.
+
+    Raises:
+        DataError: standard input is not UTF-8.
+    """
+    return decode(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file, broken ones with their problem; empty lines are passed over.
+
+    Raises:
+        DataError: no such file, or it is not UTF-8.
+    """
+    rows: list[Row] = []
+    used: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            row = read_row(number, line, used)
+            used[row.name] = number
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{str(path)!r} has no rows; give a JSONL file with rows such as {FORMS}")
+    return rows
+
+
+def read_row(number: int, line: str, used: dict[str, int]) -> Row:
+    """One line; its name is its id, or the number of the line."""
+    try:
+        content = parse_row(line)
+        name = checked(str(content.get("id", number)))
+    except DataError as error:
+        return Row(number, f"line {number}", {}, f"{error}; a row is an object such as {FORMS}")
+    if name in used:
+        return Row(number, f"line {number}", {}, f"id {name!r} was taken by line {used[name]}; ids must differ")
+    return Row(number, name, content)
+
+
+def make_requests(
+    opened: Opened, rows: list[Row], settings: dict[str, Any], *, chat: bool
+) -> tuple[list[Request], list[str]]:
+    """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a resume."""
+    tried = [_try_request(opened, row, settings, chat) for row in rows]
+    good = [found for found in tried if isinstance(found, Request)]
+    return good, [found for found in tried if isinstance(found, str)]
+
+
+def _try_request(opened: Opened, row: Row, settings: dict[str, Any], chat: bool) -> Request | str:
+    try:
+        if row.problem:
+            raise DataError(row.problem)
+        return make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings))
+    except LearnevictError as error:
+        return f"line {row.line}: {' '.join(str(error).split())}"
+    except RecursionError:  # read, but not to be written again for the key
+        return f"line {row.line}: {NESTED}"
+
+
+def row_key(row: Row, settings: dict[str, Any]) -> str:
+    """Short hash of everything that an answer depends on."""
+    told = json.dumps([row.content, settings], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def weights_behind(model: Any, policy: Any) -> dict[str, Any]:
+    """Hashes of the weights that answers depend on: the folder of a model or of gates may hold others tomorrow.
+
+    Args:
+        model: the base.
+        policy: whoever governs its cache, with or without gates in its parts; None: a full cache.
+    """
+    from learnevict.hub import weight_hash
+
+    return {"base": weight_hash(model), "gates": [hash_module(part) for part in gates_in(policy)]}
+
+
+def gates_in(part: Any) -> Iterator[Any]:
+    """Torch modules in a policy, wherever its parts keep them."""
+    from torch.nn import Module
+
+    if isinstance(part, Module):
+        yield part
+    elif is_dataclass(part):
+        for one in fields(part):
+            yield from gates_in(getattr(part, one.name))
+
+
+def hash_module(module: Any) -> str:
+    """Short hash of all values of a module; gates are small."""
+    from torch import uint8
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

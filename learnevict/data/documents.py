@@ -1,0 +1,237 @@
+"""Documents to learn from: what a user names becomes rows, rows become token ids, ids become batches.
+
+    Source("texts.jsonl")  Source("folder")  Source("user/data", split="train")     text, prompt + completion, or chats
+
+A chat goes through the tokenizer's template; its prompt is everything before the last turn of the assistant. Nothing is
+downloaded unless a dataset of the Hub is named.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnevict.data.label_store import Document
+from learnevict.data.sources import Source, open_rows
+from learnevict.errors import DataError, LearnevictWarning
+from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
+from learnevict.infer.prompts.text_files import checked, parse_row
+
+RESPONSES = ("completion", "response")
+KNOWN = "text", *CHATS[:2], "prompt", "or prompt and completion"
+MOST_BAD = 1000
+"""Rows in a row at the beginning that may be bad before we give up on a source."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Rows as token ids.
+
+    Attributes:
+        tokenizer: of the base model.
+        max_length: longer documents are cut.
+        column: where the text or the chat is; None: "text", "messages", "conversations", or "prompt" and perhaps
+            "completion".
+    """
+
+    tokenizer: Any
+    max_length: int
+    column: str | None = None
+
+    def encode(self, row: Any, where: str) -> tuple[list[int], int]:
+        """Token ids and the length of the prompt, 0 where there is none.
+
+        Args:
+            row: of the source, or a line of JSON.
+            where: it stands, for errors.
+
+        Raises:
+            DataError: the row has no text, or a chat that the template refuses.
+        """
+        try:
+            ids, prompt = self._row(parse_row(row) if isinstance(row, str) else row)
+        except DataError as error:
+            raise DataError(f"{where} {error}") from error
+        if not ids:
+            raise DataError(f"{where} has no text that the tokenizer has tokens for")
+        return ids, prompt
+
+    def _row(self, row: Any) -> tuple[list[int], int]:
+        if not isinstance(row, dict):
+            raise DataError('is no object; write {"text": ...} or {"messages": [...]}')
+        names = (self.column,) if self.column else ("text", *CHATS)
+        content = next((row[name] for name in names if row.get(name)), None)
+        if isinstance(content, list):
+            return self._chat(as_messages(content))
+        if isinstance(content, str) and content.strip():
+            return self._text(content), 0
+        prompt = None if self.column else row.get("prompt")
+        response = next((row[name] for name in RESPONSES if row.get(name)), None)
+        if prompt and isinstance(prompt, list) and isinstance(response, list | None):
+            return self._chat(as_messages([*prompt, *(response or [])]), answered=response is not None)
+        if prompt and isinstance(prompt, str) and isinstance(response, str | None):
+            ids = self._text(prompt)
+            return (ids + self._ids(response or ""))[: self.max_length], len(ids)
+        wanted = (
+            f"column {self.column!r} with text"
+            if self.column
+            else f"text: it needs {', '.join(KNOWN)} that is not empty"
+        )
+        raise DataError(f"has no {wanted}; its columns are {', '.join(map(str, row))}; name one with --column")
+
+    def _text(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer adds, as in inference."""
+        return list(self.tokenizer(checked(text), verbose=False)["input_ids"])[: self.max_length]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(checked(text), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _chat(self, messages: list[dict[str, Any]], *, answered: bool = True) -> tuple[list[int], int]:
+        """Up to its last answer; without one, or if it is not `answered`, all of it is a prompt."""
+        if not self.tokenizer.chat_template:
+            raise DataError("is a chat, but this model's tokenizer has no chat template; give plain text")
+        warn_of_tools(messages, self.tokenizer)
+        answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"] if answered else []
+        try:
+            asked = self._prompt(messages[: answers[-1]] if answers else messages)
+            full = self.tokenizer.apply_chat_template(messages[: answers[-1] + 1], tokenize=False) if answers else asked
+        except Exception as error:  # templates raise what they like
+            raise DataError(f"is a chat that the chat template refuses: {error}") from error
+        ids = self._ids(full)
+        prompt = _shared(ids, self._ids(asked))
+        return ids[: self.max_length], min(prompt, self.max_length)
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> str:
+        return (
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
+        )
+
+
+class Cutter:
+    """Rows become documents: one each, or, packed, pieces of `max_length` from all of them in a row.
+
+    Attributes:
+        left: ids not cut yet; the state of a packed stream.
+        num_good: rows that could be read so far.
+        num_bad: rows left out, because they could not be.
+        problem: of the first of these.
+    """
+
+    def __init__(self, source: Source, tokenizer: Any) -> None:
+        self.encoder = Encoder(tokenizer, 10**12 if source.packed else source.max_length, source.column)
+        self.source, self.left = source, list[int]()
+        self.num_good, self.num_bad, self.problem = 0, 0, ""
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.end = [] if end is None else [end]
+
+    def feed(self, row: Any, number: int) -> Iterator[Document]:
+        """Documents that are ready once this row is known; `number` counts rows from 1. A bad row is left out and counted.
+
+        Raises:
+            DataError: nothing but bad rows so far, and too many of them.
+        """
+        if isinstance(row, str) and not row.strip():
+            return  # an empty line is no row
+        try:
+            ids, prompt = self.encoder.encode(row, f"row {number} of {self.source.name!r}")
+        except DataError as error:
+            self.num_bad, self.problem = self.num_bad + 1, self.problem or str(error)
+            if self.num_bad >= MOST_BAD:
+                self.check()
+            return
+        self.num_good += 1
+        if not self.source.packed:
+            yield Document(ids, prompt, Path(self.source.name).name, number - 1)
+            return
+        self.left += ids if ids[-1:] == self.end else ids + self.end
+        yield from self.drain(number)
+
+    def drain(self, number: int) -> Iterator[Document]:
+        """Packed documents that are ready already."""
+        size = self.source.max_length
+        while self.source.packed and len(self.left) >= size:
+            piece, self.left = self.left[:size], self.left[size:]
+            yield Document(piece, 0, Path(self.source.name).name, number - 1)
+
+    def check(self) -> None:
+        """See that some rows could be read.
+
+        Raises:
+            DataError: all of them were bad.
+        """
+        if self.num_bad and not self.num_good:
+            others = f" (and {self.num_bad - 1} others like it)" if self.num_bad > 1 else ""
+            raise DataError(f"{self.problem}{others}")
+
+
+def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) -> tuple[list[Document], list[Document]]:
+    """Up to `limit` documents, and the `skip` before them, held out.
+
+    Raises:
+        DataError: the source cannot be read, holds no text, or fewer documents than are to be held out.
+    """
+    cutter = Cutter(source, tokenizer)
+    made = (one for number, row in enumerate(open_rows(source), 1) for one in cutter.feed(row, number))
+    found = list(islice(made, skip + limit))
+    cutter.check()
+    if cutter.num_bad:
+        total = cutter.num_bad + cutter.num_good
+        said = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
+        warnings.warn(said, LearnevictWarning, stacklevel=2)
+    if len(found) <= skip:
+        packed = f" of {source.max_length} tokens" if source.packed else ""
+        held = f", and {skip} are held out for evaluation" if skip else ""
+        raise DataError(
+            f"{source.name!r} holds {'no text' if not found else f'only {len(found)} documents'}{packed}{held}; give more "
+            "text, or a smaller --max_length or --eval_documents"
+        )
+    return found[skip:], found[:skip]
+
+
+class Collator:
+    """Left-pads documents; labels, if stored, become one tensor per layer."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, documents: list[Document]) -> dict[str, Any]:
+        """input_ids and attention_mask [B, T], prompt_length [B], stored_labels [L, B, H, T, M] or None."""
+        width = max(len(d.input_ids) for d in documents)
+        ids = torch.full((len(documents), width), self.pad)
+        mask = torch.zeros(len(documents), width, dtype=torch.long)
+        blocks = max((d.labels.shape[-1] for d in documents if d.labels is not None), default=0)
+        first = documents[0].labels
+        labels = None if first is None else torch.zeros(first.shape[0], len(documents), first.shape[1], width, blocks)
+        for row, document in enumerate(documents):
+            size = len(document.input_ids)
+            ids[row, width - size :] = torch.tensor(document.input_ids)
+            mask[row, width - size :] = 1
+            if labels is not None and document.labels is not None:
+                labels[:, row, :, width - size :, : document.labels.shape[-1]] = document.labels.float()
+        prompts = torch.tensor([d.prompt_length for d in documents])
+        return {"input_ids": ids, "attention_mask": mask, "prompt_length": prompts, "stored_labels": labels}
+
+
+def long_enough(documents: list[Document], shortest: int) -> list[Document]:
+    """Documents of at least so many tokens.
+
+    Raises:
+        DataError: there is none.
+    """
+    kept = [document for document in documents if len(document.input_ids) >= shortest]
+    if not kept:
+        raise DataError(
+            f"no text has the {shortest} tokens that the smallest training budget and the period ask for; lower them"
+        )
+    return kept
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

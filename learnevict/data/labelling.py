@@ -1,0 +1,187 @@
+"""Fill a label store: by one process, or by many that share the missing shards between them.
+
+Under `accelerate launch` or `torchrun` all processes look which shards are missing, wait for each other, and take every n-th:
+no two write the same one. A run that was killed is simply started again, with as many processes as one likes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from learnevict.data.documents import Collator
+from learnevict.data.label_store import Document, LabelStore, Manifest, hash_documents
+from learnevict.errors import LabelError
+from learnevict.hub import weight_hash
+from learnevict.hub.run_record import Record, own_record
+from learnevict.infer.model.supported import state_shape
+from learnevict.oracle import golden_labels
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How labels are made and kept.
+
+    Attributes:
+        data: what the documents are called.
+        block: queries per label block; the event period of the policies they are meant for.
+        batch_size: documents at a time.
+        per_shard: documents in a file.
+        pad: token id of padding.
+        threads: of torch, in each process on a CPU: sums of another number of threads may differ in the last bit, and
+            with one, labels do not depend on how many processes share the work.
+    """
+
+    data: str
+    block: int = 16
+    batch_size: int = 16
+    per_shard: int = 200
+    pad: int = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a run did, all processes together.
+
+    Attributes:
+        num_shards: of the whole store.
+        num_before: that were there before.
+        num_tokens: of the whole store.
+        num_labelled: tokens labelled now.
+        seconds: until the last process was done.
+        num_processes: that worked.
+    """
+
+    num_shards: int
+    num_before: int
+    num_tokens: int
+    num_labelled: int
+    seconds: float
+    num_processes: int
+
+    def __str__(self) -> str:
+        done = f"{self.num_shards} shards, {self.num_before} done before"
+        if not self.num_labelled:
+            return done
+        processes = "1 process" if self.num_processes == 1 else f"{self.num_processes} processes"
+        speed = self.num_labelled / max(self.seconds, 1e-9)
+        return f"{done}; {self.num_labelled} tokens in {self.seconds:.1f} s by {processes}: {speed:.0f} tokens/s"
+
+
+def fill_store(
+    folder: str | Path,
+    model: PreTrainedModel,
+    documents: list[Document],
+    labelling: Labelling,
+    *,
+    config: Any = None,
+    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Labelled:
+    """Label what is missing in a folder; processes of one launch share the work.
+
+    Args:
+        folder: of the store; made if there is none.
+        model: the base, on this process's device.
+        documents: all of them, the same in every process.
+        labelling: how.
+        config: of the program, for the record.
+        watch: wraps the shards of the main process, for a progress bar.
+
+    Raises:
+        LabelError: the folder holds labels of another run.
+        DataError: it holds the record of another program.
+        UsageError: another launch is writing into it.
+    """
+    state = processes()
+    own_record(folder, "oracle")
+    manifest = describe(model, documents, labelling)
+    store = LabelStore(Path(folder), manifest)
+    missing = store.missing()
+    state.wait_for_everyone()  # from here on shards appear
+    mine = missing[state.process_index :: state.num_processes]
+    num_before = manifest.num_shards - len(missing)
+    record = Record(
+        folder,
+        "oracle",
+        config,
+        goes_on=num_before > 0,
+        writes=state.is_main_process,
+        base_hash=manifest.base_hash,
+        data_hash=manifest.data_hash,
+    )
+    with record, threads(labelling.threads):
+        began, num_labelled = time.monotonic(), 0
+        for shard in watch(mine) if state.is_main_process else mine:
+            part = [documents[index] for index in store.span(shard)]
+            store.write(shard, label(model, part, labelling))
+            num_labelled += sum(len(one.input_ids) for one in part)
+        num_tokens, total = sum(len(one.input_ids) for one in documents), sum(gather_object([num_labelled]))
+        seconds = time.monotonic() - began
+        done = Labelled(manifest.num_shards, num_before, num_tokens, total, seconds, state.num_processes)
+        if left := store.missing():
+            raise LabelError(f"{len(left)} shards of {str(folder)!r} are still missing; run the same command again")
+        if state.is_main_process:
+            store.clean()
+        figures = {"num_tokens": num_tokens, "num_labelled": total, "num_processes": done.num_processes}
+        record.add(**figures, labelling_seconds=done.seconds)
+    return done
+
+
+@contextmanager
+def threads(number: int) -> Generator[None]:
+    """So many threads of torch inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def processes() -> PartialState:
+    """Those of this launch; without an accelerator they meet over gloo, which accelerate does not do unasked."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def describe(model: PreTrainedModel, documents: list[Document], labelling: Labelling) -> Manifest:
+    """What the store will hold."""
+    text = model.config.get_text_config(decoder=True)
+    return Manifest(
+        base_hash=weight_hash(model),
+        data=labelling.data,
+        data_hash=hash_documents(documents),
+        block=labelling.block,
+        reduce="golden",
+        num_layers=text.num_hidden_layers,
+        num_heads=state_shape(text)[0],
+        num_documents=len(documents),
+        documents_per_shard=labelling.per_shard,
+    )
+
+
+def label(model: PreTrainedModel, documents: list[Document], labelling: Labelling) -> list[Document]:
+    """The same documents with golden labels float16 [L, H, T, M], on the host."""
+    done: list[Document] = []
+    collate = Collator(labelling.pad)
+    for start in range(0, len(documents), labelling.batch_size):
+        batch = documents[start : start + labelling.batch_size]
+        inputs = collate(batch)
+        ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        layers, _ = golden_labels(model, ids, mask, block=labelling.block)
+        like = next(part for part in layers if part is not None)
+        full = torch.stack([torch.zeros_like(like) if part is None else part for part in layers])
+        for row, document in enumerate(batch):
+            size = len(document.input_ids)
+            part = full[:, row, :, full.shape[3] - size :, : -(-size // labelling.block)].to(torch.float16)
+            done.append(replace(document, labels=part.cpu()))
+    return done

@@ -1,0 +1,105 @@
+"""What recipes ask for by name: the bundled model or any other, its training samples or the user's texts."""
+
+from __future__ import annotations
+
+from itertools import count, cycle, islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from learnevict import testbed
+from learnevict.data.documents import read_documents
+from learnevict.data.label_store import Document
+from learnevict.data.sources import Source
+from learnevict.errors import UsageError
+from learnevict.infer.load import load, load_config
+
+TESTBED = "testbed"
+
+
+def load_base(name: str, device: str = "auto", *, allow_pickle: bool = False) -> tuple[PreTrainedModel, Any]:
+    """The bundled model ("testbed", float32), a local folder or a Hub id, with its tokenizer."""
+    if name != TESTBED:
+        return load(name, device=device, allow_pickle=allow_pickle)
+    model, tokenizer = testbed.load()
+    return (model if device == "auto" else model.to(device)), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def describe_base(name: str) -> tuple[PreTrainedConfig, torch.dtype | None]:
+    """The configuration of a base that `load_base` would load, and its precision, None if as stored; no weight is read."""
+    return (load_config(str(testbed.path())), torch.float32) if name == TESTBED else (load_config(name), None)
+
+
+def longest_text(source: str, max_length: int) -> int:
+    """Tokens of the longest text to expect: of "testbed", from a few samples; of others, `max_length`."""
+    if source != TESTBED:
+        return max_length
+    samples = (testbed.generate(name, seed, split="train") for name in testbed.FAMILIES for seed in range(8))
+    return min(max(len(f"{one.prompt} {one.response}".split()) for one in samples), max_length)
+
+
+def read_source(
+    source: str | Source,
+    tokenizer: Any,
+    limit: int,
+    max_length: int = 4096,
+    *,
+    first_seed: int = 0,
+    families: tuple[str, ...] = testbed.FAMILIES,
+    split: str = "train",
+) -> list[Document]:
+    """Up to `limit` documents: of "testbed", families in turn and seeds from `first_seed`, or of what the user named.
+
+    Args:
+        source: "testbed", a file, folder or dataset, as train.sources.Source has it.
+        tokenizer: of the base model.
+        limit: documents at most.
+        max_length: tokens of a document at most, where `source` is a name.
+        first_seed, families, split: of the testbed; a family named twice gives twice as many texts, each of them once.
+
+    Raises:
+        DataError: the source cannot be read or holds no text.
+        UsageError: the testbed is asked for what it does not do.
+    """
+    where = source if isinstance(source, Source) else Source(source, max_length=max_length)
+    if where.name != TESTBED:
+        return read_documents(where, tokenizer, limit)[0]
+    if where.packed:
+        raise UsageError("samples of the testbed are read one by one, as its model has learned them; drop --packed")
+    seeds = {name: count(first_seed) for name in families}
+    return [
+        _sample(tokenizer, name, next(seeds[name]), split, where.max_length) for name in islice(cycle(families), limit)
+    ]
+
+
+def read_for_learning(
+    source: Source, tokenizer: Any, limit: int, held_out: int, families: tuple[str, ...] = testbed.FAMILIES
+) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from, and others to judge by: the source's first, or the testbed's validation samples.
+
+    Raises:
+        DataError: the source cannot be read or holds too little.
+    """
+    if source.name != TESTBED:
+        return read_documents(source, tokenizer, limit, skip=held_out)
+    others = read_source(source, tokenizer, held_out, families=families, split="validation")
+    return read_source(source, tokenizer, limit, families=families), others
+
+
+def families_of(text: str) -> tuple[str, ...]:
+    """Families of the testbed between commas, as often as each is named; all, if none is.
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    names = tuple(part.strip() for part in text.split(",") if part.strip()) or testbed.FAMILIES
+    if unknown := [name for name in names if name not in testbed.FAMILIES]:
+        raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(testbed.FAMILIES)}")
+    return names
+
+
+def _sample(tokenizer: Any, family: str, seed: int, split: str, max_length: int) -> Document:
+    sample = testbed.generate(family, seed, split=split)
+    ids = tokenizer(f"{sample.prompt} {sample.response}", add_special_tokens=False)["input_ids"][:max_length]
+    return Document(ids, min(len(sample.prompt.split()), max_length), family, seed)

@@ -1,0 +1,140 @@
+"""Where documents come from: a file, a folder, or a dataset of the Hub, opened as rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from learnevict.errors import DataError
+from learnevict.infer.prompts.text_files import read_file, read_lines
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts by name, and how they are cut.
+
+    Attributes:
+        name: a .txt, .jsonl or .parquet file, a folder of such files or of `save_to_disk`, or a dataset of the Hub.
+        config, split: of a dataset; the split also of a saved one.
+        column: where the text or the chat is; None: "text", "messages", "conversations", or "prompt" and "completion".
+        max_length: tokens of a document at most; exactly, if packed.
+        packed: join texts and cut them into pieces of `max_length`.
+        streaming: rows of the Hub are read as they are needed; otherwise the dataset is downloaded.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+    max_length: int = 4096
+    packed: bool = False
+    streaming: bool = False
+
+
+class TextRows:
+    """The rows of text files one after another, whose position can be saved, as that of a datasets.IterableDataset.
+
+    datasets wants columns that have one type each; in conversations a content may be a text, a list or nothing.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.position = files, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields a .txt file as one row, the items of a .json array, or lines of JSON that are not parsed yet."""
+        for row in islice(chain.from_iterable(map(_rows_of, self.files)), self.position, None):
+            self.position += 1
+            yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rows have been read."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind that row."""
+        self.position = state["position"]
+
+
+def _rows_of(path: Path) -> Iterator[Any]:
+    if kind_of(path) == "text":
+        yield {"text": read_file(path)}
+        return
+    if path.suffix.lower() == ".json" and (whole := read_file(path)).lstrip()[:1] == "[":
+        try:
+            yield from json.loads(whole)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{str(path)!r} is not JSON: {error}") from error
+        return
+    yield from read_lines(path)
+
+
+def kind_of(path: Path) -> str:
+    """The format of a file by the end of its name, in capitals or not; "" for others."""
+    return FORMATS.get(path.suffix.lower(), "")
+
+
+def open_rows(source: Source) -> Any:
+    """Rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved.
+
+    Raises:
+        DataError: there is nothing of that name, or it cannot be read.
+    """
+    path = Path(source.name).expanduser()
+    if path.is_file() and kind_of(path) in ("json", "text"):
+        return TextRows([path])
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"reading {source.name!r} needs the package datasets: pip install 'learnevict[train]'"
+        ) from error
+    try:
+        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            saved: Any = datasets.load_from_disk(str(path))
+            return _split(saved, source).to_iterable_dataset()
+        if path.exists():
+            return _local(path, source)
+        if kind_of(path) or HUB_ID.fullmatch(source.name) is None or source.name.startswith("."):
+            raise DataError(f"cannot read {source.name!r}: there is no such file or folder")
+        found: Any = datasets.load_dataset(source.name, source.config, split=source.split, streaming=source.streaming)
+        return found if source.streaming else found.to_iterable_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # datasets, its readers and its network each raise errors of their own
+        raise DataError(f"cannot read {source.name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _local(path: Path, source: Source) -> Any:
+    """A file, or a folder of files of one format."""
+    import datasets
+
+    files = sorted(one for one in path.rglob("*") if kind_of(one)) if path.is_dir() else [path]
+    kinds = {kind_of(one) for one in files}
+    if len(kinds) != 1 or kinds == {""}:
+        found = f"files of {len(kinds)} formats" if len(kinds) > 1 else "none of these"
+        raise DataError(
+            f"cannot read {source.name!r}: expected files of one format, {', '.join(FORMATS)}; found {found}"
+        )
+    if kinds != {"parquet"}:
+        return TextRows(files)
+    names = [str(one) for one in files]
+    return datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=True)
+
+
+def _split(saved: Any, source: Source) -> Any:
+    """One split of what `save_to_disk` wrote."""
+    import datasets
+
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if source.split not in saved:
+        raise DataError(f"{source.name!r} has no split {source.split!r}; it has {', '.join(map(str, saved))}")
+    return saved[source.split]

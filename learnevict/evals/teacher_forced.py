@@ -1,0 +1,197 @@
+"""Teacher-forced judging: the reference text is read once, under eviction, and every prediction along it is scored.
+
+One forward of prompt and response through an evicting cache is the whole run: the event loop lives inside attention. (Policies
+that decide when all layers have run need several, see infer.prefill.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learnevict.errors import TraceError
+from learnevict.evals.methods import GOLDEN, Rules
+from learnevict.infer.attach import attach
+from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.teacher_forcing import read_once, replay
+from learnevict.methods import golden
+from learnevict.oracle import golden as roll_golden
+from learnevict.oracle.metrics import Choices, compare
+from learnevict.oracle.reference import Reference, align, watched
+from learnevict.policy import Governor
+from learnevict.signals import Trace
+from learnevict.testbed import Sample
+
+TOLERANCE = 1e-3
+"""Between float32 logits of an incremental run and of the replay of its trace."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Reference texts, padded on the left (see `aligned` for an exception).
+
+    Attributes:
+        input_ids: int64 [B, T].
+        attention_mask: int64 [B, T], 0 = padding.
+        checked: tokens the verifier checks.
+        spoken: tokens of the response, whose loss is measured.
+        prompt_length: real tokens of each prompt.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    checked: Bool[Tensor, "B T"]
+    spoken: Bool[Tensor, "B T"]
+    prompt_length: list[int]
+
+    def aligned(self, block: int) -> Texts:
+        """The same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
+        parts = (self.input_ids, self.attention_mask, self.checked, self.spoken)
+        ids, mask, checked, spoken = align(block, self.attention_mask, *parts)
+        return Texts(ids, mask, checked, spoken, self.prompt_length)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of keys and values, per row: the most held, held at the end, and what a full cache would hold."""
+
+    peak: float
+    end: float
+    full: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One entry per sample: checked tokens right, checked tokens, and the summed loss of so many response tokens.
+
+    `choices`: what was kept beside what the oracle would have kept, if that was asked for.
+    """
+
+    right: list[int]
+    seen: list[int]
+    loss: list[float]
+    spoken: list[int]
+    storage: Storage | None = None
+    choices: Choices | None = None
+
+
+def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Texts:
+    """Tokenise samples, one token a word."""
+    texts = tokenizer([sample.text for sample in samples], padding=True, padding_side="left", return_tensors="pt")
+    ids, mask = texts["input_ids"], texts["attention_mask"]
+    checked, spoken = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    prompts = [len(sample.prompt.split()) for sample in samples]
+    for row, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+        marks = torch.tensor(sample.checked)
+        assert int(mask[row].sum()) == len(marks), "the tokenizer does not make one token a word"
+        checked[row, -len(marks) :] = marks
+        spoken[row, prompt - len(marks) :] = True
+    return Texts(ids.to(device), mask.to(device), checked.to(device), spoken.to(device), prompts)
+
+
+def reference(model: Any, texts: Texts, rules: Rules) -> Reference:
+    """What the oracle says of texts: one full-cache pass, for all methods that are judged on them."""
+    return Reference.of(
+        model, texts.input_ids, texts.attention_mask, block=rules.block, prompt_length=texts.prompt_length,
+        spoken=texts.spoken,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def judge(model: Any, texts: Texts, policy: Governor | None, beside: Reference | None = None) -> Scores:
+    """Scores of the texts under a policy (None: the model as it is, with its stock cache).
+
+    Args:
+        beside: of the same texts, which are aligned; what the policy keeps is then compared with what the oracle would.
+    """
+    if policy is None:
+        output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=positions(texts))
+        held = sum(map(stored_bytes, output.past_key_values.layers)) / len(texts.input_ids)
+        return score(texts, output.logits, Storage(held, held, held))
+    if beside is None:
+        logits, cache = evicted_logits(model, texts, policy)
+        return score(texts, logits, storage(cache))
+    listening, notes = watched(policy)
+    logits, cache = evicted_logits(model, texts, listening, record=True)
+    return replace(score(texts, logits, storage(cache)), choices=compare(policy, beside, cache.trace(), notes))
+
+
+@torch.no_grad()
+def judge_golden(
+    model: Any, texts: Texts, budget: int, rules: Rules, *, verify: bool = False, beside: Reference | None = None
+) -> Scores:
+    """Scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
+
+    Args:
+        verify: also run the trace incrementally, through the cache, and compare; gives the storage too.
+        beside: see `judge`; its labels are used.
+
+    Raises:
+        TraceError: both runs disagree.
+    """
+    texts = texts.aligned(rules.block)
+    beside = reference(model, texts, rules) if beside is None else beside
+    trace = golden_trace_of(model, beside, budget, rules)
+    logits = replay(model, texts.input_ids, trace, texts.attention_mask).logits
+    policy = golden.policy(budget, trace=trace, **rules.options)
+    scores = replace(score(texts, logits, None), choices=compare(policy, beside, trace, []))
+    if not verify:
+        return scores
+    again, cache = evicted_logits(model, texts, policy)
+    apart = float((again - logits)[texts.attention_mask.bool()].abs().max())
+    if logits.dtype == torch.float32 and apart > TOLERANCE:
+        raise TraceError(
+            f"the {GOLDEN} trace replayed and run incrementally gives logits {apart:.2g} apart; please report this"
+        )
+    return replace(scores, storage=storage(cache))
+
+
+def golden_trace_of(model: Any, beside: Reference, budget: int, rules: Rules) -> Trace:
+    """The golden trace of texts whose labels are known."""
+    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
+    for index, part in zip(beside.layers, beside.labels, strict=True):
+        labels[index] = part
+    valid = beside.attention_mask.bool()
+    prompt = beside.prompt if rules.prompt else None
+    return roll_golden(labels, budget=budget, block=rules.block, guard=rules.guard, valid=valid, prompt_length=prompt)
+
+
+def evicted_logits(
+    model: Any, texts: Texts, policy: Governor, *, record: bool = False
+) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
+    """Logits of texts read through an evicting cache, and the cache."""
+    with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:
+        logits = read_once(model, cache, texts.input_ids, texts.attention_mask)
+    return logits, cache
+
+
+def positions(texts: Texts) -> Int[Tensor, "B T"]:
+    """Position of each token in its row, padding aside."""
+    return (texts.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def score(texts: Texts, logits: Float[Tensor, "B T V"], held: Storage | None) -> Scores:
+    """Compare predictions with the tokens that follow them."""
+    target, checked, spoken = texts.input_ids[:, 1:], texts.checked[:, 1:], texts.spoken[:, 1:]
+    right = (logits[:, :-1].argmax(-1) == target) & checked
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none"
+    ).view_as(target)
+    return Scores(
+        right=right.sum(-1).tolist(),
+        seen=checked.sum(-1).tolist(),
+        loss=(loss * spoken).sum(-1).tolist(),
+        spoken=spoken.sum(-1).tolist(),
+        storage=held,
+    )
+
+
+def storage(cache: EvictingCache) -> Storage:
+    """Bytes per row, as they are: padding columns of a full cache count."""
+    rows = len(cache.clock.seen)
+    return Storage(cache.peak_nbytes / rows, cache.nbytes / rows, cache.full_nbytes / rows)

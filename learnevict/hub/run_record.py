@@ -1,0 +1,243 @@
+"""The record of a run, `run.json` beside what it made: what would be needed to make it again, and how it ended.
+
+    with Record(folder, "distill", config={...}, base_hash=..., data_hash=...) as record:
+        ...                                  # status "running" is on the disk: a killed run is seen to be one
+        record.add(log=trainer.state.log_history)
+
+It holds nothing about the machine's owner: no host, no user, no folder that was not given. What results carry away (`origin`)
+names files without their folders, as does a record that is shared (learnevict.hub).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from learnevict import __version__
+from learnevict.errors import DataError
+from learnevict.files import locked, write
+from learnevict.hub.paths import without_folders
+
+FILE = "run.json"
+PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "trl", "deepspeed", "triton",
+)  # fmt: skip
+
+
+class Record:
+    """A run's record, written when the run begins, whenever something is added, and when it ends.
+
+    Args:
+        folder: of the run's results; created if missing.
+        program: which program runs.
+        config: everything that was set; dataclasses and paths are welcome.
+        goes_on: the run goes on where an earlier one in the same folder stopped; what that one was stays in "sessions".
+        writes: False in all processes but one.
+        **facts: anything else of JSON, such as base_hash, data_hash and seeds.
+
+    Raises:
+        DataError: the folder holds a run.json that is no record, or is that of another program.
+        UsageError: on entering, another process is writing into the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        program: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        goes_on: bool = False,
+        writes: bool = True,
+        **facts: Any,
+    ) -> None:
+        self.path = Path(folder) / FILE
+        self.writes, self.running, self.began = writes, False, time.monotonic()
+        before = own_record(folder, program) if writes else None
+        self.lock = locked(Path(folder))
+        self.content: dict[str, Any] = {
+            "program": program,
+            "status": "running",
+            "started": now(),
+            "git": commit(),
+            "versions": versions(),
+            "platform": machine(),
+            "config": as_json(config or {}),
+            **{name: as_json(fact) for name, fact in facts.items()},
+        }
+        if goes_on and before is not None:
+            kept = ("status", "started", "seconds", "git", "versions")
+            self.content["sessions"] = [
+                *before.get("sessions", []),
+                {name: before[name] for name in kept if name in before},
+            ]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the results themselves should carry: what made them, but not when, where or how far it came.
+
+        Absolute paths are reduced to their last part: results get around.
+        """
+        passing = ("status", "started", "ended", "seconds", "platform", "sessions", "log", "error")
+        return without_folders({name: fact for name, fact in self.content.items() if name not in passing})
+
+    def add(self, **facts: Any) -> None:
+        """Add facts, and write them down if the run has begun."""
+        self.content |= {name: as_json(fact) for name, fact in facts.items()}
+        if self.running:
+            self._write()
+
+    def __enter__(self) -> Record:
+        self.began, self.running = time.monotonic(), True
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.__enter__()
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.content["status"] = "finished"
+        elif isinstance(error, KeyboardInterrupt):
+            self.content["status"] = "interrupted"
+        else:
+            self.content |= {"status": "failed", "error": as_json(f"{type(error).__name__}: {error}")}
+        self.content |= {"ended": now(), "seconds": round(time.monotonic() - self.began, 2)}
+        self._write()
+        if self.writes:
+            self.lock.__exit__(None, None, None)
+
+    def _write(self) -> None:
+        """Whole or not at all."""
+        if self.writes:
+            write(self.path, json.dumps(self.content, indent=1) + "\n", b'"program": ')
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record in a folder; None if there is none.
+
+    Raises:
+        DataError: run.json is no record.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{str(path)!r} is not the record of a run ({error}); remove it, or use another folder"
+        ) from error
+    if not isinstance(found, dict):
+        raise DataError(f"{str(path)!r} is not the record of a run; remove it, or use another folder")
+    return found
+
+
+def own_record(folder: str | Path, program: str) -> dict[str, Any] | None:
+    """The record of an earlier run of a program in the folder it is to write to; None if there is none.
+
+    Raises:
+        DataError: there is a run.json of something else.
+    """
+    found = read_record(folder)
+    if found is not None and found.get("program") != program:
+        raise DataError(
+            f"{str(Path(folder) / FILE)!r} is not the record of {program} but of {found.get('program', 'something else')}; "
+            "choose another folder"
+        )
+    return found
+
+
+def now() -> str:
+    """UTC to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the checkout this code runs from, and whether its files differ from it; None if it was installed.
+
+    A package that lies in somebody else's repository, as in a virtual environment, is installed, not checked out.
+    """
+    here = Path(__file__).resolve().parent.parent / "__init__.py"
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ":/"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine it is, not whose."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "gpu": card}
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package and of what it stands on."""
+    return {
+        "python": platform.python_version(),
+        "learnevict": __version__,
+        **{name: found for name in PACKAGES if (found := installed(name)) is not None},
+    }
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution; None if it is not installed. Nothing is imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def changed(training: TrainingArguments) -> dict[str, Any]:
+    """Training arguments that differ from transformers' defaults, but for tokens, what the terminal decides, and resuming.
+
+    Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
+    """
+    given = training.to_dict()
+    plain = {one.name: None if one.default is MISSING else one.default for one in fields(training)}
+    own = AcceleratorConfig().to_dict()
+    plain["accelerator_config"] = {name: own[name] for name in own if name != "use_configured_state"}
+    nothing = (None, False, "", "none", [], {})
+    return {
+        name: value
+        for name, value in given.items()
+        if not name.endswith("token")
+        and name not in ("disable_tqdm", "resume_from_checkpoint")
+        and value != plain.get(name)
+        and not (value in nothing and plain[name] in nothing)
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON knows them; what it does not know, as text; the home folder as ~."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [as_json(part) for part in value]
+    if isinstance(value, int | float | bool | None):
+        return value
+    home = str(Path.home())
+    return str(value).replace(home, "~") if len(home) > 1 else str(value)

@@ -1,0 +1,88 @@
+"""The end of a block in one layer: notes are brought up to date; where an event is due, the policy is asked what to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import CacheError
+from learnevict.infer.clock import Block
+from learnevict.infer.store.storage import Storage
+from learnevict.policy import Governor
+from learnevict.signals import Signals
+
+
+@dataclass(frozen=True)
+class Event:
+    """Rows of a layer after a block, and what the policy may see of them.
+
+    Attributes:
+        storage: of the layer.
+        block: the block that was read last.
+        signals: what the policy may see.
+    """
+
+    storage: Storage
+    block: Block
+    signals: Signals
+
+    def refresh(self, policy: Governor) -> None:
+        """Let the scorer bring its notes up to date in the rows whose period is over."""
+        columns, full = self.storage.pool.ledger.columns, self.block.full
+        for name, fresh in policy.scorer.refresh(self.signals).items():
+            if not all(full):
+                whose = torch.tensor(full).to(fresh.device, non_blocking=True)
+                fresh = torch.where(whose.view(-1, *([1] * (fresh.ndim - 1))), fresh, columns[name])
+            columns[name] = fresh.to(columns[name].dtype)
+
+    def waiting(self) -> Event:
+        """The same, holding nothing but what the policy may see: no part of a longer forward's states."""
+        names = ("query", "key", "value", "hidden", "tokens")
+        parts = {name: getattr(self.signals, name) for name in names}
+        parts = {name: alone(part) for name, part in parts.items()}
+        return replace(self, signals=replace(self.signals, memo={}, **parts))  # slots may still move
+
+    def targets(self) -> list[int]:
+        """Slots per head that each row may hold after the event."""
+        return self.storage.targets(self.block.after)
+
+    def crowded(self) -> list[bool]:
+        """Rows that are due and hold more than their budget."""
+        return [
+            due and live > target
+            for due, live, target in zip(self.block.due, self.storage.live, self.targets(), strict=True)
+        ]
+
+    def drop(self, keep: Tensor, rows: list[bool]) -> Tensor:
+        """What goes, bool [B, H, N], if only `rows` evict and the policy keeps `keep`."""
+        drop = ~keep & self.signals.occupied
+        if not all(rows):
+            drop &= torch.tensor(rows).to(drop.device, non_blocking=True).view(-1, 1, 1)
+        return drop
+
+
+def alone(part: Tensor | None) -> Tensor | None:
+    """The tensor without what else its memory holds."""
+    if part is None or part.untyped_storage().nbytes() == part.nbytes:
+        return part
+    return part.clone()
+
+
+def check_room(storage: Storage, kept: Tensor, policy: Governor, layer: int) -> None:
+    """What is kept beyond the budget would be overwritten; on CUDA this is a device assertion, which waits for nobody.
+
+    Raises:
+        CacheError: more is kept, bool [B, H, N], than `storage.live` says.
+    """
+    room = torch.tensor(storage.live).to(kept.device, non_blocking=True)
+    counts = kept.sum(-1)
+    most = -(-counts.sum(-1) // counts.shape[1]) if policy.allocator.ragged else counts.amax(-1)
+    try:
+        torch.ops.aten._assert_async.msg((most <= room).all(), "a policy kept more slots than its budget")
+    except RuntimeError as error:
+        raise CacheError(
+            f"the policy keeps {most.tolist()} slots per head in layer {layer}, but its budget leaves {storage.live}; "
+            "keep(signals) must not exceed signals.budget"
+        ) from error

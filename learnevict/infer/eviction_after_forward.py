@@ -1,0 +1,108 @@
+"""Events that wait for the end of a forward: those of policies that rank all layers together, or question a probe.
+
+While the layers run, each one only takes down what its event needs. After the last layer the policy decides: for heads of
+all layers at once, or layer by layer as the probe passes through them. A forward holds at most one event per row, at the
+row's last token, so what has been attended to until then is what an event inside the layers would have seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from learnevict.errors import CacheError
+from learnevict.infer.eviction import Event
+from learnevict.infer.layer import EvictingLayer
+from learnevict.infer.probe import Questioned, question
+from learnevict.policy import Assembly, Governor
+
+
+class Deferring(Questioned, Protocol):
+    """The cache whose events are held here."""
+
+    policy: Governor
+
+
+def is_deferred(policy: Governor) -> bool:
+    """True if the policy's events are held after the forward."""
+    return policy.scope == "model" or policy.probe is not None
+
+
+@torch.no_grad()
+def hold_events(cache: Deferring, decoder: nn.Module) -> None:
+    """Hold the events that the layers of a forward have left; called when its last layer has run.
+
+    Args:
+        cache: what the forward was read into.
+        decoder: reads the probe.
+    """
+    policy, layers = cache.policy, [layer for layer in cache.layers if isinstance(layer, EvictingLayer) and layer.due]
+    if not layers:
+        return
+    if policy.scope == "model":
+        if any(any(rows) for rows in _crowded(layers)):
+            asked: dict[int, Tensor] = {}
+            if policy.probe is not None:
+                question(decoder, cache, policy.probe, asked.__setitem__)
+            _decide_together(cast(Assembly, policy), layers, asked)
+    elif policy.probe is not None and any(any(event.crowded()) for layer in layers for event in layer.due):
+        # a layer evicts while the probe is on its way to the next: the attention of one layer is held at a time
+        question(decoder, cache, policy.probe, lambda index, found: cache.layers[index].decide(found))
+    for layer in layers:
+        layer.due = []
+
+
+def _crowded(layers: list[EvictingLayer]) -> list[list[bool]]:
+    """For each event of a forward, rows that are due and hold more than their budget in all layers together."""
+    found: list[list[bool]] = []
+    for events in zip(*(layer.due for layer in layers), strict=True):
+        held = [sum(rows) for rows in zip(*(event.storage.held for event in events), strict=True)]
+        room = [sum(rows) for rows in zip(*map(_room, events), strict=True)]
+        due = events[0].block.due
+        found.append([now and slots > most for now, slots, most in zip(due, held, room, strict=True)])
+    return found
+
+
+def _room(event: Event) -> list[int]:
+    """Slots that the budget leaves to each row in all heads of one layer."""
+    heads = event.signals.position.shape[1]
+    return [heads * target for target in event.targets()]
+
+
+def _decide_together(policy: Assembly, layers: list[EvictingLayer], asked: dict[Any, Tensor]) -> None:
+    """Ask the policy for all layers at once, evict, and fit every layer's pages to what it holds then.
+
+    This waits for the device once: how much each layer holds must be known to give back what it does not.
+    """
+    drops: list[Tensor] = [torch.zeros_like(layer.due[0].signals.occupied) for layer in layers]
+    rows = [False] * len(drops[0])
+    for events, crowded in zip(zip(*(layer.due for layer in layers), strict=True), _crowded(layers), strict=True):
+        if not any(crowded):
+            continue
+        shown = [replace(event.signals, asked=asked.get(event.signals.layer)) for event in events]
+        keeps = policy.keep_together(shown)
+        drops = [drop | event.drop(keep, crowded) for drop, event, keep in zip(drops, events, keeps, strict=True)]
+        rows = [now or before for now, before in zip(crowded, rows, strict=True)]
+    last = [layer.due[-1] for layer in layers]
+    counts = [(event.signals.occupied & ~drop).sum(-1) for event, drop in zip(last, drops, strict=True)]
+    found: list[Any] = torch.stack([torch.stack([count.sum(-1), count.amax(-1)]) for count in counts]).tolist()
+    _check_room(last, rows, [held for held, _ in found])
+    for layer, event, drop in zip(layers, last, drops, strict=True):
+        layer.evict(drop, event.block.rows.now + 1)
+    growth = [sum(held) - event.storage.fitted for event, (held, _) in zip(last, found, strict=True)]
+    for index in sorted(range(len(last)), key=growth.__getitem__):  # what shrinks makes room for what grows
+        last[index].storage.settle(*found[index])
+
+
+def _check_room(events: list[Event], rows: list[bool], held: list[list[int]]) -> None:
+    totals = [sum(slots) for slots in zip(*held, strict=True)]
+    room = [sum(slots) for slots in zip(*map(_room, events), strict=True)]
+    wrong = [row for row, over in enumerate(rows) if over and totals[row] > room[row]]
+    if wrong:
+        raise CacheError(
+            f"the policy keeps {[totals[row] for row in wrong]} slots in all heads of all layers of rows {wrong}, but its "
+            f"budget leaves {[room[row] for row in wrong]}; keep_together(layers) must not exceed signals.budget"
+        )

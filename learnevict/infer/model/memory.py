@@ -1,0 +1,99 @@
+"""How many bytes a model, its full cache and an evicting cache take, from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+
+from learnevict.config import Budget
+from learnevict.errors import BudgetError, UsageError
+from learnevict.infer.model.supported import evicting_layers, state_shape
+from learnevict.policy import Guard, Schedule
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device, all rows of the batch together.
+
+    Attributes:
+        parameters: number of weights.
+        weights: their bytes.
+        full: keys and values of a full cache at the end of the context.
+        evicted: keys and values of an evicting cache at its largest: budget + slack slots per head.
+        budget: the budget in slots per (layer, kv head).
+        evicting: how many layers a policy governs, of `layers`.
+    """
+
+    parameters: int
+    weights: int
+    full: int
+    evicted: int
+    budget: int
+    evicting: int
+    layers: int
+
+
+def estimate(
+    config: PreTrainedConfig,
+    budget: Budget,
+    *,
+    tokens: int,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    schedule: Schedule | None = None,
+    guard: Guard | None = None,
+) -> Estimate:
+    """Bytes of weights and caches, without loading a weight.
+
+    Args:
+        config: of the model.
+        budget: slots per (layer, kv head), share or bytes.
+        tokens: length of the context, prompt and answer.
+        batch: rows.
+        dtype: of weights and cache; default the one the configuration names.
+        schedule: when eviction is due; its slack is held on top of the budget.
+        guard: what a share may not shrink below.
+
+    Raises:
+        UsageError: no tokens or rows.
+        ModelError: cache layers that learnevict does not serve.
+        BudgetError: a budget that cannot hold guards, fresh block and slack, as a policy would say.
+    """
+    if tokens < 1 or batch < 1:
+        raise UsageError(f"context and batch must be at least 1, not {tokens} and {batch}")
+    schedule, guard = schedule or Schedule(), guard or Guard()
+    text = config.get_text_config(decoder=True)
+    kind = dtype or getattr(text, "dtype", None) or torch.float32
+    layers = DynamicCache(config=text).layers
+    evicting = set(evicting_layers(layers))
+    heads, width = state_shape(text)
+    per_token = 2 * heads * width * torch.empty(0, dtype=kind).element_size()
+    floor = guard.reserved(schedule.period) + 1
+    if budget.unit == "tokens" and budget.amount < floor:
+        raise BudgetError(
+            f"budget {budget} is too small: {guard.sinks} sinks, {guard.recent} recent and a fresh block of "
+            f"{schedule.period} tokens; the smallest that works is {floor} (or use a smaller slack)"
+        )
+    slots = budget.tokens(tokens, floor, max(len(evicting), 1) * per_token, len(evicting), schedule.slack)
+    stock = [min(tokens, max(getattr(layer, "sliding_window", None) or tokens + 1, 2) - 1) for layer in layers]
+    full = sum(stock) * per_token * batch
+    held = [min(tokens, slots + schedule.slack) if index in evicting else size for index, size in enumerate(stock)]
+    parameters = num_parameters(config)
+    return Estimate(
+        parameters,
+        parameters * torch.empty(0, dtype=kind).element_size(),
+        full,
+        sum(held) * per_token * batch,
+        slots,
+        len(evicting),
+        len(layers),
+    )
+
+
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Weights of the model, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,1 @@
+"""What a user wants read: text files, conversations of every format; and answers on a terminal."""

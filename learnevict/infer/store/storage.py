@@ -1,0 +1,218 @@
+"""How much room a layer's slots get: a pool sized to what the policy may hold, and no larger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learnevict.infer.clock import Block, Clock
+from learnevict.infer.store.pages import PagePool
+from learnevict.infer.store.slots import SlotPool
+from learnevict.policy import Governor
+
+PAGE_SLOTS = 16
+PAGE_OVERHEAD = 40  # a page is at most 1/40 of a head's slots, so rounding stays below 5 %
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: its index in the model, its rank among the evicting layers, and how many of those there are."""
+
+    index: int
+    rank: int
+    num_evicting: int
+    row_bytes_per_token: int
+
+
+class Meter:
+    """Bytes of keys and values held by all evicting layers together, and the most they ever held at one time."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def note(self, layer: int, num_bytes: int) -> None:
+        """What one layer holds now."""
+        self.total += num_bytes - self.held.get(layer, 0)
+        self.held[layer] = num_bytes
+        self.peak = max(self.peak, self.total)
+
+
+class Storage:
+    """The pool of one layer, and how many slots per head of each row are taken in it (`live`, on the host).
+
+    Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way. Where
+    heads of all layers compete (scope "model"), a layer's share is known only once an event has told it (`settle`): `held`
+    slots of each row in all heads, `longest` in its fullest one, and pages are fitted to that.
+    """
+
+    def __init__(self, policy: Governor, clock: Clock, place: Place, key: Tensor, value: Tensor, meter: Meter) -> None:
+        batch, heads = key.shape[:2]
+        per_slot = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+        self.policy, self.clock = policy, clock
+        self.place = replace(place, row_bytes_per_token=place.num_evicting * heads * per_slot)
+        self.live = [0] * batch
+        self.shared = policy.scope == "model"
+        self.held, self.longest = [0] * batch, [0] * batch
+        self.meter = meter
+        self.peak_nbytes = 0
+        self.fitted, self.unassigned = 0, True
+        self.rounding = 0
+        self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
+        if policy.allocator.ragged or self.shared:
+            slots = self.targets([0])[0] + clock.schedule.period
+            page = max(1, min(PAGE_SLOTS, slots // PAGE_OVERHEAD))
+            self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
+            self.pool = PagePool(key, value, policy.scorer.columns, page)
+
+    def targets(self, seen: list[int]) -> list[int]:
+        """Slots per kv head after an event, for rows that have seen so many tokens; see the function of this name."""
+        return targets(self.policy, self.clock, self.place, seen, self.rounding)
+
+    def reserve(self, block: Block, rest: list[int]) -> None:
+        """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
+        schedule, pool = self.clock.schedule, self.pool
+        coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
+        need = max(live + size for live, size in zip(self.live, coming, strict=True))
+        if isinstance(pool, PagePool):
+            ahead = self._ahead(block.before)
+            if self.shared:
+                self._fit_share(pool, [max(pair) for pair in zip(ahead, coming, strict=True)])
+            else:
+                self._fit_pages(pool, need, ahead)
+            if self.unassigned or any(
+                size and room == schedule.period for size, room in zip(block.sizes, ahead, strict=True)
+            ):
+                pool.assign(ahead)
+                self.unassigned = False
+        elif need > pool.capacity:
+            steady = self._steady()
+            roomy = max(need, pool.capacity + pool.capacity // 4 + schedule.period)
+            pool.resize(steady if need <= steady <= 2 * roomy else roomy)
+
+    def _steady(self) -> int:
+        """Slots per head that a bounded policy ends up with; 0 if it has none yet."""
+        schedule = self.clock.schedule
+        if not schedule.bounded:
+            return 0
+        return max(self.targets(self.clock.seen)) + schedule.period
+
+    def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
+        """`ahead`: tokens to the end of each row's block, for which every head will be given pages."""
+        heads, steady = pool.position.shape[1], self._steady()
+        need = max(need, steady) if need > steady // 2 else need
+        total = heads * sum(max(live + room, need) for live, room in zip(self.live, ahead, strict=True))
+        widest = heads * need
+        if total > self.fitted or widest > pool.position.shape[2]:
+            pool.fit(total, widest)
+            self.fitted, self.unassigned = total, True
+
+    def _ahead(self, seen: Sequence[int]) -> list[int]:
+        """Tokens to the end of each row's block."""
+        period = self.clock.schedule.period
+        return [period - tokens % period for tokens in seen]
+
+    def _share(self, pool: PagePool, room: list[int]) -> tuple[int, int]:
+        """Slots in all, and in the fullest head, if room[b] tokens come to every head of row b."""
+        heads = pool.position.shape[1]
+        total = sum(held + heads * tokens for held, tokens in zip(self.held, room, strict=True))
+        return total, max(longest + tokens for longest, tokens in zip(self.longest, room, strict=True))
+
+    def _fit_share(self, pool: PagePool, room: list[int]) -> None:
+        total, widest = self._share(pool, room)
+        if total > self.fitted or widest > pool.position.shape[2]:
+            pool.fit(total, widest)
+            self.fitted, self.unassigned = total, True
+
+    def settle(self, held: list[int], longest: list[int]) -> None:
+        """Fit pages to what an event of all layers has left here, and to the blocks that come next."""
+        pool = self.pool
+        assert isinstance(pool, PagePool)
+        self.held, self.longest = held, longest
+        self.live = [-(-slots // pool.position.shape[1]) for slots in held]
+        room = self._ahead(self.clock.seen)
+        total, widest = self._share(pool, room)
+        pool.narrow(widest)
+        pool.fit(total, widest)
+        pool.assign(room)
+        self.fitted, self.unassigned = total, False
+        self.note_peak()
+
+    def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
+        """Enter the fresh tokens of a block."""
+        self.pool.write(key, value, block.position, notes, block.sizes, block.real)
+        self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
+        if self.shared:
+            heads = key.shape[1]
+            self.held = [held + heads * size for held, size in zip(self.held, block.sizes, strict=True)]
+            self.longest = [longest + size for longest, size in zip(self.longest, block.sizes, strict=True)]
+
+    def evict(self, drop: Tensor) -> None:
+        """Empty the slots `drop`, bool [B, H, N]; the caller says how many are left by setting `live`."""
+        self.note_peak()
+        self.pool.evict(drop)
+        self.unassigned = True
+
+    def recount(self) -> None:
+        """Ask the pool what is left in it, after tokens were taken back; the host waits for it."""
+        counts = (self.pool.position >= 0).sum(-1)
+        self.held, self.longest = torch.stack([counts.sum(-1), counts.amax(-1)]).tolist()
+        ragged = isinstance(self.pool, PagePool)
+        self.live = [-(-held // counts.shape[1]) for held in self.held] if ragged else list(self.longest)
+
+    def note_peak(self) -> None:
+        """Remember the most bytes ever held, and tell the meter what is held now."""
+        self.peak_nbytes = max(self.peak_nbytes, self.pool.nbytes)
+        self.meter.note(self.place.index, self.pool.nbytes)
+
+    def give_back(self) -> None:
+        """Free what a long prompt needed and the steady state does not."""
+        steady, pool = self._steady(), self.pool
+        if not steady or max(self.live) > steady:
+            return
+        if isinstance(pool, PagePool):
+            total = pool.position.shape[1] * len(self.live) * steady
+            if self.fitted > total:
+                pool.fit(total, pool.position.shape[2])
+                self.fitted = total
+        elif pool.capacity > steady:
+            pool.resize(steady)
+        self.note_peak()
+
+    def select(self, index: Tensor) -> None:
+        """Rows of the batch, int64 [b]."""
+        self.pool.select(index)
+        for name in ("live", "held", "longest"):
+            old = getattr(self, name)
+            setattr(self, name, [old[i] for i in index.tolist()])
+        self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
+
+
+def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
+    """Slots per kv head after an event, for rows that have seen so many tokens.
+
+    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total.
+
+    Args:
+        rounding: slots per head that storage may take on top; counted in a byte budget only.
+
+    Raises:
+        BudgetError: a byte budget that cannot hold guards, slack and a protected prompt.
+    """
+    schedule = clock.schedule
+    floor, reserve = policy.guard.reserved(schedule.period) + 1, schedule.slack + rounding
+    found = []
+    for row, tokens in enumerate(seen):
+        prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
+        inside = prompt if policy.budget.unit == "bytes" else 0
+        budget = policy.budget.tokens(tokens, floor + inside, place.row_bytes_per_token, place.num_evicting, reserve)
+        budget = policy.allocator.row_budget(row, budget - inside, place.rank, place.num_evicting, floor)
+        found.append(budget + prompt - (schedule.bounded and schedule.slack == 0))  # the next token fits in
+    return found

@@ -1,0 +1,116 @@
+"""Given texts in one pass: read into a cache, or replayed along the trace of an eviction history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from learnevict.errors import TraceError
+from learnevict.infer.attach import REPLAY, Attachment, Observer, Replay
+from learnevict.infer.cache import EvictingCache
+from learnevict.infer.model.supported import evicting_layers
+from learnevict.signals import Trace
+
+
+def prefill(
+    model: PreTrainedModel,
+    cache: EvictingCache,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    last_only: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Read a text into a cache in one forward.
+
+    Args:
+        model: attached.
+        cache: where the conversation stands.
+        input_ids: int64 [B, T], what comes next; padded on the left.
+        attention_mask: [B, columns read + T], 0 = padding; None if there is none.
+        last_only: logits of the last column only, which saves T - 1 times the vocabulary.
+        **kwargs: handed to the model's forward.
+
+    Returns:
+        Logits [B, T, V], or [B, 1, V].
+
+    Raises:
+        CacheError: the mask does not fit, or the batch is another one; see Conversation.admit.
+    """
+    if attention_mask is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+    if last_only:
+        kwargs["logits_to_keep"] = 1
+    given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+    return model(past_key_values=cache, **given).logits
+
+
+def read_once(model: PreTrainedModel, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """As `prefill`, for whole texts after which the conversation does not go on: logits [B, T, V].
+
+    Events of rows that are padded differently fall at different columns, and each would cut all rows. So rows are moved to
+    the left by less than a period until events coincide; the cache then knows the columns they were moved to.
+
+    Args:
+        cache: fresh.
+        input_ids: int64 [B, T], padded on the left; attention_mask [B, T], 0 = padding.
+    """
+    if not cache.clock.deferred:
+        return prefill(model, cache, input_ids, attention_mask)
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    shift = attention_mask.long().argmax(-1, keepdim=True) % cache.clock.schedule.period
+    source = column + shift
+    inside, source = source < len(column), source.clamp_max(len(column) - 1)
+    ids, mask = input_ids.gather(1, source), attention_mask.gather(1, source) * inside
+    logits = prefill(model, cache, ids, mask)
+    back = (column - shift).clamp_min(0)
+    return logits.gather(1, back.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+
+def replay(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    trace: Trace,
+    attention_mask: Tensor | None = None,
+    *,
+    observe: Observer | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What the model would have answered at every position had its cache been evicted as the trace says.
+
+    Args:
+        model: the model.
+        input_ids: int64 [B, T].
+        trace: expiry int32 [L, B, H, T]; layers that stay stock are ignored.
+        attention_mask: [B, T], 0 = padding.
+        observe: called by every evicting layer with its queries, keys, values and inputs.
+        **kwargs: handed to the model's forward.
+
+    Returns:
+        The model's output for one forward without cache; `.logits` is [B, T, V]. Equal to the step-by-step run that
+        recorded the trace.
+
+    Raises:
+        TraceError: the trace belongs to another model or input.
+    """
+    text = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=text).layers
+    shape = (len(layers), *input_ids.shape)
+    found = (trace.expiry.shape[0], trace.expiry.shape[1], trace.expiry.shape[3])
+    if found != shape:
+        raise TraceError(
+            f"the trace covers (layers, rows, tokens) = {found}, but model and input have {shape}; record it on this input"
+        )
+    expiry = trace.expiry.to(input_ids.device)
+    valid = None if attention_mask is None else attention_mask.bool()
+    if attention_mask is not None and "position_ids" not in kwargs:
+        kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    token = REPLAY.set(Replay({index: expiry[index] for index in evicting_layers(layers)}, valid, observe))
+    try:
+        with Attachment(model, None):
+            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+    finally:
+        REPLAY.reset(token)

@@ -1,0 +1,171 @@
+"""The sentence itself, and what a cache must know of whoever governs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from learnevict.config import Base, Budget
+from learnevict.errors import BudgetError, CacheError, UsageError
+from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
+from learnevict.policy.scorer import Probe, Scorer
+from learnevict.signals import EMPTY, Signals
+
+
+class Governor(Protocol):
+    """Anything that may govern a cache: the verb `keep`, and what the cache must know beforehand."""
+
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def scorer(self) -> Scorer: ...
+    @property
+    def allocator(self) -> Allocator: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def guard(self) -> Guard: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Literal["layer", "model"]: ...
+    @property
+    def probe(self) -> Probe | None: ...
+
+    def keep(self, signals: Signals) -> Tensor | None:
+        """bool [B, H, N], the slots to keep; None keeps all."""
+        ...
+
+
+class Assembly(Governor, Protocol):
+    """A governor of scope "model"."""
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """As `keep`, for all evicting layers at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When, who, how many, never, which: a frozen sentence that governs a cache.
+
+    Args:
+        budget: slots per (layer, kv head) after an event: tokens, "25%" or "64MiB".
+        scorer: who is worth keeping.
+        allocator: how many per layer and head.
+        schedule: when.
+        guard: who is never evicted.
+        draw: which, given scores and counts.
+        name: shown in tables and traces.
+        base: the model its gate was trained for; None if it has none.
+        scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
+            so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
+            read in pieces.
+        probe: tokens that question the cache before every event, which then falls after the forward too.
+
+    Raises:
+        BudgetError: a token budget smaller than guards + fresh block.
+        UsageError: scope "model" with an allocator that gives every head the same.
+    """
+
+    budget: Budget
+    scorer: Scorer
+    allocator: Allocator = field(default_factory=Uniform)
+    schedule: Schedule = field(default_factory=Schedule)
+    guard: Guard = field(default_factory=Guard)
+    draw: Draw = field(default_factory=TopK)
+    name: str = "policy"
+    base: Base | None = None
+    scope: Literal["layer", "model"] = "layer"
+    probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget.unit == "tokens" and self.schedule.active and self.budget.amount < self.floor:
+            raise BudgetError(
+                f"budget {self.budget} is too small for {self.name}: {self.guard.sinks} sinks, {self.guard.recent} recent and "
+                f"a fresh block of {self.schedule.period} tokens; the smallest that works is {self.floor} (or use a smaller "
+                "slack)"
+            )
+        if self.scope == "model" and not self.allocator.ragged:
+            raise UsageError(
+                f'scope="model" lets heads compete, but {type(self.allocator).__name__} gives every head the same; use '
+                'allocators.Together(), or scope="layer"'
+            )
+        if self.budget.unit == "bytes" and self.schedule.active and self.schedule.prompt == "end":
+            raise BudgetError(
+                f"a budget of {self.budget} is a hard total, but this schedule holds the whole prompt before its first event; "
+                'give tokens or a share, or schedule="blocks"'
+            )
+
+    @property
+    def floor(self) -> int:
+        """The smallest budget that leaves room for one scored slot beside the guards and the fresh block."""
+        return self.guard.reserved(self.schedule.period) + 1
+
+    def keep(self, signals: Signals) -> Tensor | None:
+        """The slots to keep, bool [B, H, N]."""
+        scores, protected = self.rank(signals)
+        counts = self.allocator.counts(scores, protected, signals.budget)
+        return self.draw.choose(scores, counts, signals.position)
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """The slots to keep in each layer, bool [B, H, N_l]: heads of all layers are shared out like those of one.
+
+        Together they hold at most L * H times the mean of the layers' budgets; their scores must be comparable.
+        """
+        return keep_best(layers, [self.rank(signals) for signals in layers], self.allocator, self.draw)
+
+    def rank(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N].
+
+        Raises:
+            CacheError: a slot that competes has a score that is no number, as `check_scores` says.
+        """
+        protected = self.guard.protect(signals)
+        scores = self.scorer.score(signals).float().masked_fill(~signals.occupied, -torch.inf)
+        scores = scores.masked_fill(protected, torch.inf)
+        check_scores(scores, signals.occupied & ~protected, self.name, signals.layer)
+        return scores, protected
+
+
+def check_scores(scores: Tensor, competing: Tensor, name: str, layer: int) -> None:
+    """Scores that are not finite would pass for empty or protected slots; on CUDA a device assertion, which waits for nobody.
+
+    Args:
+        scores: float32 [B, H, N].
+        competing: bool [B, H, N], slots whose scores decide.
+        name: of the policy; `layer`, of the model: for the error.
+
+    Raises:
+        CacheError: one of them is NaN or infinite.
+    """
+    try:
+        torch.ops.aten._assert_async.msg((scores.isfinite() | ~competing).all(), "a policy's scores are not finite")
+    except RuntimeError as error:
+        raise CacheError(
+            f"{name} scores {int((competing & ~scores.isfinite()).sum())} slots of layer {layer} with NaN or infinity, so "
+            "nothing can be ranked; look for an overflow in a gate or in hidden states (float16?), or mend score(signals)"
+        ) from error
+
+
+def keep_best(
+    layers: Sequence[Signals], ranked: Sequence[tuple[Tensor, Tensor]], allocator: Allocator, draw: Draw
+) -> list[Tensor]:
+    """The best slots of all layers, bool [B, H, N_l] of each; `ranked` as of Policy.rank."""
+    width = max(scores.shape[-1] for scores, _ in ranked)
+
+    def side_by_side(parts: list[Tensor], empty: float) -> Tensor:
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(part, (0, width - part.shape[-1]), value=empty) for part in parts], dim=1)
+
+    scores = side_by_side([scores for scores, _ in ranked], -torch.inf)
+    protected = side_by_side([protected for _, protected in ranked], False)
+    position = side_by_side([signals.position for signals in layers], EMPTY)
+    budget = torch.stack([signals.budget for signals in layers]).sum(0) // len(layers)
+    counts = allocator.counts(scores, protected, budget)
+    keep = draw.choose(scores, counts, position).split([part.shape[1] for part, _ in ranked], dim=1)
+    return [part[..., : scores.shape[-1]] for part, (scores, _) in zip(keep, ranked, strict=True)]

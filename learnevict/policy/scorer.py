@@ -1,0 +1,140 @@
+"""Who is worth keeping: scorers, gates (scorers with parameters), and what gates are taught and asked with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from learnevict.signals import Column, Signals
+
+Answer = TypeVar("Answer")
+
+
+class Scorer(ABC):
+    """Gives each slot a number; higher stays.
+
+    Attributes:
+        columns: notes it keeps per slot; the cache owns them.
+        window: how many past queries it wants to look back at (0: none). The cache keeps a ring of that many.
+        observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
+        refreshes: True if `refresh` must be called at the end of every period of a row, also where the schedule waits with its
+            events, or nothing needs to go.
+    """
+
+    columns: tuple[Column, ...] = ()
+    window: int = 0
+    observes: bool = False
+    refreshes: bool = False
+
+    @abstractmethod
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]; values of empty slots are ignored."""
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """Notes for fresh tokens, {name: [B, H, S, ...]}; columns not named start at their fill."""
+        return {}
+
+    def observe(self, signals: Signals) -> dict[str, Tensor]:
+        """Updated notes of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
+        return {}
+
+    def refresh(self, signals: Signals) -> dict[str, Tensor]:
+        """Updated notes of all slots after a period, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
+        return {}
+
+    @property
+    def soft(self) -> SoftGate | None:
+        """The gate by which attention may be weighed in place of eviction, if the scorer is or has one."""
+        return None
+
+    def to(self, device: torch.device) -> Scorer:
+        """Move parameters or tables to `device`; scorers without any return themselves."""
+        return self
+
+
+class Gate(nn.Module, Scorer):
+    """A Scorer with parameters, for all layers of one base model; trained with the base frozen.
+
+    Attributes:
+        mode: which trainer of learnevict.train teaches it: "replay", "stream", "soft" or "probe"; "" if none does.
+    """
+
+    mode: str = ""
+
+    def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+        """task(self, ...): trainers use parameters inside a forward only, because DDP and ZeRO watch for it."""
+        return task(self, *args, **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """What the method's `build` needs besides the layout to make this gate again, as JSON."""
+        return {}
+
+    def to(self, *args: Any, **kwargs: Any) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As nn.Module.to."""
+        nn.Module.to(self, *args, **kwargs)
+        return self
+
+
+@dataclass(frozen=True)
+class Fade:
+    """How a soft gate weighs attention while it is trained: an additive bias on the logit of key i at query t.
+
+    geometric (window None): (t - i) * rate_i; windowed: rate_i once t - i >= window, 0 before.
+
+    Attributes:
+        rate: float32 [B, H, T], at most 0, in columns of the text.
+        window: tokens that are not weighed yet.
+    """
+
+    rate: Tensor
+    window: int | None = None
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor:
+        """float32 [B, H, S, n] for query columns int64 [S] and key columns int64 [n] (contiguous or not)."""
+        age = (query.view(-1, 1) - key).to(torch.float32)
+        rate = self.rate.index_select(-1, key).unsqueeze(2)
+        return age * rate if self.window is None else rate * (age >= self.window)
+
+
+class SoftGate(Gate):
+    """A gate that notes a rate when a token is written, and in training weighs attention by it instead of evicting.
+
+    Attributes:
+        losses: what it is taught by: weights by name in learnevict.train.trainers.soft_gate.LOSSES.
+        words: int64 [B] of ops.hashing, what noise in the rows of a batch hangs on while it is trained; None: it comes from
+            torch's global generator.
+    """
+
+    mode = "soft"
+    losses: Mapping[str, float] = {}
+    words: Tensor | None = None
+
+    @property
+    def soft(self) -> SoftGate:
+        """Itself."""
+        return self
+
+    @abstractmethod
+    def fade(self, notes: dict[str, Tensor]) -> Fade:
+        """The law of fading that the notes of `write`, {name: [B, H, T, ...]}, stand for."""
+
+
+class Probe(Protocol):
+    """Tokens run only to question the cache: they attend to the slots and to each other, and leave no trace.
+
+    Attributes:
+        embeddings: [P, E], what goes into the decoder in place of embedded tokens.
+    """
+
+    @property
+    def embeddings(self) -> Tensor: ...
+
+    def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:
+        """Inside, what is added to the decoder's projections while it reads the probe (nothing, or LoRA)."""
+        ...

@@ -1,0 +1,76 @@
+"""What a trainer draws for a batch: of its step and of a row's number in the batch of all processes, and of nothing else.
+
+So it does not matter how many processes share a batch, and a resumed run draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learnevict.errors import BudgetError
+from learnevict.ops.distributed import highest
+from learnevict.ops.random import hashed, shift, uniform
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Words that draws are hashed from (ops.hashing).
+
+    Attributes:
+        batch: int64 [], of the batch, the same in all processes.
+        rows: int64 [B], of the rows that this process has.
+    """
+
+    batch: Int[Tensor, ""]
+    rows: Int[Tensor, "B"]
+
+    @classmethod
+    def of(cls, batch: Int[Tensor, ""], numbers: Int[Tensor, "B"]) -> Draws:
+        """Of a batch, and of rows by their numbers in it."""
+        return cls(batch, hashed(batch, 1, numbers))
+
+    @classmethod
+    def anew(cls, rows: int, device: torch.device | None = None) -> Draws:
+        """Of a batch by itself, from the global generator."""
+        return cls.of(torch.randint(2**62, ()), torch.arange(rows, device=device))
+
+    def budget(self, budgets: tuple[int, int]) -> int:
+        """One for the batch, from the smallest to the largest, log-uniformly."""
+        low, high = (math.log(budget) for budget in budgets)
+        return round(math.exp(low + (high - low) * float(uniform(hashed(self.batch, 2)))))
+
+    def per_row(self, *what: int) -> Float[Tensor, "B"]:
+        """From [0, 1), for each row; another `what`, another draw."""
+        return uniform(hashed(self.rows, *what))
+
+    def one_of(self, values: Int[Tensor, "B"], marked: Bool[Tensor, "B"], *what: int) -> int | None:
+        """The value of one row, drawn evenly from the marked rows of all processes; None if none is marked.
+
+        Args:
+            values: of this process's rows, whole numbers of 32 bits.
+            marked: those that may be drawn.
+            *what: another, another draw.
+        """
+        chances = shift(hashed(self.rows, *what), 33)  # the highest wins, and brings its value along
+        lots = chances * 2**32 + values + 2**31
+        best = highest(int(torch.where(marked, lots, -1).amax()), lots.device)
+        return None if best < 0 else best % 2**32 - 2**31
+
+
+def check_budgets(budgets: tuple[int, ...]) -> None:
+    """Whether `Draws.budget` can draw from them.
+
+    Raises:
+        BudgetError: they are not a smallest and a largest budget of at least 1 token.
+    """
+    if len(budgets) != 2 or not 1 <= budgets[0] <= budgets[1]:
+        given = " ".join(map(str, budgets))
+        raise BudgetError(
+            f"training budgets {given or '(none)'}: give the smallest and then the largest, of 1 token or more, as in "
+            "--budgets 32 96"
+        )

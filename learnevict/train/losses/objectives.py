@@ -1,0 +1,189 @@
+"""Losses between a gate's scores and the oracle's labels; their one home.
+
+Means are over the batch of all processes (ops.processes.ratio), so sharing it out changes no loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learnevict.ops.distributed import ratio
+from learnevict.ops.random import hashed, uniform
+
+
+def pairwise(
+    scores: Float[Tensor, "M H N"],
+    targets: Float[Tensor, "M H N"],
+    candidates: Bool[Tensor, "M H N"],
+    *,
+    pairs: int = 512,
+    words: Int[Tensor, "M"] | None = None,
+) -> Float[Tensor, ""]:
+    """Order candidates as the labels do: mean over sampled pairs of |y_i - y_j| softplus(s_j - s_i), y_i > y_j.
+
+    ForesightKV (arXiv 2602.03203) takes all pairs with a hinge of margin 0.01 and equal weights. Here the logistic loss on
+    sampled pairs is weighted by how far apart the labels are, so a fact that will be needed outweighs orderings of filler.
+
+    Args:
+        scores: higher = keep.
+        targets: any monotone transform of the future's attention.
+        candidates: slots that compete; pairs with another slot count nothing.
+        pairs: sampled per row and head.
+        words: of ops.hashing, that each row's draws come from; None: they come from the global generator.
+    """
+    left, right = (sample_slots(candidates, pairs, None if words is None else hashed(words, side)) for side in range(2))
+    gap = targets.gather(-1, left) - targets.gather(-1, right)
+    margin = (scores.gather(-1, left) - scores.gather(-1, right)) * gap.sign()
+    weight = gap.abs() * candidates.any(-1, keepdim=True)
+    return ratio((weight * torch.nn.functional.softplus(-margin)).sum(), weight.sum(), 1e-6)
+
+
+def log_label(target: Tensor) -> Tensor:
+    """Labels on a logarithmic scale from 0 (below 1e-3) to 1 (all attention)."""
+    return 1 + torch.log10(target.clamp_min(1e-3)) / 3
+
+
+def pairwise_on_logs(
+    scores: Float[Tensor, "M H N"],
+    targets: Float[Tensor, "M H N"],
+    candidates: Bool[Tensor, "M H N"],
+    *,
+    pairs: int = 256,
+    words: Int[Tensor, "M"] | None = None,
+) -> Float[Tensor, ""]:
+    """Order and, a little, value of labels on a logarithmic scale, as judges learn them
+    (learnevict.train.trainers.pairwise)."""
+    labels = log_label(targets)
+    order = pairwise(scores, labels, candidates, pairs=pairs, words=words)
+    return order + 0.1 * regression(scores, labels, candidates)
+
+
+def sample_slots(
+    candidates: Bool[Tensor, "M H N"], number: int, words: Int[Tensor, "M"] | None
+) -> Int[Tensor, "M H number"]:
+    """Uniform random candidates; slot 0 where a head has none. `words` as in `pairwise`."""
+    order = candidates.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    count = candidates.sum(-1, keepdim=True).clamp_min(1)
+    shape = (*candidates.shape[:2], number)
+    draw = torch.rand(shape, device=candidates.device) if words is None else uniform_of(words, shape)
+    return order.gather(-1, (draw * count).long().clamp_max(candidates.shape[-1] - 1))
+
+
+def uniform_of(words: Int[Tensor, "M"], shape: tuple[int, ...]) -> Tensor:
+    """Draws from [0, 1), float32 of `shape` [M, H, N], in which each row depends on its word alone."""
+    head, place = (torch.arange(size, device=words.device) for size in shape[1:])
+    return uniform(hashed(words.view(-1, 1, 1), head.view(-1, 1), place))
+
+
+def regression(
+    scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]
+) -> Float[Tensor, ""]:
+    """Mean squared error over candidates; makes scores comparable across heads."""
+    error = (scores - targets).square() * candidates
+    return ratio(error.sum(), candidates.sum())
+
+
+def kept_share(
+    scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"], drop: int
+) -> Float[Tensor, ""]:
+    """Share of the oracle's `drop` evictions that the scores choose too (ForesightKV's accuracy)."""
+    worst = [
+        values.masked_fill(~candidates, torch.inf).argsort(dim=-1, stable=True)[..., :drop]
+        for values in (scores, targets)
+    ]
+    marks = [torch.zeros_like(candidates).scatter_(-1, index, value=True) & candidates for index in worst]
+    return (marks[0] & marks[1]).sum() / marks[1].sum().clamp_min(1)
+
+
+def divergence(
+    teacher: Float[Tensor, "B T V"], student: Float[Tensor, "B T V"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) of next-token distributions, in nats per scored position.
+
+    Swap the two for the other direction, as DMS has it (arXiv 2506.05345): the argument that comes first is averaged over.
+
+    Args:
+        teacher: logits.
+        student: logits.
+        scored: positions that count.
+    """
+    first, second = (part[scored].float().log_softmax(-1) for part in (teacher, student))
+    return ratio((first.exp() * (first - second)).sum(), scored.sum())
+
+
+def next_token(
+    logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the token after each scored position, in nats per position; the last position has none.
+
+    Args:
+        logits: of the model.
+        tokens: the text it read.
+        scored: positions that count.
+    """
+    counted = scored[:, :-1]
+    found = torch.nn.functional.cross_entropy(logits[:, :-1][counted].float(), tokens[:, 1:][counted], reduction="sum")
+    return ratio(found, counted.sum())
+
+
+def hidden_error(
+    teacher: Float[Tensor, "B T E"], student: Float[Tensor, "B T E"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Mean squared error of last hidden states over scored positions and features (arXiv 2512.17452)."""
+    error = (teacher.float() - student.float()).square().mean(-1)
+    return ratio((error * scored).sum(), scored.sum())
+
+
+LEAST = 1e-6
+"""What a regression on logarithms takes for nothing: smaller targets are raised to it."""
+
+
+def cross_entropy(
+    scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy between estimates in (0, 1) and targets in [0, 1], mean over candidates (Fast KVzip)."""
+    scores, targets = scores.float(), targets.float()
+    tiny = torch.finfo(torch.float32).eps
+    missed = targets * scores.clamp_min(tiny).log() + (1 - targets) * (1 - scores).clamp_min(tiny).log()
+    return ratio(-(missed * candidates).sum(), candidates.sum())
+
+
+def log_error(
+    scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]
+) -> Float[Tensor, ""]:
+    """Mean squared error between estimates and the logarithm of targets, over candidates (KVzap)."""
+    return regression(scores, targets.clamp_min(LEAST).log(), candidates)
+
+
+def attention_error(
+    probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """Squared error of a probe's attention, summed over keys, mean over query heads and rows (Judge Q, arXiv 2509.10798).
+
+    The paper's mean over keys would make short texts weigh more.
+
+    Args:
+        probe: mean attention of the probe's tokens.
+        response: mean attention of the response's tokens.
+        rows: that count.
+    """
+    error = (probe - response).square().sum(-1).mean((1, 2))
+    return ratio((error * rows).sum(), rows.sum())
+
+
+def attention_divergence(
+    probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """KL(response || probe) of distributions over keys, mean over query heads and rows (LookaheadKV, arXiv 2603.10899).
+
+    Args:
+        probe: attention of the probe's tokens, normalised over keys.
+        response: attention of the response's tokens, normalised over keys.
+        rows: that count.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    gain = response.clamp_min(tiny).log() - probe.clamp_min(tiny).log()
+    found = (response * gain).sum(-1).mean((1, 2))
+    return ratio((found * rows).sum(), rows.sum())

@@ -1,0 +1,1 @@
+"""Estimates of the memory and the operations of a training run."""

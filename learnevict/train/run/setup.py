@@ -1,0 +1,202 @@
+"""What a training recipe needs beside its story: settings that depend on each other, gates, data, and where to go on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
+
+from learnevict.data.documents import long_enough
+from learnevict.data.label_store import Document, LabelStore, hash_documents
+from learnevict.data.self_generated import Answering, answer
+from learnevict.data.sources import Source
+from learnevict.data.stream import Stream
+from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
+from learnevict.hub import Gates, weight_hash
+from learnevict.train.run.arguments import Flags
+from learnevict.train.run.launch import check_launch
+from learnevict.train.run.resume import smoke_folder
+from learnevict.train.validation import BEST
+
+SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
+
+Reader = Callable[[Source, int, int], tuple[list[Document], list[Document]]]
+"""From a source and two numbers, of documents to learn from and of those held out, to both."""
+
+
+def settle(flags: Flags) -> None:
+    """Make training arguments agree with each other and with the recipe's flags.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    common, training = flags.common, flags.training
+    if common.smoke:
+        smoke_folder(training, f"runs/{common.method}")
+        common.documents, common.eval_documents = 8, min(common.eval_documents, 4)
+        for name, value in SMOKE.items():
+            if name != "eval_steps" or training.eval_steps is not None:
+                setattr(training, name, value)
+    check_launch(training)
+    if training.data_seed is None:
+        training.data_seed = training.seed
+    if common.streaming:
+        training.ignore_data_skip = True  # the stream goes on where it was, without reading what lies before
+        if training.max_steps <= 0 or training.dataloader_num_workers > 0:
+            raise UsageError("--streaming needs --max_steps, for it has no end, and --dataloader_num_workers 0")
+    if common.own_answers and (common.streaming or common.packed or common.labels):
+        raise UsageError(
+            "--own_answers are written to prompts before training begins; drop --streaming and --packed, and --labels, which "
+            "are of the given answers"
+        )
+    _settle_evaluation(flags)
+
+
+def _settle_evaluation(flags: Flags) -> None:
+    """Evaluations choose the best checkpoint, so one is saved at every evaluation."""
+    common, training = flags.common, flags.training
+    if training.eval_steps is None and training.eval_strategy == IntervalStrategy.NO:
+        if common.patience or training.load_best_model_at_end:
+            raise UsageError("--patience and the best checkpoint come from evaluations; give --eval_steps")
+        return
+    if common.eval_documents < 1:
+        raise UsageError("an evaluation needs --eval_documents of at least 1")
+    if training.eval_strategy == IntervalStrategy.NO:
+        training.eval_strategy = IntervalStrategy.STEPS
+    training.do_eval = True
+    every = training.eval_steps or training.logging_steps
+    if training.eval_strategy == IntervalStrategy.STEPS and training.save_steps % every:
+        if flags.asked("save_steps"):
+            raise UsageError(
+                f"--save_steps {training.save_steps} is no multiple of --eval_steps {every}: the best "
+                "checkpoint might not be one that is kept"
+            )
+        training.save_steps = every
+    training.save_strategy = training.eval_strategy
+    training.load_best_model_at_end = True
+    training.metric_for_best_model, training.greater_is_better = BEST, True
+
+
+def make_gates(flags: Flags, base: PreTrainedModel) -> Gates:
+    """Fresh gates, or those of --start_from, whose settings hold unless others are asked for.
+
+    Raises:
+        UsageError: they are of another method, or other settings are asked for.
+        GateError: there are none, or they are another model's.
+    """
+    common = flags.common
+    if not common.start_from:
+        try:
+            return Gates.make(common.method, base, **flags.settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"method {common.method!r} does not take {flags.settings}: {error}") from error
+    gates = Gates.load(common.start_from, base)
+    if gates.method != common.method:
+        raise UsageError(f"{common.start_from!r} holds gates of {gates.method}; give --method {gates.method}")
+    settings: dict[str, Any] = dict(gates.config.settings)
+    for name, value in settings.items():
+        if flags.asked(name) and flags.settings.get(name, value) != value:
+            raise UsageError(f"{common.start_from!r} holds gates of --{name} {value}; give that, or leave it out")
+    flags.settings |= settings
+    shared = {one.name for one in fields(flags.mode)} & {name for name, value in settings.items() if value is not None}
+    flags.mode = replace(flags.mode, **{name: settings[name] for name in shared})
+    return gates
+
+
+def read_data(flags: Flags, base: PreTrainedModel, tokenizer: Any, read: Reader) -> tuple[Any, list[Document]]:
+    """What to learn from, a list of documents or a Stream, and documents to judge by.
+
+    Args:
+        flags: what the user wants.
+        base, tokenizer: of the model.
+        read: opens sources that are not streamed.
+
+    Raises:
+        DataError: there is nothing to read, or all of it is too short.
+        LabelError: labels that do not fit.
+        UsageError: the mode does not learn from labels, or from such documents.
+    """
+    common, training = flags.common, flags.training
+    shortest = flags.course.mode.shortest(flags.mode)
+    num_held = common.eval_documents if training.do_eval else 0
+    source = Source(
+        common.data,
+        common.data_config,
+        common.data_split,
+        common.column,
+        common.max_length,
+        common.packed,
+        common.streaming,
+    )
+    if common.streaming:
+        if common.data == "testbed":
+            raise UsageError("samples of the testbed are made, not read; drop --streaming and give --documents")
+        held_out = read(source, 1, num_held)[1]
+        found: Any = Stream(source, tokenizer, num_held, shortest, training.process_index, training.world_size)
+    elif common.labels:
+        found, held_out = _stored(flags, base), []
+        if num_held and common.data == "testbed":
+            held_out = read(source, 0, num_held)[1]
+        elif num_held:
+            found, held_out = found[:-num_held], found[-num_held:]
+    else:
+        found, held_out = read(source, common.documents, num_held)
+        if common.own_answers:
+            found, held_out = _own_answers(flags, base, tokenizer, found, held_out)
+    suitable = found if common.streaming else _suitable(found, flags)
+    return suitable, long_enough(held_out, shortest) if held_out else []
+
+
+def _own_answers(
+    flags: Flags, base: PreTrainedModel, tokenizer: Any, found: list[Document], held_out: list[Document]
+) -> tuple[list[Document], list[Document]]:
+    """Both with answers of the model, as long as the longest given to any of them."""
+    common, training = flags.common, flags.training
+    how = Answering(
+        common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
+        training.world_size, shown=not training.disable_tqdm,
+    )  # fmt: skip
+    how = replace(how, most=how.longest(found + held_out))
+    return answer(base, tokenizer, found, how), answer(base, tokenizer, held_out, how) if held_out else []
+
+
+def _suitable(documents: list[Document], flags: Flags) -> list[Document]:
+    """Those that the mode can learn from; says how many are left out."""
+    mode = flags.course.mode
+    kept = long_enough(documents, mode.shortest(flags.mode))
+    if mode.responses:
+        kept = [one for one in kept if 0 < one.prompt_length < len(one.input_ids)]
+        if not kept:
+            raise DataError(
+                f"mode {mode.name} learns what a response attends to, but no document has a prompt and a response: give "
+                "chats, or columns prompt and completion, without --packed; or let the model answer, with --own_answers"
+            )
+    if len(kept) < len(documents):
+        why = "are too short or have no response" if mode.responses else "are too short"
+        warnings.warn(f"{len(documents) - len(kept)} of {len(documents)} texts {why}: left out", LearnevictWarning, 2)
+    return kept
+
+
+def _stored(flags: Flags, base: PreTrainedModel) -> list[Document]:
+    """Labelled documents of a store, checked against model, mode and period."""
+    folder = flags.common.labels
+    if not flags.course.mode.stored_labels:
+        raise UsageError(f"mode {flags.course.mode.name} does not learn from labels; drop --labels, and give --data")
+    store = LabelStore(Path(folder))
+    if store.manifest.base_hash != weight_hash(base):
+        raise LabelError(f"{folder!r} holds labels of another base model; make them anew with recipes/oracle.py")
+    if store.manifest.block != flags.mode.period:
+        raise LabelError(
+            f"{folder!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"
+        )
+    return store.documents()
+
+
+def hash_data(data: Any) -> str | None:
+    """Of documents; None of a stream, whose end nobody knows."""
+    return hash_documents(data) if isinstance(data, list) else None

@@ -1,0 +1,1 @@
+"""One trainer for each way of training a gate."""

@@ -1,0 +1,144 @@
+"""Trainer for judges that rank cached tokens: trajectory replay, no gradient through the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.ops.distributed import highest
+from learnevict.ops.random import hashed
+from learnevict.oracle import golden_labels
+from learnevict.parts.learned import Judge
+from learnevict.policy import Guard, Schedule
+from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.losses import objectives
+from learnevict.train.trainer import GateTrainer
+from learnevict.train.trainers.replay_states import States, record_states
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """What the judge learns from.
+
+    Attributes:
+        period: tokens between events in training; inference may differ, features are means over queries.
+        budgets: smallest and largest budget, drawn per batch log-uniformly: one judge for all of them.
+        own_rows: share of rows that follow the judge's own evictions.
+        pairs: sampled pairs per state and head.
+        sinks, recent: guards.
+        regression: weight of the squared error on log labels beside the pairwise loss.
+    """
+
+    period: int = 16
+    budgets: tuple[int, int] = (36, 160)
+    own_rows: float = 0.5
+    pairs: int = 256
+    sinks: int = 4
+    recent: int = 8
+    regression: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_budgets(self.budgets)
+        if self.period < 1 or self.pairs < 1:
+            raise UsageError(f"period={self.period}, pairs={self.pairs}: give at least 1 token and 1 pair")
+        if not (0 <= self.own_rows <= 1 and self.regression >= 0):
+            raise UsageError(
+                f"own_rows={self.own_rows}, regression={self.regression}: give a share of rows from 0 to 1, and a weight of 0 "
+                "or more"
+            )
+
+    @property
+    def floor(self) -> int:
+        """The smallest budget with room for one scored slot beside guards and the fresh block."""
+        return Guard(self.sinks, self.recent).reserved(self.period) + 1
+
+
+class RankingTrainer(GateTrainer):
+    """Mode "replay": judges rank what they meet in runs under eviction.
+
+    Args:
+        ranking: what to learn from.
+
+    Raises:
+        BudgetError: training budgets that cannot hold the guards.
+        DataError: while training, a batch of texts too short to evict from.
+    """
+
+    def __init__(self, *args: Any, ranking: RankingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if ranking.budgets[0] < ranking.floor:
+            raise BudgetError(
+                f"training budgets of {ranking.budgets[0]} to {ranking.budgets[1]} cannot hold {ranking.sinks} sinks, "
+                f"{ranking.recent} recent and a fresh block of {ranking.period}; the smallest that works is {ranking.floor}"
+            )
+        self.ranking = ranking
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Record the states of a batch, score them with gradient, and compare with the oracle."""
+        draws = self.draws(len(inputs["input_ids"]))
+        states = self._record(inputs, draws)
+        stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
+        gate: Judge = self.gate
+        if not bool(gate.calibrated):
+            gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
+        scores: list[Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
+        parts = [
+            (score, objectives.log_label(targets), usable)
+            for score, (_, targets, usable) in zip(scores, stacked.values(), strict=True)
+        ]
+        raced = parts if gate.scope == "layer" else [joined(parts)]
+        num_pairs = self.ranking.pairs * len(parts) // len(raced)
+        moments = [torch.cat(states[layer].moments).unbind(-1) for layer in stacked]
+        losses = [
+            objectives.pairwise(*part, pairs=num_pairs, words=hashed(draws.rows[row], seen, race))
+            for race, (part, (row, seen)) in enumerate(zip(raced, moments, strict=False))
+        ]
+        aside = [self.ranking.regression * objectives.regression(*part) for part in parts]
+        for score, target, usable in parts:
+            self.note(kept_share=objectives.kept_share(score.detach(), target, usable, self.ranking.period))
+        loss = torch.stack(losses).mean() + torch.stack(aside).mean()
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _record(self, inputs: dict[str, Any], draws: Draws) -> dict[int, States]:
+        config = self.ranking
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels = inputs["stored_labels"]
+        if labels is None:
+            labels, _ = golden_labels(self.base, ids, mask, block=config.period)
+        width = highest(ids.shape[1], ids.device)
+        longest = width - config.period - 1
+        if longest < config.floor:
+            raise DataError(
+                f"a batch of texts of at most {width} tokens: nothing would be evicted from them even at the smallest "
+                f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
+            )
+        judge: Any = self.whole.now().gate
+        return record_states(
+            self.base,
+            judge,
+            list(labels),
+            ids,
+            mask,
+            budget=min(draws.budget(config.budgets), longest),
+            schedule=Schedule(config.period),
+            guard=Guard(config.sinks, config.recent),
+            own=draws.per_row(0) < config.own_rows,
+            scope=self.gate.scope,
+        )
+
+
+def judge_all(judge: Judge, features: dict[int, Tensor]) -> list[Tensor]:
+    """Scores of recorded states: {layer: [M, H, N, in]} -> [M, H, N] of each. DeepSpeed takes no dictionary of numbers."""
+    return [judge.judge(layer, part) for layer, part in features.items()]
+
+
+def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, labels and candidates [M, H, N] of several layers as one race of all their slots, [M, 1, L * H * N]."""
+    scores, labels, usable = (torch.cat([part.flatten(1) for part in kind], 1) for kind in zip(*parts, strict=True))
+    return scores.unsqueeze(1), labels.unsqueeze(1), usable.unsqueeze(1)

@@ -1,0 +1,169 @@
+"""States to learn from: what a judge sees at every event of a teacher-forced run, with the oracle's verdict beside it.
+
+The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the judge itself
+does, so that the judge also meets the states that its own mistakes lead to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.config import Budget
+from learnevict.errors import BudgetError
+from learnevict.infer.attach import attach
+from learnevict.infer.teacher_forcing import prefill
+from learnevict.ops import keep_top
+from learnevict.parts.allocators import Together
+from learnevict.parts.learned import Judge
+from learnevict.policy import Allocator, Guard, Schedule, TopK, Uniform, keep_best
+from learnevict.signals import Signals
+
+
+@dataclass
+class States:
+    """States of one layer, stacked over events and rows; M may be 0.
+
+    features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N];
+    moments int64 [M, 2], the row that each state is of, and the tokens it had seen.
+    """
+
+    features: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    candidates: list[Tensor] = field(default_factory=list)
+    moments: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, heads: int, inputs: int, device: torch.device) -> States:
+        """Of a layer before its first event."""
+        nothing = torch.zeros(0, heads, 1, device=device)
+        rows = torch.zeros(0, 2, dtype=torch.int64, device=device)
+        return cls([nothing.new_zeros(0, heads, 1, inputs)], [nothing], [nothing.bool()], [rows])
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All states as three tensors; shorter ones are padded with slots that are no candidates."""
+        width = max(part.shape[2] for part in self.targets)
+
+        def padded(parts: list[Tensor]) -> Tensor:
+            full = [part.new_zeros(*part.shape[:2], width - part.shape[2], *part.shape[3:]) for part in parts]
+            return torch.cat([torch.cat(pair, dim=2) for pair in zip(parts, full, strict=True)])
+
+        return padded(self.features), padded(self.targets), padded(self.candidates)
+
+
+@dataclass
+class Recorder:
+    """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1].
+
+    `length` is the number of tokens of every row: nothing is learned from events after its last one, which have no future.
+    All layers that have a future have states, if only none: processes count on it.
+    """
+
+    budget: Budget
+    scorer: Judge
+    future: list[Tensor | None]
+    own: Tensor
+    schedule: Schedule
+    guard: Guard
+    length: Tensor
+    allocator: Allocator = field(default_factory=Uniform)
+    name: str = "recorder"
+    scope: Literal["layer", "model"] = "layer"
+    probe: None = None
+    states: dict[int, States] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, part in enumerate(self.future):
+            if part is not None:
+                self.states[layer] = States.none(part.shape[1], self.scorer.num_features, part.device)
+
+    def keep(self, signals: Signals) -> Tensor:
+        """Take down the rows whose event this is and evict by the oracle or by the judge."""
+        scores, _ = self._take_down(signals)
+        return keep_top(scores, signals.position, signals.budget.view(-1, 1).expand(scores.shape[:2]))
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """The same where slots of all layers compete; their states then belong together, row by row."""
+        return keep_best(layers, [self._take_down(signals) for signals in layers], self.allocator, TopK())
+
+    def _take_down(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Scores that decide, as of Policy.rank, and what is protected."""
+        future = self.future[signals.layer]
+        assert future is not None
+        rows, occupied = signals.rows, signals.occupied
+        block = torch.div(rows.seen, self.schedule.period, rounding_mode="floor").clamp_max(future.shape[-1] - 1)
+        at = signals.position.clamp_min(0).long()
+        index = block.view(-1, 1, 1, 1).long().expand(*future.shape[:3], 1)
+        target = future.gather(-1, index).squeeze(-1).gather(-1, at)
+        protected = self.guard.protect(signals)
+        notes = self.scorer.notes(signals)
+        parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
+        features = torch.cat(parts, dim=2)
+        reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
+        due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget) & (rows.seen < self.length)
+        pick = (reads & due).nonzero().flatten()
+        here = self.states[signals.layer]
+        here.features.append(features[pick])
+        here.targets.append(target[pick])
+        here.candidates.append((occupied & ~protected)[pick])
+        here.moments.append(torch.stack([pick, rows.seen[pick].long()], dim=-1))
+        judged = self.scorer.judge(signals.layer, features)
+        score = torch.where(self.own.view(-1, 1, 1), judged, target).masked_fill(~occupied, -torch.inf)
+        return score.masked_fill(protected, torch.inf), protected
+
+
+@torch.no_grad()
+def record_states(
+    model: PreTrainedModel,
+    gate: Judge,
+    labels: list[Tensor | None],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    budget: int,
+    schedule: Schedule,
+    guard: Guard,
+    own: Tensor,
+    scope: Literal["layer", "model"] = "layer",
+) -> dict[int, States]:
+    """One teacher-forced run of a batch under eviction, with the states its events went through in every evicting layer.
+
+    Where a judge has learned how layers share a budget, and they do not compete anyway, they share it so.
+
+    Args:
+        model: the frozen base.
+        gate: the judge being trained.
+        labels: per layer [B, H, T, M], None for stock layers.
+        input_ids: int64 [B, T]; attention_mask [B, T].
+        budget: slots per (layer, kv head) after an event, on average over layers.
+        schedule: its period must be the labels' block.
+        guard: never evicted, never candidates.
+        own: bool [B], rows that follow the judge; the others follow the oracle.
+        scope: who competes: slots of a head, or of all heads and layers.
+
+    Raises:
+        BudgetError: the budget cannot hold guards and a fresh block.
+    """
+    if budget <= guard.reserved(schedule.period):
+        raise BudgetError(
+            f"a budget of {budget} cannot hold the guards and a fresh block; the smallest that works is "
+            f"{guard.reserved(schedule.period) + 1}"
+        )
+    allocator = Together() if scope == "model" else Uniform() if gate.demand is None else gate.demand.allocator()
+    recorder = Recorder(
+        Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard,
+        attention_mask.sum(-1), allocator, scope=scope,
+    )  # fmt: skip
+    with attach(model, recorder) as cache:
+        prefill(model, cache, input_ids, attention_mask, last_only=True)
+    return recorder.states
+
+
+def look_ahead(labels: Tensor) -> Tensor:
+    """Most that any block m, m + 1, ... pays: [B, H, T, M + 1], zero behind the last block."""
+    return torch.nn.functional.pad(labels.float().flip(-1).cummax(-1).values.flip(-1), (0, 1))

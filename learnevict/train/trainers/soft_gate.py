@@ -1,0 +1,200 @@
+"""Trainer for gates that weigh attention: end to end, through the frozen model.
+
+A batch is read twice: by the plain model, without gradient, and by the model whose attention the gate weighs. The gate learns
+to change nothing (distillation) while holding little (train.capacity); which losses and how much of each, it says itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.config import Budget
+from learnevict.errors import UsageError
+from learnevict.infer.attach import Attachment, attach
+from learnevict.infer.soft import layers_again
+from learnevict.policy import Fade, Policy, Schedule, SoftGate
+from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.losses import capacity, objectives
+from learnevict.train.trainer import GateTrainer
+
+
+@dataclass(frozen=True)
+class SoftConfig:
+    """What a soft gate learns from.
+
+    Attributes:
+        budgets: smallest and largest budget, drawn per batch log-uniformly; equal: one budget, as in the TRIM-KV papers.
+            Retentions know no budget, so a range makes one compromise that serves all of it.
+        capacity: factor on what the gate pays for holding tokens.
+        power: a token of weight w counts w ** power in what is held; 1 in the papers. Peaked attention finds a token through
+            a weight of 1 %, which would cost 1 % of a slot, while eviction takes it away; with 0.2 it costs 40 %.
+        compression: where evicting a share is the aim (dms), the ratio to reach, at least 1.
+        ramp: share of training over which that ratio rises from 1, 0 to 1.
+        answers_only: losses count predictions of the response only; the whole text where a document has no prompt.
+        recompute: compute decoder layers again in the backward pass, for memory.
+    """
+
+    budgets: tuple[int, int] = (32, 96)
+    capacity: float = 1.0
+    power: float = 1.0
+    compression: float = 8.0
+    ramp: float = 0.5
+    answers_only: bool = False
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        check_budgets(self.budgets)
+        if not (self.capacity >= 0 and self.power >= 0):
+            raise UsageError(
+                f"capacity={self.capacity}, power={self.power}: give 0 or more each; less would pay the gate for holding"
+            )
+        if not (self.compression >= 1 and 0 <= self.ramp <= 1):
+            raise UsageError(
+                f"compression={self.compression}, ramp={self.ramp}: give a ratio of at least 1 (8 keeps an eighth), reached "
+                "after a share of training from 0 to 1"
+            )
+
+    def target(self, progress: float) -> float:
+        """Share of tokens to evict at a point of the training, 0 to 1: 1 - 1 / ratio, the ratio rising linearly."""
+        ratio = 1 + (self.compression - 1) * min(progress / self.ramp, 1.0) if self.ramp else self.compression
+        return 1 - 1 / ratio
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch as the losses see it.
+
+    Attributes:
+        tokens: int64 [B, T].
+        valid: bool [B, T], real tokens.
+        scored: bool [B, T], positions whose prediction counts.
+        teacher, student: outputs of the plain and of the weighed model: `.logits` [B, T, V], `.hidden_states` or None.
+        fades: what the gate did, per layer.
+        budget: slots per head.
+        target: share of tokens to evict.
+        power: see SoftConfig.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    scored: Tensor
+    teacher: Any
+    student: Any
+    fades: list[Fade]
+    budget: int
+    target: float
+    power: float = 1.0
+
+    @property
+    def rates(self) -> list[Tensor]:
+        """Log retentions, or log gates, of each layer as they count, float32 [B, H, T]."""
+        return [fade.rate * self.power for fade in self.fades]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss; `needs` is what it compares ("logits", "hidden_states"), or "" if it is about what is held."""
+
+    value: Callable[[Run], Tensor]
+    needs: str = ""
+
+
+LOSSES: dict[str, Loss] = {
+    "divergence": Loss(lambda run: objectives.divergence(run.teacher.logits, run.student.logits, run.scored), "logits"),
+    "student_divergence": Loss(
+        lambda run: objectives.divergence(run.student.logits, run.teacher.logits, run.scored), "logits"
+    ),
+    "next_token": Loss(lambda run: objectives.next_token(run.student.logits, run.tokens, run.scored), "logits"),
+    "hidden_error": Loss(
+        lambda run: objectives.hidden_error(run.teacher.hidden_states[-1], run.student.hidden_states[-1], run.scored),
+        "hidden_states",
+    ),
+    "hinge": Loss(lambda run: capacity.hinge(run.rates, run.valid, run.budget)),
+    "hinge_together": Loss(lambda run: capacity.hinge(run.rates, run.valid, run.budget, together=True)),
+    "admitted": Loss(lambda run: capacity.admitted(run.rates, run.valid, run.fades[0].window or 0)),
+    "shortfall": Loss(lambda run: capacity.shortfall(run.rates, run.valid, run.target)),
+}
+
+
+class SoftTrainer(GateTrainer):
+    """Mode "soft": gates that weigh attention.
+
+    Args:
+        soft: what to learn from.
+
+    Raises:
+        UsageError: the gate asks for a loss that does not exist or that knows no power, or no layer of the base evicts.
+    """
+
+    def __init__(self, *args: Any, soft: SoftConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.soft = soft
+        if unknown := sorted(set(self.gate.losses) - set(LOSSES)):
+            raise UsageError(
+                f"{type(self.gate).__name__} asks for losses {', '.join(unknown)}; there are {', '.join(LOSSES)}"
+            )
+        if "shortfall" in self.gate.losses and soft.power != 1:
+            raise UsageError(
+                f"power={soft.power} makes small weights count in what is held, but {type(self.gate).__name__} counts tokens "
+                "whose gate is below one half, whatever they weigh; leave power at 1"
+            )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Read the batch plainly and weighed, and add up the gate's losses."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        needs = {LOSSES[name].needs for name in self.gate.losses}
+        text = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0),
+            "use_cache": False,
+            "logits_to_keep": 0 if "logits" in needs else 1,
+            "output_hidden_states": "hidden_states" in needs,
+        }
+        with torch.no_grad():
+            teacher = self.base(**text)
+        draws = self.draws(len(ids))
+        lesson = partial(self._lesson, text=text, teacher=teacher, scored=self._scored(inputs), draws=draws)
+        loss = model(lesson)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _lesson(self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, scored: Tensor, draws: Draws) -> Tensor:
+        """The part with gradient: a weighed forward and its losses."""
+        config = self.soft
+        gate.words = draws.rows  # until the next lesson: the backward pass may compute layers again
+        policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; says who weighs
+        again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
+        with attach(self.base, policy, soft=True) as soft, again:
+            student = self.base(**text)
+        if not soft.notes:
+            raise UsageError(
+                f"every layer of {type(self.base).__name__} keeps its stock cache, so there is nothing to learn"
+            )
+        valid = text["attention_mask"].bool()
+        target = config.target(self.state.global_step / max(self.state.max_steps, 1))
+        budget = draws.budget(config.budgets)
+        run = Run(text["input_ids"], valid, scored, teacher, student, soft.fades, budget, target, config.power)
+        total = torch.zeros((), device=valid.device)
+        for name, weight in gate.losses.items():
+            value = LOSSES[name].value(run)
+            self.note(**{name: value.detach()})
+            total = total + value * weight * (1.0 if LOSSES[name].needs else config.capacity)
+        return total
+
+    def _scored(self, inputs: dict[str, Any]) -> Tensor:
+        """Positions whose next token is real and, if asked, part of the response: bool [B, T]."""
+        valid = inputs["attention_mask"].bool()
+        scored = valid & valid.roll(-1, -1)
+        scored[:, -1] = False
+        if self.soft.answers_only:
+            scored = scored & (valid.cumsum(-1) >= inputs["prompt_length"].unsqueeze(-1))
+        return scored

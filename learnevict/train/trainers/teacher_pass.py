@@ -1,0 +1,225 @@
+"""One batch on its way through the layers of the frozen base: what each receives, with the oracle's verdict beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnevict.errors import UsageError
+from learnevict.infer.teacher_forcing import replay
+from learnevict.ops.distributed import highest
+from learnevict.oracle import (
+    GOLDEN,
+    PRESETS,
+    Received,
+    Reducers,
+    Repeating,
+    full_trace,
+    future_attention,
+    golden,
+    golden_labels,
+    receiving,
+    reconstruct,
+    target,
+)
+from learnevict.oracle.reconstruct import target_inputs
+from learnevict.parts.learned import Learner
+from learnevict.policy import Guard
+from learnevict.signals import Trace
+from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.losses import objectives, regret
+from learnevict.train.trainers.layer_batch import Lesson, Times
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "bce": objectives.cross_entropy,
+    "mse": objectives.log_error,
+    "pairwise": objectives.pairwise_on_logs,
+    "regret": regret.expected_regret,
+    "rloo": regret.rloo,
+}
+"""By name: from scores, targets and candidates [B, H, N] to a loss. Those in SAMPLED take `pairs`."""
+SAMPLED = ("pairwise", "regret")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What a streamed gate learns from.
+
+    Attributes:
+        target: "reconstruction" (attention of the text's repetition, KVzip) or "future" (of the text's own later blocks); the
+            former needs a model that can repeat a text.
+        objective: a name of OBJECTIVES; "": the gate's own.
+        period: tokens between events, and queries per label block.
+        along: read the texts with a "full" cache, or under "golden" eviction, so that states are those of small caches.
+        budgets: smallest and largest budget, drawn per batch log-uniformly: of golden eviction, and shown to rankers.
+        cuts: events per text, for gates that rank slots.
+        horizon: label blocks that count as the future; None: to the end of the text.
+        pairs: drawn per text and head, for objectives over pairs; 0: all pairs, or the objective's default.
+        sinks, recent: guards; what they protect is no candidate.
+        closed_form: fit linear surrogates to all documents at once before the first step
+        (learnevict.train.trainers.closed_form).
+        chunk, repeat, tail: of "reconstruction", see oracle.Repeating; `repeat` are the token ids of its prompt.
+    """
+
+    target: Literal["reconstruction", "future"] = "future"
+    objective: str = ""
+    period: int = 16
+    along: Literal["full", "golden"] = "full"
+    budgets: tuple[int, int] = (36, 160)
+    cuts: int = 4
+    horizon: int | None = None
+    pairs: int = 0
+    sinks: int = 4
+    recent: int = 8
+    closed_form: bool = False
+    chunk: int = 2048
+    repeat: tuple[int, ...] = ()
+    tail: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target not in ("reconstruction", "future") or self.along not in ("full", "golden"):
+            raise UsageError(
+                f"target {self.target!r} along {self.along!r} is unknown; choose reconstruction or future, full or golden"
+            )
+        if self.objective and self.objective not in OBJECTIVES:
+            raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
+        check_budgets(self.budgets)
+        horizon = 1 if self.horizon is None else self.horizon
+        if min(self.period, self.cuts, horizon) < 1 or self.pairs < 0:
+            raise UsageError(
+                f"period={self.period}, cuts={self.cuts}, horizon={self.horizon}, pairs={self.pairs}: give at least 1 token, 1 "
+                "event and 1 block (or none: to the end), and 0 pairs or more"
+            )
+        if self.budgets[0] <= self.guard.reserved(self.period):
+            raise UsageError(
+                f"training budgets of {self.budgets[0]} to {self.budgets[1]} cannot hold the guards and a fresh block of "
+                f"{self.period}; the smallest that works is {self.guard.reserved(self.period) + 1}"
+            )
+
+    @property
+    def guard(self) -> Guard:
+        """What is never evicted."""
+        return Guard(self.sinks, self.recent)
+
+    @property
+    def repeating(self) -> Repeating:
+        """How texts are repeated."""
+        return Repeating(self.chunk, self.sinks, self.repeat, self.tail)
+
+    def reduce(self, gate: Learner) -> Reducers:
+        """The target's reducers: the gate's own, or golden's for the future of one whose own are those of a repetition.
+
+        Raises:
+            UsageError: a reconstruction for a gate whose oracle looks at the future.
+        """
+        own = PRESETS[gate.oracle]
+        if self.target == "reconstruction" and not own.needs_queries:
+            raise UsageError(f"a gate of oracle {gate.oracle!r} learns from the future; give target='future'")
+        return GOLDEN if own.needs_queries and self.target == "future" else own
+
+    def loss(self, gate: Learner, words: Tensor) -> Objective:
+        """The objective, with its options; `words` int64 [B] are what its draws come from."""
+        name = self.objective or gate.objective
+        options: dict[str, Any] = {"pairs": self.pairs} if self.pairs and name in SAMPLED else {}
+        if name in (*SAMPLED, "rloo"):
+            options["words"] = words
+        return partial(OBJECTIVES[name], **options)
+
+
+class Course:
+    """Reads a batch once, or as often as labels and states need.
+
+    Args:
+        config: what is learned from.
+        reduce: of the target, StreamConfig.reduce of the gate.
+        inputs: input_ids and attention_mask [B, T]; golden labels [L, B, H, T, M] of the period as "stored_labels", or None.
+        draws: of the batch.
+
+    Attributes:
+        times: where the real tokens stand.
+        budget: slots per head, drawn.
+
+    Raises:
+        UsageError: stored labels are not those of the target.
+    """
+
+    def __init__(self, config: StreamConfig, reduce: Reducers, inputs: dict[str, Any], draws: Draws) -> None:
+        self.config, self.reduce, self.draws = config, reduce, draws
+        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
+        self.stored: Tensor | None = inputs.get("stored_labels")
+        self.valid = self.mask.bool()
+        self.times = Times.of(self.ids, self.valid)
+        longest = highest(self.ids.shape[1], self.ids.device) - config.period - 1
+        self.budget = max(min(draws.budget(config.budgets), longest), config.budgets[0])
+        if self.stored is not None and reduce != GOLDEN and config.along == "full":
+            raise UsageError("stored labels are golden ones, but this gate learns others; train it without them")
+
+    @torch.no_grad()
+    def read(self, base: PreTrainedModel, visit: Callable[[Lesson, Tensor], None]) -> None:
+        """Show every evicting layer.
+
+        Args:
+            base: the model.
+            visit: given what a layer received, in row time, and labels by columns: [B, H, T] of a repetition, or
+                [B, H, T, M], entry m being the target of an event before block m.
+        """
+        config, repeated = self.config, self.config.target == "reconstruction"
+        trace = full_trace(base, self.ids)
+        labels = list(self.stored) if self.stored is not None and self.reduce == GOLDEN else None
+        if config.along == "golden":
+            trace, labels = self._under_eviction(base)
+
+        def show(layer: int, received: Received, found: Tensor) -> None:
+            if not repeated:
+                found = target(found, self.reduce, received.key.shape[1], window=config.horizon)
+            expiry = None if config.along == "full" else trace.expiry[layer]
+            visit(Lesson.of(layer, self.times, received, expiry), found)
+
+        def see(layer: int, received: Received) -> None:
+            known = self._label(base, layer, received) if labels is None else labels[layer]
+            assert known is not None
+            show(layer, received, known)
+
+        if repeated and labels is None:
+            reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce, visit=show)
+        else:
+            replay(base, self.ids, trace, self.mask, observe=receiving(see), logits_to_keep=1)
+
+    def of_tokens(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What a token is asked for when it is written: targets [B, H, T] and candidates bool [B, 1, T], in row time.
+
+        All tokens but sinks. Labels of blocks: what those after a token's own want, so the last block teaches nothing.
+        """
+        times, period = self.times, self.config.period
+        own, last = times.rank // period, (times.length.unsqueeze(-1) - 1) // period
+        there = (times.rank < times.length.unsqueeze(-1)) & (times.rank >= self.config.sinks)
+        if labels.ndim == 4:
+            there &= own < last
+        return times.verdict(labels, own + 1), there.unsqueeze(1)
+
+    def _under_eviction(self, base: PreTrainedModel) -> tuple[Trace, list[Tensor | None]]:
+        """A golden trace for the budget, and the full cache's labels of the target."""
+        config = self.config
+        wanted: list[Tensor | None] = [] if self.stored is None else list(self.stored)
+        if self.stored is None:
+            wanted = golden_labels(base, self.ids, self.mask, block=config.period)[0]
+        trace = golden(wanted, budget=self.budget, block=config.period, guard=config.guard, valid=self.valid)
+        if config.target == "reconstruction":
+            return trace, reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce)
+        if self.reduce != GOLDEN:
+            wanted = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
+        return trace, wanted
+
+    def _label(self, base: PreTrainedModel, layer: int, received: Received) -> Tensor:
+        """Block labels of one layer, [B, heads, T, M]."""
+        inputs = target_inputs(base, self.reduce, layer, received)
+        period, query, key = self.config.period, received.query, received.key
+        return future_attention(query, key, block=period, valid=self.valid, reduce=self.reduce, **inputs)

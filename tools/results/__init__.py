@@ -1,0 +1,1 @@
+"""Programs that write docs/results.md from rows and benchmark files."""

@@ -1,0 +1,165 @@
+"""Traces made with hindsight, tried on a batch of texts: what any label would have kept, and what that costs.
+
+Texts are short and padded on the right, so attention is held as [T, T] and columns are ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.evals.methods import Rules
+from learnevict.evals.teacher_forced import Scores, Texts, score
+from learnevict.infer.teacher_forcing import replay
+from learnevict.oracle import full_trace
+from learnevict.oracle.reconstruct import Received
+from learnevict.oracle.shared_traces import Roll, Share, Terms, golden_shared, roll_of
+from learnevict.signals import Trace
+
+UNIFORM = Share("head")
+
+
+class Case:
+    """A batch of texts at one budget, and the model's full-cache run over them.
+
+    Args:
+        texts: padded on the right, see `from_the_left`.
+        budget: mean slots per layer and kv head.
+        rules: event period and guards.
+    """
+
+    def __init__(self, model: Any, texts: Texts, budget: int, rules: Rules) -> None:
+        self.model, self.texts, self.budget, self.rules = model, texts, budget, rules
+        self.valid = texts.attention_mask.bool()
+        self.logits, self.received = self.run(full_trace(model, texts.input_ids))
+        self.group = self.received[0].query.shape[1] // self.received[0].key.shape[1]
+
+    @torch.no_grad()
+    def run(self, trace: Trace) -> tuple[Tensor, list[Received]]:
+        """Logits under a trace, and what each layer's attention was given."""
+        seen: list[Received] = []
+
+        def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Any, attention: Any) -> None:
+            seen.append(Received(query, key, value, hidden, attention))
+
+        ids, mask = self.texts.input_ids, self.texts.attention_mask
+        return replay(self.model, ids, trace, mask, observe=observe).logits, seen
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Loss of every response token at the query that predicts it, [B, T]."""
+        target = self.texts.input_ids[:, 1:]
+        found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none")
+        return torch.nn.functional.pad(found.view_as(target) * self.texts.spoken[:, 1:], (0, 1))
+
+    def attention(self, received: list[Received], trace: Trace | None = None) -> Iterator[Tensor]:
+        """Attention [B, H, G, T, T] of every layer; with a trace, what a token gets or would get beside what is left."""
+        column = torch.arange(self.valid.shape[1])
+        for layer, one in enumerate(received):
+            query = one.query.unflatten(1, (-1, self.group))
+            scores = one.attention.scores(query @ one.key.unsqueeze(2).mT)
+            scores = scores.masked_fill(column > column[:, None], -torch.inf)
+            if trace is None:
+                yield scores.softmax(-1)
+                continue
+            left = column[:, None] < trace.expiry[layer][:, :, None, None]
+            total = scores.masked_fill(~left, -torch.inf).logsumexp(-1, keepdim=True)
+            yield (scores - torch.where(left, total, torch.logaddexp(total, scores))).exp()
+
+    def pooled(self, attention: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean over the real queries of every block and over the group: [B, H, T, M]."""
+        real = self.valid.float()
+        parts = (
+            torch.arange(real.shape[1]) // self.rules.block
+            == torch.arange(-(-real.shape[1] // self.rules.block))[:, None]
+        )
+        share = real.unsqueeze(-1) * parts.T
+        share = share / share.sum(1, keepdim=True).clamp_min(1)
+        if weight is not None:
+            share = share * weight.unsqueeze(-1)
+        return attention.mean(2).mT @ share.unsqueeze(1)
+
+    def labels(self, change: Callable[[Tensor, Received, int], Tensor] | None = None, **how: Any) -> Tensor:
+        """Block labels [L, B, H, T, M]; `how`: received, trace (see attention), weight of queries [B, T]."""
+        received, weight = how.get("received", self.received), how.get("weight")
+        maps = enumerate(zip(self.attention(received, how.get("trace")), received, strict=True))
+        found = [self.pooled(p if change is None else change(p, one, layer), weight) for layer, (p, one) in maps]
+        return torch.stack(found)
+
+    @cached_property
+    def golden_labels(self) -> Tensor:
+        """ForesightKV's, [L, B, H, T, M]."""
+        return self.labels()
+
+    @cached_property
+    def golden(self) -> Trace:
+        """Uniform golden eviction."""
+        return self.follow(self.golden_labels)
+
+    def roll(self, share: Share = UNIFORM) -> Roll:
+        """How traces are made here."""
+        return roll_of(self.golden_labels, share, **self.terms)
+
+    @property
+    def terms(self) -> Terms:
+        """Of every trace."""
+        return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard, "valid": self.valid}
+
+    def follow(self, labels: Tensor, kind: Any = "max", share: Share = UNIFORM) -> Trace:
+        """Golden eviction by these labels."""
+        return golden_shared(list(labels), share, kind, **self.terms)
+
+    def follow_future(self, future: Tensor) -> Trace:
+        """The same for scores that are already reduced over the future: entry m is over blocks m, m + 1, ..."""
+        future = torch.nn.functional.pad(future, (0, 1))
+        return self.roll().trace(lambda m, _: future[..., m + 1])
+
+    def judge(self, trace: Trace) -> Scores:
+        """What the texts cost under a trace."""
+        return score(self.texts, self.run(trace)[0], None)
+
+
+def from_the_left(texts: Texts) -> Texts:
+    """The same texts, padded on the right."""
+    length = texts.input_ids.shape[1]
+    pad = length - texts.attention_mask.sum(-1, keepdim=True)
+    column = (torch.arange(length, device=pad.device) + pad) % length
+    parts = (texts.input_ids, texts.attention_mask, texts.checked, texts.spoken)
+    ids, mask, checked, spoken = (part.gather(1, column) for part in parts)
+    return Texts(ids, mask, checked, spoken, texts.prompt_length)
+
+
+# --- what one query says of one key: attention [B, H, G, T, T] and what its layer was given ---
+
+
+def distance(p: Tensor, one: Received, layer: int) -> Tensor:
+    """|v - o| for every query and key, [B, H, G, T, T]."""
+    value = one.value.unsqueeze(2)
+    output = p @ value
+    square = value.square().sum(-1).unsqueeze(-2) + output.square().sum(-1, keepdim=True) - 2 * output @ value.mT
+    return square.clamp_min(0).sqrt()
+
+
+def caote(p: Tensor, one: Received, layer: int) -> Tensor:
+    """The change of the output if the key goes."""
+    return p / (1 - p).clamp_min(1e-3) * distance(p, one, layer)
+
+
+def contribution(case: Case, p: Tensor, one: Received, layer: int) -> Tensor:
+    """Attention x |W_O v|."""
+    weight = case.model.model.layers[layer].self_attn.o_proj.weight.detach()
+    heads = weight.unflatten(1, (one.key.shape[1], case.group, -1))
+    return p * torch.einsum("ehgd,bhtd->bhget", heads, one.value).norm(dim=3).unsqueeze(3)
+
+
+def by_value(p: Tensor, one: Received, layer: int) -> Tensor:
+    """Attention x |v|."""
+    return p * one.value.norm(dim=-1)[:, :, None, None]
+
+
+def largest(p: Tensor, one: Received, layer: int) -> Tensor:
+    """The query head of the group that attends most."""
+    return p.amax(2, keepdim=True)

@@ -1,0 +1,237 @@
+"""docs/results.md, its plots and the README's method table, from JSON rows: no number in the docs is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from learnevict import methods, testbed
+from learnevict.errors import DataError
+from learnevict.evals import tuning
+from learnevict.evals.plots import plot
+from learnevict.evals.records import Results, read_results
+from learnevict.evals.report import table
+from learnevict.files import write
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from tools.results.ablations import ablation_table, plot_curves, plot_training, read_variants
+from tools.results.benchmarks import benchmark_tables
+from tools.results.goals import EQUAL, REFINED, SUPERVISED, goal_tables
+from tools.results.label_table import TriedLabels, label_tables
+from tools.results.sections import (
+    agreement_line,
+    family_parts,
+    folded,
+    full_cache_table,
+    gap_tables,
+    overview,
+    recall_line,
+    refined_tables,
+)
+
+START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
+HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
+LEGEND = (
+    "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README, learned "
+    "ones after the gates that ship with the package (`learnevict/gates/testbed-NAME`). Families open on a click."
+)
+TITLES = {
+    "main": ("Same rules for all", "Event period 16, 4 sinks, 8 recent tokens, no prompt protection."),
+    "published": (
+        "Each method's own window",
+        "Event period 16, sinks and recent window as each method has them by default.",
+    ),
+    "prompt": (
+        "Prompt protected",
+        "The prompt stays and budgets count the rest. Answers of recall and dialogue are too short to evict from.",
+    ),
+    "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
+    "free": ("Free generation", "The model reads its own words."),
+}
+
+
+def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tuned | None = None) -> list[Path]:
+    """Write docs/results.md and one plot per table.
+
+    Args:
+        results: a folder per table (see TITLES) with JSONL rows; labels.json and ablations.json if they were made.
+        docs: where results.md goes.
+        benchmarks: JSON files of benchmarks; may be missing.
+        tuned: names the best heuristic of every cell; without it no gap is shown.
+
+    Raises:
+        DataError: nothing to show, files that cannot be read, or results of different weights, tasks or gates.
+    """
+    found = {name: read_results(sorted_rows(results / name)) for name in TITLES if sorted_rows(results / name)}
+    if not found:
+        raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
+    check_same_origin([*found.values()], tuned)
+    names = {name for part in found.values() for name in part.methods("learned")}
+    parts: list[str] = [HEADER, "# Results", " ".join([LEGEND, *who_is_who(names)])]
+    written: list[Path] = []
+    if "main" in found:
+        parts += goal_tables(found["main"], found.get("free"), tuned)
+    parts.append(full_cache_table(found))
+    for name, part in found.items():
+        parts += section(name, part, tuned)
+        if any(row["budget"] is not None for row in part.rows):
+            written.append(plot(part.rows, docs / f"results-{name}.png"))
+            parts.append(f"![accuracy against budget](results-{name}.png)")
+        if name == "main":
+            parts += refined_tables(part, found.get("free"))
+            curve = plot_training(GATES_FOLDER / f"testbed-{REFINED}" / "run.json", docs / "training.png")
+            if curve is not None and REFINED in names:
+                written.append(curve)
+                parts.append("![cost and entropy against steps](training.png)")
+    if (ablations := results / "ablations.json").exists():
+        variants = read_variants(ablations)
+        written.append(plot_curves(variants, docs / "ablations.png"))
+        parts += [
+            "## What each part of refinement buys",
+            ablation_table(variants),
+            "![cost against steps](ablations.png)",
+        ]
+    if (labels := results / "labels.json").exists():
+        parts += label_tables(TriedLabels.open(labels))
+    parts += benchmark_tables(benchmarks)
+    written.append(docs / "results.md")
+    write(written[-1], "\n\n".join(part for part in parts if part) + "\n", HEADER.encode())
+    return written
+
+
+def who_is_who(names: Collection[str], gates: Path = GATES_FOLDER) -> list[str]:
+    """What stands behind names that are no method's, or not only; shares of layers as the gates' settings have them."""
+    said: list[str] = []
+    if REFINED in names:
+        learned = "share the budget as learned in refinement (gates setting `demand`)"
+        shares = learned if gates_config(gates, REFINED).get("settings", {}).get("demand") else "have equal shares"
+        said.append(f"{REFINED} is the judge refined by reinforcement, and its layers {shares}.")
+    if SUPERVISED in names:
+        said.append(f"{SUPERVISED} is the supervised judge that refinement started from, with equal shares.")
+    if EQUAL in names:
+        said.append(f"{EQUAL} was refined with equal shares.")
+    for name in sorted(set(names) - {*methods.METHODS, REFINED, SUPERVISED, EQUAL}):
+        said.append(f"{name} are gates of {gates_config(gates, name).get('method', 'a method unknown here')}.")
+    return said
+
+
+def gates_config(gates: Path, name: str) -> dict[str, Any]:
+    """What a shipped checkpoint says of itself; nothing if there is none of that name."""
+    config = gates / f"testbed-{name}" / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+
+
+def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
+    """All numbers of the page belong to the same weights and tasks, and all of one name to the same gates.
+
+    Raises:
+        DataError: some are stale.
+    """
+    records = [record for results in found for record in results.configurations] + ([tuned.record] if tuned else [])
+    for name in ("weights", "tasks"):
+        values = {record[name] for record in records}
+        if len(values) > 1:
+            raise DataError(f"results of different {name} ({', '.join(sorted(values))}); run recipes/evaluate.py anew")
+    gates: dict[str, set[str]] = {}
+    for name, one in (tuned.record.get("gates", {}) if tuned else {}).items():
+        gates.setdefault(name, set()).add(one)
+    for results in found:
+        for name, hashes in results.gates.items():
+            gates.setdefault(name, set()).update(hashes)
+    if mixed := {name: hashes for name, hashes in gates.items() if len(hashes) > 1}:
+        said = "; ".join(f"{name}: {', '.join(sorted(hashes))}" for name, hashes in mixed.items())
+        raise DataError(
+            f"results of different gates under one name ({said}); run recipes/evaluate.py --replace {next(iter(mixed))}"
+        )
+
+
+def check_bundled(results: Path) -> None:
+    """The page is about the model and the gates that ship: rows of earlier ones are stale.
+
+    Raises:
+        DataError: some rows belong to other weights, tasks or gates.
+    """
+    model, _ = testbed.load()
+    expected = {"weights": weight_hash(model), "tasks": testbed.fingerprint()}
+    shipped = {one.name.removeprefix("testbed-"): one for one in GATES_FOLDER.glob("testbed-*")}
+    hashes = {name: weight_hash(Gates.load(folder, model)) for name, folder in shipped.items()}
+    for name in TITLES:
+        files = sorted_rows(results / name)
+        found = read_results(files) if files else Results()
+        stale = {key for record in found.configurations for key, value in expected.items() if record[key] != value}
+        stale |= {f"gates of {one}" for one, ran in found.gates.items() if ran != {hashes.get(one)}}
+        if stale:
+            raise DataError(
+                f"rows in {str(results / name)!r} belong to other {' and '.join(sorted(stale))} than those that ship; run "
+                "recipes/evaluate.py anew, for gates with --replace NAME"
+            )
+
+
+def sorted_rows(folder: Path) -> list[Path]:
+    """Row files of one table, families in their usual order."""
+    order = {family: index for index, family in enumerate(testbed.FAMILIES)}
+    files = [path for path in folder.glob("*.jsonl") if not path.name.endswith(".samples.jsonl")]
+    return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.name))
+
+
+def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str]:
+    """One table of comparisons with what follows from it."""
+    title, rules = TITLES[name]
+    mode = "free" if name == "free" else "teacher"
+    parts = [f"## {title}", rules, *overview(results, mode)]
+    if name == "main":
+        parts += gap_tables(results, tuned)
+    if name == "free":
+        parts += [recall_line(results), agreement_line(results)]
+    best = tuned.known_best if tuned is not None and name == "main" else None
+    return parts + [folded(family, family_parts(results, family, mode, best)) for family in results.families]
+
+
+def method_table() -> str:
+    """The registered methods as a Markdown table."""
+    lines: list[list[str]] = []
+    for name in methods.METHODS:
+        module = methods.load(name)
+        first = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+        said = re.sub(r"\s*\(arXiv [^)]*\)", "", first.partition(": ")[2] or first).rstrip(".")
+        paper = module.PAPER
+        link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {paper.year}" if paper.arxiv else "–"
+        lines.append([f"`{name}`", said, link, paper.kind])
+    return table(["method", "what it is", "paper", "kind"], lines)
+
+
+def write_method_table(readme: Path) -> bool:
+    """Replace what stands between the markers; False if the page has none.
+
+    Raises:
+        DataError: the page cannot be read or written.
+    """
+    try:
+        text = readme.read_text(encoding="utf-8")
+        if START not in text or STOP not in text:
+            return False
+        before, after = text.split(START)[0], text.split(STOP)[1]
+    except OSError as error:
+        raise DataError(f"cannot read {str(readme)!r}: {error.strerror}") from error
+    write(readme, f"{before}{START}\n{method_table()}\n{STOP}{after}", START.encode())
+    return True
+
+
+def main() -> None:
+    """Regenerate everything, from the repository's root."""
+    root = Path(__file__).resolve().parents[2]
+    readme = root / "README.md"
+    changed = write_method_table(readme)
+    written = [readme] if changed else []
+    if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
+        tuned = tuning.load() if tuning.TUNED.exists() else None
+        check_bundled(root / "docs" / "results")
+        written += write_results(root / "docs" / "results", root / "docs", root / "benchmarks" / "results", tuned)
+    for path in written:
+        print(path.relative_to(root))  # noqa: T201 - a program that says what it wrote
+
+
+if __name__ == "__main__":
+    main()
