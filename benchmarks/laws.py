@@ -170,7 +170,7 @@ class Bench:
     def no_sync(self, case: Any) -> Verdict:
         """Places in learnevict that wait for the card in the second decode step and the event steps after it.
 
-        Events of scope "model" may: how much each layer holds is read by the host (tests/test_audit.py).
+        Events of scope "model" may: how much each layer holds is read by the host (tests/infer/test_decode_step.py).
         """
         ids, mask = case.text()
         from learnevict import attach

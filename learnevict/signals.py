@@ -18,7 +18,7 @@ EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Column:
+class StateColumn:
     """A per-slot note that lives and dies with its slot: [B, H, N, *shape], `fill` in a slot just taken."""
 
     name: str
@@ -133,7 +133,7 @@ class Signals:
         slots: keys and values held; `position` is int32 [B, H, N].
         rows: where each row of the batch stands.
         budget: int32 [B], slots to hold per kv head after this event, on average over the heads of the layer.
-        ledger: named columns, [B, H, N, ...].
+        state: named columns, [B, H, N, ...].
         query: fresh queries, post-RoPE [B, Hq, S, d]; `query_position` int32 [B, S] (-1: padding).
         key, value: fresh keys [B, H, S, d], post-RoPE, and values [B, H, S, dv], the ones being entered.
         hidden: fresh inputs of the attention module [B, S, E]; None in a replay from stored queries.
@@ -148,7 +148,7 @@ class Signals:
     slots: Slots
     rows: Rows
     budget: Tensor
-    ledger: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
     query: Tensor
     query_position: Tensor
     attention: Attention

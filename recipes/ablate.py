@@ -21,13 +21,13 @@ from transformers import TrainerCallback
 from learnevict.cli.evaluation import progress
 from learnevict.data.opening import load_base, read_source
 from learnevict.errors import UsageError, needing, told_in_one_line
-from learnevict.evals.flags import read_flags
-from learnevict.evals.methods import Contender, contender
-from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.methods import EvaluatedMethod, evaluated_method
+from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.suite import run
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.rollout import RefineConfig
+from learnevict.train.run.flags import read_flags
 from tools.results.ablations import check_same, read_variants
 
 with needing("train"):
@@ -93,7 +93,9 @@ class Advancing(TrainerCallback):
         self.advance(self.name, 1)
 
 
-def refine(variant: dict[str, Any], config: Config, subject: Subject, gates: Gates, advance: Any) -> dict[str, Any]:
+def refine(
+    variant: dict[str, Any], config: Config, subject: EvaluatedModel, gates: Gates, advance: Any
+) -> dict[str, Any]:
     """One short refinement: its settings, its curve, and how many checked tokens are right under it, sample by sample."""
     base, tokenizer, steps = subject.model, subject.tokenizer, variant["steps"]
     log: list[dict[str, Any]] = []
@@ -128,12 +130,12 @@ def refine(variant: dict[str, Any], config: Config, subject: Subject, gates: Gat
     return {**variant, "cost": [line["cost"] for line in log if "cost" in line], "counts": counts}
 
 
-def judged(config: Config, gates: Gates) -> tuple[Plan, list[Contender]]:
+def judged(config: Config, gates: Gates) -> tuple[Plan, list[EvaluatedMethod]]:
     """On what a variant is judged, and as whom."""
     plan = Plan(
         ("program",), SHARES, config.samples, seed=4000, split="validation", free="none", batch_size=60, oracle=False
     )
-    return plan, [contender(gates.method, gates)]
+    return plan, [evaluated_method(gates.method, gates)]
 
 
 def wanted(config: Config, start: Gates) -> list[dict[str, Any]]:
@@ -155,7 +157,7 @@ def wanted(config: Config, start: Gates) -> list[dict[str, Any]]:
 def main(config: Config) -> None:
     """Run what is missing."""
     base, tokenizer = load_base("testbed", device="cpu")
-    subject, start, out = Subject(base, tokenizer), Gates.load(config.start_from, base), Path(config.out)
+    subject, start, out = EvaluatedModel(base, tokenizer), Gates.load(config.start_from, base), Path(config.out)
     variants = wanted(config, start)
     done = read_variants(out) if out.exists() else []
     for one in done:  # settings that RefineConfig did not have then

@@ -33,7 +33,6 @@ from learnevict import testbed
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.budgets import resolve
-from learnevict.evals.flags import read_flags
 from learnevict.evals.methods import COMPARISON
 from learnevict.evals.plan import check_families
 from learnevict.evals.teacher_forced import read
@@ -42,6 +41,7 @@ from learnevict.oracle import horizon
 from learnevict.oracle.gradient import gradient_utility
 from learnevict.oracle.shared_traces import Share, profile, slots_of
 from learnevict.signals import Trace
+from learnevict.train.run.flags import read_flags
 from tools.results.hindsight import Case, by_value, caote, contribution, distance, from_the_left, largest
 from tools.results.label_table import Tried, TriedLabels
 

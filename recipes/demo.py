@@ -31,16 +31,16 @@ from rich.table import Table
 from learnevict import testbed
 from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
-from learnevict.evals.flags import read_flags
-from learnevict.evals.methods import Contender, contender
-from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.methods import EvaluatedMethod, evaluated_method
+from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.report import write_report
-from learnevict.evals.sample_log import Journal, Key
+from learnevict.evals.sample_log import Key, SampleLog
 from learnevict.evals.suite import run
 from learnevict.evals.summaries import MARK, Row
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import read_record
+from learnevict.train.run.flags import read_flags
 
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
@@ -74,25 +74,27 @@ def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
     return folder
 
 
-def compare(plan: Plan, contenders: Sequence[Contender], subject: Subject, out: Path) -> tuple[list[Row], Journal]:
+def compare(
+    plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], subject: EvaluatedModel, out: Path
+) -> tuple[list[Row], SampleLog]:
     """Run every method on the same unseen samples."""
     console.rule("3. reasoning under a small cache")
     bar = Progress(
         TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     with bar:
-        task = bar.add_task("", total=count(plan, contenders))
+        task = bar.add_task("", total=count(plan, evaluated_methods))
         return run(
             plan,
             subject,
-            contenders,
+            evaluated_methods,
             out,
             resume=True,
             advance=lambda label, done: bar.update(task, description=label, advance=done),
         )
 
 
-def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
+def verdict(journal: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
     """The judge minus every baseline in step accuracy, on the same samples, with paired intervals.
 
     True if all intervals over both families are above 0. Families weigh the same there. Each is shown by itself too: where a
@@ -118,7 +120,7 @@ def verdict(journal: Journal, plan: Plan, names: Sequence[str]) -> tuple[Table, 
     return table, better
 
 
-def shares(journal: Journal, plan: Plan, method: str, family: str, budget: str, what: str) -> list[float]:
+def shares(journal: SampleLog, plan: Plan, method: str, family: str, budget: str, what: str) -> list[float]:
     """One number per sample, as a share of the tokens that the family checks."""
     found, seen = (
         journal.column(Key(one, family, budget, "teacher"), plan.seeds, kind)
@@ -151,10 +153,10 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     folder = learn(out, weight_hash(model), documents, steps)
     gates = {name: Gates.load(GATES_FOLDER / f"testbed-{name}", model) for name in ("lexical", "clausal")}
     gates[JUDGE] = Gates.load(folder, model)
-    contenders = [contender(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
+    evaluated_methods = [evaluated_method(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
     plan = Plan(FAMILIES, BUDGETS, samples, free="all")
     mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
-    rows, journal = compare(plan, contenders, Subject(model, tokenizer), mine)
+    rows, journal = compare(plan, evaluated_methods, EvaluatedModel(model, tokenizer), mine)
     write(out / "report.json", json.dumps({"rows": rows}, indent=1), MARK)
     write_report(rows, out)
     console.rule("4. what came out")

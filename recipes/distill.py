@@ -33,7 +33,7 @@ from learnevict.hub import weight_hash
 from learnevict.hub.run_record import Record, changed
 from learnevict.train.memory.estimate import estimate, memory_of, report
 from learnevict.train.memory.plans import plan_distilling
-from learnevict.train.run.arguments import Flags
+from learnevict.train.run.arguments import Arguments
 from learnevict.train.run.arguments import parse as parse_flags
 from learnevict.train.run.launch import find_tools, launch_defaults
 from learnevict.train.run.ranges import check_numbers
@@ -130,10 +130,10 @@ DEFAULTS = {
 """Of training arguments, where a method's TRAINING says nothing."""
 
 
-def main(flags: Flags) -> None:
+def main(flags: Arguments) -> None:
     """Read, teach, judge, save."""
     settle(flags)
-    config, course, training = flags.common, flags.course, flags.training
+    config, course, training = flags.common, flags.trainable_method, flags.training
     if config.dry_run:
         described, dtype = describe_base(config.model)
         plan = plan_distilling(flags, longest_text(config.data, config.max_length), dtype)
@@ -191,8 +191,8 @@ def main(flags: Flags) -> None:
         print(f"gates in {training.output_dir}")
 
 
-def parse(arguments: list[str]) -> Flags:
-    """Flags of the recipe, of the method's trainer and gate, and of transformers.TrainingArguments."""
+def parse(arguments: list[str]) -> Arguments:
+    """Arguments of the recipe, of the method's trainer and gate, and of transformers.TrainingArguments."""
     return parse_flags(arguments, Config, {**DEFAULTS, **launch_defaults()}, __doc__)
 
 

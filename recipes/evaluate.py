@@ -30,15 +30,15 @@ from learnevict.cli.evaluation import progress
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning
-from learnevict.evals.flags import read_flags
-from learnevict.evals.methods import Contender, Rules, contender
-from learnevict.evals.plan import Plan, Subject, check_families, count
+from learnevict.evals.methods import EvaluatedMethod, EvaluationSettings, evaluated_method
+from learnevict.evals.plan import EvaluatedModel, Plan, check_families, count
 from learnevict.evals.sample_log import forget
 from learnevict.evals.suite import journal_path, run
 from learnevict.evals.summaries import forget_rows
 from learnevict.evals.tuning import Tuned
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.train.run.flags import read_flags
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
 SHARES = ("1/3", "1/4", "1/6", "1/8", "1/12", "1/15")
@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     check_families(families)
     torch.set_num_threads(config.threads)
     model, tokenizer = testbed.load(device=config.device)
-    subject = Subject(model, tokenizer)
+    subject = EvaluatedModel(model, tokenizer)
     field = everybody(config, subject)
     check_names([*listed(config.methods), *listed(config.replace)], field)
     for stage in STAGES if "all" in config.stage.split(",") else config.stage.split(","):
@@ -94,20 +94,20 @@ def main(config: Config) -> None:
                 compare(config, subject, (stage, family), field)
 
 
-def everybody(config: Config, subject: Subject) -> dict[str, Contender]:
+def everybody(config: Config, subject: EvaluatedModel) -> dict[str, EvaluatedMethod]:
     """All that can take part, by name: methods in their order, of one method the refined gates last."""
     folders = sorted(Path(config.gates).glob("testbed-*"), key=lambda path: path.name, reverse=True)
     gates = {folder.name.removeprefix("testbed-"): Gates.load(folder, subject.model) for folder in folders}
-    found: dict[str, Contender] = {}
+    found: dict[str, EvaluatedMethod] = {}
     for method in methods.METHODS:
         if methods.load(method).PAPER.kind != "learned":
-            found[method] = contender(method)
-        found |= {name: contender(method, one, name=name) for name, one in gates.items() if one.method == method}
+            found[method] = evaluated_method(method)
+        found |= {name: evaluated_method(method, one, name=name) for name, one in gates.items() if one.method == method}
     return found
 
 
 def drop(config: Config, stage: str, family: str) -> None:
-    """Forget a contender's numbers, so that they are made anew."""
+    """Forget a method's numbers, so that they are made anew."""
     out = rows_path(config, stage, family)
     with locked(out if out.parent.exists() else None):
         for name in listed(config.replace):
@@ -115,7 +115,7 @@ def drop(config: Config, stage: str, family: str) -> None:
             print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
 
 
-def tune(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> None:
+def tune(config: Config, subject: EvaluatedModel, family: str, field: dict[str, EvaluatedMethod]) -> None:
     """Settings of one family's heuristics; the other families' are left as they are."""
     plan = Plan((family,), budgets(config, SHARES), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
@@ -130,7 +130,7 @@ def tune(config: Config, subject: Subject, family: str, field: dict[str, Contend
         print(f"{family} {budget}: {best} {found.settings[family][budget][best]} {accuracy[best]:.3f}")
 
 
-def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict[str, Contender]) -> None:
+def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], field: dict[str, EvaluatedMethod]) -> None:
     """One table, one family."""
     stage, family = cell
     plan = Plan(
@@ -139,7 +139,7 @@ def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict
     trained = [name for name, one in field.items() if one.gates is not None]
     names: Sequence[str] = list(field)
     if stage == "published":
-        plan = replace(plan, rules=Rules(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
+        plan = replace(plan, rules=EvaluationSettings(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
         names = tuning.training_free()  # the others have no window of their own
     elif stage == "long":
         plan, names = replace(plan, length="long", budgets=budgets(config, ("1/4", "1/8"))), [*FAR, *trained]
@@ -148,7 +148,10 @@ def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict
     elif stage == "prompt":
         if family not in TALKATIVE:
             return
-        plan, names = replace(plan, budgets=budgets(config, BESIDE_PROMPT), rules=Rules(prompt=True)), [*FAR, *trained]
+        plan, names = (
+            replace(plan, budgets=budgets(config, BESIDE_PROMPT), rules=EvaluationSettings(prompt=True)),
+            [*FAR, *trained],
+        )
     known = settings(config, subject, family, field) if stage in ("main", "long", "free") else None
     chosen = [field[name] for name in listed(config.methods) or names if name in field]
     chosen = [replace(one, tuned=known.of(one.method) if known else {}) for one in chosen]
@@ -158,7 +161,7 @@ def compare(config: Config, subject: Subject, cell: tuple[str, str], field: dict
     print(f"{stage} {family}: {len(rows)} rows in {out}")
 
 
-def settings(config: Config, subject: Subject, family: str, field: dict[str, Contender]) -> Tuned:
+def settings(config: Config, subject: EvaluatedModel, family: str, field: dict[str, EvaluatedMethod]) -> Tuned:
     """Tuned settings, from the family's own file if it is there: no other process writes that one."""
     part = part_path(config, family)
     known = tuning.load(part if part.exists() else tuned_path(config))
@@ -194,7 +197,7 @@ def listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def check_names(names: Sequence[str], field: dict[str, Contender]) -> None:
+def check_names(names: Sequence[str], field: dict[str, EvaluatedMethod]) -> None:
     """Refuse who cannot take part.
 
     Raises:

@@ -33,12 +33,12 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.evals.flags import read_flags
 from learnevict.files import check_folder, replacing_folder
 from learnevict.hub.run_record import Record
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.curriculum import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
+from learnevict.train.run.flags import read_flags
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()

@@ -18,13 +18,13 @@ from learnevict.data.documents import Collator
 from learnevict.data.label_store import hash_documents
 from learnevict.data.opening import load_base, read_source
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.evals.flags import read_flags
-from learnevict.evals.methods import COMPARISON, contender
-from learnevict.evals.plan import Plan, Subject, count
+from learnevict.evals.methods import COMPARISON, evaluated_method
+from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.suite import run
 from learnevict.evals.tuning import BONUSES
 from learnevict.hub import Gates, weight_hash
 from learnevict.hub.run_record import Record, own_record
+from learnevict.train.run.flags import read_flags
 from learnevict.train.trainers.token_tables import fit_tables
 
 SEPARATOR = ";"
@@ -56,16 +56,16 @@ def main(config: Config) -> None:
         fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
         plan = Plan(budgets=("1/4", "1/8"), num_samples=config.samples, split="validation", free="none", oracle=False)
         for gates in found:
-            tried = tune(gates, plan, Subject(model, tokenizer))
+            tried = tune(gates, plan, EvaluatedModel(model, tokenizer))
             gates.config.training = {**record.origin, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
             gates.save_pretrained(out / f"testbed-{gates.method}")
             record.add(**{gates.method: gates.config.training["validation"]})
 
 
-def tune(gates: Gates, plan: Plan, subject: Subject) -> dict[float, float]:
+def tune(gates: Gates, plan: Plan, subject: EvaluatedModel) -> dict[float, float]:
     """Set the bonus that does best; returns the step accuracy of each."""
     tried: dict[float, float] = {}
-    field = [contender(gates.method, gates)]
+    field = [evaluated_method(gates.method, gates)]
     with progress(len(BONUSES) * count(plan, field)) as advance:
         for bonus in BONUSES:
             gates.gate.bonus.fill_(bonus)

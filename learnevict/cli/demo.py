@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.generation import Answer, Answering, size
+from learnevict.cli.generation import GeneratedAnswer, Generator, size
 from learnevict.cli.output import for_tables, tell
-from learnevict.cli.policy_choice import Choice, open_model
+from learnevict.cli.policy_choice import PolicyChoice, open_model
 from learnevict.cli.prompts import make_request
 
 METHODS = ("full", "streaming_llm", "foresightkv")
@@ -43,8 +43,8 @@ def run(
         )
     rows: list[dict[str, Any]] = []
     for method in METHODS:
-        choice = Choice() if method == "full" else Choice(method, budget=budget)
-        answering = Answering(opened, choice, {"max_new_tokens": 400, "temperature": 0.0})
+        choice = PolicyChoice() if method == "full" else PolicyChoice(method, budget=budget)
+        answering = Generator(opened, choice, {"max_new_tokens": 400, "temperature": 0.0})
         answers = answering(requests, seed=0)
         rows.append(summary(answering, answers))
     if as_json:
@@ -53,7 +53,7 @@ def run(
     show(rows)
 
 
-def summary(answering: Answering, answers: list[Answer]) -> dict[str, Any]:
+def summary(answering: Generator, answers: list[GeneratedAnswer]) -> dict[str, Any]:
     """One method over all prompts."""
     records = [answering.record(answer) for answer in answers]
     return {

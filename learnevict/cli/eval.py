@@ -43,11 +43,11 @@ def run(
     "Loss gap closed from random" is 0 where a method loses as much as random eviction and 1 where it loses as little as
     golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
-    from learnevict.cli.evaluation import Judging
+    from learnevict.cli.evaluation import Evaluation
     from learnevict.evals.suite import journal_path
     from learnevict.evals.summaries import read_rows
 
-    judging = Judging(
+    judging = Evaluation(
         model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),
         ckpts=tuple(ckpt or ()), allow_other_base=allow_other_base, sinks=sinks, recent=recent, slack=slack,
         prompt=keep_prompt, tuned=tuned, allow_pickle=allow_pickle,

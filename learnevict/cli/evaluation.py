@@ -1,4 +1,4 @@
-"""What `learnevict eval` does once its options are read: opens the model, gathers the contenders, shows progress."""
+"""What `learnevict eval` does once its options are read: opens the model, gathers the methods, shows progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.cli.output import say
-from learnevict.cli.policy_choice import TESTBED, Opened, open_model
+from learnevict.cli.policy_choice import TESTBED, OpenedModel, open_model
 from learnevict.errors import GateError, UsageError
-from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, Contender, Rules, contender
-from learnevict.evals.plan import Cell, Plan, Subject, check, check_families, count
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
+from learnevict.evals.plan import Cell, EvaluatedModel, Plan, check, check_families, count
 from learnevict.evals.summaries import MARK, Row, read_earlier, text_row, write_rows
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
@@ -23,7 +23,7 @@ DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv"
 
 
 @dataclass(frozen=True)
-class Judging:
+class Evaluation:
     """Model, methods and rules that the user asked for; None where nothing was said."""
 
     model: str
@@ -41,11 +41,11 @@ class Judging:
     allow_pickle: bool = False
 
     @cached_property
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedModel:
         """The model, loaded when first needed."""
         return open_model(self.model, self.device, self.dtype, allow_pickle=self.allow_pickle)
 
-    def rules(self, base: Rules) -> Rules:
+    def rules(self, base: EvaluationSettings) -> EvaluationSettings:
         """What was given, over what holds otherwise."""
         names = ("sinks", "recent", "slack")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -58,7 +58,7 @@ class Judging:
         check_families(plan.families)
         return plan
 
-    def contenders(self, default: tuple[str, ...]) -> list[Contender]:
+    def evaluated_methods(self, default: tuple[str, ...]) -> list[EvaluatedMethod]:
         """Methods by name, with their gates and settings.
 
         Raises:
@@ -95,7 +95,7 @@ class Judging:
             known.check(weight_hash(opened.model), found)
         of = {name: one.method if one is not None else name for name, one in found.items()}
         return [
-            contender(
+            evaluated_method(
                 of[name], one, tuned=known.of(of[name]) if known else None, name=name,
                 allow_other_base=self.allow_other_base,
             )
@@ -135,13 +135,15 @@ class Judging:
             raise UsageError(
                 f"{self.model!r} does not speak the testbed's words; judge it on a text: --task perplexity --text FILE"
             )
-        contenders = self.contenders(DEFAULT_METHODS)
-        check(plan, contenders)
-        if self.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned_budgets(contenders)]):
+        evaluated_methods = self.evaluated_methods(DEFAULT_METHODS)
+        check(plan, evaluated_methods)
+        if self.tuned and (
+            rest := [budget for budget in plan.budgets if budget not in tuned_budgets(evaluated_methods)]
+        ):
             say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
-        subject = Subject(opened.model, opened.tokenizer, opened.name)
-        with progress(count(plan, contenders)) as advance:
-            return run(plan, subject, contenders, out, resume=resume, advance=advance)[0]
+        subject = EvaluatedModel(opened.model, opened.tokenizer, opened.name)
+        with progress(count(plan, evaluated_methods)) as advance:
+            return run(plan, subject, evaluated_methods, out, resume=resume, advance=advance)[0]
 
     def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
         """Rows of methods on one text, the full cache first; written as they come.
@@ -162,20 +164,23 @@ class Judging:
             check_file(out, MARK)
         model = self.opened.model
         ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
-        rules = self.rules(COMPARISON if self.opened.speaks_testbed else Rules(slack=128, sinks=None, recent=None))
-        field = [one for one in self.contenders(()) if one.method != FULL]
-        cells = [Cell(Contender(FULL, FULL), path.name, FULL, None, ())]
+        rules = self.rules(
+            COMPARISON if self.opened.speaks_testbed else EvaluationSettings(slack=128, sinks=None, recent=None)
+        )
+        field = [one for one in self.evaluated_methods(()) if one.method != FULL]
+        cells = [Cell(EvaluatedMethod(FULL, FULL), path.name, FULL, None, ())]
         for asked in self.budgets:
             budget = texts.resolve(asked, ids.shape[1])
             cells += [Cell(one, path.name, asked, budget, ()) for one in field]
         policies = [
-            None if c.budget is None else texts.policy_for(c.contender, c.budget, rules, model, ids) for c in cells
+            None if c.budget is None else texts.policy_for(c.evaluated_method, c.budget, rules, model, ids)
+            for c in cells
         ]
         rows: list[Row] = []
         full = None
         with progress(ids.shape[1] * len(cells)) as advance:
             for cell, policy in zip(cells, policies, strict=True):
-                label = f"{cell.contender.name} {cell.asked}"
+                label = f"{cell.evaluated_method.name} {cell.asked}"
                 found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
                 full = full or found
                 rows.append(text_row(cell, self.opened.name, found, full))
@@ -186,9 +191,9 @@ class Judging:
         return rows
 
 
-def tuned_budgets(contenders: list[Contender]) -> set[str]:
-    """Budgets for which some contender has tuned settings."""
-    return {budget for one in contenders for _, budget in one.tuned}
+def tuned_budgets(evaluated_methods: list[EvaluatedMethod]) -> set[str]:
+    """Budgets for which some method has tuned settings."""
+    return {budget for one in evaluated_methods for _, budget in one.tuned}
 
 
 @contextmanager

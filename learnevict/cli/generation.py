@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from learnevict.cli.policy_choice import Choice, Opened, choose_method, choose_policy
+from learnevict.cli.policy_choice import OpenedModel, PolicyChoice, choose_method, choose_policy
 from learnevict.cli.prompts import Request
 from learnevict.config import Budget
 from learnevict.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """A completion with what it was asked for; `about` is what a second, golden run adds."""
 
     request: Request
@@ -20,7 +20,7 @@ class Answer:
     about: dict[str, Any]
 
 
-class Answering:
+class Generator:
     """Answers requests, all under the same policy and sampling.
 
     Args:
@@ -33,7 +33,9 @@ class Answering:
         LearnevictError: the choice makes no sense for this model.
     """
 
-    def __init__(self, opened: Opened, choice: Choice, sampling: dict[str, Any], *, record: bool = False) -> None:
+    def __init__(
+        self, opened: OpenedModel, choice: PolicyChoice, sampling: dict[str, Any], *, record: bool = False
+    ) -> None:
         self.opened, self.choice, self.sampling = opened, choice, {**sampling, "record": record}
         self.golden = choice.method == "golden" and choice.checkpoint is None
         self.policy = None if self.golden else choose_policy(choice, opened)
@@ -47,12 +49,12 @@ class Answering:
             return "golden"
         return "full" if self.policy is None else self.policy.name
 
-    def __call__(self, requests: list[Request], *, seed: int, streamer: Any = None) -> list[Answer]:
-        """Answer requests together, as one batch."""
+    def __call__(self, requests: list[Request], *, seed: int, streamer: Any = None) -> list[GeneratedAnswer]:
+        """GeneratedAnswer requests together, as one batch."""
         if self.golden:
             return self._twice(requests, seed, streamer)
         found = self._generate(self.policy, requests, seed, streamer)
-        return [Answer(request, one, {}) for request, one in zip(requests, found, strict=True)]
+        return [GeneratedAnswer(request, one, {}) for request, one in zip(requests, found, strict=True)]
 
     def _generate(self, policy: Any, requests: list[Request], seed: int, streamer: Any) -> list[Any]:
         from learnevict.infer.generate import generate
@@ -63,7 +65,7 @@ class Answering:
             streamer=streamer, seed=seed, **self.sampling,
         )  # fmt: skip
 
-    def _twice(self, requests: list[Request], seed: int, streamer: Any) -> list[Answer]:
+    def _twice(self, requests: list[Request], seed: int, streamer: Any) -> list[GeneratedAnswer]:
         """A full-cache run, golden labels of its text, and a second run under their trace."""
         from learnevict.evals.generation import agreement, padded
 
@@ -72,11 +74,11 @@ class Answering:
         policy = golden_policy(self.opened, self.choice, ids, mask, [len(request.ids) for request in requests])
         second = self._generate(policy, requests, seed, streamer)
         return [
-            Answer(request, after, {"runs": 2, "agreement": round(agreement(before.tokens, after.tokens), 4)})
+            GeneratedAnswer(request, after, {"runs": 2, "agreement": round(agreement(before.tokens, after.tokens), 4)})
             for request, before, after in zip(requests, first, second, strict=True)
         ]
 
-    def record(self, answer: Answer) -> dict[str, Any]:
+    def record(self, answer: GeneratedAnswer) -> dict[str, Any]:
         """The row of figures that --json and --batch write."""
         one, flat = answer.completion, [count for layer in answer.completion.kept for count in layer]
         return {
@@ -100,7 +102,7 @@ class Answering:
         }
 
 
-def golden_budget(choice: Choice, opened: Opened) -> int:
+def golden_budget(choice: PolicyChoice, opened: OpenedModel) -> int:
     """The budget of a golden trace, in tokens.
 
     Raises:
@@ -113,7 +115,7 @@ def golden_budget(choice: Choice, opened: Opened) -> int:
     return int(budget.amount)
 
 
-def golden_policy(opened: Opened, choice: Choice, ids: Any, mask: Any, prompts: list[int]) -> Any:
+def golden_policy(opened: OpenedModel, choice: PolicyChoice, ids: Any, mask: Any, prompts: list[int]) -> Any:
     """The policy that follows the golden trace of a text the model has seen in full.
 
     Args:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.generation import Answering, figures
-from learnevict.cli.output import INTERRUPTED, Results, say, tell
-from learnevict.cli.policy_choice import Choice, Opened, open_model
+from learnevict.cli.generation import Generator, figures
+from learnevict.cli.output import INTERRUPTED, ResultsFile, say, tell
+from learnevict.cli.policy_choice import OpenedModel, PolicyChoice, open_model
 from learnevict.cli.prompts import (
     Request,
     check_chat,
@@ -78,17 +78,17 @@ def run(
     check_chat(chat=chat, task=task)
     if batch_size is not None and batch is None:
         raise UsageError("--batch-size belongs to --batch: one prompt is one row; drop it")
-    choice = Choice(
+    choice = PolicyChoice(
         method, ckpt, budget, allow_other_base, sinks, recent, slack, None if schedule is None else schedule.value,
         keep_prompt or None, variant,
     )  # fmt: skip
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     rows = read_rows(batch) if batch is not None else []
     with locked(out):
-        results = Results(out)
+        results = ResultsFile(out)
         content = {"task": task, "seed": seed} if task is not None else {"prompt": read_prompt(prompt or "")}
         opened = open_model(model, device, dtype.value, bars=not as_json, allow_pickle=allow_pickle)
-        answering = Answering(opened, choice, sampling)
+        answering = Generator(opened, choice, sampling)
         if batch is None:
             _answer_one(answering, make_request(opened, content, chat=chat, name="1"), seed, as_json)
             return
@@ -121,7 +121,7 @@ def _one_source(*, prompt: str | None, task: str | None, batch: Path | None, out
         )
 
 
-def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool) -> None:
+def _answer_one(answering: Generator, request: Request, seed: int, as_json: bool) -> None:
     """Stream the answer, then the figures; or both as one JSON object."""
     from learnevict.infer.prompts.printing import printer
 
@@ -138,7 +138,9 @@ def _answer_one(answering: Answering, request: Request, seed: int, as_json: bool
         say(line)
 
 
-def _answer_all(answering: Answering, requests: list[Request], results: Results, seed: int, batch_size: int) -> None:
+def _answer_all(
+    answering: Generator, requests: list[Request], results: ResultsFile, seed: int, batch_size: int
+) -> None:
     """Answer what is not finished yet, writing rows as their batches finish.
 
     A batch of which some rows are finished is drawn again as a whole if temperature > 0, and only what is missing is
@@ -167,11 +169,11 @@ def _answer_all(answering: Answering, requests: list[Request], results: Results,
         raise typer.Exit(INTERRUPTED) from error
 
 
-def _unfinished(batch: list[Request], results: Results) -> list[Request]:
+def _unfinished(batch: list[Request], results: ResultsFile) -> list[Request]:
     return [request for request in batch if not results.has(request.name, request.key)]
 
 
-def where(opened: Opened) -> str:
+def where(opened: OpenedModel) -> str:
     """Device and number format of a model."""
     names: dict[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     kind: Any = str(opened.model.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ START = b'{"id": "'
 """How every row begins."""
 
 
-class Results:
+class ResultsFile:
     """Rows as JSON lines, in a file that a later run goes on with, or on standard output.
 
     Args:

@@ -20,7 +20,7 @@ COMPARISON = {"sinks": 4, "recent": 8, "slack": 16}
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model ready to run. `speaks_testbed`: its vocabulary is the testbed's, so task prompts make sense to it."""
 
     name: str
@@ -30,7 +30,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PolicyChoice:
     """What the user said about eviction; None where nothing was said.
 
     Raises:
@@ -65,14 +65,14 @@ class Choice:
         other = ["--allow-other-base"] * self.allow_other_base
         return [written.get(name, f"--{name}") for name in self.given] + other
 
-    def options(self, opened: Opened) -> dict[str, Any]:
+    def options(self, opened: OpenedModel) -> dict[str, Any]:
         """What was given, over what suits the model."""
         return {**(COMPARISON if opened.speaks_testbed else {}), **self.given}
 
 
 def open_model(
     name: str, device: str = "auto", dtype: str = "auto", *, bars: bool = True, allow_pickle: bool = False
-) -> Opened:
+) -> OpenedModel:
     """Load a model by name; "testbed" is the bundled one. `allow_pickle`: as `infer.load.load`.
 
     Raises:
@@ -88,10 +88,10 @@ def open_model(
     else:
         model, tokenizer = load(name, device=device, dtype=dtype, allow_pickle=allow_pickle)
     same = tokenizer.get_vocab() == testbed.build_tokenizer().get_vocab()
-    return Opened(name, model, tokenizer, same)
+    return OpenedModel(name, model, tokenizer, same)
 
 
-def choose_method(choice: Choice, opened: Opened) -> str | None:
+def choose_method(choice: PolicyChoice, opened: OpenedModel) -> str | None:
     """The method's name; None for a full cache.
 
     Raises:
@@ -119,7 +119,7 @@ def choose_method(choice: Choice, opened: Opened) -> str | None:
     return "foresightkv"
 
 
-def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
+def choose_policy(choice: PolicyChoice, opened: OpenedModel) -> Policy | None:
     """The policy the user asked for; None for a full cache.
 
     Raises:
@@ -152,7 +152,7 @@ def choose_policy(choice: Choice, opened: Opened) -> Policy | None:
     return build(make, gates.method, choice, opened)
 
 
-def build(make: Any, method: str, choice: Choice, opened: Opened) -> Policy:
+def build(make: Any, method: str, choice: PolicyChoice, opened: OpenedModel) -> Policy:
     """Call a method's `policy`. What suits the model is left out where a method has no such option; what was given never.
 
     Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from learnevict.cli.policy_choice import Opened
+from learnevict.cli.policy_choice import OpenedModel
 from learnevict.errors import DataError, LearnevictError, UsageError
 from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
 from learnevict.infer.prompts.text_files import checked, decode, parse_row, read_lines
@@ -39,7 +39,7 @@ class Request:
     sample: Any = None
     key: str = ""
 
-    def verdict(self, opened: Opened, tokens: list[int]) -> dict[str, Any]:
+    def verdict(self, opened: OpenedModel, tokens: list[int]) -> dict[str, Any]:
         """Whether a task was answered right, and what was expected; nothing for a free prompt."""
         if self.sample is None:
             return {}
@@ -51,7 +51,7 @@ class Request:
 
 
 def make_request(
-    opened: Opened, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
+    opened: OpenedModel, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
 ) -> Request:
     """Turn one row into token ids.
 
@@ -79,12 +79,12 @@ def make_request(
     return Request(name, read_text(opened.tokenizer, given), None, key)
 
 
-def needs_chat(opened: Opened, text: str) -> bool:
+def needs_chat(opened: OpenedModel, text: str) -> bool:
     """The testbed was only ever shown chats: a bare prompt becomes a user's turn."""
     return opened.speaks_testbed and bool(text.strip()) and not text.lstrip().startswith("<bos>")
 
 
-def make_task(opened: Opened, content: dict[str, Any]) -> Any:
+def make_task(opened: OpenedModel, content: dict[str, Any]) -> Any:
     """The testbed sample that a row names.
 
     Raises:
@@ -102,7 +102,7 @@ def make_task(opened: Opened, content: dict[str, Any]) -> Any:
     return testbed.generate(str(content["task"]), seed)
 
 
-def check_words(opened: Opened, text: str) -> None:
+def check_words(opened: OpenedModel, text: str) -> None:
     """Words that would silently become <unk>.
 
     Raises:
@@ -175,7 +175,7 @@ def read_row(number: int, line: str, used: dict[str, int]) -> Row:
 
 
 def make_requests(
-    opened: Opened, rows: list[Row], settings: dict[str, Any], *, chat: bool
+    opened: OpenedModel, rows: list[Row], settings: dict[str, Any], *, chat: bool
 ) -> tuple[list[Request], list[str]]:
     """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a resume."""
     tried = [_try_request(opened, row, settings, chat) for row in rows]
@@ -183,7 +183,7 @@ def make_requests(
     return good, [found for found in tried if isinstance(found, str)]
 
 
-def _try_request(opened: Opened, row: Row, settings: dict[str, Any], chat: bool) -> Request | str:
+def _try_request(opened: OpenedModel, row: Row, settings: dict[str, Any], chat: bool) -> Request | str:
     try:
         if row.problem:
             raise DataError(row.problem)

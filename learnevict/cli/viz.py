@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.generation import Answering, golden_policy
+from learnevict.cli.generation import Generator, golden_policy
 from learnevict.cli.output import say
-from learnevict.cli.policy_choice import Choice, Opened, open_model
+from learnevict.cli.policy_choice import OpenedModel, PolicyChoice, open_model
 from learnevict.cli.prompts import Request, check_chat, make_request, read_prompt
 from learnevict.errors import UsageError
 from learnevict.files import PAGE, check
@@ -68,7 +68,7 @@ def run(
             "give one of --prompt TEXT, --file PATH and --task FAMILY; try --task recall --seed 3 --budget 48"
         )
     check_chat(chat=chat, task=task)
-    choice = Choice(
+    choice = PolicyChoice(
         method, ckpt, budget, allow_other_base, sinks, recent, slack, None if schedule is None else schedule.value,
         keep_prompt or None, variant,
     )  # fmt: skip
@@ -82,12 +82,12 @@ def run(
     say(f"wrote {out} ({len(page) // 1024} KiB); open it in a browser")
 
 
-def make_page(opened: Opened, choice: Choice, request: Request, seed: int, write: int) -> str:
+def make_page(opened: OpenedModel, choice: PolicyChoice, request: Request, seed: int, write: int) -> str:
     """Run the text, or let the model write, and lay out what was kept."""
     from learnevict.evals.viz import page, record, visible
 
     sampling = {"max_new_tokens": max(write, 1), "temperature": 0.0}
-    answering = Answering(opened, choice, sampling, record=write > 0)
+    answering = Generator(opened, choice, sampling, record=write > 0)
     if answering.policy is None and not answering.golden:
         raise UsageError("a full cache keeps everything; give --budget 48, and --method or --ckpt to choose who evicts")
     if write:
@@ -106,14 +106,14 @@ def make_page(opened: Opened, choice: Choice, request: Request, seed: int, write
     return page(trace, visible(opened.tokenizer, ids), f"{named}what the cache keeps under {answering.method}", about)
 
 
-def whole_text(opened: Opened, request: Request) -> list[int]:
+def whole_text(opened: OpenedModel, request: Request) -> list[int]:
     """A task with its reference answer; any other text as it is."""
     from learnevict.infer.generate import read_text
 
     return request.ids if request.sample is None else read_text(opened.tokenizer, request.sample.text)
 
 
-def read_golden(opened: Opened, choice: Choice, ids: list[int], prompt: int) -> Any:
+def read_golden(opened: OpenedModel, choice: PolicyChoice, ids: list[int], prompt: int) -> Any:
     """Golden for a text that is known to its end."""
     import torch
 

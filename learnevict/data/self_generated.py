@@ -20,7 +20,7 @@ from learnevict.infer.generate import generate
 
 
 @dataclass(frozen=True)
-class Answering:
+class SelfGeneration:
     """How answers are written.
 
     Attributes:
@@ -50,7 +50,7 @@ class Answering:
         return self.most or max(given, default=0)
 
 
-def answer(base: PreTrainedModel, tokenizer: Any, documents: list[Document], how: Answering) -> list[Document]:
+def answer(base: PreTrainedModel, tokenizer: Any, documents: list[Document], how: SelfGeneration) -> list[Document]:
     """The same prompts with the model's answers, in order; who shares the work does not matter.
 
     Args:
@@ -82,7 +82,7 @@ def answer(base: PreTrainedModel, tokenizer: Any, documents: list[Document], how
     return [_continued(one, said[index], how.max_length) for index, one in enumerate(asked)]
 
 
-def _share(documents: list[Document], how: Answering) -> Iterator[list[int]]:
+def _share(documents: list[Document], how: SelfGeneration) -> Iterator[list[int]]:
     """Indices of the batches that fall to this process; prompts of like lengths go together."""
     order = sorted(range(len(documents)), key=lambda index: documents[index].prompt_length)
     batches = [order[start : start + how.batch_size] for start in range(0, len(order), how.batch_size)]

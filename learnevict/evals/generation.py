@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from learnevict.evals.methods import Rules
-from learnevict.evals.teacher_forced import Storage
+from learnevict.evals.methods import EvaluationSettings
+from learnevict.evals.teacher_forced import BytesHeld
 from learnevict.infer.generate import Completion, generate, read_text
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
@@ -40,7 +40,7 @@ class Answers:
 
     exact: list[float]
     tokens: list[int]
-    storage: Storage
+    storage: BytesHeld
     seconds: float
     agreed: list[float] | None = None
 
@@ -54,7 +54,7 @@ def answer(
 
 
 def answer_golden(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], budget: int, rules: Rules, decoding: Decoding
+    model: Any, tokenizer: Any, samples: Sequence[Sample], budget: int, rules: EvaluationSettings, decoding: Decoding
 ) -> Answers:
     """Golden in free generation takes two runs, and is a ceiling only while their texts agree.
 
@@ -109,6 +109,6 @@ def _marked(tokenizer: Any, samples: Sequence[Sample], answers: list[Completion]
     return Answers(
         exact=[sum(right[start : start + tries]) / tries for start in starts],
         tokens=[sum(len(one.tokens) for one in answers[start : start + tries]) for start in starts],
-        storage=Storage(one.kv_bytes_peak, one.kv_bytes, one.kv_bytes_full),
+        storage=BytesHeld(one.kv_bytes_peak, one.kv_bytes, one.kv_bytes_full),
         seconds=late / one.tokens_per_second,
     )

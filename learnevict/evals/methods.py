@@ -16,7 +16,7 @@ GOLDEN, FULL, RANDOM = "golden", "full", "random"
 
 
 @dataclass(frozen=True)
-class Rules:
+class EvaluationSettings:
     """What every method of one table is given alike; None leaves it to the method.
 
     Attributes:
@@ -49,12 +49,12 @@ class Rules:
         return max(self.slack, 1)
 
 
-COMPARISON = Rules()
+COMPARISON = EvaluationSettings()
 """What comparison tables force on every method: the same event period, 4 sinks, 8 recent tokens, no prompt protection."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class EvaluatedMethod:
     """A method with its gates and hyperparameters.
 
     Attributes:
@@ -87,7 +87,7 @@ class Contender:
         parts = {"method": self.method, **self.options(family, budget)}
         return parts if self.gates is None else {**parts, "gates": weight_hash(self.gates)}
 
-    def policy(self, budget: int | str, rules: Rules, options: Mapping[str, Any] | None = None) -> Policy:
+    def policy(self, budget: int | str, rules: EvaluationSettings, options: Mapping[str, Any] | None = None) -> Policy:
         """The policy for a resolved budget.
 
         Raises:
@@ -104,15 +104,15 @@ class Contender:
             raise UsageError(f"method {self.method!r} cannot be made with {given}: {error}") from error
 
 
-def contender(
+def evaluated_method(
     method: str,
     gates: Gates | None = None,
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     name: str = "",
     allow_other_base: bool = False,
-) -> Contender:
-    """A contender whose parts fit together.
+) -> EvaluatedMethod:
+    """A method whose parts fit together.
 
     Raises:
         UsageError: no such method.
@@ -123,4 +123,4 @@ def contender(
         raise GateError(f"method {method!r} is learned and needs gates; give --ckpt with a folder or Hub id")
     if gates is not None and gates.method != method:
         raise GateError(f"these gates belong to method {gates.method!r}, not to {method!r}; ask for that method")
-    return Contender(name or method, method, gates, settings or {}, tuned or {}, allow_other_base)
+    return EvaluatedMethod(name or method, method, gates, settings or {}, tuned or {}, allow_other_base)

@@ -37,7 +37,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecoveryCell:
     """One (family, budget): tokens right per sample under a method, the best heuristic and golden, of `seen` checked.
 
     The samples are the same, in the same order, in all four.
@@ -163,7 +163,7 @@ def paired_test(
     return estimate, float(((found[1:] <= 1e-12).sum() + 1) / (draws + 1))
 
 
-def gap_closed(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def gap_closed(cells: Sequence[RecoveryCell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
     """How much of the way from the best heuristic to golden a method goes: 0 is the heuristic, 1 is golden.
 
     Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.budgets import resolved
-from learnevict.evals.methods import GOLDEN, Contender, Rules
+from learnevict.evals.methods import GOLDEN, EvaluatedMethod, EvaluationSettings
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
 from learnevict.infer.prompts.text_files import read_file
@@ -130,8 +130,10 @@ def resolve(text: str, num_tokens: int) -> int | str:
     return resolved(text, lambda: num_tokens)
 
 
-def policy_for(one: Contender, budget: int | str, rules: Rules, model: Any, ids: Int[Tensor, "1 T"]) -> Governor:
-    """The contender's policy for this text; golden reads it beforehand.
+def policy_for(
+    one: EvaluatedMethod, budget: int | str, rules: EvaluationSettings, model: Any, ids: Int[Tensor, "1 T"]
+) -> Governor:
+    """The method's policy for this text; golden reads it beforehand.
 
     Raises:
         UsageError: golden with a budget that is no number of slots.

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from learnevict import testbed
 from learnevict.errors import BudgetError, UsageError
 from learnevict.evals.budgets import resolve
-from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, Contender, Rules
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings
 from learnevict.evals.sample_log import Key
 from learnevict.hub import weight_hash
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model that is judged, and what tables call it."""
 
     model: Any
@@ -46,7 +46,7 @@ class Plan:
     seed: int = 0
     split: str = "test"
     length: str = "normal"
-    rules: Rules = COMPARISON
+    rules: EvaluationSettings = COMPARISON
     teacher: bool = True
     free: Literal["none", "full", "all"] = "full"
     batch_size: int = 32
@@ -68,7 +68,7 @@ class Cell:
     `impossible`: why the method cannot be held to the budget; it has no modes then.
     """
 
-    contender: Contender
+    evaluated_method: EvaluatedMethod
     family: str
     asked: str
     budget: int | str | None
@@ -77,29 +77,29 @@ class Cell:
 
     def key(self, mode: str) -> Key:
         """Where the journal keeps its numbers."""
-        return Key(self.contender.name, self.family, self.asked, mode)
+        return Key(self.evaluated_method.name, self.family, self.asked, mode)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See Contender.identity."""
-        return self.contender.identity(self.family, self.asked)
+        """See EvaluatedMethod.identity."""
+        return self.evaluated_method.identity(self.family, self.asked)
 
     @property
     def options(self) -> dict[str, Any]:
         """Hyperparameters of the method in this cell."""
-        return self.contender.options(self.family, self.asked)
+        return self.evaluated_method.options(self.family, self.asked)
 
 
-def cells(plan: Plan, contenders: Sequence[Contender], family: str) -> Iterator[Cell]:
+def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], family: str) -> Iterator[Cell]:
     """Cells of one family. The full cache comes first, asked for or not: losses are ratios to it."""
-    asked = next((one for one in contenders if one.method == FULL), None)
+    asked = next((one for one in evaluated_methods if one.method == FULL), None)
     teacher = ("teacher",) if plan.teacher else ()
     free = ("free",) if plan.free == "all" else ()
     modes = teacher if asked is None else teacher + (() if plan.free == "none" else ("free",))
-    yield Cell(asked or Contender(FULL, FULL), family, FULL, None, modes)
+    yield Cell(asked or EvaluatedMethod(FULL, FULL), family, FULL, None, modes)
     for budget in plan.budgets:
         tokens = resolve(budget, family, plan.length, prompt=not plan.rules.prompt)
-        for one in contenders:
+        for one in evaluated_methods:
             if one.method != FULL:
                 yield _possible(plan, Cell(one, family, budget, tokens, teacher + free))
 
@@ -115,7 +115,7 @@ def _possible(plan: Plan, cell: Cell) -> Cell:
     return cell
 
 
-def check(plan: Plan, contenders: Sequence[Contender]) -> None:
+def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
     """Refuse what cannot work, before hours are spent.
 
     Raises:
@@ -127,7 +127,7 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
         raise UsageError("samples, batch size and tries must be at least 1")
     if not 0 <= plan.temperature < float("inf"):
         raise UsageError(f"temperature must be 0 (greedy) or more, not {plan.temperature}")
-    if len({one.name for one in contenders}) < len(contenders) or not contenders:
+    if len({one.name for one in evaluated_methods}) < len(evaluated_methods) or not evaluated_methods:
         raise UsageError("give at least one method, and each only once")
     if len(set(plan.budgets)) < len(plan.budgets):
         raise UsageError(
@@ -138,7 +138,7 @@ def check(plan: Plan, contenders: Sequence[Contender]) -> None:
     if plan.tries > 1 and plan.temperature == 0:
         raise UsageError("greedy answers are all alike: several tries need a temperature above 0")
     for family in plan.families:
-        for cell in cells(plan, contenders, family):
+        for cell in cells(plan, evaluated_methods, family):
             if cell.impossible is None:
                 _check_cell(plan, cell)
 
@@ -162,8 +162,8 @@ def check_families(families: Sequence[str]) -> None:
 def _check_cell(plan: Plan, cell: Cell) -> None:
     if cell.budget is None:
         return
-    if cell.contender.method != GOLDEN:
-        cell.contender.policy(cell.budget, plan.rules, cell.options)
+    if cell.evaluated_method.method != GOLDEN:
+        cell.evaluated_method.policy(cell.budget, plan.rules, cell.options)
         return
     smallest = plan.rules.guard.reserved(plan.rules.block) + 1
     if not isinstance(cell.budget, int):
@@ -174,7 +174,7 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
         raise UsageError("golden in free generation follows one greedy text; drop --temperature or golden")
 
 
-def configuration(plan: Plan, subject: Subject) -> dict[str, Any]:
+def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
     """All that would make old numbers wrong if it changed; more methods, budgets, families or samples do not."""
     sampled = plan.temperature > 0
     return {
@@ -189,7 +189,7 @@ def configuration(plan: Plan, subject: Subject) -> dict[str, Any]:
     }
 
 
-def count(plan: Plan, contenders: Sequence[Contender]) -> int:
+def count(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> int:
     """Samples that a run goes through in all, for a progress bar."""
-    modes = sum(len(cell.modes) for family in plan.families for cell in cells(plan, contenders, family))
+    modes = sum(len(cell.modes) for family in plan.families for cell in cells(plan, evaluated_methods, family))
     return modes * plan.num_samples

@@ -10,8 +10,8 @@ from typing import Any
 from learnevict.evals import metrics
 from learnevict.evals import sample_log as journals
 from learnevict.evals.methods import FULL, GOLDEN
-from learnevict.evals.metrics import Cell, Estimate
-from learnevict.evals.sample_log import Journal, Key
+from learnevict.evals.metrics import Estimate, RecoveryCell
+from learnevict.evals.sample_log import Key, SampleLog
 from learnevict.evals.suite import journal_path
 from learnevict.evals.summaries import Row, read_rows
 
@@ -19,7 +19,7 @@ Share = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
-class Results:
+class Records:
     """Rows of one table, and a journal per family.
 
     Attributes:
@@ -28,7 +28,7 @@ class Results:
     """
 
     rows: list[Row] = field(default_factory=list)
-    journals: dict[str, Journal] = field(default_factory=dict)
+    journals: dict[str, SampleLog] = field(default_factory=dict)
     seeds: dict[str, range] = field(default_factory=dict)
     configurations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,13 +99,13 @@ class Results:
             pairs.append((one[0], two[0], one[1]))
         return metrics.paired_test(pairs, pooled=pooled) if pairs else None
 
-    def cell(self, method: str, best: str, family: str, budget: str) -> Cell | None:
+    def cell(self, method: str, best: str, family: str, budget: str) -> RecoveryCell | None:
         """A method between `best` and golden; None where one of them was not run."""
         parts = [self.counts(one, family, budget) for one in (method, best, GOLDEN)]
         seen = self.counts(GOLDEN, family, budget, "seen")
         if seen is None or any(part is None for part in parts):
             return None
-        return Cell(*(part for part in parts if part is not None), seen=seen)
+        return RecoveryCell(*(part for part in parts if part is not None), seen=seen)
 
     @property
     def batch(self) -> int:
@@ -117,7 +117,7 @@ class Results:
 
     @property
     def gates(self) -> dict[str, set[str]]:
-        """Hashes of the gates behind each contender's numbers: one each, unless some are stale."""
+        """Hashes of the gates behind each method's numbers: one each, unless some are stale."""
         found: dict[str, set[str]] = {}
         for journal in self.journals.values():
             for key, identity in journal.identity.items():
@@ -145,13 +145,13 @@ class Results:
         return metrics.paired_difference(one, two, seen)
 
 
-def read_results(files: Sequence[Path]) -> Results:
+def read_results(files: Sequence[Path]) -> Records:
     """Rows of several files, one or more families each, and their journals where those are kept.
 
     Raises:
         DataError: a file is no result of an evaluation.
     """
-    results = Results()
+    results = Records()
     for path in files:
         rows = read_rows(path)
         results.rows.extend(rows)
@@ -164,9 +164,9 @@ def read_results(files: Sequence[Path]) -> Results:
     return results
 
 
-def of_run(rows: list[Row], journal: Journal) -> Results:
+def of_run(rows: list[Row], journal: SampleLog) -> Records:
     """The same for a run that has just ended."""
-    results = Results(rows)
+    results = Records(rows)
     for row in rows:
         results.journals[row["family"]] = journal
         results.seeds[row["family"]] = range(row["seed"], row["seed"] + row["samples"])

@@ -26,7 +26,7 @@ class Key:
     mode: str
 
 
-class Journal:
+class SampleLog:
     """Per-sample numbers by cell and seed, in memory and in a JSONL file.
 
     The first line of the file is the configuration; each further line holds a batch: lists run over its seeds, a single
@@ -116,7 +116,7 @@ class Journal:
 
 
 def forget(path: Path, name: str) -> int:
-    """Drop all numbers of one contender, and of its settings tried in tuning ("NAME window=8"), from a record.
+    """Drop all numbers of one method, and of its settings tried in tuning ("NAME window=8"), from a record.
 
     The file is written anew beside the old one and takes its place at once.
 
@@ -134,7 +134,7 @@ def forget(path: Path, name: str) -> int:
     return len(lines) - len(kept)
 
 
-def load(path: Path) -> tuple[dict[str, Any], Journal]:
+def load(path: Path) -> tuple[dict[str, Any], SampleLog]:
     """Configuration and numbers of a finished record.
 
     Raises:
@@ -145,4 +145,4 @@ def load(path: Path) -> tuple[dict[str, Any], Journal]:
             configuration = json.loads(file.readline())["configuration"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{str(path)!r} is no record of an evaluation") from error
-    return configuration, Journal(path, configuration, resume=True)
+    return configuration, SampleLog(path, configuration, resume=True)

@@ -12,11 +12,11 @@ from learnevict import testbed
 from learnevict.errors import UsageError
 from learnevict.evals.budgets import longest_response
 from learnevict.evals.generation import Answers, Decoding, answer, answer_golden
-from learnevict.evals.methods import GOLDEN, Contender
-from learnevict.evals.plan import Cell, Plan, Subject, cells, check, configuration
-from learnevict.evals.sample_log import Journal
+from learnevict.evals.methods import GOLDEN, EvaluatedMethod
+from learnevict.evals.plan import Cell, EvaluatedModel, Plan, cells, check, configuration
+from learnevict.evals.sample_log import SampleLog
 from learnevict.evals.summaries import Row, joined, make_row, place, place_of, read_earlier, write_rows
-from learnevict.evals.teacher_forced import Scores, Storage, Texts, judge, judge_golden, read, reference
+from learnevict.evals.teacher_forced import BytesHeld, Scores, TextBatch, judge, judge_golden, read, reference
 from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
 
@@ -27,13 +27,13 @@ MOST_BATCHES = 32
 
 def run(
     plan: Plan,
-    subject: Subject,
-    contenders: Sequence[Contender],
+    subject: EvaluatedModel,
+    evaluated_methods: Sequence[EvaluatedMethod],
     out: Path | None = None,
     *,
     resume: bool = False,
     advance: Advance | None = None,
-) -> tuple[list[Row], Journal]:
+) -> tuple[list[Row], SampleLog]:
     """Run what is missing and return a row per method, family and budget.
 
     Args:
@@ -52,39 +52,39 @@ def run(
             other samples beside the new ones, or is being written by another process.
         DataError: `out` cannot be written, or holds something else than rows.
     """
-    check(plan, contenders)
+    check(plan, evaluated_methods)
     if out is not None and special(out):
-        rows, journal = run(plan, subject, contenders, advance=advance)
+        rows, journal = run(plan, subject, evaluated_methods, advance=advance)
         write_rows(out, rows)
         return rows, journal
     if out is not None:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        return _run(plan, subject, contenders, out, resume, advance)
+        return _run(plan, subject, evaluated_methods, out, resume, advance)
 
 
 def _run(
     plan: Plan,
-    subject: Subject,
-    contenders: Sequence[Contender],
+    subject: EvaluatedModel,
+    evaluated_methods: Sequence[EvaluatedMethod],
     out: Path | None,
     resume: bool,
     advance: Advance | None,
-) -> tuple[list[Row], Journal]:
+) -> tuple[list[Row], SampleLog]:
     earlier, record = read_earlier(out, resume=resume), journal_path(out) if out else None
     if earlier and record is not None and not record.exists():
         raise UsageError(f"{out} holds rows, but {record}, the numbers behind them, is missing; choose another --out")
-    earlier = of_these_samples(earlier, plan, contenders, str(out))
-    journal = Journal(record, configuration(plan, subject), resume=resume)
+    earlier = of_these_samples(earlier, plan, evaluated_methods, str(out))
+    journal = SampleLog(record, configuration(plan, subject), resume=resume)
     rows: list[Row] = []
     for family in plan.families:
         done: list[Cell] = []
         reader = Reader(plan, subject, family)
-        for cell in cells(plan, contenders, family):
+        for cell in cells(plan, evaluated_methods, family):
             for mode in cell.modes:
                 _run_cell(reader, cell, mode, journal, advance)
-            if cell.contender in contenders:
+            if cell.evaluated_method in evaluated_methods:
                 done.append(cell)
                 rows.append(make_row(journal, cell, plan, subject))
                 _write(out, earlier, rows)
@@ -100,7 +100,9 @@ def _write(out: Path | None, earlier: Sequence[Row], rows: Sequence[Row]) -> Non
         write_rows(out, joined(earlier, rows))
 
 
-def of_these_samples(earlier: Sequence[Row], plan: Plan, contenders: Sequence[Contender], out: str) -> list[Row]:
+def of_these_samples(
+    earlier: Sequence[Row], plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], out: str
+) -> list[Row]:
     """Earlier rows over the plan's samples. Those over others are left out if the run makes all of them anew.
 
     Their numbers stay in the journal: the same command with the former samples brings them back at once.
@@ -111,8 +113,8 @@ def of_these_samples(earlier: Sequence[Row], plan: Plan, contenders: Sequence[Co
     mine = {
         place_of(cell)
         for family in plan.families
-        for cell in cells(plan, contenders, family)
-        if cell.contender in contenders
+        for cell in cells(plan, evaluated_methods, family)
+        if cell.evaluated_method in evaluated_methods
     }
     wanted = (plan.num_samples, plan.seed)
     if stay := [row for row in earlier if samples_of(row) != wanted and place(row) not in mine]:
@@ -137,18 +139,18 @@ def journal_path(out: Path) -> Path:
 
 
 class Reader:
-    """Texts of one family, and what the oracle says of them: both are made once for all methods and budgets."""
+    """TextBatch of one family, and what the oracle says of them: both are made once for all methods and budgets."""
 
-    def __init__(self, plan: Plan, subject: Subject, family: str) -> None:
+    def __init__(self, plan: Plan, subject: EvaluatedModel, family: str) -> None:
         self.plan, self.subject, self.family = plan, subject, family
-        self.kept: dict[tuple[int, ...], tuple[Texts, Reference | None]] = {}
+        self.kept: dict[tuple[int, ...], tuple[TextBatch, Reference | None]] = {}
 
     def samples(self, seeds: Sequence[int]) -> list[testbed.Sample]:
         """Of these seeds."""
         plan = self.plan
         return [testbed.generate(self.family, seed, split=plan.split, length=plan.length) for seed in seeds]
 
-    def texts(self, seeds: Sequence[int]) -> tuple[Texts, Reference | None]:
+    def texts(self, seeds: Sequence[int]) -> tuple[TextBatch, Reference | None]:
         """Their texts, aligned, with labels if the plan asks for them."""
         key = tuple(seeds)
         if key not in self.kept:
@@ -160,10 +162,10 @@ class Reader:
         return self.kept[key]
 
 
-def _run_cell(reader: Reader, cell: Cell, mode: str, journal: Journal, advance: Advance | None) -> None:
+def _run_cell(reader: Reader, cell: Cell, mode: str, journal: SampleLog, advance: Advance | None) -> None:
     key, plan = cell.key(mode), reader.plan
     missing = journal.missing(key, plan.seeds, cell.identity, _oracle_columns(cell, mode, plan))
-    label = f"{cell.family} {cell.contender.name} {cell.asked}"
+    label = f"{cell.family} {cell.evaluated_method.name} {cell.asked}"
     if advance is not None:
         advance(label, plan.num_samples - len(missing))
     for start in range(0, len(missing), plan.batch_size):
@@ -182,10 +184,10 @@ def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[
     """One batch of one cell: what goes into the journal."""
     plan, model, tokenizer = reader.plan, reader.subject.model, reader.subject.tokenizer
     rules = plan.rules
-    golden = cell.budget if cell.contender.method == GOLDEN and isinstance(cell.budget, int) else None
+    golden = cell.budget if cell.evaluated_method.method == GOLDEN and isinstance(cell.budget, int) else None
     policy = None
     if cell.budget is not None and golden is None:
-        policy = cell.contender.policy(cell.budget, rules, cell.options)
+        policy = cell.evaluated_method.policy(cell.budget, rules, cell.options)
     if mode == "teacher":
         texts, beside = reader.texts(seeds)
         if golden is not None:
@@ -218,5 +220,5 @@ def _answers(answers: Answers) -> dict[str, Any]:
     return {**given, **_held(answers.storage)}
 
 
-def _held(storage: Storage | None) -> dict[str, float]:
+def _held(storage: BytesHeld | None) -> dict[str, float]:
     return {} if storage is None else {"peak": storage.peak, "end": storage.end, "full": storage.full}

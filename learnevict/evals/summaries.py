@@ -14,8 +14,8 @@ from learnevict.evals import metrics
 from learnevict.evals.budgets import is_share
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.perplexity import Perplexity
-from learnevict.evals.plan import Cell, Plan, Subject
-from learnevict.evals.sample_log import Journal, Key
+from learnevict.evals.plan import Cell, EvaluatedModel, Plan
+from learnevict.evals.sample_log import Key, SampleLog
 from learnevict.files import special, write
 
 KEYS = (
@@ -46,14 +46,19 @@ MARK = b'"kv_bytes_peak": '
 """What every file of rows has near its beginning."""
 
 
-def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
+def make_row(journal: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) -> Row:
     """Sum up a cell.
 
     Returns:
         KEYS and ORACLE_KEYS, then where the row comes from.
     """
     row: Row = dict.fromkeys(KEYS)
-    row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": plan.num_samples}
+    row |= {
+        "method": cell.evaluated_method.name,
+        "family": cell.family,
+        "budget": cell.budget,
+        "samples": plan.num_samples,
+    }
     for fill in (_teacher, _free):
         row |= fill(journal, cell, plan)
     row |= _oracle(journal, cell, plan)
@@ -74,7 +79,7 @@ def make_row(journal: Journal, cell: Cell, plan: Plan, subject: Subject) -> Row:
 def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row:
     """A row of `eval --task perplexity`: the family is the text; ratios are to the full cache, bytes those of the text."""
     row: Row = dict.fromkeys(KEYS)
-    row |= {"method": cell.contender.name, "family": cell.family, "budget": cell.budget, "samples": 1}
+    row |= {"method": cell.evaluated_method.name, "family": cell.family, "budget": cell.budget, "samples": 1}
     row |= {"kv_bytes_peak": found.peak, "kv_bytes_end": found.end, "kv_bytes_full": found.full}
     row |= {"loss_ratio": found.loss / full.loss, **_origin(cell, model)}
     return row | dict(zip(TEXT_KEYS, (found.value, found.value / full.value, found.num_tokens), strict=True))
@@ -84,14 +89,14 @@ def _origin(cell: Cell, model: str) -> Row:
     """Where a row comes from; `gates` is the hash of the trained part, null where there is none, as in the journal."""
     return {
         "budget_share": cell.asked if is_share(cell.asked) else None,
-        "kind": cell.contender.kind,
-        "gates_of": None if cell.contender.gates is None else cell.contender.method,
+        "kind": cell.evaluated_method.kind,
+        "gates_of": None if cell.evaluated_method.gates is None else cell.evaluated_method.method,
         "gates": cell.identity.get("gates"),
         "model": model,
     }
 
 
-def _teacher(journal: Journal, cell: Cell, plan: Plan) -> Row:
+def _teacher(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
     key, seeds = cell.key("teacher"), plan.seeds
     right, seen = journal.column(key, seeds, "right"), journal.column(key, seeds, "seen")
     loss = journal.column(key, seeds, "loss")
@@ -109,7 +114,7 @@ def _teacher(journal: Journal, cell: Cell, plan: Plan) -> Row:
     }
 
 
-def _oracle(journal: Journal, cell: Cell, plan: Plan) -> Row:
+def _oracle(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
     """How close to the oracle, see ORACLE_KEYS."""
     key, seeds = cell.key("teacher"), plan.seeds
 
@@ -130,7 +135,7 @@ def _oracle(journal: Journal, cell: Cell, plan: Plan) -> Row:
     return dict(zip(ORACLE_KEYS, found, strict=True))
 
 
-def _free(journal: Journal, cell: Cell, plan: Plan) -> Row:
+def _free(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
     key, seeds = cell.key("free"), plan.seeds
     exact, tokens = journal.column(key, seeds, "exact"), journal.column(key, seeds, "tokens")
     seconds, agreed = journal.column(key, seeds, "seconds"), journal.column(key, seeds, "agreed")
@@ -151,7 +156,7 @@ def _free(journal: Journal, cell: Cell, plan: Plan) -> Row:
     return row
 
 
-def _bytes(journal: Journal, key: Key, seeds: Sequence[int]) -> Row:
+def _bytes(journal: SampleLog, key: Key, seeds: Sequence[int]) -> Row:
     """Bytes per sample, over the samples where they were measured; the peak is the largest."""
     found = [journal.entries[key][seed] for seed in seeds if "peak" in journal.entries[key][seed]]
     if not found:
@@ -208,11 +213,11 @@ def place(row: Row) -> tuple[Any, ...]:
 
 def place_of(cell: Cell) -> tuple[Any, ...]:
     """The same of a cell that is to be run."""
-    return cell.family, cell.contender.name, cell.budget, cell.asked if is_share(cell.asked) else None
+    return cell.family, cell.evaluated_method.name, cell.budget, cell.asked if is_share(cell.asked) else None
 
 
 def forget_rows(path: Path, name: str) -> int:
-    """Drop the rows of one contender, and of its settings tried in tuning, from a file; how many there were.
+    """Drop the rows of one method, and of its settings tried in tuning, from a file; how many there were.
 
     Raises:
         DataError: the file cannot be read or written, or holds something else.

@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learnevict.errors import TraceError
-from learnevict.evals.methods import GOLDEN, Rules
+from learnevict.evals.methods import GOLDEN, EvaluationSettings
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.teacher_forcing import read_once, replay
 from learnevict.methods import golden
 from learnevict.oracle import golden as roll_golden
-from learnevict.oracle.metrics import Choices, compare
-from learnevict.oracle.reference import Reference, align, watched
+from learnevict.oracle.metrics import KeptSlots, compare
+from learnevict.oracle.reference import Reference, align, recording
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 from learnevict.testbed import Sample
@@ -32,7 +32,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextBatch:
     """Reference texts, padded on the left (see `aligned` for an exception).
 
     Attributes:
@@ -49,15 +49,15 @@ class Texts:
     spoken: Bool[Tensor, "B T"]
     prompt_length: list[int]
 
-    def aligned(self, block: int) -> Texts:
+    def aligned(self, block: int) -> TextBatch:
         """The same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
         parts = (self.input_ids, self.attention_mask, self.checked, self.spoken)
         ids, mask, checked, spoken = align(block, self.attention_mask, *parts)
-        return Texts(ids, mask, checked, spoken, self.prompt_length)
+        return TextBatch(ids, mask, checked, spoken, self.prompt_length)
 
 
 @dataclass(frozen=True)
-class Storage:
+class BytesHeld:
     """Bytes of keys and values, per row: the most held, held at the end, and what a full cache would hold."""
 
     peak: float
@@ -76,11 +76,11 @@ class Scores:
     seen: list[int]
     loss: list[float]
     spoken: list[int]
-    storage: Storage | None = None
-    choices: Choices | None = None
+    storage: BytesHeld | None = None
+    choices: KeptSlots | None = None
 
 
-def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Texts:
+def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> TextBatch:
     """Tokenise samples, one token a word."""
     texts = tokenizer([sample.text for sample in samples], padding=True, padding_side="left", return_tensors="pt")
     ids, mask = texts["input_ids"], texts["attention_mask"]
@@ -91,10 +91,10 @@ def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Text
         assert int(mask[row].sum()) == len(marks), "the tokenizer does not make one token a word"
         checked[row, -len(marks) :] = marks
         spoken[row, prompt - len(marks) :] = True
-    return Texts(ids.to(device), mask.to(device), checked.to(device), spoken.to(device), prompts)
+    return TextBatch(ids.to(device), mask.to(device), checked.to(device), spoken.to(device), prompts)
 
 
-def reference(model: Any, texts: Texts, rules: Rules) -> Reference:
+def reference(model: Any, texts: TextBatch, rules: EvaluationSettings) -> Reference:
     """What the oracle says of texts: one full-cache pass, for all methods that are judged on them."""
     return Reference.of(
         model, texts.input_ids, texts.attention_mask, block=rules.block, prompt_length=texts.prompt_length,
@@ -103,7 +103,7 @@ def reference(model: Any, texts: Texts, rules: Rules) -> Reference:
 
 
 @torch.no_grad()
-def judge(model: Any, texts: Texts, policy: Governor | None, beside: Reference | None = None) -> Scores:
+def judge(model: Any, texts: TextBatch, policy: Governor | None, beside: Reference | None = None) -> Scores:
     """Scores of the texts under a policy (None: the model as it is, with its stock cache).
 
     Args:
@@ -112,18 +112,24 @@ def judge(model: Any, texts: Texts, policy: Governor | None, beside: Reference |
     if policy is None:
         output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=positions(texts))
         held = sum(map(stored_bytes, output.past_key_values.layers)) / len(texts.input_ids)
-        return score(texts, output.logits, Storage(held, held, held))
+        return score(texts, output.logits, BytesHeld(held, held, held))
     if beside is None:
         logits, cache = evicted_logits(model, texts, policy)
         return score(texts, logits, storage(cache))
-    listening, notes = watched(policy)
+    listening, notes = recording(policy)
     logits, cache = evicted_logits(model, texts, listening, record=True)
     return replace(score(texts, logits, storage(cache)), choices=compare(policy, beside, cache.trace(), notes))
 
 
 @torch.no_grad()
 def judge_golden(
-    model: Any, texts: Texts, budget: int, rules: Rules, *, verify: bool = False, beside: Reference | None = None
+    model: Any,
+    texts: TextBatch,
+    budget: int,
+    rules: EvaluationSettings,
+    *,
+    verify: bool = False,
+    beside: Reference | None = None,
 ) -> Scores:
     """Scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
 
@@ -151,7 +157,7 @@ def judge_golden(
     return replace(scores, storage=storage(cache))
 
 
-def golden_trace_of(model: Any, beside: Reference, budget: int, rules: Rules) -> Trace:
+def golden_trace_of(model: Any, beside: Reference, budget: int, rules: EvaluationSettings) -> Trace:
     """The golden trace of texts whose labels are known."""
     labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
     for index, part in zip(beside.layers, beside.labels, strict=True):
@@ -162,7 +168,7 @@ def golden_trace_of(model: Any, beside: Reference, budget: int, rules: Rules) ->
 
 
 def evicted_logits(
-    model: Any, texts: Texts, policy: Governor, *, record: bool = False
+    model: Any, texts: TextBatch, policy: Governor, *, record: bool = False
 ) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
     """Logits of texts read through an evicting cache, and the cache."""
     with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:
@@ -170,12 +176,12 @@ def evicted_logits(
     return logits, cache
 
 
-def positions(texts: Texts) -> Int[Tensor, "B T"]:
+def positions(texts: TextBatch) -> Int[Tensor, "B T"]:
     """Position of each token in its row, padding aside."""
     return (texts.attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
-def score(texts: Texts, logits: Float[Tensor, "B T V"], held: Storage | None) -> Scores:
+def score(texts: TextBatch, logits: Float[Tensor, "B T V"], held: BytesHeld | None) -> Scores:
     """Compare predictions with the tokens that follow them."""
     target, checked, spoken = texts.input_ids[:, 1:], texts.checked[:, 1:], texts.spoken[:, 1:]
     right = (logits[:, :-1].argmax(-1) == target) & checked
@@ -191,7 +197,7 @@ def score(texts: Texts, logits: Float[Tensor, "B T V"], held: Storage | None) ->
     )
 
 
-def storage(cache: EvictingCache) -> Storage:
+def storage(cache: EvictingCache) -> BytesHeld:
     """Bytes per row, as they are: padding columns of a full cache count."""
     rows = len(cache.clock.seen)
-    return Storage(cache.peak_nbytes / rows, cache.nbytes / rows, cache.full_nbytes / rows)
+    return BytesHeld(cache.peak_nbytes / rows, cache.nbytes / rows, cache.full_nbytes / rows)

@@ -15,8 +15,8 @@ from typing import Any
 
 from learnevict import methods
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.methods import Contender, contender
-from learnevict.evals.plan import Plan, Subject, configuration
+from learnevict.evals.methods import EvaluatedMethod, evaluated_method
+from learnevict.evals.plan import EvaluatedModel, Plan, configuration
 from learnevict.evals.suite import Advance, run
 from learnevict.evals.summaries import Row
 from learnevict.files import write
@@ -104,21 +104,21 @@ def training_free() -> list[str]:
     return [name for name in methods.METHODS if name == "random" or methods.load(name).PAPER.kind == "heuristic"]
 
 
-def candidates(names: Sequence[str], tables: Sequence[Gates] = ()) -> list[Contender]:
-    """Every setting of every method and of the given tables as a contender of its own, named "snapkv window=8"."""
-    found: list[Contender] = []
+def candidates(names: Sequence[str], tables: Sequence[Gates] = ()) -> list[EvaluatedMethod]:
+    """Every setting of every method and of the given tables as a method of its own, named "snapkv window=8"."""
+    found: list[EvaluatedMethod] = []
     gates = {one.method: one for one in tables}
     for name in [*names, *gates]:
         grid = GRIDS.get(name, {})
         for values in product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
-            found.append(contender(name, gates.get(name), settings=settings, name=label))
+            found.append(evaluated_method(name, gates.get(name), settings=settings, name=label))
     return found
 
 
 def tune(
-    plan: Plan, subject: Subject, field: Sequence[Contender], out: Path, *, advance: Advance | None = None
+    plan: Plan, subject: EvaluatedModel, field: Sequence[EvaluatedMethod], out: Path, *, advance: Advance | None = None
 ) -> Tuned:
     """Run all settings on the validation split and keep the best of each method, per family and budget.
 
@@ -139,14 +139,14 @@ def on_validation(plan: Plan) -> Plan:
     return replace(plan, split="validation", teacher=True, free="none", oracle=False, lenient=True)
 
 
-def record_of(plan: Plan, subject: Subject, field: Sequence[Contender]) -> dict[str, Any]:
+def record_of(plan: Plan, subject: EvaluatedModel, field: Sequence[EvaluatedMethod]) -> dict[str, Any]:
     """What settings are tuned under; two files of settings with the same record belong together."""
     gates = {one.method: weight_hash(one.gates) for one in field if one.gates is not None}
     own = {"samples": plan.num_samples, "seed": plan.seed, "gates": gates}
     return json.loads(json.dumps({**configuration(on_validation(plan), subject), **own}))
 
 
-def choose(rows: Sequence[Row], field: Sequence[Contender], record: Mapping[str, Any]) -> Tuned:
+def choose(rows: Sequence[Row], field: Sequence[EvaluatedMethod], record: Mapping[str, Any]) -> Tuned:
     """The best setting of each method in each cell; of equals the first."""
     tuned = Tuned(dict(record), {}, {})
     by_name = {one.name: one for one in field}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from learnevict.errors import TraceError
 from learnevict.infer.attach import attach
@@ -27,7 +26,7 @@ FOREVER = 2**32 - 1
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, policy: Governor, ids: list[int], prompt_length: int | None = None) -> Trace:
+def record(model: Any, policy: Governor, ids: list[int], prompt_length: int | None = None) -> Trace:
     """The eviction history of one text.
 
     Args:

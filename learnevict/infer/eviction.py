@@ -30,7 +30,7 @@ class Event:
 
     def refresh(self, policy: Governor) -> None:
         """Let the scorer bring its notes up to date in the rows whose period is over."""
-        columns, full = self.storage.pool.ledger.columns, self.block.full
+        columns, full = self.storage.pool.state.columns, self.block.full
         for name, fresh in policy.scorer.refresh(self.signals).items():
             if not all(full):
                 whose = torch.tensor(full).to(fresh.device, non_blocking=True)

@@ -197,7 +197,7 @@ class EvictingLayer(CacheLayerMixin):
             slots=storage.pool,
             rows=block.rows,
             budget=budget,
-            ledger=storage.pool.ledger.columns,
+            state=storage.pool.state.columns,
             query=query,
             query_position=block.position,
             attention=attention,
@@ -229,11 +229,11 @@ class EvictingLayer(CacheLayerMixin):
         if scorer.observes:
             seen = replace(signals, fresh_attention=weights, ring=self.ring.held, memo={})
             for name, column in scorer.observe(seen).items():
-                pool.ledger.columns[name] = column
+                pool.state.columns[name] = column
         return out
 
     def _close(self, storage: Storage, block: Block, signals: Signals) -> None:
-        now = replace(signals, ring=self.ring.held, ledger=storage.pool.ledger.columns, memo={})
+        now = replace(signals, ring=self.ring.held, state=storage.pool.state.columns, memo={})
         event = Event(storage, block, now)
         if any(block.full) and self.policy.scorer.refreshes:
             event.refresh(self.policy)

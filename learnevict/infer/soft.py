@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learnevict.errors import CacheError, ModelError, UsageError
-from learnevict.policy import Fade, Scorer, SoftGate
+from learnevict.policy import DecayBias, Scorer, SoftGate
 from learnevict.signals import EMPTY, Attention, Rows, Signals
 
 TILE = 128
@@ -52,7 +52,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextInput:
     """What one forward reads: tokens int64 [B, T] (None if embeddings were given), real tokens bool [B, T], rows."""
 
     tokens: Tensor | None
@@ -60,7 +60,7 @@ class Text:
     rows: Rows
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Text:
+    def of(cls, given: Mapping[str, Any]) -> TextInput:
         """The text in the arguments of a decoder's forward.
 
         Raises:
@@ -103,16 +103,16 @@ class Soft:
     gate: SoftGate
     layers: frozenset[int]
     notes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    text: Text | None = None
+    text: TextInput | None = None
 
     @property
-    def fades(self) -> list[Fade]:
+    def fades(self) -> list[DecayBias]:
         """How the gate faded each layer in the last forward, in order of layers."""
         return [self.gate.fade(self.notes[layer]) for layer in sorted(self.notes)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """A forward of the decoder starts; `given` are its arguments."""
-        self.text, self.notes = Text.of(given), {}
+        self.text, self.notes = TextInput.of(given), {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
@@ -126,7 +126,7 @@ class Soft:
             slots=slots,
             rows=text.rows,
             budget=text.rows.seen,  # between events a policy knows none
-            ledger={},
+            state={},
             query=query,
             query_position=text.position,
             attention=attention,
@@ -160,7 +160,7 @@ def soft_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    fade: Fade,
+    fade: DecayBias,
     valid: Tensor,
     attention: Attention,
     *,
@@ -206,7 +206,7 @@ def _tile(
     row = column[num - size :]
     logits = query.reshape(batch, heads, -1, query.shape[-1]) @ key.transpose(-1, -2)
     visible = (column <= row.view(-1, 1)) & valid[:, None, None, None]
-    bias = Fade(rate, window).bias(row, column).unsqueeze(2)
+    bias = DecayBias(rate, window).bias(row, column).unsqueeze(2)
     weights = attention.probabilities(logits.view(batch, heads, -1, size, num), visible, bias)
     out = weights.flatten(2, 3).to(value.dtype) @ value
     return out.view(batch, -1, size, value.shape[-1])

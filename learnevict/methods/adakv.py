@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.parts.window import WindowAttention
 from learnevict.policy import Policy
 
@@ -29,7 +29,7 @@ def policy(
     alpha: float = 0.2,
     window: int | None = None,
     recent: int | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep what the last queries attend to, more of it in heads that spread their attention.
 
@@ -38,7 +38,7 @@ def policy(
         alpha: share that heads divide equally; 1 is uniform.
         window: queries that vote (32: section 5.1); None: `recent` if given.
         recent: last tokens that stay; None: the window.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     if window is None:
         window = 32 if recent is None else max(recent, 1)

@@ -19,7 +19,7 @@ from learnevict.methods import Paper
 from learnevict.parts.learned import Table, keep_worthiest
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper("Clausal baseline: mean golden label per clause opening and place", None, 2026, kind="learned")
 
@@ -33,7 +33,11 @@ class ClausalGate(Table):
         places: places that are told apart; later ones count as the last.
     """
 
-    columns = (Column("worth"), Column("opening", dtype=torch.int32), Column("following", dtype=torch.int32))
+    columns = (
+        StateColumn("worth"),
+        StateColumn("opening", dtype=torch.int32),
+        StateColumn("following", dtype=torch.int32),
+    )
 
     def __init__(self, num_layers: int, num_heads: int, vocab_size: int, separator: int, places: int) -> None:
         super().__init__()
@@ -74,7 +78,7 @@ class ClausalGate(Table):
         if signals.position.shape[-1]:
             newest = signals.position[:, :1].argmax(-1, keepdim=True)
             there = signals.position[:, :1].amax(-1)[:, 0] >= 0
-            held = [signals.ledger[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
+            held = [signals.state[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
             first, following = (torch.where(there, part, 0).long() for part in held)
         opening, place = self._clauses(signals.tokens, first, following)
         entry = opening * self.places + place.clamp_max(self.places - 1)

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import ModelError
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.parts.window import HIGHEST
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Attention, Signals
@@ -117,7 +117,7 @@ def policy(
     future: int = 512,
     epsilon: float = 0.0,
     recent: int = 8,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep what queries to come are expected to attend to.
 
@@ -127,7 +127,7 @@ def policy(
         future: positions ahead that are averaged over (512: section 4.1).
         epsilon: share every token gets before the value's norm (0.02 with Ada-KV in kvpress).
         recent: last tokens that stay.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     return compose(
         "expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options

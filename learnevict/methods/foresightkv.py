@@ -31,11 +31,11 @@ from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
 from learnevict.parts.headwise import centre_and_scale
-from learnevict.parts.layer_allocation import Demand
-from learnevict.parts.learned import Judge
+from learnevict.parts.layer_allocation import LayerAllocation
+from learnevict.parts.learned import SlotScorer
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper("ForesightKV: learning long-term contribution for KV cache eviction", "2602.03203", 2026, "learned")
 TRAINING = {"learning_rate": 3e-3}
@@ -64,7 +64,7 @@ class JudgeConfig:
         return layout.head_dim + layout.head_dim // 2 + layout.value_dim + (5 + len(RECENT)) * group + SCALARS
 
 
-class ForesightGate(Judge):
+class ForesightGate(SlotScorer):
     """Judges of all layers and kv heads as grouped linear maps, weights [L, H, in, out].
 
     Args:
@@ -92,18 +92,18 @@ class ForesightGate(Judge):
         super().__init__()
         self.period = period
         self.scope: Scope = scope
-        self.demand: Demand | None = None
+        self.demand: LayerAllocation | None = None
         if demand is not None:
-            self.demand = Demand(*demand)
+            self.demand = LayerAllocation(*demand)
         self.config = JudgeConfig(layout, hidden, window)
         group = layout.num_query_heads // layout.num_heads
         self.window = window
         self.columns = (
-            Column("paid", (group,)),
-            Column("decayed", (group,)),
-            Column("peak", (group,)),
-            Column("watched"),
-            Column("idle"),
+            StateColumn("paid", (group,)),
+            StateColumn("decayed", (group,)),
+            StateColumn("peak", (group,)),
+            StateColumn("watched"),
+            StateColumn("idle"),
         )
         heads, inputs = (layout.num_layers, layout.num_heads), self.config.num_features
         self.num_features = inputs
@@ -122,14 +122,14 @@ class ForesightGate(Judge):
         own |= {} if self.scope == "layer" else {"scope": self.scope}
         return own if self.demand is None else {**own, "demand": [len(self.demand.level), *self.demand.span]}
 
-    def share_layers(self, num_layers: int, smallest: int, largest: int) -> Demand:
-        """See Judge.
+    def share_layers(self, num_layers: int, smallest: int, largest: int) -> LayerAllocation:
+        """See SlotScorer.
 
         Warns:
             TrainedOtherwiseWarning: it has a demand already, for other numbers of slots; that one stays.
         """
         if self.demand is None:
-            self.demand = Demand(num_layers, smallest, largest).to(self.mean.device)
+            self.demand = LayerAllocation(num_layers, smallest, largest).to(self.mean.device)
         elif self.demand.span != (smallest, largest):
             warnings.warn(
                 f"these gates have learned how layers share {self.demand.span[0]} to {self.demand.span[1]} slots beyond the "
@@ -142,7 +142,7 @@ class ForesightGate(Judge):
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Add what the last queries paid to the running notes; once per event."""
         mean, top, _ = self._paid(signals)
-        notes, rows = signals.ledger, signals.rows
+        notes, rows = signals.state, signals.rows
         needed = top.amax(-1) > NEEDED
         tokens = (rows.age(rows.block) + 1).view(-1, 1, 1).float()
         left = (DECAY ** (tokens / WINDOW)).unsqueeze(-1)
@@ -192,7 +192,7 @@ class ForesightGate(Judge):
     def notes(self, signals: Signals) -> Tensor:
         """What the attention and the clock say about each slot, float32 [B, H, N, c]."""
         mean, top, recent = self._paid(signals)
-        notes, rows = signals.ledger, signals.rows
+        notes, rows = signals.state, signals.rows
         watched = notes["watched"].unsqueeze(-1).clamp_min(1)
         attention = [mean, top, *recent, notes["paid"] / watched, notes["decayed"], notes["peak"]]
         seen = rows.seen.view(-1, 1, 1).float()

@@ -18,7 +18,7 @@ from learnevict.errors import TraceError
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy
-from learnevict.signals import Column, Signals, Trace
+from learnevict.signals import Signals, StateColumn, Trace
 
 PAPER = Paper("Golden eviction, section 3.1 of ForesightKV", "2602.03203", 2026, kind="reference")
 
@@ -32,7 +32,7 @@ class Hindsight(Gate):
         divergence: column from which each row leaves the trace; None: its end.
     """
 
-    columns = (Column("left", dtype=torch.bool),)
+    columns = (StateColumn("left", dtype=torch.bool),)
     expiry: Tensor
     text: Tensor | None
     until: Tensor
@@ -54,7 +54,7 @@ class Hindsight(Gate):
         where = signals.query_position
         expected = self.text.gather(1, where.clamp(0, self.text.shape[1] - 1).long())
         other = (signals.tokens != expected) & (where >= 0) & (where < self.text.shape[1])
-        before = (signals.ledger["left"] & signals.occupied).any(-1)
+        before = (signals.state["left"] & signals.occupied).any(-1)
         return {"left": other.int().cumsum(-1).gt(0).unsqueeze(1) | before.unsqueeze(-1)}
 
     def score(self, signals: Signals) -> Tensor:
@@ -67,7 +67,7 @@ class Hindsight(Gate):
             )
         table = self.expiry[signals.layer]
         ends = table.gather(-1, signals.position.clamp(0, table.shape[-1] - 1).long())
-        left = (signals.ledger["left"] & signals.occupied).any(-1).any(-1) | (signals.rows.now >= self.until)
+        left = (signals.state["left"] & signals.occupied).any(-1).any(-1) | (signals.rows.now >= self.until)
         return torch.where(left.view(-1, 1, 1), signals.position, ends).float()
 
 

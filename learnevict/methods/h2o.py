@@ -20,9 +20,9 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose, unknown_variant
+from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.policy import Policy, Scorer
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper(
     "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", "2306.14048", 2023
@@ -34,18 +34,18 @@ class AttentionMass(Scorer):
     """Attention received so far; `mean` divides by the queries that could give any."""
 
     mean: bool = False
-    columns = (Column("mass"),)
+    columns = (StateColumn("mass"),)
     observes = True
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
         """Add what the fresh queries gave, averaged over the group."""
         assert signals.fresh_attention is not None
         group = signals.fresh_attention.shape[2]
-        return {"mass": signals.ledger["mass"] + signals.fresh_attention.sum((2, 3)) / group}
+        return {"mass": signals.state["mass"] + signals.fresh_attention.sum((2, 3)) / group}
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        mass = signals.ledger["mass"]
+        mass = signals.state["mass"]
         return mass / (signals.age + 1).clamp_min(1) if self.mean else mass
 
 
@@ -54,7 +54,7 @@ def policy(
     *,
     variant: str = "paper",
     recent: int | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep heavy hitters.
 
@@ -62,7 +62,7 @@ def policy(
         budget: tokens, "25%" or "64MiB".
         variant: "paper" or "kvpress", see above.
         recent: last tokens that stay; None: half of the budget (section 5: half heavy, half recent).
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     if variant not in ("paper", "kvpress"):
         raise unknown_variant("h2o", variant, ("paper", "kvpress"))

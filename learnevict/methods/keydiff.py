@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -45,12 +45,12 @@ def directions(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
     """Keep keys that differ from the average.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     return compose("keydiff", budget, Unlikeness(), recent=recent, **options)

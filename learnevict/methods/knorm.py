@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -33,12 +33,12 @@ class KeyNorm(Scorer):
         return -signals.per_slot(lambda keys, values: torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
     """Keep keys of small norm.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     return compose("knorm", budget, KeyNorm(), recent=recent, **options)

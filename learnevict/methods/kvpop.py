@@ -28,7 +28,7 @@ from learnevict.parts.headwise import HeadwiseMLP
 from learnevict.parts.learned import Ranker, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper("KVpop: Key-Value Cache Eviction by Stateful Delayed Importance Scoring", "2607.05061", 2026, "learned")
 TRAINING: dict[str, Any] = {
@@ -58,7 +58,7 @@ class KVpopGate(Ranker):
     def __init__(self, layout: Layout, state: int = 16, hidden: int = 64) -> None:
         super().__init__()
         self.state, self.hidden, self.num_heads = state, hidden, layout.num_heads
-        self.columns = (Column("state", (state,)),)
+        self.columns = (StateColumn("state", (state,)),)
         self.cells = nn.ModuleList(
             nn.GRU(layout.hidden_size, state, batch_first=True) for _ in range(layout.num_layers)
         )
@@ -80,7 +80,7 @@ class KVpopGate(Ranker):
         """float32 [B, H, N]."""
         out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
         now = current(signals)[:, None, None].expand(-1, self.num_heads, -1, -1)
-        then, clock = signals.ledger["state"], clocks(signals)
+        then, clock = signals.state["state"], clocks(signals)
         for part, keys, values in signals.pieces(self.network.width):
             own: Mapping[str, Tensor] = {"then": then[:, :, part], "clock": clock[:, :, part]}
             out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, "now": now, **own})
@@ -97,7 +97,7 @@ class KVpopGate(Ranker):
 def current(signals: Signals) -> Tensor:
     """State of the newest token held, [B, state]; zeros where none is. Every head holds the newest."""
     newest = signals.position[:, 0].argmax(-1).view(-1, 1, 1)
-    states = signals.ledger["state"][:, 0]
+    states = signals.state["state"][:, 0]
     found = states.gather(1, newest.expand(-1, 1, states.shape[-1])).squeeze(1)
     return found * signals.occupied[:, 0].any(-1, keepdim=True)
 

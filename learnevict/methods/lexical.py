@@ -19,7 +19,7 @@ from learnevict.methods import Paper
 from learnevict.parts.learned import Table, keep_worthiest
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, kind="learned")
 
@@ -31,7 +31,7 @@ class LexicalGate(Table):
         num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
     """
 
-    columns = (Column("worth"),)
+    columns = (StateColumn("worth"),)
 
     def __init__(self, num_layers: int, num_heads: int, vocab_size: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.methods.snapkv import observer
 from learnevict.parts.allocators import Pyramid
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy
 
 PAPER = Paper("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "2406.02069", 2024)
@@ -30,7 +30,7 @@ def policy(
     variant: str = "paper",
     window: int | None = None,
     recent: int | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep what the last queries attend to, more of it in early layers.
 
@@ -40,7 +40,7 @@ def policy(
         variant: of SnapKV.
         window: queries that vote, see snapkv.
         recent: last tokens that stay, see snapkv.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     scorer, recent = observer(variant, window, recent)
     return compose("pyramidkv", budget, scorer, recent=recent, allocator=Pyramid(beta), **options)

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.ops.random import finalise, uniform
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -37,13 +37,13 @@ class Hashed(Scorer):
         return uniform(word)
 
 
-def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[Terms]) -> Policy:
+def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
     """Keep a random subset beside the guards.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         seed: another seed, another subset.
         recent: last tokens that stay.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     return compose("random", budget, Hashed(seed), recent=recent, **options)

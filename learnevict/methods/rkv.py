@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose, unknown_variant
+from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.parts.redundancy import redundancy
 from learnevict.parts.window import HIGHEST, WindowAttention
 from learnevict.policy import Policy, Scorer
@@ -54,7 +54,7 @@ def policy(
     threshold: float = 0.5,
     window: int = 8,
     recent: int | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep what is attended to and not said elsewhere.
 
@@ -65,7 +65,7 @@ def policy(
         threshold: cosine above which keys are alike (0.5: the authors' code).
         window: queries that vote (alpha = 8: section 4.1).
         recent: last tokens that stay; None: the window.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     if variant not in MIX:
         raise unknown_variant("rkv", variant, MIX)

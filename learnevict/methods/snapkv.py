@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose, unknown_variant
+from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.parts.window import WindowAttention
 from learnevict.policy import Policy
 
@@ -47,7 +47,7 @@ def policy(
     variant: str = "paper",
     window: int | None = None,
     recent: int | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep what the last `window` queries attend to.
 
@@ -56,7 +56,7 @@ def policy(
         variant: see above.
         window: queries that vote; None: `recent` if given, else the variant's.
         recent: last tokens that stay; None: the window, as in the paper.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     scorer, recent = observer(variant, window, recent)
     return compose("snapkv", budget, scorer, recent=recent, **options)

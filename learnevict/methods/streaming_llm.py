@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.parts.recency import Recency
 from learnevict.policy import Policy
 
@@ -28,7 +28,7 @@ def policy(
     *,
     recent: int = 8,
     positions: Literal["true", "slot"] = "true",
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Keep sinks (4: section 3.2, table 2) and the most recent tokens.
 
@@ -36,7 +36,7 @@ def policy(
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay; without effect here, since recency is the score.
         positions: "true" keeps every key's own position.
-        **options: see Terms.
+        **options: see ScheduleOptions.
 
     Raises:
         UsageError: positions="slot".

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import Terms, compose
+from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -37,12 +37,12 @@ class LastAttention(Scorer):
         return torch.empty_like(weights).scatter_(-1, signals.order, shared.expand_as(weights).contiguous())
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[Terms]) -> Policy:
+def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
     """Keep what the newest query looks at.
 
     Args:
         budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay.
-        **options: see Terms.
+        **options: see ScheduleOptions.
     """
     return compose("tova", budget, LastAttention(), recent=recent, **options)

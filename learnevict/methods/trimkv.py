@@ -37,8 +37,8 @@ from learnevict.parts.admission import logistic
 from learnevict.parts.allocators import Together
 from learnevict.parts.learned import expect, stacked
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Fade, Policy, Scorer, SoftGate
-from learnevict.signals import Column, Signals
+from learnevict.policy import DecayBias, Policy, Scorer, SoftGate
+from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper("Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs", "2512.03324", 2025, "learned")
 PUBLISHED = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.retention_gate\.(linear[123]\.(?:weight|bias)|bias)")
@@ -75,7 +75,7 @@ class TrimGate(SoftGate):
         shared_output: False gives each layer of a tied gate its own output projection, as published DBTrimKV gates have.
     """
 
-    columns = (Column("retention"),)
+    columns = (StateColumn("retention"),)
 
     def __init__(
         self,
@@ -135,11 +135,11 @@ class TrimGate(SoftGate):
 
     def score(self, signals: Signals) -> Tensor:
         """Log retention after the next token, float32 [B, H, N]."""
-        return next_age(signals) * signals.ledger["retention"]
+        return next_age(signals) * signals.state["retention"]
 
-    def fade(self, notes: dict[str, Tensor]) -> Fade:
+    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
         """Geometric."""
-        return Fade(notes["retention"])
+        return DecayBias(notes["retention"])
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Worth(Scorer):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        rate = signals.ledger["retention"]
+        rate = signals.state["retention"]
         return next_age(signals) * rate + log_geometric(rate, self.horizon)
 
     def to(self, device: torch.device) -> Scorer:

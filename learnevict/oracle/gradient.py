@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from learnevict.config import Budget
 from learnevict.infer.attach import attach
-from learnevict.policy import Fade, Policy, Schedule, SoftGate
+from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.signals import Signals
 
 
@@ -34,9 +34,9 @@ class KeyBias(SoftGate):
         self.biases[signals.layer] = bias
         return {"bias": bias}
 
-    def fade(self, notes: dict[str, Tensor]) -> Fade:
+    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
         """The bias, whatever a token's age."""
-        return Fade(notes["bias"], window=0)
+        return DecayBias(notes["bias"], window=0)
 
     def score(self, signals: Signals) -> Tensor:
         """Nothing is evicted; all alike, float32 [B, H, N]."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.oracle.reference import Note, Reference, losses, watched
+from learnevict.oracle.reference import EventScores, Reference, losses, recording
 from learnevict.policy import Governor, Guard
 from learnevict.signals import NEVER, Trace
 
@@ -96,7 +96,7 @@ def _places(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Choices:
+class KeptSlots:
     """What a policy kept beside what the oracle would have kept. One entry per text, float64 [B]; figures are ratios of sums.
 
     Attributes:
@@ -116,10 +116,10 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Judged:
+class PolicyMetrics:
     """The same with what it cost: losses summed over spoken tokens, float64 [B]."""
 
-    choices: Choices
+    choices: KeptSlots
     loss: Tensor
     full_loss: Tensor
     random_loss: Tensor
@@ -141,7 +141,7 @@ class Judged:
         return {name: value for name, value in found.items() if value == value}
 
 
-def judge_policy(
+def measure_policy(
     model: PreTrainedModel,
     policy: Governor,
     input_ids: Int[Tensor, "B T"],
@@ -166,7 +166,7 @@ def judge_policy(
 
 
 @torch.no_grad()
-def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> Judged:
+def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> PolicyMetrics:
     """One forced run of a policy over the texts of a reference, text by text.
 
     Random and golden eviction under the same terms are run once per reference, whatever is judged.
@@ -174,16 +174,16 @@ def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> Jud
     Raises:
         UsageError: the policy has events at another period than the labels have blocks.
     """
-    listening, notes = watched(policy)
+    listening, notes = recording(policy)
     with attach(model, listening, record=True, prompt_length=reference.prompt.tolist()) as cache:
         logits = prefill(model, cache, reference.input_ids, reference.attention_mask)
     trace = cache.trace()
     choices = compare(policy, reference, trace, notes)
     chance, golden = reference.losses_between(model, reference.roll(trace.expiry[reference.layers], guard_of(policy)))
-    return Judged(choices, losses(logits, reference.input_ids, reference.spoken), reference.loss, chance, golden)
+    return PolicyMetrics(choices, losses(logits, reference.input_ids, reference.spoken), reference.loss, chance, golden)
 
 
-def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[Note]) -> Choices:
+def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[EventScores]) -> KeptSlots:
     """What was kept in a run over the texts of a reference, from its trace and the scores overheard.
 
     Raises:
@@ -195,7 +195,7 @@ def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[No
             f"{reference.block}; make the reference with block={policy.schedule.period}"
         )
     expiry, guard = trace.expiry[reference.layers], guard_of(policy)
-    return Choices(
+    return KeptSlots(
         *recalled(reference, expiry, guard),
         *ranked(reference, expiry, guard, notes),
         *attended(reference, expiry),
@@ -224,7 +224,7 @@ def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard)
 
 
 def ranked(
-    reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[Note]
+    reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[EventScores]
 ) -> tuple[Tensor, Tensor]:
     """Costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
     batch = len(reference.rank)

@@ -144,7 +144,7 @@ def losses(
 
 
 @dataclass(frozen=True)
-class Note:
+class EventScores:
     """Scores of one layer at one event: position int32 and scores float32, both [B, H, N]; now int32 [B], last token read."""
 
     layer: int
@@ -154,11 +154,11 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Overheard(Scorer):
+class RecordingScorer(Scorer):
     """A scorer whose scores are noted down."""
 
     scorer: Scorer
-    notes: list[Note] = field(default_factory=list)
+    notes: list[EventScores] = field(default_factory=list)
 
     @property
     def columns(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -183,7 +183,9 @@ class Overheard(Scorer):
     def score(self, signals: Signals) -> Tensor:
         """See Scorer."""
         scores = self.scorer.score(signals)
-        self.notes.append(Note(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now))
+        self.notes.append(
+            EventScores(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now)
+        )
         return scores
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
@@ -204,13 +206,13 @@ class Overheard(Scorer):
         return self
 
 
-def watched(policy: Governor) -> tuple[Governor, list[Note]]:
+def recording(policy: Governor) -> tuple[Governor, list[EventScores]]:
     """The same policy, and a list that fills with what its scorer says; it stays empty if none is asked (a Rule).
 
     A governor that is no dataclass is left as it is.
     """
     if not is_dataclass(policy):
         return policy, []
-    notes: list[Note] = []
-    listening: Any = replace(policy, scorer=Overheard(policy.scorer, notes))  # pyright: ignore[reportCallIssue]
+    notes: list[EventScores] = []
+    listening: Any = replace(policy, scorer=RecordingScorer(policy.scorer, notes))  # pyright: ignore[reportCallIssue]
     return listening, notes

@@ -131,7 +131,7 @@ class Roll:
         return goes.transpose(0, 1) & candidate
 
 
-class Terms(TypedDict, total=False):
+class GoldenOptions(TypedDict, total=False):
     """What `golden` takes too: see there."""
 
     budget: Required[int]
@@ -141,7 +141,7 @@ class Terms(TypedDict, total=False):
     prompt_length: Sequence[int] | Int[Tensor, "B"] | None
 
 
-def roll_of(labels: Float[Tensor, "L B H T M"], share: Share = Share(), **terms: Unpack[Terms]) -> Roll:
+def roll_of(labels: Float[Tensor, "L B H T M"], share: Share = Share(), **terms: Unpack[GoldenOptions]) -> Roll:
     """The grid that labels lie on, under a budget.
 
     Raises:
@@ -180,7 +180,7 @@ def ranks(valid: Bool[Tensor, "B T"] | None, shape: tuple[int, int]) -> Int[Tens
 
 @torch.no_grad()
 def golden_shared(
-    labels: Labels, share: Share = Share(), kind: Literal["max", "sum"] = "max", **terms: Unpack[Terms]
+    labels: Labels, share: Share = Share(), kind: Literal["max", "sum"] = "max", **terms: Unpack[GoldenOptions]
 ) -> Trace:
     """Evict with hindsight like `golden`, with slots divided as `share` says.
 

@@ -18,8 +18,8 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.ops.random import hashed, uniform
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Fade, Policy, SoftGate
-from learnevict.signals import Column, Signals
+from learnevict.policy import DecayBias, Policy, SoftGate
+from learnevict.signals import Signals, StateColumn
 
 
 class AdmissionGate(SoftGate):
@@ -33,7 +33,7 @@ class AdmissionGate(SoftGate):
         least: the smallest g that weighs attention in training; smaller ones count as this.
     """
 
-    columns = (Column("admission"),)
+    columns = (StateColumn("admission"),)
     least: float = 0.0
 
     def __init__(self, window: int, noise: float = 0.0) -> None:
@@ -53,12 +53,12 @@ class AdmissionGate(SoftGate):
 
     def score(self, signals: Signals) -> Tensor:
         """log g, float32 [B, H, N]; the same at every age."""
-        return signals.ledger["admission"]
+        return signals.state["admission"]
 
-    def fade(self, notes: dict[str, Tensor]) -> Fade:
+    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
         """log g, not below that of `least`, on tokens at least `window` old."""
         rate = notes["admission"]
-        return Fade(rate.clamp_min(math.log(self.least)) if self.least else rate, self.window_size)
+        return DecayBias(rate.clamp_min(math.log(self.least)) if self.least else rate, self.window_size)
 
 
 def logistic(logits: Tensor, signals: Signals, words: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ GAIN = 8.0
 """Logits per unit of a parameter: as far as a judge's weights move in training, shares have to move further."""
 
 
-class Demand(nn.Module):
+class LayerAllocation(nn.Module):
     """Logits of the layers' shares, linear in the logarithm of the budget; equal until learned.
 
     Only what tries other shares can teach it, so its parameters are frozen until a trainer of that kind comes along.

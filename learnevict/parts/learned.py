@@ -13,13 +13,13 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.errors import GateError, UsageError
-from learnevict.parts.layer_allocation import Demand
+from learnevict.parts.layer_allocation import LayerAllocation
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy, Scorer
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 
-class Judge(Gate):
+class SlotScorer(Gate):
     """Scores every slot by itself, from features; trained on recorded states (learnevict.train.trainers.pairwise).
 
     Attributes:
@@ -31,7 +31,7 @@ class Judge(Gate):
 
     mode = "replay"
     scope: Literal["layer", "model"] = "layer"
-    demand: Demand | None
+    demand: LayerAllocation | None
     calibrated: Tensor
     num_features: int
 
@@ -47,8 +47,9 @@ class Judge(Gate):
     def judge(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
 
-    def share_layers(self, num_layers: int, smallest: int, largest: int) -> Demand:
-        """Give it a demand, if it has none, of so many evicting layers and for so many slots beyond the floor; see Demand.
+    def share_layers(self, num_layers: int, smallest: int, largest: int) -> LayerAllocation:
+        """Give it a demand, if it has none, of so many evicting layers and for so many slots beyond the floor; see
+        LayerAllocation.
 
         Raises:
             UsageError: its kind has none.
@@ -86,7 +87,7 @@ class Learner(Gate):
 class Surrogate(Learner):
     """Estimates the oracle's number of a token when it is written, and notes it in the column "estimate"."""
 
-    columns = (Column("estimate"),)
+    columns = (StateColumn("estimate"),)
     at_cuts = False
 
     @abstractmethod
@@ -103,7 +104,7 @@ class Surrogate(Learner):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        return signals.ledger["estimate"]
+        return signals.state["estimate"]
 
 
 class Ranker(Learner):
@@ -193,7 +194,7 @@ class OtherBonus(Scorer):
 
 def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
     """Worth less `bonus` for every e-fold of age, float32 [B, H, N]."""
-    return signals.ledger["worth"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
+    return signals.state["worth"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
 
 
 def keep_worthiest(

@@ -16,7 +16,7 @@ from learnevict.errors import UsageError
 from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
 
 
-class Terms(TypedDict, total=False):
+class ScheduleOptions(TypedDict, total=False):
     """When events fall and what they never touch.
 
     Keys:
@@ -33,7 +33,7 @@ class Terms(TypedDict, total=False):
     schedule: Literal["blocks", "prefill_end", "prefill_only"]
 
 
-class Options(Terms, total=False):
+class Options(ScheduleOptions, total=False):
     """All that every method takes.
 
     Keys:
@@ -51,7 +51,7 @@ def compose(
     recent: int = 8,
     recent_share: float = 0.0,
     allocator: Allocator | None = None,
-    **options: Unpack[Terms],
+    **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """The policy of one method.
 
@@ -62,7 +62,7 @@ def compose(
         recent: last tokens that stay: the user's choice, or what the method's paper protects.
         recent_share: share of the budget that the recent window grows to.
         allocator: how many per layer and head; None: the same for all.
-        **options: see Terms.
+        **options: see ScheduleOptions.
 
     Raises:
         UsageError: an unknown option or schedule.

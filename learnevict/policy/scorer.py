@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from learnevict.signals import Column, Signals
+from learnevict.signals import Signals, StateColumn
 
 Answer = TypeVar("Answer")
 
@@ -27,7 +27,7 @@ class Scorer(ABC):
             events, or nothing needs to go.
     """
 
-    columns: tuple[Column, ...] = ()
+    columns: tuple[StateColumn, ...] = ()
     window: int = 0
     observes: bool = False
     refreshes: bool = False
@@ -82,7 +82,7 @@ class Gate(nn.Module, Scorer):
 
 
 @dataclass(frozen=True)
-class Fade:
+class DecayBias:
     """How a soft gate weighs attention while it is trained: an additive bias on the logit of key i at query t.
 
     geometric (window None): (t - i) * rate_i; windowed: rate_i once t - i >= window, 0 before.
@@ -121,7 +121,7 @@ class SoftGate(Gate):
         return self
 
     @abstractmethod
-    def fade(self, notes: dict[str, Tensor]) -> Fade:
+    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
         """The law of fading that the notes of `write`, {name: [B, H, T, ...]}, stand for."""
 
 

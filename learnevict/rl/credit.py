@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.collect import full_trace
 from learnevict.rl.distribution import NOTHING
-from learnevict.rl.trajectory import Races
+from learnevict.rl.trajectory import CandidateSets
 from learnevict.signals import Attention
 
 TILE = 32
@@ -32,7 +32,7 @@ def relative(costs: Float[Tensor, "B T"], group: int) -> Float[Tensor, "B T"]:
     return (grouped - grouped.mean(1, keepdim=True)).view_as(costs)
 
 
-def to_go_credit(costs: Float[Tensor, "B T"], races: Races) -> Float[Tensor, "B E R K"]:
+def to_go_credit(costs: Float[Tensor, "B T"], races: CandidateSets) -> Float[Tensor, "B E R K"]:
     """Minus the relative cost of the tokens read after each event. The logits of column t predict column t + 1.
 
     Costs stand at the column that predicts.
@@ -88,7 +88,7 @@ def attention_credit(
     return blame, logits
 
 
-def of_draws(credit: Float[Tensor, "L B H T"], races: Races) -> Float[Tensor, "B E R K"]:
+def of_draws(credit: Float[Tensor, "L B H T"], races: CandidateSets) -> Float[Tensor, "B E R K"]:
     """Credit of tokens, looked up for the draws that evicted them."""
     whose = credit[list(races.layers)].transpose(0, 1).flatten(1)
     found = whose.gather(-1, races.tokens.clamp_min(0).flatten(1)).view(races.tokens.shape)

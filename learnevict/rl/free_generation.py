@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
 from learnevict.ops.distributed import highest
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.rl.rollout import (
+    PromptAnswer,
     RefineConfig,
-    Sampled,
-    Text,
+    SampledTraces,
     drawn_budget,
     log_probabilities,
     named,
@@ -28,8 +28,8 @@ from learnevict.rl.rollout import (
     row_words,
     was_taken,
 )
-from learnevict.rl.sampler import Explorer
-from learnevict.rl.trajectory import Episode, gathered
+from learnevict.rl.sampler import SamplingPolicy
+from learnevict.rl.trajectory import Trajectory, gathered
 
 Verifier = Callable[[dict[str, Any], str], float]
 """From a row of the data and the answer's text to a mark from 0 to 1."""
@@ -38,14 +38,14 @@ Verifier = Callable[[dict[str, Any], str], float]
 @torch.no_grad()
 def sample_answers(
     model: PreTrainedModel,
-    judge: Judge,
-    texts: Sequence[Text],
+    judge: SlotScorer,
+    texts: Sequence[PromptAnswer],
     config: RefineConfig,
     *,
     mark: Callable[[int, list[int]], float],
     seeds: tuple[int, int, int],
     device: torch.device,
-) -> Sampled:
+) -> SampledTraces:
     """Let the model answer every prompt greedily, each under a trace of its own.
 
     Args:
@@ -57,14 +57,14 @@ def sample_answers(
         seeds: as in `sample_group`.
         device: of the base.
     """
-    prompts = [Text([*text.input_ids[: text.prompt_length], 0], text.prompt_length) for text in texts]
+    prompts = [PromptAnswer([*text.input_ids[: text.prompt_length], 0], text.prompt_length) for text in texts]
     ids, mask, _ = (part[:, :-1] for part in padded(prompts, device))
     limit = 2 * highest(max(len(text.input_ids) - text.prompt_length for text in texts), device)
     length = highest(max(len(text.input_ids) for text in texts), device)
     terms = config.terms(drawn_budget(config, length, seeds[:2]))
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     everywhere = torch.ones(layers, len(ids), dtype=torch.bool, device=device)
-    explorer = Explorer(terms, judge, everywhere, ids.shape[1] + limit, row_words(len(ids), seeds, device))
+    explorer = SamplingPolicy(terms, judge, everywhere, ids.shape[1] + limit, row_words(len(ids), seeds, device))
     generator: Any = model
     with attach(model, explorer, prompt_length=mask.sum(-1).tolist()) as cache:
         written = generator.generate(
@@ -78,11 +78,11 @@ def sample_answers(
         )
     ends = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
     lengths = answer_lengths(written[:, ids.shape[1] :], ends if isinstance(ends, list) else [ends])
-    episode = Episode(*gathered(explorer))
+    episode = Trajectory(*gathered(explorer))
     episode = replace(episode, races=[one.until(ids.shape[1] + lengths) for one in episode.races])
     marks = [mark(row, written[row, ids.shape[1] :][: int(length)].tolist()) for row, length in enumerate(lengths)]
     log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
-    return Sampled(episode, 1 - torch.tensor(marks, device=device), None, was_taken(episode), named(log_probs))
+    return SampledTraces(episode, 1 - torch.tensor(marks, device=device), None, was_taken(episode), named(log_probs))
 
 
 def answer_lengths(answers: Tensor, ends: list[int]) -> Tensor:

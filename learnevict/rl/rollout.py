@@ -21,13 +21,13 @@ from learnevict.infer.teacher_forcing import replay
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Guard
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
 from learnevict.rl.distribution import NOTHING, entropy, log_probability, shift_log_probability
 from learnevict.rl.rewards import COSTS, token_costs
-from learnevict.rl.sampler import Terms
-from learnevict.rl.trajectory import Episode, expired, run_episode
+from learnevict.rl.sampler import SamplingTerms
+from learnevict.rl.trajectory import Trajectory, expired, sample_trajectory
 from learnevict.train.run.ranges import check_numbers
 
 CREDITS = ("trace", "to_go", "attention")
@@ -106,14 +106,14 @@ class RefineConfig:
         """What the budgets hold beyond the least that works, at least 1."""
         return max(self.min_budget - self.least, 1), max(self.max_budget - self.least, 1)
 
-    def terms(self, budget: int) -> Terms:
+    def terms(self, budget: int) -> SamplingTerms:
         """Rules of one batch."""
-        names = [one.name for one in fields(Terms) if one.name not in ("budget", "temperature")]
-        return Terms(budget, temperature=self.draw_temperature, **{name: getattr(self, name) for name in names})
+        names = [one.name for one in fields(SamplingTerms) if one.name not in ("budget", "temperature")]
+        return SamplingTerms(budget, temperature=self.draw_temperature, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
-class Text:
+class PromptAnswer:
     """Token ids of prompt and answer, and where the answer begins: its tokens are what counts."""
 
     input_ids: list[int]
@@ -121,7 +121,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledTraces:
     """A batch of traces.
 
     Attributes:
@@ -132,7 +132,7 @@ class Sampled:
         log_probs: when they were drawn [R, 1 + A].
     """
 
-    episode: Episode
+    episode: Trajectory
     cost: Float[Tensor, "R"]
     credit: Float[Tensor, "R A"] | None
     taken: Bool[Tensor, "R A"]
@@ -161,14 +161,14 @@ class Sampled:
 @torch.no_grad()
 def sample_group(
     model: PreTrainedModel,
-    judge: Judge,
-    texts: Sequence[Text],
+    judge: SlotScorer,
+    texts: Sequence[PromptAnswer],
     config: RefineConfig,
     *,
     group: int,
     seeds: tuple[int, int, int],
     device: torch.device,
-) -> Sampled:
+) -> SampledTraces:
     """Sample a trace per text, all in one forward, and settle who is to blame for what it cost.
 
     Args:
@@ -186,7 +186,7 @@ def sample_group(
     words = row_words(len(ids), seeds, device)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     noisy = noisy_layers(layers, config.layer_share, words)
-    episode = run_episode(model, judge, ids, mask, terms, noisy=noisy, words=words)
+    episode = sample_trajectory(model, judge, ids, mask, terms, noisy=noisy, words=words)
     once = slice(None, None, group)
     full = replay(model, ids[once], full_trace(model, ids[once]), mask[once]).logits.repeat_interleave(group, 0)
     costs = token_costs(config.cost, episode.logits, full, ids, counted, config.ceiling)
@@ -201,11 +201,11 @@ def sample_group(
         credit = named(actions(len(ids), parts, None if episode.tried is None else -apart.sum(-1))) * taken
     cost = costs.sum(-1) / counted.sum(-1).clamp_min(1)
     log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
-    return Sampled(episode, cost, credit, taken, named(log_probs))
+    return SampledTraces(episode, cost, credit, taken, named(log_probs))
 
 
 def log_probabilities(
-    judge: Judge, episode: Episode, rows: Int[Tensor, "b"]
+    judge: SlotScorer, episode: Trajectory, rows: Int[Tensor, "b"]
 ) -> tuple[Float[Tensor, "b A"], Float[Tensor, "b A"]]:
     """Of every action of some rows under the judge as it is now, and the entropy of the choice; the first with gradient."""
     temperature, scores = episode.terms.temperature, dict[int, Tensor]()
@@ -227,7 +227,7 @@ def log_probabilities(
     return actions(len(rows), found, shares), actions(len(rows), spread, none)
 
 
-def was_taken(episode: Episode) -> Bool[Tensor, "R A"]:
+def was_taken(episode: Trajectory) -> Bool[Tensor, "R A"]:
     """Actions that were drawn at all."""
     shares = None if episode.tried is None else torch.ones_like(episode.tried[:, 0], dtype=torch.bool)
     return named(actions(episode.rows, [races.order != NOTHING for races in episode.races], shares).bool())
@@ -244,7 +244,7 @@ def named(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (1, 0))
 
 
-def padded(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def padded(texts: Sequence[PromptAnswer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask int64 [B, T], padded on the left, and the answers' tokens, bool [B, T]."""
     width = max(len(text.input_ids) for text in texts)
     ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)

@@ -16,14 +16,14 @@ from learnevict.config import Budget
 from learnevict.ops import keep_top
 from learnevict.ops.random import hashed, uniform
 from learnevict.parts.allocators import Together
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Allocator, Guard, Schedule, Uniform
 from learnevict.rl.distribution import NOTHING, draw_evictions, draw_shifts, lowest_scores
 from learnevict.signals import EMPTY, Signals
 
 
 @dataclass(frozen=True)
-class Terms:
+class SamplingTerms:
     """Under which rules traces are sampled.
 
     Attributes:
@@ -54,7 +54,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Draw:
+class EventDraws:
     """One event: as Races without E; a race of all heads has heads that are `width` slots wide."""
 
     pool: Tensor
@@ -63,7 +63,7 @@ class Draw:
     end: Tensor
     width: int
 
-    def widened(self, width: int, joint: bool) -> Draw:
+    def widened(self, width: int, joint: bool) -> EventDraws:
         """The same with heads of `width` slots, where heads lie side by side in a race."""
         if not joint:
             return self
@@ -74,7 +74,7 @@ class Draw:
 
 
 @dataclass
-class Explorer:
+class SamplingPolicy:
     """A governor that draws what to evict and takes everything down.
 
     Args:
@@ -86,15 +86,15 @@ class Explorer:
         allocator: see Governor.
     """
 
-    terms: Terms
-    scorer: Judge
+    terms: SamplingTerms
+    scorer: SlotScorer
     noisy: Tensor
     length: int
     words: Tensor
     name: str = "explorer"
     probe: None = None
     features: dict[int, list[Tensor]] = field(default_factory=dict)
-    events: dict[tuple[int, ...], list[Draw]] = field(default_factory=dict)
+    events: dict[tuple[int, ...], list[EventDraws]] = field(default_factory=dict)
     shifts: Tensor | None = None
     allocator: Allocator = field(default_factory=Uniform)
 
@@ -136,15 +136,15 @@ class Explorer:
         return Guard(self.terms.sinks, self.terms.recent)
 
     def keep(self, signals: Signals) -> Tensor:
-        """Draw the evictions of this event, head by head."""
+        """EventDraws the evictions of this event, head by head."""
         return self._decide([signals])[0]
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """Draw the evictions of this event from all heads of all layers."""
+        """EventDraws the evictions of this event from all heads of all layers."""
         return self._decide(layers)
 
     def _decide(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """Draw, take down, and say what stays in each layer."""
+        """EventDraws, take down, and say what stays in each layer."""
         first, names = layers[0], tuple(signals.layer for signals in layers)
         by_head = [self._judged(signals) for signals in layers]
         held = [signals.occupied for signals in layers]
@@ -162,7 +162,7 @@ class Explorer:
         order = torch.where(noisy, drawn, draw_evictions(scores, pool, count, 0.0))
         gone = torch.zeros_like(occupied).scatter(-1, order.clamp_min(0), order != NOTHING)
         taken = torch.where(noisy, order, NOTHING)
-        where = Draw(
+        where = EventDraws(
             pool, taken, self._tokens(layers, taken), first.rows.now.long() + 1, max(part.shape[-1] for part in held)
         )
         self.events.setdefault(names, []).append(where)

@@ -2,7 +2,8 @@
 
 In TRL's words a prompt is a text that the model reads, a completion is what was evicted: one action per draw, in the order
 layer, event, head, draw (or event, draw, where all heads race together); where shares of layers were tried, an action in front
-of these. Three things differ from what TRL does with words, and each is covered by tests/test_grpo.py, which says what to look
+of these. Three things differ from what TRL does with words, and each is covered by tests/rl/test_trainer.py, which
+says what to look
 at when TRL moves:
 
     rollout_func                           samples traces in one teacher-forced forward (or in free generation)
@@ -29,20 +30,20 @@ from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageE
 from learnevict.hub import Gates
 from learnevict.infer.model.supported import evicting_layers
 from learnevict.ops.distributed import highest
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.rl.free_generation import Verifier, sample_answers
-from learnevict.rl.rollout import RefineConfig, Text, log_probabilities, sample_group
-from learnevict.rl.trajectory import Episode
-from learnevict.train.gathered import Whole
-from learnevict.train.pushing import SharingTrainer
+from learnevict.rl.rollout import PromptAnswer, RefineConfig, log_probabilities, sample_group
+from learnevict.rl.trajectory import Trajectory
+from learnevict.train.gathered import GatheredGates
+from learnevict.train.pushing import PushingTrainer
 from learnevict.train.validation import Validation, summarise, validate
 
 
-class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """See the module.
 
     Args:
-        gates: of a method whose gate is a Judge; its scope and period become those of `refine`.
+        gates: of a method whose gate is a SlotScorer; its scope and period become those of `refine`.
         base: the model whose cache is governed; frozen.
         refine: how.
         verifier: marks free answers, from a row of the data and the text; needed for refine.free_every.
@@ -73,7 +74,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         self.refine, self.verifier, self.validation = refine, verifier, validation
         self.rows: list[dict[str, Any]] = []
         self.batch = (0, 0)
-        self.episode: Episode | None = None
+        self.episode: Trajectory | None = None
         self.advantages: Tensor | None = None
         gates.generation_config = base.generation_config  # TRL reads pad and end tokens there
         refuse_unused(kwargs["args"])
@@ -81,7 +82,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         judge: Any = gates.gate
         gates.config.settings = judge.settings()
         super().__init__(model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, **kwargs)  # pyright: ignore[reportArgumentType]
-        self.whole = Whole(self)
+        self.whole = GatheredGates(self)
         options: Any = self.args
         self.group = int(options.num_generations)
         local = options.per_device_train_batch_size * options.steps_per_generation
@@ -97,7 +98,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
             self.beta = refine.kl
 
     @property
-    def judge(self) -> Judge:
+    def judge(self) -> SlotScorer:
         """What is refined, with whole weights; all processes ask together."""
         gate: Any = self.whole.now().gate
         return gate
@@ -126,7 +127,7 @@ class EvictionTrainer(SharingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         return log_probs, entropies, None
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Judge the gates against the oracle, as learnevict.train.validation does.
+        """SlotScorer the gates against the oracle, as learnevict.train.validation does.
 
         Raises:
             UsageError: there is nothing to judge by.
@@ -199,7 +200,7 @@ def prepare(judge: Any, refine: RefineConfig, num_layers: int) -> None:
 def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
     """TRL's rollout_func: traces of every row and their actions, with `reward` and `cost` for the reward function."""
     refine, batch = trainer.refine, trainer.next_batch()
-    texts = [Text(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
+    texts = [PromptAnswer(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
     where, judge = trainer.accelerator, trainer.judge
     terms: Any = {"seeds": (trainer.args.seed, batch, where.process_index * len(texts)), "device": where.device}
     sampled = None

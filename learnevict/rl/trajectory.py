@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.rl.distribution import NOTHING
-from learnevict.rl.sampler import Draw, Explorer, Terms, laid_out
+from learnevict.rl.sampler import EventDraws, SamplingPolicy, SamplingTerms, laid_out
 from learnevict.signals import NEVER, Trace
 
 
 @dataclass(frozen=True)
-class Races:
+class CandidateSets:
     """All draws of some layers: E events of B rows, R races of N slots each, K draws in a race.
 
     R is the number of heads of one layer, or 1 if all heads of all layers race together (then N = L * H * slots).
@@ -42,7 +42,7 @@ class Races:
     tokens: Int[Tensor, "B E R K"]
     end: Int[Tensor, "B E"]
 
-    def until(self, length: Int[Tensor, "B"]) -> Races:
+    def until(self, length: Int[Tensor, "B"]) -> CandidateSets:
         """Without draws that no prediction of the row's text, of this length, comes after: its last token predicts none."""
         late = (self.end >= length.view(-1, 1) - 1)[:, :, None, None]
         return replace(
@@ -58,7 +58,7 @@ class Races:
 
 
 @dataclass(frozen=True)
-class Episode:
+class Trajectory:
     """The draws of a batch of traces, and what the judge saw.
 
     Attributes:
@@ -69,15 +69,15 @@ class Episode:
         rows: B.
     """
 
-    terms: Terms
+    terms: SamplingTerms
     features: dict[int, Tensor]
-    races: list[Races]
+    races: list[CandidateSets]
     tried: Tensor | None
     rows: int
 
 
 @dataclass(frozen=True)
-class Reading(Episode):
+class TextTrajectory(Trajectory):
     """An episode over given texts, with the base's logits along its traces."""
 
     logits: Float[Tensor, "B T V"]
@@ -85,16 +85,16 @@ class Reading(Episode):
 
 
 @torch.no_grad()
-def run_episode(
+def sample_trajectory(
     model: PreTrainedModel,
-    judge: Judge,
+    judge: SlotScorer,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"],
-    terms: Terms,
+    terms: SamplingTerms,
     *,
     noisy: Bool[Tensor, "L B"] | None = None,
     words: Int[Tensor, "B"] | None = None,
-) -> Reading:
+) -> TextTrajectory:
     """Sample one trace per row.
 
     Args:
@@ -108,26 +108,28 @@ def run_episode(
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     noisy = torch.ones(layers, len(input_ids), dtype=torch.bool) if noisy is None else noisy
     words = torch.arange(len(input_ids), device=input_ids.device) if words is None else words
-    explorer = Explorer(terms, judge, noisy.to(input_ids.device), input_ids.shape[1], words)
+    explorer = SamplingPolicy(terms, judge, noisy.to(input_ids.device), input_ids.shape[1], words)
     with attach(model, explorer, record=True) as cache:
         logits = prefill(model, cache, input_ids, attention_mask)
-    reading = Reading(*gathered(explorer), logits, cache.trace())
+    reading = TextTrajectory(*gathered(explorer), logits, cache.trace())
     length = torch.full_like(input_ids[:, 0], input_ids.shape[1])
     return replace(reading, races=[one.until(length) for one in reading.races])
 
 
-def gathered(explorer: Explorer) -> tuple[Terms, dict[int, Tensor], list[Races], Tensor | None, int]:
-    """What an explorer has taken down: the fields of an Episode."""
+def gathered(
+    explorer: SamplingPolicy,
+) -> tuple[SamplingTerms, dict[int, Tensor], list[CandidateSets], Tensor | None, int]:
+    """What an explorer has taken down: the fields of an Trajectory."""
     features = {layer: side_by_side(parts, 2, 0.0) for layer, parts in sorted(explorer.features.items())}
     races = [stacked(names, events) for names, events in sorted(explorer.events.items())]
     return explorer.terms, features, races, explorer.tried, len(explorer.words)
 
 
-def stacked(layers: tuple[int, ...], events: list[Draw]) -> Races:
+def stacked(layers: tuple[int, ...], events: list[EventDraws]) -> CandidateSets:
     """Events as one tensor each, behind the rows; slots and draws are padded to the most of any event."""
     width = max(event.width for event in events)
     alike = [event.widened(width, joint=len(layers) > 1) for event in events]
-    return Races(
+    return CandidateSets(
         layers,
         side_by_side([event.pool for event in alike], 2, False),
         side_by_side([event.order for event in alike], 2, NOTHING),

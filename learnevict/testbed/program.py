@@ -23,7 +23,7 @@ LONG = Level((10, 12), 1.0, (100, 140))
 
 
 @dataclass(frozen=True)
-class Line:
+class Instruction:
     """`left sign right = target`, the instruction behind one label."""
 
     left: str
@@ -75,7 +75,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
     return [("user", prompt), ("assistant", f"{' '.join(steps)} answer {answer}")]
 
 
-def _write_lines(rng: Random, num_lines: int, known: list[str], pool: list[str]) -> list[Line]:
+def _write_lines(rng: Random, num_lines: int, known: list[str], pool: list[str]) -> list[Instruction]:
     """Lines that use most variables: those not read yet are preferred as operands, half of the targets overwrite."""
     unread, lines = list(known), []
     for _ in range(num_lines):
@@ -89,17 +89,17 @@ def _write_lines(rng: Random, num_lines: int, known: list[str], pool: list[str])
         target = rng.choice(fresh) if fresh and rng.random() < 0.4 else rng.choice(known)
         known = known + [target] * (target not in known)
         unread = [name for name in unread if name not in operands and name != target] + [target]
-        lines.append(Line(operands[0], rng.choice("+-"), operands[1], target))
+        lines.append(Instruction(operands[0], rng.choice("+-"), operands[1], target))
     return lines
 
 
-def _choose_asked(rng: Random, lines: list[Line]) -> list[str]:
+def _choose_asked(rng: Random, lines: list[Instruction]) -> list[str]:
     """Two computed variables if there are two, among the later ones."""
     computed = list(dict.fromkeys(line.target for line in reversed(lines)))[:4]
     return rng.sample(computed, min(2, len(computed)))
 
 
-def _prompt(rng: Random, level: Level, start: dict[str, int], lines: dict[str, Line], pool: list[str]) -> str:
+def _prompt(rng: Random, level: Level, start: dict[str, int], lines: dict[str, Instruction], pool: list[str]) -> str:
     """Settings, then lines, each among conflicting decoys, with filler everywhere."""
     settings = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in start.items()]
     conflicting = rng.sample(list(start), min(len(start), level.num_decoys(rng, len(start))))
@@ -113,8 +113,8 @@ def _prompt(rng: Random, level: Level, start: dict[str, int], lines: dict[str, L
     for label in rng.sample(list(lines), min(len(lines), level.num_decoys(rng, len(lines)))):
         other = lines[label]
         while other == lines[label]:
-            other = Line(
-                *(rng.choice(pool[:9]) if part != "sign" else rng.choice("+-") for part in Line.__annotations__)
+            other = Instruction(
+                *(rng.choice(pool[:9]) if part != "sign" else rng.choice("+-") for part in Instruction.__annotations__)
             )
         program.append(f"{rng.choice(FALSE_LINE)} {label} {other} ;")
     rng.shuffle(settings)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from learnevict.hub import Gates
 
 
-class Whole:
+class GatheredGates:
     """The gates of a trainer.
 
     Args:

@@ -19,7 +19,7 @@ from learnevict.errors import HubError, NotPushedWarning, UsageError
 from learnevict.hub import open_repository, push_folder, write_card
 
 
-class SharingTrainer(Trainer):
+class PushingTrainer(Trainer):
     """transformers.Trainer, but for what it puts on the Hub."""
 
     def log_end(self, checkpoint: Path) -> None:

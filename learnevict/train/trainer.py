@@ -16,14 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from learnevict.errors import UsageError
 from learnevict.ops.random import hashed
 from learnevict.train.batch_random import Draws
-from learnevict.train.gathered import Whole
-from learnevict.train.pushing import SharingTrainer
+from learnevict.train.gathered import GatheredGates
+from learnevict.train.pushing import PushingTrainer
 from learnevict.train.validation import Validation, summarise, validate
 
 PROGRESS = "progress_{rank}.json"
 
 
-class GateTrainer(SharingTrainer):
+class GateTrainer(PushingTrainer):
     """transformers.Trainer for gates; a mode overrides `compute_loss`.
 
     Parameters may be used with gradient inside `model(task, ...)` only, which calls task(gate, ...): DDP and ZeRO watch
@@ -46,7 +46,7 @@ class GateTrainer(SharingTrainer):
         if validation is not None:
             validation.policies(self.gates)  # budgets that cannot be held are told before the first step
         self.figures: dict[str, list[float]] = {}
-        self.whole = Whole(self)
+        self.whole = GatheredGates(self)
         self.batch = (-1, 0)
         torch.manual_seed(self.args.seed + self.args.process_index)  # dropout of gates: each process its own
 
@@ -135,7 +135,7 @@ class GateTrainer(SharingTrainer):
             data.load_state_dict(progress["stream"])
 
     def log_end(self, checkpoint: Path) -> None:
-        """See SharingTrainer."""
+        """See PushingTrainer."""
         self.restore(self._progress_in(checkpoint))
         self._total_loss_scalar += float(self._tr_loss)
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})

@@ -16,7 +16,7 @@ from learnevict.config import Budget
 from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
 from learnevict.hub import Gates
-from learnevict.oracle.metrics import Judged, judge
+from learnevict.oracle.metrics import PolicyMetrics, judge
 from learnevict.oracle.reference import Reference
 from learnevict.policy import Policy
 
@@ -79,7 +79,7 @@ class Validation:
 @torch.no_grad()
 def validate(
     gates: Gates, base: PreTrainedModel, validation: Validation, collate: Collate, share: slice = slice(None)
-) -> dict[str, list[Judged]]:
+) -> dict[str, list[PolicyMetrics]]:
     """Judge gates under every budget, on a share of the documents.
 
     Args:
@@ -93,7 +93,7 @@ def validate(
         What every batch of texts has come to, by budget; `summarise` makes figures of it.
     """
     policies = validation.policies(gates)
-    found: dict[str, list[Judged]] = {budget: [] for budget in policies}
+    found: dict[str, list[PolicyMetrics]] = {budget: [] for budget in policies}
     block = next(iter(policies.values())).schedule.period
     for reference in validation.references(base, collate, block, share):
         for budget, policy in policies.items():
@@ -101,7 +101,7 @@ def validate(
     return found
 
 
-def summarise(found: dict[str, list[Judged]], prefix: str) -> dict[str, float]:
+def summarise(found: dict[str, list[PolicyMetrics]], prefix: str) -> dict[str, float]:
     """Figures of learnevict.oracle.metrics: {"eval_NAME": mean over budgets, "eval_NAME_25%": if there are several}.
 
     Raises:
@@ -123,7 +123,7 @@ def summarise(found: dict[str, list[Judged]], prefix: str) -> dict[str, float]:
     return figures
 
 
-def pool(parts: list[Judged]) -> Judged:
+def pool(parts: list[PolicyMetrics]) -> PolicyMetrics:
     """Several batches as one, on the host: what they hold per text, one after the other."""
 
     def joined(found: list[Any]) -> Any:

@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)
 
-# (method, law): why the law does not hold. tests/test_laws.py checks that it does not.
+# (method, law): why the law does not hold. tests/laws/test_laws.py checks that it does not.
 EXEMPT: dict[tuple[str, str], str] = {
     ("full", "bounded"): "nothing is evicted, so the cache grows",
     ("snapkv/prefill_only", "bounded"): "a prefill-only variant: nothing is evicted while decoding",

@@ -11,7 +11,7 @@ from learnevict import testbed
 from learnevict.evals import tuning
 from learnevict.evals.methods import GOLDEN
 from learnevict.evals.metrics import SMALLEST_GAP
-from learnevict.evals.records import Results
+from learnevict.evals.records import Records
 from learnevict.evals.report import table
 
 REFINED, SUPERVISED, EQUAL = "foresightkv", "foresightkv-sl", "foresightkv-equal"
@@ -25,7 +25,7 @@ MET, MISSED, UNSCORED, UNMEASURED = "met", "**not met**", "not scored", "not mea
 
 
 @dataclass(frozen=True)
-class Line:
+class Goal:
     """A goal, what was found, and whether that meets it."""
 
     what: str
@@ -44,11 +44,11 @@ class Evidence:
         tuned: names the best training-free method of every cell; None if nothing was tuned.
     """
 
-    main: Results
-    free: Results | None
+    main: Records
+    free: Records | None
     tuned: tuning.Tuned | None
 
-    def gap_closed(self, method: str, place: str, budget: str, least: float) -> Line:
+    def gap_closed(self, method: str, place: str, budget: str, least: float) -> Goal:
         """How much of the gap from the best heuristic to golden a method closes."""
         what, goal = f"{method}: gap closed, {place}, {budget}", f"at least {100 * least:.0f} %"
         best = {family: self.tuned.known_best(family, budget) if self.tuned else None for family in PLACES[place]}
@@ -57,14 +57,14 @@ class Evidence:
         left |= self.main.left_out(method, bases, budget)
         reasons = ", ".join(f"{family} {reason}" for family, reason in left.items())
         if any(not reason.startswith("gap") for reason in left.values()):
-            return Line(what, goal, f"– ({reasons})", UNMEASURED)
+            return Goal(what, goal, f"– ({reasons})", UNMEASURED)
         closed = self.main.gap_closed(method, bases, budget)
         if math.isnan(closed.value):
-            return Line(what, goal, f"– ({reasons})", UNSCORED)
+            return Goal(what, goal, f"– ({reasons})", UNSCORED)
         beside = f" (without {reasons})" if reasons else ""
-        return Line(what, goal, f"{closed}{beside}", MET if closed.value >= least else MISSED)
+        return Goal(what, goal, f"{closed}{beside}", MET if closed.value >= least else MISSED)
 
-    def difference(self, pair: tuple[str, str], place: str, budget: str, mode: str, need: str) -> Line:
+    def difference(self, pair: tuple[str, str], place: str, budget: str, mode: str, need: str) -> Goal:
         """How far a method is above another, sample by sample.
 
         Args:
@@ -85,14 +85,14 @@ class Evidence:
         if results is not None:
             found = results.test(method, other, families, budget, mode, pooled=place == POOLED)
         if found is None:
-            return Line(what, goal, "–", UNMEASURED)
+            return Goal(what, goal, "–", UNMEASURED)
         apart, p = found
         met = {"above": apart.low > 0, "reached": apart.high >= 0, "tested": apart.value > 0 and p < SMALLEST_P}[need]
         shown = f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
-        return Line(what, goal, f"{shown}, p = {p:.4f}" if need == "tested" else shown, MET if met else MISSED)
+        return Goal(what, goal, f"{shown}, p = {p:.4f}" if need == "tested" else shown, MET if met else MISSED)
 
 
-def goal_tables(main: Results, free: Results | None, tuned: tuning.Tuned | None) -> list[str]:
+def goal_tables(main: Records, free: Records | None, tuned: tuning.Tuned | None) -> list[str]:
     """What was to be reached, with and without reinforcement, and by whom."""
     evidence, ranking = Evidence(main, free, tuned), ranked(main)
     parts = {"Supervised": supervised(evidence, ranking[0][0] if ranking else SUPERVISED), "Refined": refined(evidence)}
@@ -115,7 +115,7 @@ def goal_tables(main: Results, free: Results | None, tuned: tuning.Tuned | None)
     ]
 
 
-def goal_table(lines: Sequence[Line]) -> str:
+def goal_table(lines: Sequence[Goal]) -> str:
     """Markdown."""
     return table(["what", "goal", "found", "verdict"], [list(astuple(line)) for line in lines])
 
@@ -123,7 +123,7 @@ def goal_table(lines: Sequence[Line]) -> str:
 # --- what is asked for ---
 
 
-def supervised(evidence: Evidence, method: str) -> list[Line]:
+def supervised(evidence: Evidence, method: str) -> list[Goal]:
     """Of the best learned method that has not been refined."""
     lines = [
         evidence.gap_closed(method, "program", budget, least)
@@ -136,7 +136,7 @@ def supervised(evidence: Evidence, method: str) -> list[Line]:
     ]
 
 
-def refined(evidence: Evidence) -> list[Line]:
+def refined(evidence: Evidence) -> list[Goal]:
     """Of the refined judge: better than its start, and how near golden."""
     lines = [
         evidence.difference((REFINED, SUPERVISED), place, budget, mode, "tested")
@@ -152,7 +152,7 @@ def refined(evidence: Evidence) -> list[Line]:
     return lines
 
 
-def stretched(evidence: Evidence) -> list[Line]:
+def stretched(evidence: Evidence) -> list[Goal]:
     """Of the refined judge, further down, and beyond the reference."""
     lines = [evidence.gap_closed(REFINED, place, "1/15", 0.75) for place in PLACES]
     return lines + [
@@ -165,12 +165,12 @@ def stretched(evidence: Evidence) -> list[Line]:
 # --- by whom ---
 
 
-def candidates(results: Results) -> list[str]:
+def candidates(results: Records) -> list[str]:
     """Supervised methods; tables of words and clauses are what these have to beat, and do not count."""
     return [name for name in results.methods("learned") if name not in (REFINED, EQUAL, *tuning.TABLES)]
 
 
-def ranked(results: Results, budgets: Sequence[str] = ("1/4", "1/6", "1/8")) -> list[tuple[str, float]]:
+def ranked(results: Records, budgets: Sequence[str] = ("1/4", "1/6", "1/8")) -> list[tuple[str, float]]:
     """Supervised methods by step accuracy, mean over families and budgets, the best first; only those run everywhere."""
     found: dict[str, float] = {}
     for name in candidates(results):

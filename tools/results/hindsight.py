@@ -1,6 +1,6 @@
 """Traces made with hindsight, tried on a batch of texts: what any label would have kept, and what that costs.
 
-Texts are short and padded on the right, so attention is held as [T, T] and columns are ranks.
+TextBatch are short and padded on the right, so attention is held as [T, T] and columns are ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnevict.evals.methods import Rules
-from learnevict.evals.teacher_forced import Scores, Texts, score
+from learnevict.evals.methods import EvaluationSettings
+from learnevict.evals.teacher_forced import Scores, TextBatch, score
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import full_trace
 from learnevict.oracle.reconstruct import Received
-from learnevict.oracle.shared_traces import Roll, Share, Terms, golden_shared, roll_of
+from learnevict.oracle.shared_traces import GoldenOptions, Roll, Share, golden_shared, roll_of
 from learnevict.signals import Trace
 
 UNIFORM = Share("head")
@@ -32,7 +32,7 @@ class Case:
         rules: event period and guards.
     """
 
-    def __init__(self, model: Any, texts: Texts, budget: int, rules: Rules) -> None:
+    def __init__(self, model: Any, texts: TextBatch, budget: int, rules: EvaluationSettings) -> None:
         self.model, self.texts, self.budget, self.rules = model, texts, budget, rules
         self.valid = texts.attention_mask.bool()
         self.logits, self.received = self.run(full_trace(model, texts.input_ids))
@@ -104,7 +104,7 @@ class Case:
         return roll_of(self.golden_labels, share, **self.terms)
 
     @property
-    def terms(self) -> Terms:
+    def terms(self) -> GoldenOptions:
         """Of every trace."""
         return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard, "valid": self.valid}
 
@@ -122,14 +122,14 @@ class Case:
         return score(self.texts, self.run(trace)[0], None)
 
 
-def from_the_left(texts: Texts) -> Texts:
+def from_the_left(texts: TextBatch) -> TextBatch:
     """The same texts, padded on the right."""
     length = texts.input_ids.shape[1]
     pad = length - texts.attention_mask.sum(-1, keepdim=True)
     column = (torch.arange(length, device=pad.device) + pad) % length
     parts = (texts.input_ids, texts.attention_mask, texts.checked, texts.spoken)
     ids, mask, checked, spoken = (part.gather(1, column) for part in parts)
-    return Texts(ids, mask, checked, spoken, texts.prompt_length)
+    return TextBatch(ids, mask, checked, spoken, texts.prompt_length)
 
 
 # --- what one query says of one key: attention [B, H, G, T, T] and what its layer was given ---

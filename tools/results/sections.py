@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from learnevict import methods, testbed
 from learnevict.evals import tuning
 from learnevict.evals.metrics import SMALLEST_GAP, Estimate
-from learnevict.evals.records import Results
+from learnevict.evals.records import Records
 from learnevict.evals.report import (
     ORACLE,
     grid,
@@ -28,7 +28,7 @@ LEXICAL = "lexical"
 Best = Callable[[str, str], str | None]
 
 
-def overview(results: Results, mode: str) -> list[str]:
+def overview(results: Records, mode: str) -> list[str]:
     """Mean over families, methods down and budgets across; who is missing."""
     lines: list[list[str]] = []
     for method in results.methods():
@@ -51,7 +51,7 @@ def overview(results: Results, mode: str) -> list[str]:
     return [said, table(["method", *results.budgets], lines), *notes(results)]
 
 
-def notes(results: Results) -> list[str]:
+def notes(results: Records) -> list[str]:
     """Who could not take part, and why."""
     there = {row.get("gates_of") or row["method"] for row in results.rows}
     if len(results.methods()) < len(methods.METHODS) // 2:  # a table of some methods only
@@ -75,7 +75,7 @@ def folded(title: str, parts: Sequence[str]) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
-def family_parts(results: Results, family: str, mode: str, best: Best | None) -> list[str]:
+def family_parts(results: Records, family: str, mode: str, best: Best | None) -> list[str]:
     """All numbers of one family."""
     rows = [row for row in results.rows if row["family"] == family]
     parts = [provenance(rows)]
@@ -126,14 +126,14 @@ def _impossible(row: Row) -> str:
     return "not possible" if row.get("impossible") else ""
 
 
-def _from(results: Results, method: str, base: str | None, family: str, budget: str) -> str:
+def _from(results: Records, method: str, base: str | None, family: str, budget: str) -> str:
     if base is None:
         return "not tuned"
     closed = results.gap_closed(method, {family: base}, budget)
     return f"{show(closed)} from {base}"
 
 
-def rivals(results: Results) -> list[str]:
+def rivals(results: Records) -> list[str]:
     """Learned methods, but for the baseline they have to beat."""
     return [name for name in results.methods("learned") if name != LEXICAL]
 
@@ -141,7 +141,7 @@ def rivals(results: Results) -> list[str]:
 # --- gap closed ---
 
 
-def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
+def gap_tables(results: Records, tuned: tuning.Tuned | None) -> list[str]:
     """How much of the way to golden learned methods go, pooled over families, from the best heuristic and from lexical."""
     parts = ["### Gap closed"]
     if tuned is None:
@@ -161,7 +161,7 @@ def gap_tables(results: Results, tuned: tuning.Tuned | None) -> list[str]:
     return parts
 
 
-def pooled_table(results: Results, best: Best) -> list[str]:
+def pooled_table(results: Records, best: Best) -> list[str]:
     """Learned methods down, budgets across; then which families each budget leaves out."""
     lines: list[list[str]] = []
     left: dict[str, list[str]] = {}
@@ -180,7 +180,7 @@ def pooled_table(results: Results, best: Best) -> list[str]:
     return parts
 
 
-def pooled(results: Results, method: str, best: Best, budget: str) -> tuple[str, str]:
+def pooled(results: Records, method: str, best: Best, budget: str) -> tuple[str, str]:
     """The gap closed over all families with how many of them it holds, and which it leaves out, with the reason."""
     named = {family: best(family, budget) for family in results.families}
     bases = {family: base for family, base in named.items() if base is not None}
@@ -191,7 +191,7 @@ def pooled(results: Results, method: str, best: Best, budget: str) -> tuple[str,
     return shown, ", ".join(f"{family} ({reason})" for family, reason in left.items())
 
 
-def _difference_table(results: Results) -> str:
+def _difference_table(results: Records) -> str:
     lines: list[list[str]] = []
     for method in rivals(results):
         found = [results.test(method, LEXICAL, results.families, budget, "teacher") for budget in results.budgets]
@@ -207,7 +207,7 @@ def show(estimate: Estimate) -> str:
 # --- refinement ---
 
 
-def refined_tables(main: Results | None, free: Results | None) -> list[str]:
+def refined_tables(main: Records | None, free: Records | None) -> list[str]:
     """What refinement by reinforcement adds to its supervised start: paired differences with p-values."""
     parts: list[str] = []
     for title, results, mode in (("step accuracy", main, "teacher"), ("exact match, free generation", free, "free")):
@@ -225,7 +225,7 @@ def refined_tables(main: Results | None, free: Results | None) -> list[str]:
     return ["## Refined against its supervised start", said, *parts]
 
 
-def _refined(results: Results, name: str, mode: str) -> str:
+def _refined(results: Records, name: str, mode: str) -> str:
     lines: list[list[str]] = []
     for title, families in [*((family, [family]) for family in results.families), ("all", results.families)]:
         found = [results.test(name, name + START, families, budget, mode) for budget in results.budgets]
@@ -240,7 +240,7 @@ def _tested(apart: Estimate, p: float) -> str:
 # --- free generation ---
 
 
-def recall_line(results: Results) -> str:
+def recall_line(results: Records) -> str:
     """Learned methods on recall at 1/4, where random should be at chance."""
     random = results.row("random", "recall", "1/4")
     learned = [row for name in results.methods("learned") if (row := results.row(name, "recall", "1/4"))]
@@ -254,7 +254,7 @@ def recall_line(results: Results) -> str:
     )
 
 
-def agreement_line(results: Results) -> str:
+def agreement_line(results: Records) -> str:
     """How far golden's second text follows the one its labels were made from."""
     rows = [row for row in results.rows if row.get("agreement") is not None]
     if not rows:
@@ -266,7 +266,7 @@ def agreement_line(results: Results) -> str:
     )
 
 
-def full_cache_table(found: dict[str, Results]) -> str:
+def full_cache_table(found: dict[str, Records]) -> str:
     """Exact match with the full cache, family by family."""
     rows = [row for name in ("free", "main") if name in found for row in found[name].rows]
     full = [row for row in rows if row["method"] == "full" and row["exact_match"] is not None]

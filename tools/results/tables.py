@@ -12,7 +12,7 @@ from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
 from learnevict.evals.plots import plot
-from learnevict.evals.records import Results, read_results
+from learnevict.evals.records import Records, read_results
 from learnevict.evals.report import table
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
@@ -69,7 +69,7 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
     check_same_origin([*found.values()], tuned)
     names = {name for part in found.values() for name in part.methods("learned")}
-    parts: list[str] = [HEADER, "# Results", " ".join([LEGEND, *who_is_who(names)])]
+    parts: list[str] = [HEADER, "# Records", " ".join([LEGEND, *who_is_who(names)])]
     written: list[Path] = []
     if "main" in found:
         parts += goal_tables(found["main"], found.get("free"), tuned)
@@ -123,7 +123,7 @@ def gates_config(gates: Path, name: str) -> dict[str, Any]:
     return json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
 
 
-def check_same_origin(found: list[Results], tuned: tuning.Tuned | None) -> None:
+def check_same_origin(found: list[Records], tuned: tuning.Tuned | None) -> None:
     """All numbers of the page belong to the same weights and tasks, and all of one name to the same gates.
 
     Raises:
@@ -159,7 +159,7 @@ def check_bundled(results: Path) -> None:
     hashes = {name: weight_hash(Gates.load(folder, model)) for name, folder in shipped.items()}
     for name in TITLES:
         files = sorted_rows(results / name)
-        found = read_results(files) if files else Results()
+        found = read_results(files) if files else Records()
         stale = {key for record in found.configurations for key, value in expected.items() if record[key] != value}
         stale |= {f"gates of {one}" for one, ran in found.gates.items() if ran != {hashes.get(one)}}
         if stale:
@@ -176,7 +176,7 @@ def sorted_rows(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.name))
 
 
-def section(name: str, results: Results, tuned: tuning.Tuned | None) -> list[str]:
+def section(name: str, results: Records, tuned: tuning.Tuned | None) -> list[str]:
     """One table of comparisons with what follows from it."""
     title, rules = TITLES[name]
     mode = "free" if name == "free" else "teacher"

@@ -14,7 +14,7 @@ from learnevict.policy import Guard, Schedule
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CacheMemory:
     """Bytes on the device, all rows of the batch together.
 
     Attributes:
@@ -44,7 +44,7 @@ def estimate(
     dtype: torch.dtype | None = None,
     schedule: Schedule | None = None,
     guard: Guard | None = None,
-) -> Estimate:
+) -> CacheMemory:
     """Bytes of weights and caches, without loading a weight.
 
     Args:
@@ -81,7 +81,7 @@ def estimate(
     full = sum(stock) * per_token * batch
     held = [min(tokens, slots + schedule.slack) if index in evicting else size for index, size in enumerate(stock)]
     parameters = num_parameters(config)
-    return Estimate(
+    return CacheMemory(
         parameters,
         parameters * torch.empty(0, dtype=kind).element_size(),
         full,

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from learnevict.infer.store.slots import Ledger, Picked, pick, picked_slots
-from learnevict.signals import EMPTY, Column
+from learnevict.infer.store.slots import Picked, SlotStates, pick, picked_slots
+from learnevict.signals import EMPTY, StateColumn
 
 SMALL_PAGE = 8
 """Slots of a page below which a product per page takes longer than gathering the pages of a head side by side."""
@@ -35,19 +35,19 @@ class PagePool:
     head owner[p], both int64 [P], heads counted over all rows; owner is B * H for the pages of nobody.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, columns: tuple[Column, ...], page: int) -> None:
+    def __init__(self, key: Tensor, value: Tensor, columns: tuple[StateColumn, ...], page: int) -> None:
         batch, heads = key.shape[:2]
         self.page = page
         self.keys = key.new_zeros(1, page, key.shape[-1])
         self.values = value.new_zeros(1, page, value.shape[-1])
-        self.ledger = Ledger(batch, heads, columns, key.device)
+        self.state = SlotStates(batch, heads, columns, key.device)
         self._set_table(torch.zeros(batch, heads, 0, dtype=torch.int64, device=key.device))
         self.count = torch.zeros(batch, heads, dtype=torch.int64, device=key.device)
 
     @property
     def position(self) -> Tensor:
         """int32 [B, H, N], -1 = empty; N = pages of the widest head times page size."""
-        return self.ledger.position
+        return self.state.position
 
     @property
     def room(self) -> int:
@@ -63,7 +63,7 @@ class PagePool:
     def aux_nbytes(self) -> int:
         """Bytes of positions, ledger and tables."""
         own = (self.table, self.count, self.owner, self.rank)
-        return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), *own])
+        return sum(tensor.nbytes for tensor in [*self.state.tensors(), *own])
 
     @property
     def bias(self) -> Tensor:
@@ -78,7 +78,7 @@ class PagePool:
         depth = -(-widest // self.page)
         if depth > self.table.shape[2]:
             self.table = torch.nn.functional.pad(self.table, (0, depth - self.table.shape[2]))
-            self.ledger.resize(depth * self.page, None)
+            self.state.resize(depth * self.page, None)
         if pages != self.keys.shape[0]:
             self._move(pages)
         self._set_table(self.table)
@@ -88,7 +88,7 @@ class PagePool:
         depth = max(-(-widest // self.page), 1)
         if depth < self.table.shape[2]:
             slots = torch.arange(depth * self.page, device=self.table.device)
-            self.ledger.resize(depth * self.page, slots.expand(*self.table.shape[:2], -1))
+            self.state.resize(depth * self.page, slots.expand(*self.table.shape[:2], -1))
             self._set_table(self.table[:, :, :depth].contiguous())
 
     def _set_table(self, table: Tensor) -> None:
@@ -158,11 +158,11 @@ class PagePool:
         where = self._physical(slot)
         if real is None:
             self._store(where, key, value)
-            self.ledger.write(slot, position, notes)
+            self.state.write(slot, position, notes)
         else:
             self._store(pick(real, where), pick(real, key), pick(real, value))
             parts = {name: pick(real, note) for name, note in notes.items()}
-            self.ledger.put(picked_slots(real, slot), position[real], parts)
+            self.state.put(picked_slots(real, slot), position[real], parts)
         self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
 
     def _store(self, where: Tensor, key: Tensor, value: Tensor) -> None:
@@ -178,11 +178,11 @@ class PagePool:
         slot = torch.arange(position.shape[2], device=position.device)
         inside = slot < count.unsqueeze(-1)
         order = self._close(~alive & inside, alive & ~inside)
-        self.ledger.position = torch.where(inside, position.gather(-1, order), EMPTY)
-        for column in self.ledger.spec:
-            old = self.ledger.columns[column.name]
+        self.state.position = torch.where(inside, position.gather(-1, order), EMPTY)
+        for column in self.state.spec:
+            old = self.state.columns[column.name]
             index = order.view(*order.shape, *([1] * len(column.shape))).expand_as(old)
-            self.ledger.columns[column.name] = old.gather(2, index)
+            self.state.columns[column.name] = old.gather(2, index)
         self.count = count
         self._clean(inside)
 
@@ -295,4 +295,4 @@ class PagePool:
             setattr(self, name, target)
         self.count = count
         self._set_table(number)
-        self.ledger.select(index)
+        self.state.select(index)

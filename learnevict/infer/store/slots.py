@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from learnevict.signals import EMPTY, Column
+from learnevict.signals import EMPTY, StateColumn
 
 Picked = tuple[Tensor, Tensor]
 """Rows, and places in a block, of some of its tokens: int64 [n] each."""
 
 
-class Ledger:
+class SlotStates:
     """Positions and columns of slots, [B, H, N, ...], shared by both storages."""
 
-    def __init__(self, batch: int, heads: int, columns: tuple[Column, ...], device: torch.device) -> None:
+    def __init__(self, batch: int, heads: int, columns: tuple[StateColumn, ...], device: torch.device) -> None:
         self.spec = columns
         self.position = torch.empty(batch, heads, 0, dtype=torch.int32, device=device)
         self.columns = {c.name: torch.empty(batch, heads, 0, *c.shape, dtype=c.dtype, device=device) for c in columns}
@@ -66,11 +66,11 @@ class SlotPool:
     Shapes: keys [B, H, N, d], values [B, H, N, dv], position int32 [B, H, N].
     """
 
-    def __init__(self, key: Tensor, value: Tensor, columns: tuple[Column, ...]) -> None:
+    def __init__(self, key: Tensor, value: Tensor, columns: tuple[StateColumn, ...]) -> None:
         batch, heads = key.shape[:2]
         self.keys = key.new_empty(batch, heads, 0, key.shape[-1])
         self.values = value.new_empty(batch, heads, 0, value.shape[-1])
-        self.ledger = Ledger(batch, heads, columns, key.device)
+        self.state = SlotStates(batch, heads, columns, key.device)
         self.bias = key.new_empty(batch, heads, 0)
         self.free = torch.empty(batch, heads, 0, dtype=torch.int64, device=key.device)
         self.first = first_rows(self.free)
@@ -79,7 +79,7 @@ class SlotPool:
     @property
     def position(self) -> Tensor:
         """int32 [B, H, N], -1 = empty."""
-        return self.ledger.position
+        return self.state.position
 
     @property
     def capacity(self) -> int:
@@ -99,7 +99,7 @@ class SlotPool:
     @property
     def aux_nbytes(self) -> int:
         """Bytes of positions, ledger, bias and free list."""
-        return sum(tensor.nbytes for tensor in [*self.ledger.tensors(), self.bias, self.free])
+        return sum(tensor.nbytes for tensor in [*self.state.tensors(), self.bias, self.free])
 
     def resize(self, capacity: int) -> None:
         """Grow with empty slots, or shrink by dropping empty ones."""
@@ -108,7 +108,7 @@ class SlotPool:
             pick = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]
         self.keys = resized(self.keys, capacity, pick, 0.0)
         self.values = resized(self.values, capacity, pick, 0.0)
-        self.ledger.resize(capacity, pick)
+        self.state.resize(capacity, pick)
         self._list_free()
         self.first = first_rows(self.free)
 
@@ -137,7 +137,7 @@ class SlotPool:
             where = picked_slots(real, slot)
             self.keys[where], self.values[where] = pick(real, key), pick(real, value)
             self.bias[where] = 0.0
-            self.ledger.put(where, position[real], {name: pick(real, note) for name, note in notes.items()})
+            self.state.put(where, position[real], {name: pick(real, note) for name, note in notes.items()})
         self.cursor = [cursor + size for cursor, size in zip(self.cursor, sizes, strict=True)]
 
     def _next(self, width: int) -> Tensor:
@@ -154,7 +154,7 @@ class SlotPool:
         self.keys.view(-1, key.shape[-1]).index_copy_(0, index, key.reshape(-1, key.shape[-1]))
         self.values.view(-1, value.shape[-1]).index_copy_(0, index, value.reshape(-1, value.shape[-1]))
         self.bias.view(-1).index_fill_(0, index, 0.0)
-        self.ledger.write(slot, position, notes)
+        self.state.write(slot, position, notes)
 
     def evict(self, drop: Tensor) -> None:
         """Empty the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
@@ -189,7 +189,7 @@ class SlotPool:
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.bias, self.free = self.bias.index_select(0, index), self.free.index_select(0, index)
         self.first = first_rows(self.free)
-        self.ledger.select(index)
+        self.state.select(index)
         self.cursor = [self.cursor[i] for i in index.tolist()]
 
 

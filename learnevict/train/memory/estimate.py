@@ -1,6 +1,6 @@
 """What a run takes, from the configuration of the base alone: bytes in every process, operations, and on how many GPUs it fits.
 
-    print(report(estimate(load_config("user/model"), "foresightkv", Plan("replay", tokens=32768)), "80GiB"))
+    print(report(estimate(load_config("user/model"), "foresightkv", RunPlan("replay", tokens=32768)), "80GiB"))
 
 Nothing is loaded and nothing allocated. Counts of weights and bytes of labels are exact; what is recorded and cached follows
 from shapes that the tests compare with real runs; activations and operations are rules of thumb
@@ -22,7 +22,7 @@ from learnevict.errors import UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.memory import num_parameters
 from learnevict.policy import Gate
-from learnevict.train.memory.phases import LEARNING, Phases, Plan, Shapes
+from learnevict.train.memory.phases import LEARNING, Phases, RunPlan, Shapes
 from learnevict.train.memory.saved_activations import bytes_per_token
 
 STAGES = ("DDP", "ZeRO-2", "ZeRO-3")
@@ -43,7 +43,7 @@ class Figures:
         stored: bytes of the labels of one text in a label store, in float16.
     """
 
-    plan: Plan
+    plan: RunPlan
     parameters: int
     base: int
     gate_parameters: int
@@ -62,7 +62,7 @@ class Figures:
         return self.base + self.gates[stage] + self.working
 
 
-def estimate(config: PreTrainedConfig, method: str, plan: Plan) -> Figures:
+def estimate(config: PreTrainedConfig, method: str, plan: RunPlan) -> Figures:
     """What a run takes.
 
     Args:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from learnevict.errors import UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.parts.learned import Judge, Learner
+from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 
 TILE = 128
@@ -27,7 +27,7 @@ Phases = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run.
 
     Attributes:
@@ -82,7 +82,7 @@ class Shapes:
         held: bytes for the backward pass in one layer, see learnevict.train.memory.saved_activations.
     """
 
-    def __init__(self, config: PreTrainedConfig, gate: Gate, plan: Plan, held: float = 0.0) -> None:
+    def __init__(self, config: PreTrainedConfig, gate: Gate, plan: RunPlan, held: float = 0.0) -> None:
         text = config.get_text_config(decoder=True)
         self.plan, self.gate, self.layout = plan, gate, layout_of(config)
         kind = plan.dtype or getattr(text, "dtype", None) or torch.float32
@@ -146,7 +146,7 @@ class Shapes:
     @property
     def inputs(self) -> int:
         """The judge's inputs per slot; 0 for gates that are none."""
-        return self.gate.num_features if isinstance(self.gate, Judge) else 0
+        return self.gate.num_features if isinstance(self.gate, SlotScorer) else 0
 
     @property
     def judged(self) -> int:

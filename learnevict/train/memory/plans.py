@@ -9,14 +9,14 @@ import torch
 from transformers import TrainingArguments
 
 from learnevict.hub import Gates
-from learnevict.train.memory.phases import Plan
-from learnevict.train.run.arguments import Flags
+from learnevict.train.memory.phases import RunPlan
+from learnevict.train.run.arguments import Arguments
 
 SHARED = ("period", "budgets", "cuts", "objective", "pairs", "recompute")
-"""What a mode's config and a Plan both know, and call the same."""
+"""What a mode's config and a RunPlan both know, and call the same."""
 
 
-def plan_distilling(flags: Flags, tokens: int, dtype: torch.dtype | None) -> Plan:
+def plan_distilling(flags: Arguments, tokens: int, dtype: torch.dtype | None) -> RunPlan:
     """Of recipes/distill.py.
 
     Args:
@@ -26,8 +26,8 @@ def plan_distilling(flags: Flags, tokens: int, dtype: torch.dtype | None) -> Pla
     """
     common, mode = flags.common, vars(flags.mode)
     given = {name: mode[name] for name in SHARED if name in mode}
-    return Plan(
-        flags.course.mode.name,
+    return RunPlan(
+        flags.trainable_method.mode.name,
         tokens,
         flags.training.per_device_train_batch_size,
         stored_labels=common.labels is not None,
@@ -39,9 +39,9 @@ def plan_distilling(flags: Flags, tokens: int, dtype: torch.dtype | None) -> Pla
     )
 
 
-def plan_refining(common: Any, refine: Any, training: Any, tokens: int, dtype: torch.dtype | None) -> Plan:
+def plan_refining(common: Any, refine: Any, training: Any, tokens: int, dtype: torch.dtype | None) -> RunPlan:
     """Of recipes/grpo.py: its Config, RefineConfig and GRPOConfig; otherwise as `plan_distilling`."""
-    return Plan(
+    return RunPlan(
         "grpo",
         tokens,
         training.per_device_train_batch_size,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from learnevict.config import Layout
 from learnevict.oracle import Received
-from learnevict.parts.learned import Judge, Learner
+from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 from learnevict.signals import Attention
-from learnevict.train.trainers.layer_batch import Lesson, Times
+from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
 FEW, MORE = 32, 96
 
@@ -33,7 +33,7 @@ def bytes_per_token(build: Callable[[Layout], Gate], layout: Layout) -> float:
     gate = build(replace(layout, num_layers=1))
 
     def ask(tokens: int) -> Any:
-        if isinstance(gate, Judge):
+        if isinstance(gate, SlotScorer):
             return gate.judge(0, torch.zeros(1, layout.num_heads, tokens, gate.num_features))
         return _studied(gate, layout, tokens)
 
@@ -43,14 +43,14 @@ def bytes_per_token(build: Callable[[Layout], Gate], layout: Layout) -> float:
 def _studied(gate: Gate, layout: Layout, tokens: int) -> Any:
     """What a trainer asks the gate about a text."""
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    times = Times.of(ids, torch.ones_like(ids, dtype=torch.bool))
+    times = UnpaddedPositions.of(ids, torch.ones_like(ids, dtype=torch.bool))
     query = torch.zeros(1, layout.num_query_heads, tokens, layout.head_dim)
     key = torch.zeros(1, layout.num_heads, tokens, layout.head_dim)
     value = torch.zeros(1, layout.num_heads, tokens, layout.value_dim)
     turning = torch.ones(layout.head_dim // 2)
     attention = Attention(layout.head_dim**-0.5, frequencies=turning)
     received = Received(query, key, value, torch.zeros(1, tokens, layout.hidden_size), attention)
-    lesson = Lesson.of(0, times, received, None)
+    lesson = LayerBatch.of(0, times, received, None)
     written = lesson.written(gate.columns)
     if not (isinstance(gate, Learner) and gate.at_cuts):
         return gate.write(written)

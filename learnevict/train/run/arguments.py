@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from learnevict.errors import UsageError
 from learnevict.train.run.ranges import GATE, check_numbers, check_training
-from learnevict.train.run.registry import Course, course, required
+from learnevict.train.run.registry import TrainableMethod, required, trainable_method
 
 TRAINING_FIELDS = {one.name for one in fields(TrainingArguments) if one.init}
 
@@ -32,7 +32,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 @dataclass
-class Flags:
+class Arguments:
     """What a command line says.
 
     Attributes:
@@ -45,7 +45,7 @@ class Flags:
     """
 
     common: Any
-    course: Course
+    trainable_method: TrainableMethod
     mode: Any
     settings: dict[str, Any]
     training: TrainingArguments
@@ -56,7 +56,9 @@ class Flags:
         return name in self.given
 
 
-def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], description: str | None = None) -> Flags:
+def parse(
+    arguments: Sequence[str], common: type, defaults: dict[str, Any], description: str | None = None
+) -> Arguments:
     """Read a command line.
 
     Args:
@@ -75,7 +77,7 @@ def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], desc
         written = read_yaml(Path(words.pop(0)))
     method = str(_early(words, ["method"]).get("method", written.get("method", _default(common, "method"))))
     early = {**written, **_early(words, required(method))}
-    teaching = course(method, **{name: literal(early[name]) for name in required(method) if name in early})
+    teaching = trainable_method(method, **{name: literal(early[name]) for name in required(method) if name in early})
     groups = _groups(common, teaching)
     kinds: Any = [*(group for group in groups if fields(group)), TrainingArguments]
     usage = "%(prog)s [config.yaml] [--method NAME] [flags]"
@@ -97,7 +99,7 @@ def parse(arguments: Sequence[str], common: type, defaults: dict[str, Any], desc
     check_numbers(settings, GATE, otherwise=-inf)
     mode = teaching.config(**dict(_for_config(teaching.config, values)))
     check_numbers(mode, otherwise=0)
-    return Flags(
+    return Arguments(
         common(**{one.name: values[one.name] for one in fields(common)}),
         teaching,
         mode,
@@ -157,7 +159,7 @@ def _parsed(parser: Any, words: Sequence[str], where: str) -> list[Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Flags of a file: one mapping of names to values.
+    """Arguments of a file: one mapping of names to values.
 
     Raises:
         UsageError: it cannot be read, or is no mapping.
@@ -183,7 +185,7 @@ def literal(text: Any) -> Any:
         return None if text.lower() == "none" else text
 
 
-def _groups(common: type, teaching: Course) -> list[type]:
+def _groups(common: type, teaching: TrainableMethod) -> list[type]:
     """Dataclasses of flags without a name twice, one for each part of --help."""
     taken = set(TRAINING_FIELDS)
     groups = []

@@ -81,7 +81,7 @@ MODES: dict[str, Mode] = {
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainableMethod:
     """A method that can be taught, and how.
 
     Attributes:
@@ -107,7 +107,7 @@ class Course:
         return self.mode.load(self.mode.config)
 
 
-def course(method: str, **given: Any) -> Course:
+def trainable_method(method: str, **given: Any) -> TrainableMethod:
     """How a method is taught.
 
     Args:
@@ -131,7 +131,7 @@ def course(method: str, **given: Any) -> Course:
         raise UsageError(
             f"the gate of {method!r} wants to be taught in mode {gate.mode!r}; there are {', '.join(sorted(MODES))}"
         )
-    return Course(method, MODES[gate.mode], gate.settings(), dict(vars(module).get("TRAINING", {})))
+    return TrainableMethod(method, MODES[gate.mode], gate.settings(), dict(vars(module).get("TRAINING", {})))
 
 
 def required(method: str) -> list[str]:

@@ -13,12 +13,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document, LabelStore, hash_documents
-from learnevict.data.self_generated import Answering, answer
+from learnevict.data.self_generated import SelfGeneration, answer
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
 from learnevict.hub import Gates, weight_hash
-from learnevict.train.run.arguments import Flags
+from learnevict.train.run.arguments import Arguments
 from learnevict.train.run.launch import check_launch
 from learnevict.train.run.resume import smoke_folder
 from learnevict.train.validation import BEST
@@ -29,7 +29,7 @@ Reader = Callable[[Source, int, int], tuple[list[Document], list[Document]]]
 """From a source and two numbers, of documents to learn from and of those held out, to both."""
 
 
-def settle(flags: Flags) -> None:
+def settle(flags: Arguments) -> None:
     """Make training arguments agree with each other and with the recipe's flags.
 
     Raises:
@@ -57,7 +57,7 @@ def settle(flags: Flags) -> None:
     _settle_evaluation(flags)
 
 
-def _settle_evaluation(flags: Flags) -> None:
+def _settle_evaluation(flags: Arguments) -> None:
     """Evaluations choose the best checkpoint, so one is saved at every evaluation."""
     common, training = flags.common, flags.training
     if training.eval_steps is None and training.eval_strategy == IntervalStrategy.NO:
@@ -82,7 +82,7 @@ def _settle_evaluation(flags: Flags) -> None:
     training.metric_for_best_model, training.greater_is_better = BEST, True
 
 
-def make_gates(flags: Flags, base: PreTrainedModel) -> Gates:
+def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
     """Fresh gates, or those of --start_from, whose settings hold unless others are asked for.
 
     Raises:
@@ -108,7 +108,7 @@ def make_gates(flags: Flags, base: PreTrainedModel) -> Gates:
     return gates
 
 
-def read_data(flags: Flags, base: PreTrainedModel, tokenizer: Any, read: Reader) -> tuple[Any, list[Document]]:
+def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any, read: Reader) -> tuple[Any, list[Document]]:
     """What to learn from, a list of documents or a Stream, and documents to judge by.
 
     Args:
@@ -122,7 +122,7 @@ def read_data(flags: Flags, base: PreTrainedModel, tokenizer: Any, read: Reader)
         UsageError: the mode does not learn from labels, or from such documents.
     """
     common, training = flags.common, flags.training
-    shortest = flags.course.mode.shortest(flags.mode)
+    shortest = flags.trainable_method.mode.shortest(flags.mode)
     num_held = common.eval_documents if training.do_eval else 0
     source = Source(
         common.data,
@@ -153,11 +153,11 @@ def read_data(flags: Flags, base: PreTrainedModel, tokenizer: Any, read: Reader)
 
 
 def _own_answers(
-    flags: Flags, base: PreTrainedModel, tokenizer: Any, found: list[Document], held_out: list[Document]
+    flags: Arguments, base: PreTrainedModel, tokenizer: Any, found: list[Document], held_out: list[Document]
 ) -> tuple[list[Document], list[Document]]:
     """Both with answers of the model, as long as the longest given to any of them."""
     common, training = flags.common, flags.training
-    how = Answering(
+    how = SelfGeneration(
         common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
         training.world_size, shown=not training.disable_tqdm,
     )  # fmt: skip
@@ -165,9 +165,9 @@ def _own_answers(
     return answer(base, tokenizer, found, how), answer(base, tokenizer, held_out, how) if held_out else []
 
 
-def _suitable(documents: list[Document], flags: Flags) -> list[Document]:
+def _suitable(documents: list[Document], flags: Arguments) -> list[Document]:
     """Those that the mode can learn from; says how many are left out."""
-    mode = flags.course.mode
+    mode = flags.trainable_method.mode
     kept = long_enough(documents, mode.shortest(flags.mode))
     if mode.responses:
         kept = [one for one in kept if 0 < one.prompt_length < len(one.input_ids)]
@@ -182,11 +182,13 @@ def _suitable(documents: list[Document], flags: Flags) -> list[Document]:
     return kept
 
 
-def _stored(flags: Flags, base: PreTrainedModel) -> list[Document]:
+def _stored(flags: Arguments, base: PreTrainedModel) -> list[Document]:
     """Labelled documents of a store, checked against model, mode and period."""
     folder = flags.common.labels
-    if not flags.course.mode.stored_labels:
-        raise UsageError(f"mode {flags.course.mode.name} does not learn from labels; drop --labels, and give --data")
+    if not flags.trainable_method.mode.stored_labels:
+        raise UsageError(
+            f"mode {flags.trainable_method.mode.name} does not learn from labels; drop --labels, and give --data"
+        )
     store = LabelStore(Path(folder))
     if store.manifest.base_hash != weight_hash(base):
         raise LabelError(f"{folder!r} holds labels of another base model; make them anew with recipes/oracle.py")

@@ -22,8 +22,8 @@ from learnevict.ops.distributed import summed
 from learnevict.parts.learned import hidden_of
 from learnevict.train.batch_random import Draws
 from learnevict.train.losses.objectives import LEAST
-from learnevict.train.trainers.layer_batch import Lesson
-from learnevict.train.trainers.teacher_pass import Course, StreamConfig
+from learnevict.train.trainers.layer_batch import LayerBatch
+from learnevict.train.trainers.teacher_pass import StreamConfig, TeacherPass
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def fit_linear(
     square = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)
     cross = torch.zeros(layers, width + 1, heads, dtype=torch.float64)
     for batch in batches:
-        course = Course(config, config.reduce(gate), batch, Draws.anew(len(batch["input_ids"])))
+        course = TeacherPass(config, config.reduce(gate), batch, Draws.anew(len(batch["input_ids"])))
 
-        def add(lesson: Lesson, labels: Tensor, course: Course = course) -> None:
+        def add(lesson: LayerBatch, labels: Tensor, course: TeacherPass = course) -> None:
             targets, candidates = course.of_tokens(labels)
             asked = candidates.squeeze(1)
             inputs = hidden_of(lesson.written(()), "kvzap")[asked].double()

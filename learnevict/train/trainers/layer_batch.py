@@ -15,11 +15,11 @@ from torch import Tensor
 from learnevict.infer.soft import Sequence
 from learnevict.oracle import Received
 from learnevict.policy import Guard
-from learnevict.signals import EMPTY, Column, Rows, Signals
+from learnevict.signals import EMPTY, Rows, Signals, StateColumn
 
 
 @dataclass(frozen=True)
-class Times:
+class UnpaddedPositions:
     """Where the real tokens of a batch stand.
 
     Attributes:
@@ -35,7 +35,7 @@ class Times:
     tokens: Tensor
 
     @classmethod
-    def of(cls, input_ids: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Times:
+    def of(cls, input_ids: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> UnpaddedPositions:
         """Of padded texts."""
         order = (~valid).to(torch.int8).argsort(dim=-1, stable=True)
         column = torch.where(valid.gather(1, order), order, EMPTY).int()
@@ -83,22 +83,22 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LayerBatch:
     """What one layer received of a batch, in row time; `expiry` int32 [B, H, T] too, if the batch was read under eviction."""
 
     layer: int
-    times: Times
+    times: UnpaddedPositions
     received: Received
     expiry: Tensor | None = None
 
     @classmethod
-    def of(cls, layer: int, times: Times, received: Received, expiry: Tensor | None) -> Lesson:
+    def of(cls, layer: int, times: UnpaddedPositions, received: Received, expiry: Tensor | None) -> LayerBatch:
         """From columns of the padded batch."""
         if expiry is not None:
             expiry = expiry.gather(-1, times.order.unsqueeze(1).expand_as(expiry))
         return cls(layer, times, received.at(times.order), expiry)
 
-    def written(self, columns: Iterable[Column]) -> Signals:
+    def written(self, columns: Iterable[StateColumn]) -> Signals:
         """The whole texts as one block of fresh tokens, entered into an empty cache whose ledger has these columns."""
         key, value = (part[:, :, :1] for part in (self.received.key, self.received.value))
         empty = torch.full(key.shape[:3], EMPTY, dtype=torch.int32, device=key.device)
@@ -108,7 +108,7 @@ class Lesson:
         fresh = (self.received, self.times.column, self.times.tokens)
         return self._signals(Sequence(key, value, empty), rows, rows.seen, ledger, fresh)
 
-    def notes(self, written: dict[str, Tensor], columns: Iterable[Column]) -> dict[str, Tensor]:
+    def notes(self, written: dict[str, Tensor], columns: Iterable[StateColumn]) -> dict[str, Tensor]:
         """The ledger of all tokens, [B, H, T, ...], given what a scorer wrote; columns it did not name stand at their fill."""
         like = self.times.column.unsqueeze(1).expand(self.received.key.shape[:3])
         return {one.name: written.get(one.name, _filled(one, like)) for one in columns}
@@ -160,7 +160,7 @@ class Lesson:
             slots=slots,
             rows=rows,
             budget=budget,
-            ledger=ledger,
+            state=ledger,
             query=received.query,
             query_position=where,
             attention=received.attention,
@@ -171,6 +171,6 @@ class Lesson:
         )
 
 
-def _filled(column: Column, like: Tensor) -> Tensor:
+def _filled(column: StateColumn, like: Tensor) -> Tensor:
     """A column at its fill, [B, H, N, ...] for like [B, H, N]."""
     return torch.full((*like.shape, *column.shape), column.fill, dtype=column.dtype, device=like.device)

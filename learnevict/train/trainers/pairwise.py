@@ -12,7 +12,7 @@ from learnevict.errors import BudgetError, DataError, UsageError
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed
 from learnevict.oracle import golden_labels
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Guard, Schedule
 from learnevict.train.batch_random import Draws, check_budgets
 from learnevict.train.losses import objectives
@@ -84,7 +84,7 @@ class RankingTrainer(GateTrainer):
         draws = self.draws(len(inputs["input_ids"]))
         states = self._record(inputs, draws)
         stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
-        gate: Judge = self.gate
+        gate: SlotScorer = self.gate
         if not bool(gate.calibrated):
             gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
         scores: list[Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
@@ -133,7 +133,7 @@ class RankingTrainer(GateTrainer):
         )
 
 
-def judge_all(judge: Judge, features: dict[int, Tensor]) -> list[Tensor]:
+def judge_all(judge: SlotScorer, features: dict[int, Tensor]) -> list[Tensor]:
     """Scores of recorded states: {layer: [M, H, N, in]} -> [M, H, N] of each. DeepSpeed takes no dictionary of numbers."""
     return [judge.judge(layer, part) for layer, part in features.items()]
 

@@ -2,7 +2,8 @@
 
 The base reads a text without gradient into a cache from which nothing is evicted; at some moments the probe is asked, through
 the same code as in inference, with gradient through the frozen base. Tokens of the text never depend on the probe, so they
-are read once for all moments. Texts are aligned at the ends of their prompts, so that one forward asks all rows there; moments
+are read once for all moments. AlignedTexts are aligned at the ends of their prompts, so that one forward asks all
+rows there; moments
 are counted from there, and are the same in all processes.
 """
 
@@ -59,7 +60,7 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class Texts:
+class AlignedTexts:
     """A batch whose prompts end in one column, padded on both sides.
 
     Attributes:
@@ -75,7 +76,9 @@ class Texts:
     end: list[int]
 
     @classmethod
-    def align(cls, input_ids: Int[Tensor, "B S"], attention_mask: Tensor, prompt_length: Int[Tensor, "B"]) -> Texts:
+    def align(
+        cls, input_ids: Int[Tensor, "B S"], attention_mask: Tensor, prompt_length: Int[Tensor, "B"]
+    ) -> AlignedTexts:
         """From texts that are padded anywhere."""
         real = attention_mask.bool()
         in_order = input_ids.gather(1, (~real).to(torch.int8).argsort(dim=-1, stable=True))
@@ -104,7 +107,7 @@ class Cut:
     rows: Bool[Tensor, "B"]
 
 
-def draw_cuts(texts: Texts, config: ProbeConfig, draws: Draws) -> list[Cut]:
+def draw_cuts(texts: AlignedTexts, config: ProbeConfig, draws: Draws) -> list[Cut]:
     """The ends of prompts and random moments of random rows, in order; as many in all processes.
 
     Raises:
@@ -135,7 +138,7 @@ def draw_cuts(texts: Texts, config: ProbeConfig, draws: Draws) -> list[Cut]:
 
 @torch.no_grad()
 def foresee(
-    base: PreTrainedModel, texts: Texts, cuts: list[Cut], reduce: Reducers
+    base: PreTrainedModel, texts: AlignedTexts, cuts: list[Cut], reduce: Reducers
 ) -> list[dict[int, Float[Tensor, "B Hq n"]]]:
     """What the responses attend to, from one pass: for each cut and layer, of the columns before it."""
     found: list[dict[int, Tensor]] = [{} for _ in cuts]
@@ -164,7 +167,7 @@ def foresee(
 
 
 def question_batch(
-    gate: SoftTokens, base: PreTrainedModel, texts: Texts, cuts: list[Cut], wanted: list[dict[int, Tensor]]
+    gate: SoftTokens, base: PreTrainedModel, texts: AlignedTexts, cuts: list[Cut], wanted: list[dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Read the texts, ask at every cut, and compare.
 
@@ -239,7 +242,7 @@ class ProbeTrainer(GateTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the gate's objective, mean over moments, layers, query heads and rows."""
-        texts = Texts.align(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
+        texts = AlignedTexts.align(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
         cuts = draw_cuts(texts, self.probe, self.draws(len(texts.ids)))
         wanted = foresee(self.base, texts, cuts, PRESETS[self.gate.oracle])
         loss, hits = model(question_batch, self.base, texts, cuts, wanted)

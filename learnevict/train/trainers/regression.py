@@ -21,9 +21,9 @@ from learnevict.train.batch_random import Draws
 from learnevict.train.losses import regret
 from learnevict.train.trainer import GateTrainer
 from learnevict.train.trainers.closed_form import check_linear, fit_linear
-from learnevict.train.trainers.layer_batch import Lesson
-from learnevict.train.trainers.teacher_pass import Course
+from learnevict.train.trainers.layer_batch import LayerBatch
 from learnevict.train.trainers.teacher_pass import StreamConfig as StreamConfig
+from learnevict.train.trainers.teacher_pass import TeacherPass
 
 
 class StreamTrainer(GateTrainer):
@@ -87,8 +87,10 @@ def study(
         DataError: no text of the batch has a candidate with a future.
     """
     ids = inputs["input_ids"]
-    teacher = _Teacher(gate, Course(config, config.reduce(gate), inputs, draws or Draws.anew(len(ids), ids.device)))
-    teacher.course.read(base, teacher.teach)
+    teacher = _Teacher(
+        gate, TeacherPass(config, config.reduce(gate), inputs, draws or Draws.anew(len(ids), ids.device))
+    )
+    teacher.trainable_method.read(base, teacher.teach)
     if not teacher.losses:
         raise DataError(
             f"a batch of texts of at most {ids.shape[1]} tokens, from which nothing would be evicted; leave "
@@ -100,8 +102,8 @@ def study(
 class _Teacher:
     """Compares a gate with the oracle, layer by layer of a course."""
 
-    def __init__(self, gate: Learner, course: Course) -> None:
-        self.gate, self.course, self.config = gate, course, course.config
+    def __init__(self, gate: Learner, course: TeacherPass) -> None:
+        self.gate, self.trainable_method, self.config = gate, course, course.config
         self.learning = torch.is_grad_enabled()
         self.losses: list[Tensor] = []
         self.regrets: list[Tensor] = []
@@ -110,21 +112,21 @@ class _Teacher:
             for cut in range(self.config.cuts if gate.at_cuts else 0)
         ]
 
-    def teach(self, lesson: Lesson, labels: Tensor) -> None:
-        """Add the losses of one layer; arguments as of Course.read's `visit`."""
+    def teach(self, lesson: LayerBatch, labels: Tensor) -> None:
+        """Add the losses of one layer; arguments as of TeacherPass.read's `visit`."""
         gate, written = self.gate, lesson.written(self.gate.columns)
         gate.calibrate(written)
         with torch.set_grad_enabled(self.learning):
             if gate.at_cuts:
                 self._teach_cuts(lesson, gate.write(written), labels)
             else:
-                self._compare(gate.judged(written), *self.course.of_tokens(labels))
+                self._compare(gate.judged(written), *self.trainable_method.of_tokens(labels))
 
-    def _teach_cuts(self, lesson: Lesson, written: dict[str, Tensor], labels: Tensor) -> None:
+    def _teach_cuts(self, lesson: LayerBatch, written: dict[str, Tensor], labels: Tensor) -> None:
         """All slots at some events but protected ones."""
-        gate, config, times = self.gate, self.config, self.course.times
+        gate, config, times = self.gate, self.config, self.trainable_method.times
         notes = lesson.notes(written, gate.columns)
-        budget = torch.full_like(times.length, self.course.budget).int()
+        budget = torch.full_like(times.length, self.trainable_method.budget).int()
         for seen, possible in self.cuts:
             signals = lesson.cut(seen, config.period, budget, notes, gate.window)
             candidates = signals.occupied & ~config.guard.protect(signals) & possible.view(-1, 1, 1)
@@ -136,6 +138,6 @@ class _Teacher:
         candidates = candidates.expand_as(scores)
         if not highest(int(candidates.any()), candidates.device):  # of all processes: they go on together
             return
-        words = hashed(self.course.draws.rows, len(self.losses))
+        words = hashed(self.trainable_method.draws.rows, len(self.losses))
         self.losses.append(self.config.loss(self.gate, words)(scores, targets, candidates))
         self.regrets.append(regret.regret(scores.detach(), targets, candidates))

@@ -20,7 +20,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops import keep_top
 from learnevict.parts.allocators import Together
-from learnevict.parts.learned import Judge
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Allocator, Guard, Schedule, TopK, Uniform, keep_best
 from learnevict.signals import Signals
 
@@ -65,7 +65,7 @@ class Recorder:
     """
 
     budget: Budget
-    scorer: Judge
+    scorer: SlotScorer
     future: list[Tensor | None]
     own: Tensor
     schedule: Schedule
@@ -120,7 +120,7 @@ class Recorder:
 @torch.no_grad()
 def record_states(
     model: PreTrainedModel,
-    gate: Judge,
+    gate: SlotScorer,
     labels: list[Tensor | None],
     input_ids: Tensor,
     attention_mask: Tensor,

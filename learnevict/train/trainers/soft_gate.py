@@ -19,7 +19,7 @@ from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.soft import layers_again
-from learnevict.policy import Fade, Policy, Schedule, SoftGate
+from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.train.batch_random import Draws, check_budgets
 from learnevict.train.losses import capacity, objectives
 from learnevict.train.trainer import GateTrainer
@@ -87,7 +87,7 @@ class Run:
     scored: Tensor
     teacher: Any
     student: Any
-    fades: list[Fade]
+    fades: list[DecayBias]
     budget: int
     target: float
     power: float = 1.0

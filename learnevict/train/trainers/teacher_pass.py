@@ -34,7 +34,7 @@ from learnevict.policy import Guard
 from learnevict.signals import Trace
 from learnevict.train.batch_random import Draws, check_budgets
 from learnevict.train.losses import objectives, regret
-from learnevict.train.trainers.layer_batch import Lesson, Times
+from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -134,7 +134,7 @@ class StreamConfig:
         return partial(OBJECTIVES[name], **options)
 
 
-class Course:
+class TeacherPass:
     """Reads a batch once, or as often as labels and states need.
 
     Args:
@@ -156,14 +156,14 @@ class Course:
         self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
         self.stored: Tensor | None = inputs.get("stored_labels")
         self.valid = self.mask.bool()
-        self.times = Times.of(self.ids, self.valid)
+        self.times = UnpaddedPositions.of(self.ids, self.valid)
         longest = highest(self.ids.shape[1], self.ids.device) - config.period - 1
         self.budget = max(min(draws.budget(config.budgets), longest), config.budgets[0])
         if self.stored is not None and reduce != GOLDEN and config.along == "full":
             raise UsageError("stored labels are golden ones, but this gate learns others; train it without them")
 
     @torch.no_grad()
-    def read(self, base: PreTrainedModel, visit: Callable[[Lesson, Tensor], None]) -> None:
+    def read(self, base: PreTrainedModel, visit: Callable[[LayerBatch, Tensor], None]) -> None:
         """Show every evicting layer.
 
         Args:
@@ -181,7 +181,7 @@ class Course:
             if not repeated:
                 found = target(found, self.reduce, received.key.shape[1], window=config.horizon)
             expiry = None if config.along == "full" else trace.expiry[layer]
-            visit(Lesson.of(layer, self.times, received, expiry), found)
+            visit(LayerBatch.of(layer, self.times, received, expiry), found)
 
         def see(layer: int, received: Received) -> None:
             known = self._label(base, layer, received) if labels is None else labels[layer]
