@@ -70,7 +70,7 @@ class Rows:
         """Real tokens of its row before each of the columns int32 [B, ...]: the token's place in the row's own time."""
         if self.runs is None:
             return column - self.first.view(-1, *[1] * (column.ndim - 1))
-        flat = column.reshape(column.shape[0], -1)
+        flat = column.reshape(column.shape[0], -1).contiguous()
         run = torch.searchsorted(self.runs[0], flat, right=True).sub_(1).clamp_min_(0)
         return (flat - self.runs[1].gather(1, run)).view_as(column)
 
