@@ -1,6 +1,6 @@
 """Attention that a gate weighs instead of evicting: how soft gates learn, through the model, in one pass without a cache.
 
-The weight of key i at query t is exp(logit + bias(t, i)), the bias being what the gate's `fade` says (arXiv
+The weight of key i at query t is exp(logit + bias(t, i)), the bias being what the gate's `decay_bias` says (arXiv
 2512.03324, version 2). It is added and never multiplied: a factor on the logit would raise forgotten keys whose logit is
 negative. Queries go in tiles that are computed again in the backward pass, so no layer keeps a [T, T] matrix.
 """
@@ -106,9 +106,9 @@ class Soft:
     text: TextInput | None = None
 
     @property
-    def fades(self) -> list[DecayBias]:
-        """How the gate faded each layer in the last forward, in order of layers."""
-        return [self.gate.fade(self.notes[layer]) for layer in sorted(self.notes)]
+    def decay_biases(self) -> list[DecayBias]:
+        """The decay bias of each layer in the last forward, in order of layers."""
+        return [self.gate.decay_bias(self.notes[layer]) for layer in sorted(self.notes)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """A forward of the decoder starts; `given` are its arguments."""
@@ -136,7 +136,7 @@ class Soft:
             tokens=text.tokens,
         )
         self.notes[layer] = self.gate.write(signals)
-        return soft_attention(query, key, value, self.gate.fade(self.notes[layer]), text.valid, attention)
+        return soft_attention(query, key, value, self.gate.decay_bias(self.notes[layer]), text.valid, attention)
 
 
 SOFT: ContextVar[Soft | None] = ContextVar("learnevict_soft", default=None)
@@ -160,18 +160,18 @@ def soft_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    fade: DecayBias,
+    decay: DecayBias,
     valid: Tensor,
     attention: Attention,
     *,
     tile: int = TILE,
     again: bool = True,
 ) -> Tensor:
-    """Causal attention with the bias of `fade` on the logits, differentiable in everything.
+    """Causal attention with the bias of `decay` on the logits, differentiable in everything.
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
-        fade: rate float32 [B, H, T].
+        decay: log-retention float32 [B, H, T].
         valid: bool [B, T], False for padding.
         attention: scaling, cap and sinks; the bias comes after the cap.
         tile: queries at a time.
@@ -183,8 +183,14 @@ def soft_attention(
     length, parts = query.shape[2], []
     for start in range(0, length, tile):
         stop = min(start + tile, length)
-        whole = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], fade.rate[..., :stop], valid[:, :stop])
-        run = partial(_tile, window=fade.window, attention=attention)
+        whole = (
+            query[:, :, start:stop],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            decay.log_retention[..., :stop],
+            valid[:, :stop],
+        )
+        run = partial(_tile, window=decay.window, attention=attention)
         kept = not again or not torch.is_grad_enabled()
         parts.append(run(*whole) if kept else checkpoint(run, *whole, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts, dim=2)
@@ -194,19 +200,19 @@ def _tile(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rate: Tensor,
+    log_retention: Tensor,
     valid: Tensor,
     window: int | None,
     attention: Attention,
 ) -> Tensor:
     """The last queries [B, Hq, s, d] of a text of n columns, over all of these."""
-    batch, heads, num = rate.shape
+    batch, heads, num = log_retention.shape
     size = query.shape[2]
     column = torch.arange(num, device=query.device)
     row = column[num - size :]
     logits = query.reshape(batch, heads, -1, query.shape[-1]) @ key.transpose(-1, -2)
     visible = (column <= row.view(-1, 1)) & valid[:, None, None, None]
-    bias = DecayBias(rate, window).bias(row, column).unsqueeze(2)
+    bias = DecayBias(log_retention, window).bias(row, column).unsqueeze(2)
     weights = attention.probabilities(logits.view(batch, heads, -1, size, num), visible, bias)
     out = weights.flatten(2, 3).to(value.dtype) @ value
     return out.view(batch, -1, size, value.shape[-1])

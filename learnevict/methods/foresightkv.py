@@ -157,12 +157,12 @@ class ForesightGate(SlotScorer):
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
         out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
-        notes = self.notes(signals)
+        statistics = self.statistics(signals)
         for part, keys, values in signals.pieces(max(self.config.num_features, self.config.hidden)):
-            out[:, :, part] = self.judge(signals.layer, self.features(keys, values, notes[:, :, part]))
+            out[:, :, part] = self.score_features(signals.layer, self.features(keys, values, statistics[:, :, part]))
         return out
 
-    def judge(self, layer: int, features: Tensor) -> Tensor:
+    def score_features(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
         batch, heads, num, width = features.shape
         x = features.transpose(0, 1).reshape(heads, batch * num, width)  # heads lead, so weights are not copied per row
@@ -182,14 +182,14 @@ class ForesightGate(SlotScorer):
             self.mean[layer, :, 0], self.scale[layer, :, 0] = centre_and_scale(part, candidates[layer].unsqueeze(-1))
         self.calibrated.fill_(1)
 
-    def features(self, keys: Tensor, values: Tensor, notes: Tensor) -> Tensor:
-        """Join keys [B, H, n, d], values [B, H, n, dv] and notes [B, H, n, c] into float32 [B, H, n, in]."""
+    def features(self, keys: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
+        """Join keys [B, H, n, d], values [B, H, n, dv] and statistics [B, H, n, c] into float32 [B, H, n, in]."""
         keys = keys.float()
         half = keys.shape[-1] // 2
         pairs = torch.hypot(keys[..., :half], keys[..., half : 2 * half])
-        return torch.cat([keys, pairs, values.float(), notes], dim=-1)
+        return torch.cat([keys, pairs, values.float(), statistics], dim=-1)
 
-    def notes(self, signals: Signals) -> Tensor:
+    def statistics(self, signals: Signals) -> Tensor:
         """What the attention and the clock say about each slot, float32 [B, H, N, c]."""
         mean, top, recent = self._paid(signals)
         notes, rows = signals.state, signals.rows

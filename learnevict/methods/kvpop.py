@@ -30,7 +30,7 @@ from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
 
-PAPER = Paper("KVpop: Key-Value Cache Eviction by Stateful Delayed Importance Scoring", "2607.05061", 2026, "learned")
+PAPER = Paper("KVpop -- Key-Value Cache Compression with Predictive Online Pruning", "2607.05061", 2026, "learned")
 TRAINING: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",

@@ -127,7 +127,7 @@ class TrimGate(SoftGate):
         output = 0 if self.shared else layer
         logits = ((x @ self.weight_out[output]).float() + self.bias_out[output].float()).transpose(1, 2)
         if self.training and self.noise:
-            logits = logits + self.noise * logistic(logits, signals, self.words)
+            logits = logits + self.noise * logistic(logits, signals, self.random_keys)
         return {"retention": nn.functional.logsigmoid(logits)}
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class TrimGate(SoftGate):
         """Log retention after the next token, float32 [B, H, N]."""
         return next_age(signals) * signals.state["retention"]
 
-    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
+    def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
         """Geometric."""
-        return DecayBias(notes["retention"])
+        return DecayBias(state["retention"])
 
 
 @dataclass(frozen=True)

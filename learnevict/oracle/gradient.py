@@ -34,9 +34,9 @@ class KeyBias(SoftGate):
         self.biases[signals.layer] = bias
         return {"bias": bias}
 
-    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
+    def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
         """The bias, whatever a token's age."""
-        return DecayBias(notes["bias"], window=0)
+        return DecayBias(state["bias"], window=0)
 
     def score(self, signals: Signals) -> Tensor:
         """Nothing is evicted; all alike, float32 [B, H, N]."""

@@ -48,34 +48,34 @@ class AdmissionGate(SoftGate):
         """{"admission": log g, float32 [B, H, S]}."""
         logits = self.logits(signals)
         if self.training and self.noise:
-            logits = logits + self.noise * logistic(logits, signals, self.words)
+            logits = logits + self.noise * logistic(logits, signals, self.random_keys)
         return {"admission": torch.nn.functional.logsigmoid(logits)}
 
     def score(self, signals: Signals) -> Tensor:
         """log g, float32 [B, H, N]; the same at every age."""
         return signals.state["admission"]
 
-    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
+    def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
         """log g, not below that of `least`, on tokens at least `window` old."""
-        rate = notes["admission"]
+        rate = state["admission"]
         return DecayBias(rate.clamp_min(math.log(self.least)) if self.least else rate, self.window_size)
 
 
-def logistic(logits: Tensor, signals: Signals, words: Tensor | None = None) -> Tensor:
+def logistic(logits: Tensor, signals: Signals, random_keys: Tensor | None = None) -> Tensor:
     """Standard logistic noise, the difference of two Gumbels, for logits of fresh tokens, float32 [B, H, S].
 
     Args:
         logits: their shape is what counts.
         signals: who the tokens are.
-        words: int64 [B] of ops.hashing. A token's noise hangs on its row's word, layer, head and place in the row, and so
-            neither on padding nor on other rows. None: it comes from the global generator.
+        random_keys: int64 [B] of ops.random. A token's noise depends on its row's key, layer, head and place in the row, and
+            so neither on padding nor on other rows. None: it comes from the global generator.
     """
-    if words is None:
+    if random_keys is None:
         draws = torch.rand_like(logits, dtype=torch.float32)
     else:
         head = torch.arange(logits.shape[1], device=logits.device).view(-1, 1)
         place = signals.rows.place(signals.query_position).unsqueeze(1)
-        draws = uniform(hashed(words.view(-1, 1, 1), signals.layer, head, place))
+        draws = uniform(hashed(random_keys.view(-1, 1, 1), signals.layer, head, place))
     return draws.clamp(1e-6, 1 - 1e-6).logit()
 
 

@@ -36,15 +36,15 @@ class SlotScorer(Gate):
     num_features: int
 
     @abstractmethod
-    def notes(self, signals: Signals) -> Tensor:
+    def statistics(self, signals: Signals) -> Tensor:
         """What attention and the clock say about each slot, float32 [B, H, N, c]."""
 
     @abstractmethod
-    def features(self, keys: Tensor, values: Tensor, notes: Tensor) -> Tensor:
-        """Inputs of the network, float32 [B, H, n, in], of keys [B, H, n, d], values and notes."""
+    def features(self, keys: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
+        """Inputs of the network, float32 [B, H, n, in], of keys [B, H, n, d], values and statistics."""
 
     @abstractmethod
-    def judge(self, layer: int, features: Tensor) -> Tensor:
+    def score_features(self, layer: int, features: Tensor) -> Tensor:
         """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
 
     def share_layers(self, num_layers: int, smallest: int, largest: int) -> LayerAllocation:
@@ -77,7 +77,7 @@ class Learner(Gate):
     at_cuts: bool
 
     @abstractmethod
-    def judged(self, signals: Signals) -> Tensor:
+    def predictions(self, signals: Signals) -> Tensor:
         """What is compared with the oracle, with gradient, float32 [B, H, tokens or slots]."""
 
     def calibrate(self, signals: Signals) -> None:
@@ -94,7 +94,7 @@ class Surrogate(Learner):
     def estimate(self, signals: Signals) -> Tensor:
         """Of fresh tokens, with gradient, float32 [B, H, S]."""
 
-    def judged(self, signals: Signals) -> Tensor:
+    def predictions(self, signals: Signals) -> Tensor:
         """See Learner."""
         return self.estimate(signals)
 
@@ -112,7 +112,7 @@ class Ranker(Learner):
 
     at_cuts = True
 
-    def judged(self, signals: Signals) -> Tensor:
+    def predictions(self, signals: Signals) -> Tensor:
         """See Learner."""
         return self.score(signals)
 

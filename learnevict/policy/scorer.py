@@ -85,21 +85,21 @@ class Gate(nn.Module, Scorer):
 class DecayBias:
     """How a soft gate weighs attention while it is trained: an additive bias on the logit of key i at query t.
 
-    geometric (window None): (t - i) * rate_i; windowed: rate_i once t - i >= window, 0 before.
+    geometric (window None): (t - i) * log_retention_i; windowed: log_retention_i once t - i >= window, 0 before.
 
     Attributes:
-        rate: float32 [B, H, T], at most 0, in columns of the text.
+        log_retention: float32 [B, H, T], at most 0, in columns of the text.
         window: tokens that are not weighed yet.
     """
 
-    rate: Tensor
+    log_retention: Tensor
     window: int | None = None
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
         """float32 [B, H, S, n] for query columns int64 [S] and key columns int64 [n] (contiguous or not)."""
         age = (query.view(-1, 1) - key).to(torch.float32)
-        rate = self.rate.index_select(-1, key).unsqueeze(2)
-        return age * rate if self.window is None else rate * (age >= self.window)
+        log_retention = self.log_retention.index_select(-1, key).unsqueeze(2)
+        return age * log_retention if self.window is None else log_retention * (age >= self.window)
 
 
 class SoftGate(Gate):
@@ -107,13 +107,13 @@ class SoftGate(Gate):
 
     Attributes:
         losses: what it is taught by: weights by name in learnevict.train.trainers.soft_gate.LOSSES.
-        words: int64 [B] of ops.hashing, what noise in the rows of a batch hangs on while it is trained; None: it comes from
-            torch's global generator.
+        random_keys: int64 [B] of ops.random, from which noise in the rows of a batch is drawn while it is trained; None: it
+            comes from torch's global generator.
     """
 
     mode = "soft"
     losses: Mapping[str, float] = {}
-    words: Tensor | None = None
+    random_keys: Tensor | None = None
 
     @property
     def soft(self) -> SoftGate:
@@ -121,7 +121,7 @@ class SoftGate(Gate):
         return self
 
     @abstractmethod
-    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
+    def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
         """The law of fading that the notes of `write`, {name: [B, H, T, ...]}, stand for."""
 
 

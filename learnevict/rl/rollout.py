@@ -211,7 +211,7 @@ def log_probabilities(
     temperature, scores = episode.terms.temperature, dict[int, Tensor]()
     for layer, features in episode.features.items():
         picked = features[rows]
-        scores[layer] = judge.judge(layer, picked.flatten(0, 1)).view(picked.shape[:-1])
+        scores[layer] = judge.score_features(layer, picked.flatten(0, 1)).view(picked.shape[:-1])
     found, spread = list[Tensor](), list[Tensor]()
     for races in episode.races:
         raced, pool, order = races.scores(scores), races.pool[rows], races.order[rows]

@@ -170,11 +170,13 @@ class SamplingPolicy:
 
     def _judged(self, signals: Signals) -> Tensor:
         """Scores [B, H, N], and the judge's inputs taken down."""
-        notes = self.scorer.notes(signals)
-        parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
+        statistics = self.scorer.statistics(signals)
+        parts = [
+            self.scorer.features(keys, values, statistics[:, :, part]) for part, keys, values in signals.slots.chunks()
+        ]
         features = torch.cat(parts, dim=2)
         self.features.setdefault(signals.layer, []).append(features)
-        return self.scorer.judge(signals.layer, features)
+        return self.scorer.score_features(signals.layer, features)
 
     def _noise(self, signals: Signals) -> Tensor:
         """Uniform in [0, 1), float32 [B, H, N]; a token's own, wherever it is stored and whatever else is in the batch."""

@@ -43,8 +43,8 @@ class Table(SoftGate):
     def score(self, signals: Signals) -> Tensor:
         raise AssertionError("nobody evicts here")
 
-    def fade(self, notes: dict[str, Tensor]) -> DecayBias:
-        return DecayBias(notes["rate"], self.window_size)
+    def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
+        return DecayBias(state["rate"], self.window_size)
 
 
 def weighing(gate: SoftGate) -> Policy:
@@ -231,7 +231,10 @@ def loss_of(model, gate: SoftGate, ids: Tensor, mask: Tensor, again: bool) -> li
                 logits = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
         else:
             logits = model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
-        rates = sum(fade.rate[mask.bool()[:, None].expand_as(fade.rate)].sum() for fade in soft.fades)
+        rates = sum(
+            decay.log_retention[mask.bool()[:, None].expand_as(decay.log_retention)].sum()
+            for decay in soft.decay_biases
+        )
     loss = logits.log_softmax(-1)[mask.bool()][:, 5].mean() + 1e-3 * rates
     return list(torch.autograd.grad(loss, list(gate.parameters())))
 

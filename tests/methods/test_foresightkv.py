@@ -214,7 +214,7 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
         start = num + WINDOW  # from here on all queries of the window come after the slots
         for end in range(start + period, start + tokens + 1, period):
             notes = gate.refresh(event(end, period, notes))
-        found[period], shown[period] = notes, gate.notes(event(start + tokens, period, notes))
+        found[period], shown[period] = notes, gate.statistics(event(start + tokens, period, notes))
     wanted = {
         "paid": tokens * paid,
         "decayed": (1 - DECAY ** (tokens / 16)) * paid,

@@ -146,12 +146,12 @@ def test_noise_is_for_training_only_and_seeded():
         assert (noisy.mT != gate.write(signals)["admission"].mT).any()
 
 
-@pytest.mark.parametrize("words", [None, torch.arange(2)])
-def test_the_noise_is_logistic(words):
+@pytest.mark.parametrize("random_keys", [None, torch.arange(2)])
+def test_the_noise_is_logistic(random_keys):
     torch.manual_seed(0)
     place = torch.arange(20_000).expand(2, -1)
     signals = replace(signals_of(zoo.build("llama")), query_position=place)
-    drawn = logistic(torch.empty(2, 5, 20_000), signals, words)
+    drawn = logistic(torch.empty(2, 5, 20_000), signals, random_keys)
     assert float(drawn.mean()) == pytest.approx(0.0, abs=0.02)
     assert float(drawn.std()) == pytest.approx(math.pi / 3**0.5, rel=0.01)
     assert float((drawn < 1).float().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=5e-3)
@@ -161,23 +161,23 @@ def test_the_noise_is_logistic(words):
 def test_noise_is_the_tokens_own_whatever_the_batch():
     """Another row beside it, or padding before it, changes nothing; another layer does."""
     one = signals_of(zoo.build("llama"))
-    rows, place, logits, words = one.rows, one.query_position, torch.empty(2, 3, 30), torch.arange(2) + 40
-    drawn = logistic(logits, one, words)
+    rows, place, logits, random_keys = one.rows, one.query_position, torch.empty(2, 3, 30), torch.arange(2) + 40
+    drawn = logistic(logits, one, random_keys)
     moved = replace(one, rows=replace(rows, first=rows.first + 7), query_position=place + 7)
-    assert torch.equal(drawn, logistic(logits, moved, words))
+    assert torch.equal(drawn, logistic(logits, moved, random_keys))
     alone = replace(one, rows=replace(rows, first=rows.first[1:]), query_position=place[1:])
-    assert torch.equal(drawn[1:], logistic(logits[1:], alone, words[1:]))
-    assert not torch.equal(drawn, logistic(logits, replace(one, layer=one.layer + 1), words))
+    assert torch.equal(drawn[1:], logistic(logits[1:], alone, random_keys[1:]))
+    assert not torch.equal(drawn, logistic(logits, replace(one, layer=one.layer + 1), random_keys))
 
 
 def test_only_wg_kv_is_clamped_and_only_in_training():
     """Below 0.001 a write gate weighs alike, but still ranks."""
     notes = {"admission": torch.tensor([[[-20.0, -9.0, -0.5]]], requires_grad=True)}
     layout = layout_of(zoo.build("llama").config)
-    fade = WriteGate(layout).fade(notes)
-    assert fade.rate.tolist() == [[pytest.approx([math.log(1e-3), math.log(1e-3), -0.5])]]
-    assert fade.window == 256
-    assert SparsityGate(layout).fade(notes).rate is notes["admission"]
+    decay = WriteGate(layout).decay_bias(notes)
+    assert decay.log_retention.tolist() == [[pytest.approx([math.log(1e-3), math.log(1e-3), -0.5])]]
+    assert decay.window == 256
+    assert SparsityGate(layout).decay_bias(notes).log_retention is notes["admission"]
     signals = replace(signals_of(zoo.build("llama")), state={"admission": notes["admission"]})
     assert WriteGate(layout).score(signals) is notes["admission"]
 

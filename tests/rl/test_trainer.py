@@ -120,7 +120,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
     gate, episode = made.judge, made.episode
     advantage = {int(row): inputs["advantages"][index, 1:] for index, row in enumerate(rows)}
     scores = {
-        layer: gate.judge(layer, features.flatten(0, 1)).view(features.shape[:-1])
+        layer: gate.score_features(layer, features.flatten(0, 1)).view(features.shape[:-1])
         for layer, features in episode.features.items()
     }
     place = 0

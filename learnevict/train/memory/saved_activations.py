@@ -34,7 +34,7 @@ def bytes_per_token(build: Callable[[Layout], Gate], layout: Layout) -> float:
 
     def ask(tokens: int) -> Any:
         if isinstance(gate, SlotScorer):
-            return gate.judge(0, torch.zeros(1, layout.num_heads, tokens, gate.num_features))
+            return gate.score_features(0, torch.zeros(1, layout.num_heads, tokens, gate.num_features))
         return _studied(gate, layout, tokens)
 
     return (kept(gate, lambda: ask(MORE)) - kept(gate, lambda: ask(FEW))) / (MORE - FEW)
@@ -56,7 +56,7 @@ def _studied(gate: Gate, layout: Layout, tokens: int) -> Any:
         return gate.write(written)
     notes = lesson.notes(gate.write(written), gate.columns)
     seen = torch.full((1,), tokens)
-    return gate.judged(lesson.cut(seen, tokens, seen.int(), notes, gate.window))
+    return gate.predictions(lesson.cut(seen, tokens, seen.int(), notes, gate.window))
 
 
 def kept(gate: Gate, run: Callable[[], Any]) -> int:

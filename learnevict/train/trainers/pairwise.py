@@ -22,12 +22,12 @@ from learnevict.train.trainers.replay_states import States, record_states
 
 @dataclass(frozen=True)
 class RankingConfig:
-    """What the judge learns from.
+    """What the scorer learns from.
 
     Attributes:
         period: tokens between events in training; inference may differ, features are means over queries.
-        budgets: smallest and largest budget, drawn per batch log-uniformly: one judge for all of them.
-        own_rows: share of rows that follow the judge's own evictions.
+        budgets: smallest and largest budget, drawn per batch log-uniformly: one scorer for all of them.
+        own_rows: share of rows that follow the scorer's own evictions.
         pairs: sampled pairs per state and head.
         sinks, recent: guards.
         regression: weight of the squared error on log labels beside the pairwise loss.
@@ -87,7 +87,7 @@ class RankingTrainer(GateTrainer):
         gate: SlotScorer = self.gate
         if not bool(gate.calibrated):
             gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
-        scores: list[Tensor] = model(judge_all, {layer: part[0] for layer, part in stacked.items()})
+        scores: list[Tensor] = model(score_all, {layer: part[0] for layer, part in stacked.items()})
         parts = [
             (score, objectives.log_label(targets), usable)
             for score, (_, targets, usable) in zip(scores, stacked.values(), strict=True)
@@ -118,10 +118,10 @@ class RankingTrainer(GateTrainer):
                 f"a batch of texts of at most {width} tokens: nothing would be evicted from them even at the smallest "
                 f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
             )
-        judge: Any = self.whole.now().gate
+        gate: Any = self.whole.now().gate
         return record_states(
             self.base,
-            judge,
+            gate,
             list(labels),
             ids,
             mask,
@@ -133,9 +133,9 @@ class RankingTrainer(GateTrainer):
         )
 
 
-def judge_all(judge: SlotScorer, features: dict[int, Tensor]) -> list[Tensor]:
+def score_all(gate: SlotScorer, features: dict[int, Tensor]) -> list[Tensor]:
     """Scores of recorded states: {layer: [M, H, N, in]} -> [M, H, N] of each. DeepSpeed takes no dictionary of numbers."""
-    return [judge.judge(layer, part) for layer, part in features.items()]
+    return [gate.score_features(layer, part) for layer, part in features.items()]
 
 
 def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,7 +120,7 @@ class _Teacher:
             if gate.at_cuts:
                 self._teach_cuts(lesson, gate.write(written), labels)
             else:
-                self._compare(gate.judged(written), *self.trainable_method.of_tokens(labels))
+                self._compare(gate.predictions(written), *self.trainable_method.of_tokens(labels))
 
     def _teach_cuts(self, lesson: LayerBatch, written: dict[str, Tensor], labels: Tensor) -> None:
         """All slots at some events but protected ones."""
@@ -131,7 +131,7 @@ class _Teacher:
             signals = lesson.cut(seen, config.period, budget, notes, gate.window)
             candidates = signals.occupied & ~config.guard.protect(signals) & possible.view(-1, 1, 1)
             wanted = times.verdict(labels, seen.unsqueeze(-1) // config.period)
-            self._compare(gate.judged(signals), wanted[:, :, : candidates.shape[-1]], candidates)
+            self._compare(gate.predictions(signals), wanted[:, :, : candidates.shape[-1]], candidates)
 
     def _compare(self, scores: Tensor, targets: Tensor, candidates: Tensor) -> None:
         """Scores, targets and candidates [B, H, N] in row time."""

@@ -1,7 +1,7 @@
-"""States to learn from: what a judge sees at every event of a teacher-forced run, with the oracle's verdict beside it.
+"""States to learn from: what a scorer sees at every event of a teacher-forced run, with the oracle's labels beside it.
 
-The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the judge itself
-does, so that the judge also meets the states that its own mistakes lead to.
+The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the scorer itself
+does, so that the scorer also meets the states that its own mistakes lead to.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Recorder:
                 self.states[layer] = States.none(part.shape[1], self.scorer.num_features, part.device)
 
     def keep(self, signals: Signals) -> Tensor:
-        """Take down the rows whose event this is and evict by the oracle or by the judge."""
+        """Take down the rows whose event this is and evict by the oracle or by the scorer."""
         scores, _ = self._take_down(signals)
         return keep_top(scores, signals.position, signals.budget.view(-1, 1).expand(scores.shape[:2]))
 
@@ -101,8 +101,10 @@ class Recorder:
         index = block.view(-1, 1, 1, 1).long().expand(*future.shape[:3], 1)
         target = future.gather(-1, index).squeeze(-1).gather(-1, at)
         protected = self.guard.protect(signals)
-        notes = self.scorer.notes(signals)
-        parts = [self.scorer.features(keys, values, notes[:, :, part]) for part, keys, values in signals.slots.chunks()]
+        statistics = self.scorer.statistics(signals)
+        parts = [
+            self.scorer.features(keys, values, statistics[:, :, part]) for part, keys, values in signals.slots.chunks()
+        ]
         features = torch.cat(parts, dim=2)
         reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
         due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget) & (rows.seen < self.length)
@@ -112,8 +114,8 @@ class Recorder:
         here.targets.append(target[pick])
         here.candidates.append((occupied & ~protected)[pick])
         here.moments.append(torch.stack([pick, rows.seen[pick].long()], dim=-1))
-        judged = self.scorer.judge(signals.layer, features)
-        score = torch.where(self.own.view(-1, 1, 1), judged, target).masked_fill(~occupied, -torch.inf)
+        own_score = self.scorer.score_features(signals.layer, features)
+        score = torch.where(self.own.view(-1, 1, 1), own_score, target).masked_fill(~occupied, -torch.inf)
         return score.masked_fill(protected, torch.inf), protected
 
 
@@ -133,17 +135,17 @@ def record_states(
 ) -> dict[int, States]:
     """One teacher-forced run of a batch under eviction, with the states its events went through in every evicting layer.
 
-    Where a judge has learned how layers share a budget, and they do not compete anyway, they share it so.
+    Where a scorer has learned how layers share a budget, and they do not compete anyway, they share it so.
 
     Args:
         model: the frozen base.
-        gate: the judge being trained.
+        gate: the scorer being trained.
         labels: per layer [B, H, T, M], None for stock layers.
         input_ids: int64 [B, T]; attention_mask [B, T].
         budget: slots per (layer, kv head) after an event, on average over layers.
         schedule: its period must be the labels' block.
         guard: never evicted, never candidates.
-        own: bool [B], rows that follow the judge; the others follow the oracle.
+        own: bool [B], rows that follow the scorer; the others follow the oracle.
         scope: who competes: slots of a head, or of all heads and layers.
 
     Raises:

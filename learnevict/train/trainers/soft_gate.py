@@ -76,7 +76,7 @@ class Run:
         valid: bool [B, T], real tokens.
         scored: bool [B, T], positions whose prediction counts.
         teacher, student: outputs of the plain and of the weighed model: `.logits` [B, T, V], `.hidden_states` or None.
-        fades: what the gate did, per layer.
+        decay_biases: of every layer.
         budget: slots per head.
         target: share of tokens to evict.
         power: see SoftConfig.
@@ -87,15 +87,15 @@ class Run:
     scored: Tensor
     teacher: Any
     student: Any
-    fades: list[DecayBias]
+    decay_biases: list[DecayBias]
     budget: int
     target: float
     power: float = 1.0
 
     @property
-    def rates(self) -> list[Tensor]:
+    def log_retentions(self) -> list[Tensor]:
         """Log retentions, or log gates, of each layer as they count, float32 [B, H, T]."""
-        return [fade.rate * self.power for fade in self.fades]
+        return [decay.log_retention * self.power for decay in self.decay_biases]
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ LOSSES: dict[str, Loss] = {
         lambda run: objectives.hidden_error(run.teacher.hidden_states[-1], run.student.hidden_states[-1], run.scored),
         "hidden_states",
     ),
-    "hinge": Loss(lambda run: capacity.hinge(run.rates, run.valid, run.budget)),
-    "hinge_together": Loss(lambda run: capacity.hinge(run.rates, run.valid, run.budget, together=True)),
-    "admitted": Loss(lambda run: capacity.admitted(run.rates, run.valid, run.fades[0].window or 0)),
-    "shortfall": Loss(lambda run: capacity.shortfall(run.rates, run.valid, run.target)),
+    "hinge": Loss(lambda run: capacity.hinge(run.log_retentions, run.valid, run.budget)),
+    "hinge_together": Loss(lambda run: capacity.hinge(run.log_retentions, run.valid, run.budget, together=True)),
+    "admitted": Loss(lambda run: capacity.admitted(run.log_retentions, run.valid, run.decay_biases[0].window or 0)),
+    "shortfall": Loss(lambda run: capacity.shortfall(run.log_retentions, run.valid, run.target)),
 }
 
 
@@ -170,7 +170,7 @@ class SoftTrainer(GateTrainer):
     def _lesson(self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, scored: Tensor, draws: Draws) -> Tensor:
         """The part with gradient: a weighed forward and its losses."""
         config = self.soft
-        gate.words = draws.rows  # until the next lesson: the backward pass may compute layers again
+        gate.random_keys = draws.rows  # until the next lesson: the backward pass may compute layers again
         policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; says who weighs
         again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
         with attach(self.base, policy, soft=True) as soft, again:
@@ -182,7 +182,7 @@ class SoftTrainer(GateTrainer):
         valid = text["attention_mask"].bool()
         target = config.target(self.state.global_step / max(self.state.max_steps, 1))
         budget = draws.budget(config.budgets)
-        run = Run(text["input_ids"], valid, scored, teacher, student, soft.fades, budget, target, config.power)
+        run = Run(text["input_ids"], valid, scored, teacher, student, soft.decay_biases, budget, target, config.power)
         total = torch.zeros((), device=valid.device)
         for name, weight in gate.losses.items():
             value = LOSSES[name].value(run)

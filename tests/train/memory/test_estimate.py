@@ -22,7 +22,7 @@ from learnevict.policy import Guard, Policy, Schedule
 from learnevict.train.memory.estimate import Figures, estimate, memory_of, report
 from learnevict.train.memory.phases import LEARNING, RunPlan
 from learnevict.train.memory.saved_activations import kept
-from learnevict.train.trainers.pairwise import judge_all
+from learnevict.train.trainers.pairwise import score_all
 from learnevict.train.trainers.regression import StreamConfig, study
 from learnevict.train.trainers.replay_states import record_states
 
@@ -79,7 +79,7 @@ def test_labels_caches_and_states_are_those_of_a_run(base, text, budget):
     )
     assert found.phases["recording"]["recorded states"] == pytest.approx(held, rel=0.2)
     inputs = {layer: of.stacked()[0] for layer, of in states.items()}
-    learned = kept(gates.gate, lambda: judge_all(gates.gate, inputs))
+    learned = kept(gates.gate, lambda: score_all(gates.gate, inputs))
     assert found.phases["learning"]["judge"] == pytest.approx(learned, rel=0.2)
 
     with torch.no_grad(), attach(model, gates.policy(budget, slack=PERIOD, sinks=4, recent=8)) as cache:

@@ -123,7 +123,7 @@ def test_what_a_surrogate_is_asked_is_what_it_notes(method):
 
     def see(layer, received):
         lesson = LayerBatch.of(layer, times, received, None)
-        judged[layer] = gates.gate.judged(lesson.written(gates.gate.columns))
+        judged[layer] = gates.gate.predictions(lesson.written(gates.gate.columns))
 
     with torch.no_grad():
         replay(model, ids, oracle.full_trace(model, ids), mask, observe=receiving(see))
