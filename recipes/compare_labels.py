@@ -4,14 +4,14 @@
     python recipes/compare_labels.py --variants "golden; CAOTE" --families recall --shares 1/8
     scripts/write_tables                                      # then: the table in docs/results.md
 
-Every variant turns a full-cache pass into an eviction trace of the same total size, which is replayed in one pass and judged
+Every variant turns a full-cache pass into an eviction trace of the same total size, which is replayed in one pass and measured
 on checked tokens.
 - Labels: golden attention (Section 3.1 of arXiv 2602.03203) and other reductions of it; weighted by values; CAOTE's form (arXiv
   2504.14051), attention / (1 - attention) x distance between value and output; the gradient of the loss.
 - Horizons: max, sums, squares, and an optimal plan ("priced": the dual of keeping what the future uses most, per head).
 - The evicted run: labels recomputed from its queries and keys, beside what is left in it, event by event, or with queries
   weighted by the loss that eviction caused.
-- Search: hill climbing on golden's scores, judged by the loss itself.
+- Search: hill climbing on golden's scores, measured by the loss itself.
 - Allocation: golden labels whose slots are pooled over a layer or the model, or fixed per head by a profile of training texts.
 
 Texts are short, so attention is held as [T, T], and padded on the right. What is finished is kept in --out, and not done again.
@@ -88,7 +88,7 @@ class Hints:
 def useful(case: Case) -> Trace:
     """First-order worth of every key to the response's likelihood, one number for all events."""
     texts = case.texts
-    worth = gradient_utility(case.model, texts.input_ids, texts.attention_mask, scored=texts.spoken)
+    worth = gradient_utility(case.model, texts.input_ids, texts.attention_mask, scored=texts.loss_mask)
     scores = torch.stack([part for part in worth if part is not None])
     return case.roll().trace(lambda m, _: scores)
 
@@ -222,7 +222,7 @@ VARIANTS: dict[str, Callable[[Case, Hints], Trace]] = {
 
 
 def main(config: Config) -> None:
-    """Judge what is missing, cell by cell."""
+    """Measure what is missing, cell by cell."""
     families, shares = listed(config.families), listed(config.shares)
     check_families(families)
     names = listed(config.variants, ";") or list(VARIANTS)
@@ -242,7 +242,7 @@ def main(config: Config) -> None:
         if any(missing.values()):
             hints = Hints(fitted(config, (model, tokenizer), share), config.climbs)
             for family, some in missing.items():
-                for one in judge(config, (model, tokenizer), (family, share), some, hints):
+                for one in measure(config, (model, tokenizer), (family, share), some, hints):
                     done.add(one)
 
 
@@ -251,7 +251,7 @@ def listed(text: str, between: str = ",") -> list[str]:
     return [name.strip() for name in text.split(between) if name.strip()]
 
 
-def judge(config: Config, subject: Any, cell: tuple[str, str], names: list[str], hints: Hints) -> list[Tried]:
+def measure(config: Config, subject: Any, cell: tuple[str, str], names: list[str], hints: Hints) -> list[Tried]:
     """Some variants on one family at one budget, batch by batch."""
     family, share = cell
     tried = {name: Tried(family, share, resolved(family, share), name) for name in names}
@@ -260,7 +260,7 @@ def judge(config: Config, subject: Any, cell: tuple[str, str], names: list[str],
         case = opened(subject, cell, seeds, config.split)
         for name in names:
             began = time.perf_counter()
-            scores = case.judge(VARIANTS[name](case, hints))
+            scores = case.measure(VARIANTS[name](case, hints))
             tried[name].add(scores, case.losses(case.logits).sum(-1).tolist(), time.perf_counter() - began)
     for name, one in tried.items():
         print(f"{family} {share} {name}: step accuracy {one.accuracy:.4f}, loss ratio {one.loss_ratio:.3g}", flush=True)

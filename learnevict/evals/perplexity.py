@@ -78,7 +78,7 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
         raise UsageError(
-            f"the text has {ids.shape[1]} tokens and the model positions for {limit}; judge its beginning with "
+            f"the text has {ids.shape[1]} tokens and the model positions for {limit}; evaluate its beginning with "
             f"--max-tokens {limit}"
         )
     return ids.to(model.device)

@@ -16,7 +16,7 @@ from learnevict.hub import weight_hash
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The model that is judged, and what tables call it."""
+    """The model that is evaluated, and what tables call it."""
 
     model: Any
     tokenizer: Any

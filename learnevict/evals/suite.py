@@ -16,7 +16,7 @@ from learnevict.evals.methods import GOLDEN, EvaluatedMethod
 from learnevict.evals.plan import Cell, EvaluatedModel, Plan, cells, check, configuration
 from learnevict.evals.sample_log import SampleLog
 from learnevict.evals.summaries import Row, joined, make_row, place, place_of, read_earlier, write_rows
-from learnevict.evals.teacher_forced import BytesHeld, Scores, TextBatch, judge, judge_golden, read, reference
+from learnevict.evals.teacher_forced import BytesHeld, Scores, TextBatch, measure, measure_golden, read, reference
 from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
 
@@ -40,7 +40,7 @@ def run(
         out: rows are written here as JSON lines after every cell, beside those that were there, per-sample numbers to
             `journal_path(out)` after every batch. To a device or a pipe the rows alone are written, at the end.
         resume: go on with a run that was interrupted, or add methods, families or budgets to it. Samples can be added too,
-            and what was judged without the oracle is judged again if the plan asks for it.
+            and what was measured without the oracle is measured again if the plan asks for it.
         advance: called with what is being run and the number of samples just done, those of earlier runs included.
 
     Returns:
@@ -123,7 +123,7 @@ def of_these_samples(
         raise UsageError(
             f"{out} holds rows over {num} samples from seed {seed} ({names}), and this run would put some over "
             f"{plan.num_samples} from seed {plan.seed} beside them; keep to --samples {num} --seed {seed}, or name all its "
-            "methods, families and budgets to judge them over the new samples, or choose another --out"
+            "methods, families and budgets to measure them over the new samples, or choose another --out"
         )
     return [row for row in earlier if samples_of(row) == wanted]
 
@@ -176,7 +176,7 @@ def _run_cell(reader: Reader, cell: Cell, mode: str, journal: SampleLog, advance
 
 
 def _oracle_columns(cell: Cell, mode: str, plan: Plan) -> tuple[str, ...]:
-    """What a batch judged beside the oracle has for certain; other columns depend on the policy. Nothing of the full cache."""
+    """Returns the columns that a batch measured beside the oracle has whatever the policy; none for the full cache."""
     return ("attention_kept",) if plan.oracle and mode == "teacher" and cell.budget is not None else ()
 
 
@@ -191,8 +191,8 @@ def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[
     if mode == "teacher":
         texts, beside = reader.texts(seeds)
         if golden is not None:
-            return _scores(judge_golden(model, texts, golden, rules, verify=plan.seed in seeds, beside=beside))
-        return _scores(judge(model, texts, policy, beside))
+            return _scores(measure_golden(model, texts, golden, rules, verify=plan.seed in seeds, beside=beside))
+        return _scores(measure(model, texts, policy, beside))
     limit = 2 * longest_response(cell.family, plan.length)
     decoding, samples = Decoding(limit, plan.temperature, plan.tries, seeds[0]), reader.samples(seeds)
     if golden is not None:
@@ -202,7 +202,7 @@ def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[
 
 def _scores(scores: Scores) -> dict[str, Any]:
     loss = [round(value, 6) for value in scores.loss]
-    given = {"right": scores.right, "seen": scores.seen, "loss": loss, "spoken": scores.spoken}
+    given = {"right": scores.right, "seen": scores.seen, "loss": loss, "spoken": scores.loss_tokens}
     chosen = {} if scores.choices is None else {name: _short(part) for name, part in vars(scores.choices).items()}
     return {**given, **{name: part for name, part in chosen.items() if part}, **_held(scores.storage)}
 

@@ -1,4 +1,4 @@
-"""Teacher-forced judging: the reference text is read once, under eviction, and every prediction along it is scored.
+"""Teacher-forced evaluation: the reference text is read once, under eviction, and every prediction along it is scored.
 
 One forward of prompt and response through an evicting cache is the whole run: the event loop lives inside attention. (Policies
 that decide when all layers have run need several, see infer.prefill.)
@@ -22,7 +22,7 @@ from learnevict.infer.teacher_forcing import read_once, replay
 from learnevict.methods import golden
 from learnevict.oracle import golden as roll_golden
 from learnevict.oracle.metrics import KeptSlots, compare
-from learnevict.oracle.reference import Reference, align, recording
+from learnevict.oracle.reference import Reference, align, losses, recording
 from learnevict.policy import Governor
 from learnevict.signals import Trace
 from learnevict.testbed import Sample
@@ -38,22 +38,22 @@ class TextBatch:
     Attributes:
         input_ids: int64 [B, T].
         attention_mask: int64 [B, T], 0 = padding.
-        checked: tokens the verifier checks.
-        spoken: tokens of the response, whose loss is measured.
+        answer_mask: tokens that the verifier checks.
+        loss_mask: tokens of the response, whose loss is measured.
         prompt_length: real tokens of each prompt.
     """
 
     input_ids: Int[Tensor, "B T"]
     attention_mask: Int[Tensor, "B T"]
-    checked: Bool[Tensor, "B T"]
-    spoken: Bool[Tensor, "B T"]
+    answer_mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
     prompt_length: list[int]
 
     def aligned(self, block: int) -> TextBatch:
         """The same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
-        parts = (self.input_ids, self.attention_mask, self.checked, self.spoken)
-        ids, mask, checked, spoken = align(block, self.attention_mask, *parts)
-        return TextBatch(ids, mask, checked, spoken, self.prompt_length)
+        parts = (self.input_ids, self.attention_mask, self.answer_mask, self.loss_mask)
+        ids, mask, answer_mask, loss_mask = align(block, self.attention_mask, *parts)
+        return TextBatch(ids, mask, answer_mask, loss_mask, self.prompt_length)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class BytesHeld:
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry per sample: checked tokens right, checked tokens, and the summed loss of so many response tokens.
+    """One entry per sample: checked tokens right, checked tokens, summed loss of the response and its number of tokens.
 
     `choices`: what was kept beside what the oracle would have kept, if that was asked for.
     """
@@ -75,7 +75,7 @@ class Scores:
     right: list[int]
     seen: list[int]
     loss: list[float]
-    spoken: list[int]
+    loss_tokens: list[int]
     storage: BytesHeld | None = None
     choices: KeptSlots | None = None
 
@@ -84,26 +84,26 @@ def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Text
     """Tokenise samples, one token a word."""
     texts = tokenizer([sample.text for sample in samples], padding=True, padding_side="left", return_tensors="pt")
     ids, mask = texts["input_ids"], texts["attention_mask"]
-    checked, spoken = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    answer_mask, loss_mask = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     prompts = [len(sample.prompt.split()) for sample in samples]
     for row, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
         marks = torch.tensor(sample.checked)
         assert int(mask[row].sum()) == len(marks), "the tokenizer does not make one token a word"
-        checked[row, -len(marks) :] = marks
-        spoken[row, prompt - len(marks) :] = True
-    return TextBatch(ids.to(device), mask.to(device), checked.to(device), spoken.to(device), prompts)
+        answer_mask[row, -len(marks) :] = marks
+        loss_mask[row, prompt - len(marks) :] = True
+    return TextBatch(ids.to(device), mask.to(device), answer_mask.to(device), loss_mask.to(device), prompts)
 
 
 def reference(model: Any, texts: TextBatch, rules: EvaluationSettings) -> Reference:
-    """What the oracle says of texts: one full-cache pass, for all methods that are judged on them."""
+    """What the oracle says of texts: one full-cache pass, for all methods that are measured on them."""
     return Reference.of(
         model, texts.input_ids, texts.attention_mask, block=rules.block, prompt_length=texts.prompt_length,
-        spoken=texts.spoken,
+        loss_mask=texts.loss_mask,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def judge(model: Any, texts: TextBatch, policy: Governor | None, beside: Reference | None = None) -> Scores:
+def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Reference | None = None) -> Scores:
     """Scores of the texts under a policy (None: the model as it is, with its stock cache).
 
     Args:
@@ -122,7 +122,7 @@ def judge(model: Any, texts: TextBatch, policy: Governor | None, beside: Referen
 
 
 @torch.no_grad()
-def judge_golden(
+def measure_golden(
     model: Any,
     texts: TextBatch,
     budget: int,
@@ -135,7 +135,7 @@ def judge_golden(
 
     Args:
         verify: also run the trace incrementally, through the cache, and compare; gives the storage too.
-        beside: see `judge`; its labels are used.
+        beside: see `measure`; its labels are used.
 
     Raises:
         TraceError: both runs disagree.
@@ -183,16 +183,12 @@ def positions(texts: TextBatch) -> Int[Tensor, "B T"]:
 
 def score(texts: TextBatch, logits: Float[Tensor, "B T V"], held: BytesHeld | None) -> Scores:
     """Compare predictions with the tokens that follow them."""
-    target, checked, spoken = texts.input_ids[:, 1:], texts.checked[:, 1:], texts.spoken[:, 1:]
-    right = (logits[:, :-1].argmax(-1) == target) & checked
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none"
-    ).view_as(target)
+    right = (logits[:, :-1].argmax(-1) == texts.input_ids[:, 1:]) & texts.answer_mask[:, 1:]
     return Scores(
         right=right.sum(-1).tolist(),
-        seen=checked.sum(-1).tolist(),
-        loss=(loss * spoken).sum(-1).tolist(),
-        spoken=spoken.sum(-1).tolist(),
+        seen=texts.answer_mask[:, 1:].sum(-1).tolist(),
+        loss=losses(logits, texts.input_ids, texts.loss_mask).tolist(),
+        loss_tokens=texts.loss_mask[:, 1:].sum(-1).tolist(),
         storage=held,
     )
 

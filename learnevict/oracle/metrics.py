@@ -6,9 +6,9 @@
     loss ratio        loss under eviction over that with the full cache
     gap closed        (loss of random - loss) / (loss of random - loss of golden), under the same budget, period and guards
 
-    judge_policy(model, policy, input_ids, attention_mask)                     # {"oracle_gap_closed": 0.93, ...}
+    measure_policy(model, policy, input_ids, attention_mask)                   # {"oracle_gap_closed": 0.93, ...}
     reference = Reference.of(model, input_ids, attention_mask, block=16)       # or once per batch of texts, and then
-    judge(model, policy, reference).figures()                                  # the same for every policy
+    measure(model, policy, reference).figures()                                # the same for every policy
 
 Sources: top recall is ForesightKV's (arXiv 2602.03203), regret KVP's (arXiv 2602.10238).
 """
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
+from learnevict.ops.select import eviction_order, highest
 from learnevict.oracle.reference import EventScores, Reference, losses, recording
 from learnevict.policy import Governor, Guard
 from learnevict.signals import NEVER, Trace
@@ -41,8 +42,7 @@ def top_recall(
 
     Of equal ones the first is left out, as the older is evicted. NaN where count is 0.
     """
-    chosen = _places(-scores.masked_fill(~candidates, -torch.inf)) < count.unsqueeze(-1)
-    wanted = _places(-targets.masked_fill(~candidates, -torch.inf)) < count.unsqueeze(-1)
+    chosen, wanted = (highest(values.masked_fill(~candidates, -torch.inf), count) for values in (scores, targets))
     return (chosen & wanted & candidates).sum(-1) / count.minimum(candidates.sum(-1))
 
 
@@ -55,8 +55,8 @@ def ranking_cost(
 
     Source: section 4 of arXiv:2602.10238, summed in closed form.
     """
-    place = _places(-scores.masked_fill(~candidates, -torch.inf))
-    return (place * targets.masked_fill(~candidates, 0)).sum(-1)
+    order = eviction_order(scores.masked_fill(~candidates, -torch.inf))
+    return ((scores.shape[-1] - 1 - order) * targets.masked_fill(~candidates, 0)).sum(-1)
 
 
 def kept_attention(
@@ -88,13 +88,6 @@ def gap_closed(random: float, method: float, golden: float) -> float:
     return (random - method) / (random - golden) if random != golden else float("nan")
 
 
-def _places(scores: Tensor) -> Tensor:
-    """Each score's place in ascending order along the last dimension, int64; of equal ones the last comes first."""
-    order = scores.flip(-1).argsort(dim=-1, stable=True)
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place).flip(-1)
-
-
 @dataclass(frozen=True)
 class KeptSlots:
     """What a policy kept beside what the oracle would have kept. One entry per text, float64 [B]; figures are ratios of sums.
@@ -117,7 +110,7 @@ class KeptSlots:
 
 @dataclass(frozen=True)
 class PolicyMetrics:
-    """The same with what it cost: losses summed over spoken tokens, float64 [B]."""
+    """The same with what it cost: losses summed over the tokens of the loss mask, float64 [B]."""
 
     choices: KeptSlots
     loss: Tensor
@@ -148,28 +141,30 @@ def measure_policy(
     attention_mask: Int[Tensor, "B T"] | None = None,
     *,
     prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
-    spoken: Bool[Tensor, "B T"] | None = None,
+    loss_mask: Bool[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
-    """Run a policy teacher-forced over texts and say how close it comes to the oracle. Repeatedly: see `judge`.
+    """Returns how close a policy comes to the oracle, run teacher-forced over texts; for several policies, see `measure`.
 
     Args:
         model: the base model.
         policy: governs the cache; its schedule's period is the block of the labels.
-        input_ids, attention_mask, prompt_length, spoken: texts, padded on the left; see Reference.of.
+        input_ids, attention_mask, prompt_length, loss_mask: texts, padded on the left; see Reference.of.
 
     Returns:
         Figures by name; see the module. Those that are not defined here are left out.
     """
     period = policy.schedule.period
-    reference = Reference.of(model, input_ids, attention_mask, block=period, prompt_length=prompt_length, spoken=spoken)
-    return judge(model, policy, reference).figures()
+    reference = Reference.of(
+        model, input_ids, attention_mask, block=period, prompt_length=prompt_length, loss_mask=loss_mask
+    )
+    return measure(model, policy, reference).figures()
 
 
 @torch.no_grad()
-def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> PolicyMetrics:
+def measure(model: PreTrainedModel, policy: Governor, reference: Reference) -> PolicyMetrics:
     """One forced run of a policy over the texts of a reference, text by text.
 
-    Random and golden eviction under the same terms are run once per reference, whatever is judged.
+    Random and golden eviction under the same terms are run once per reference, whatever the policies measured on it.
 
     Raises:
         UsageError: the policy has events at another period than the labels have blocks.
@@ -180,7 +175,9 @@ def judge(model: PreTrainedModel, policy: Governor, reference: Reference) -> Pol
     trace = cache.trace()
     choices = compare(policy, reference, trace, notes)
     chance, golden = reference.losses_between(model, reference.roll(trace.expiry[reference.layers], guard_of(policy)))
-    return PolicyMetrics(choices, losses(logits, reference.input_ids, reference.spoken), reference.loss, chance, golden)
+    return PolicyMetrics(
+        choices, losses(logits, reference.input_ids, reference.loss_mask), reference.loss, chance, golden
+    )
 
 
 def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[EventScores]) -> KeptSlots:
@@ -218,7 +215,7 @@ def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard)
         held = (expiry >= end) & roll.candidates(seen).unsqueeze(1) & there
         goes = held & (expiry == end)
         count = (held & ~goes).sum(-1) * goes.any(-1)
-        best = _places(-reference.future[..., m + 1].masked_fill(~held, -torch.inf)) < count.unsqueeze(-1)
+        best = highest(reference.future[..., m + 1].masked_fill(~held, -torch.inf), count)
         hits, total = hits + (best & held & ~goes).sum((0, 2, 3)), total + count.sum((0, 2))
     return hits.double(), total.double()
 

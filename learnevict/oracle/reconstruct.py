@@ -205,9 +205,9 @@ def _parts(ids: Tensor, valid: Tensor, how: Repeating) -> list[_Part]:
         again = torch.arange(first, min(start + how.chunk, int(length.max())), device=ids.device)
         there = again < length
         chunk = valid & (rank >= start) & (rank < start + how.chunk)
-        spoken = torch.cat([prompt, ids.gather(1, columns[:, again])], -1)
+        repeated = torch.cat([prompt, ids.gather(1, columns[:, again])], -1)
         real = torch.cat([chunk.any(-1, keepdim=True).expand_as(prompt), there & chunk.any(-1, keepdim=True)], -1)
-        parts.append(_Part(chunk, chunk | (valid & (rank < how.sinks)), spoken, real))
+        parts.append(_Part(chunk, chunk | (valid & (rank < how.sinks)), repeated, real))
     return parts
 
 

@@ -27,7 +27,7 @@ class Reference:
     Attributes:
         input_ids, attention_mask: [B, T], padded on the left by multiples of the block (see `align`), on the right by the rest.
         prompt: int64 [B], real tokens of prompts.
-        spoken: bool [B, T], tokens whose loss counts.
+        loss_mask: bool [B, T], tokens whose loss counts.
         block: tokens between events.
         layers: indices of evicting layers.
         labels: golden labels of those, [L, B, H, T, M].
@@ -37,7 +37,7 @@ class Reference:
     input_ids: Tensor
     attention_mask: Tensor
     prompt: Tensor
-    spoken: Tensor
+    loss_mask: Tensor
     block: int
     layers: list[int]
     labels: Tensor
@@ -53,7 +53,7 @@ class Reference:
         *,
         block: int,
         prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
-        spoken: Bool[Tensor, "B T"] | None = None,
+        loss_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Reference:
         """One full-cache pass.
 
@@ -61,19 +61,19 @@ class Reference:
             attention_mask: 0 = padding.
             block: the event period of the policies to come.
             prompt_length: real tokens of each prompt; default none.
-            spoken: tokens whose loss counts; default all real ones after the prompt.
+            loss_mask: tokens whose loss counts; default all real ones after the prompt.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if spoken is None:
+        if loss_mask is None:
             begins = torch.zeros(len(mask)) if prompt_length is None else torch.as_tensor(prompt_length)
-            spoken = mask.bool() & (mask.cumsum(-1) > begins.to(mask.device).clamp_min(1).unsqueeze(-1))
-        input_ids, mask, spoken = align(block, mask, input_ids, mask, spoken)
+            loss_mask = mask.bool() & (mask.cumsum(-1) > begins.to(mask.device).clamp_min(1).unsqueeze(-1))
+        input_ids, mask, loss_mask = align(block, mask, input_ids, mask, loss_mask)
         found, logits = golden_labels(model, input_ids, mask, block=block)
         layers = [index for index, part in enumerate(found) if part is not None]
         prompt = torch.zeros(len(input_ids), dtype=torch.int64) if prompt_length is None else prompt_length
         prompt = torch.as_tensor(prompt, device=input_ids.device).long()
         labels = torch.stack([part for part in found if part is not None])
-        return cls(input_ids, mask, prompt, spoken, block, layers, labels, losses(logits, input_ids, spoken))
+        return cls(input_ids, mask, prompt, loss_mask, block, layers, labels, losses(logits, input_ids, loss_mask))
 
     @cached_property
     def rank(self) -> Tensor:
@@ -116,7 +116,7 @@ class Reference:
         whole = trace.expiry.new_full(shape, NEVER)
         whole[self.layers] = trace.expiry
         logits = replay(model, self.input_ids, Trace(whole), self.attention_mask).logits
-        return losses(logits, self.input_ids, self.spoken)
+        return losses(logits, self.input_ids, self.loss_mask)
 
 
 def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> list[Tensor]:
@@ -134,13 +134,19 @@ def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> lis
     return [part.gather(1, source.clamp_max(len(column) - 1)) * inside for part in parts]
 
 
+def token_losses(logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Returns the loss of predicting the next token, in nats, float32, in the column that predicts; 0 in the last column."""
+    found = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+    )
+    return torch.nn.functional.pad(found.view(len(input_ids), -1), (0, 1))
+
+
 def losses(
-    logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"], spoken: Bool[Tensor, "B T"]
+    logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B"]:
-    """Summed loss of the spoken tokens of each row, float64."""
-    target = input_ids[:, 1:]
-    found = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
-    return (found.view_as(target) * spoken[:, 1:]).double().sum(-1)
+    """Returns the summed loss of each row's tokens of the loss mask, float64."""
+    return (token_losses(logits, input_ids)[:, :-1] * loss_mask[:, 1:]).double().sum(-1)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learnevict.ops.random import hashed, uniform
+from learnevict.ops.select import eviction_order
 
 NOTHING = -1
 """Stands in an order where nothing was drawn."""
@@ -22,10 +23,7 @@ def lowest_scores(
     scores: Float[Tensor, "*B N"], candidates: Bool[Tensor, "*B N"], count: Int[Tensor, "*B"]
 ) -> Bool[Tensor, "*B N"]:
     """The `count` candidates that the scores would evict first: the pool of a draw (the paper: twice as many as go)."""
-    order = scores.masked_fill(~candidates, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(-1, order, rank)
-    return candidates & (place < count.unsqueeze(-1))
+    return candidates & (eviction_order(scores.masked_fill(~candidates, torch.inf)) < count.unsqueeze(-1))
 
 
 def draw_evictions(

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learnevict.errors import UsageError
+from learnevict.oracle.reference import token_losses
 
 COSTS = ("low_entropy", "thresholded", "plain")
 THRESHOLD = 1.5  # eta of the paper's reward
@@ -43,21 +44,13 @@ def token_costs(
     """
     if kind not in COSTS:
         raise UsageError(f"cost {kind!r} is unknown; choose {', '.join(COSTS)}")
-    added = losses(logits, input_ids) - losses(full, input_ids)
+    added = token_losses(logits, input_ids) - token_losses(full, input_ids)
     predicts = torch.nn.functional.pad(counted[:, 1:], (0, 1))
     if kind != "plain":
         predicts = predicts & sure(full, predicts)
     if kind == "thresholded":
         return added.square() * (added > THRESHOLD) * predicts
     return added.clamp(0.0, ceiling) * predicts
-
-
-def losses(logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Of predicting the next token, float32; 0 in the last column."""
-    found = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
-    )
-    return torch.nn.functional.pad(found.view(len(input_ids), -1), (0, 1))
 
 
 def sure(full: Float[Tensor, "B T V"], predicts: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -16,7 +16,7 @@ from learnevict.config import Budget
 from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
 from learnevict.hub import Gates
-from learnevict.oracle.metrics import PolicyMetrics, judge
+from learnevict.oracle.metrics import PolicyMetrics, measure
 from learnevict.oracle.reference import Reference
 from learnevict.policy import Policy
 
@@ -97,7 +97,7 @@ def validate(
     block = next(iter(policies.values())).schedule.period
     for reference in validation.references(base, collate, block, share):
         for budget, policy in policies.items():
-            found[budget].append(judge(base, policy, reference))
+            found[budget].append(measure(base, policy, reference))
     return found
 
 

@@ -28,7 +28,7 @@ from learnevict.evals.sample_log import Key, SampleLog, forget
 from learnevict.evals.sample_log import load as load_journal
 from learnevict.evals.suite import journal_path, run
 from learnevict.evals.summaries import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
-from learnevict.evals.teacher_forced import TextBatch, judge, judge_golden, read
+from learnevict.evals.teacher_forced import TextBatch, measure, measure_golden, read
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
@@ -78,10 +78,10 @@ def brute_scores(given: TextBatch, logits: torch.Tensor) -> list[tuple[int, int,
         for column in range(1, given.input_ids.shape[1]):
             token = int(given.input_ids[row, column])
             guess = logits[row, column - 1].double()
-            if given.checked[row, column]:
+            if given.answer_mask[row, column]:
                 seen += 1
                 right += int(int(guess.argmax()) == token)
-            if given.spoken[row, column]:
+            if given.loss_mask[row, column]:
                 spoken += 1
                 loss += float(guess.logsumexp(0) - guess[token])
         rows.append((right, seen, loss, spoken))
@@ -91,7 +91,7 @@ def brute_scores(given: TextBatch, logits: torch.Tensor) -> list[tuple[int, int,
 def assert_same(scores, expected) -> None:
     assert scores.right == [row[0] for row in expected]
     assert scores.seen == [row[1] for row in expected]
-    assert scores.spoken == [row[3] for row in expected]
+    assert scores.loss_tokens == [row[3] for row in expected]
     assert scores.loss == pytest.approx([row[2] for row in expected], rel=1e-4)
 
 
@@ -206,13 +206,13 @@ def test_golden_beaten_is_more_than_all():
 
 def test_the_full_cache_scores_as_the_model_itself():
     model, given = tiny(), texts()
-    found = judge(model, given, None)
+    found = measure(model, given, None)
     rows = []
     for row, (ids, mask) in enumerate(zip(given.input_ids, given.attention_mask, strict=True)):
         alone = model(input_ids=ids[mask.bool()][None]).logits
         logits = torch.zeros(1, *ids.shape, alone.shape[-1])
         logits[0, mask.bool()] = alone[0]
-        part = TextBatch(ids[None], mask[None], given.checked[[row]], given.spoken[[row]], [11])
+        part = TextBatch(ids[None], mask[None], given.answer_mask[[row]], given.loss_mask[[row]], [11])
         rows += brute_scores(part, logits)
     assert_same(found, rows)
     assert found.storage.end == found.storage.full == 2 * 2 * 2 * 8 * 4 * 41
@@ -222,7 +222,7 @@ def test_the_full_cache_scores_as_the_model_itself():
 def test_a_teacher_forced_pass_is_the_replay_of_its_trace(method):
     model, given = tiny(), texts()
     policy = method.policy(14, **SMALL.options)
-    found = judge(model, given, policy)
+    found = measure(model, given, policy)
     with attach(model, policy, record=True) as cache, torch.no_grad():
         model(input_ids=given.input_ids, attention_mask=given.attention_mask, past_key_values=cache)
     trace = cache.trace()
@@ -234,13 +234,15 @@ def test_a_teacher_forced_pass_is_the_replay_of_its_trace(method):
 
 def test_golden_scores_are_those_of_its_trace_for_each_row_alone():
     model, given = tiny(), texts()
-    found = judge_golden(model, given, 14, SMALL, verify=True)
+    found = measure_golden(model, given, 14, SMALL, verify=True)
     rows = []
     for row, mask in enumerate(given.attention_mask.bool()):
         ids = given.input_ids[[row]][:, mask]
         trace = golden_trace(model, ids, budget=14, block=4, guard=SMALL.guard)
         assert trace.evictions > 30
-        part = TextBatch(ids, torch.ones_like(ids), given.checked[[row]][:, mask], given.spoken[[row]][:, mask], [11])
+        part = TextBatch(
+            ids, torch.ones_like(ids), given.answer_mask[[row]][:, mask], given.loss_mask[[row]][:, mask], [11]
+        )
         rows += brute_scores(part, replay(model, ids, trace).logits)
     assert_same(found, rows)
     assert found.storage.peak < found.storage.full
@@ -251,9 +253,9 @@ def test_reading_marks_checked_and_spoken_words(subject):
     given = read(subject.tokenizer, samples)
     for row, sample in enumerate(samples):
         words = subject.tokenizer.convert_ids_to_tokens(given.input_ids[row])
-        said = [word for word, mark in zip(words, given.spoken[row], strict=True) if mark]
+        said = [word for word, mark in zip(words, given.loss_mask[row], strict=True) if mark]
         assert " ".join(said) == sample.response
-        checked = [word for word, mark in zip(words, given.checked[row], strict=True) if mark]
+        checked = [word for word, mark in zip(words, given.answer_mask[row], strict=True) if mark]
         assert checked == [w for w, mark in zip(sample.text.split(), sample.checked, strict=True) if mark]
         assert given.prompt_length[row] + len(said) == int(given.attention_mask[row].sum())
 
@@ -354,7 +356,7 @@ def test_rows_say_all_that_was_promised(finished, subject):
     assert [row["budget_share"] for row in rows] == [None, "1/4", "1/4", None, None]
     assert read_rows(out) == json.loads(json.dumps(rows))
     given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
-    again = judge(subject.model, given, random.policy(40, **COMPARISON.options))
+    again = measure(subject.model, given, random.policy(40, **COMPARISON.options))
     assert journal.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again.right
     assert rows[3]["step_accuracy"] == pytest.approx(sum(again.right) / sum(again.seen))
 
@@ -403,7 +405,7 @@ def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):
 
 
 def test_resuming_loses_no_row(subject, tmp_path):
-    """Other methods, families and budgets stay where they are; what is judged again takes its old place."""
+    """Other methods, families and budgets stay where they are; what is measured again takes its old place."""
     out = tmp_path / "rows.jsonl"
     plan = small_plan(free="none", num_samples=2, budgets=("1/4",), families=("recall", "dialogue"))
     run(plan, subject, [evaluated_method("full"), evaluated_method("random")], out)
@@ -428,7 +430,7 @@ def test_resuming_loses_no_row(subject, tmp_path):
 
 
 def test_a_file_of_rows_has_one_range_of_samples(subject, tmp_path):
-    """Rows that would stay beside others are refused; if all are judged anew none of the former is left."""
+    """Rows that would stay beside others are refused; if all are measured anew none of the former is left."""
     out, field = tmp_path / "rows.jsonl", [evaluated_method("full"), evaluated_method("random")]
     plan = small_plan(free="none", num_samples=4, budgets=("1/4",), oracle=False)
     before, _ = run(plan, subject, field, out)
@@ -454,7 +456,7 @@ def test_a_file_of_rows_has_one_range_of_samples(subject, tmp_path):
     assert again == before and done == [4, 4], "the former numbers are in the journal"
 
 
-def test_what_was_judged_without_the_oracle_is_judged_again_for_it(subject, tmp_path):
+def test_what_was_measured_without_the_oracle_is_measured_again_for_it(subject, tmp_path):
     """And is as good as before for a run that does not ask for it."""
     out, field = tmp_path / "rows.jsonl", [evaluated_method("full"), evaluated_method("random")]
     plan = small_plan(free="none", num_samples=4, budgets=("1/4",), oracle=False)
@@ -508,7 +510,7 @@ def test_an_impossible_plan_is_refused_beforehand(plan, field, error, words):
         check(plan, [evaluated_method(name) for name in field])
 
 
-def test_contenders_need_parts_that_fit():
+def test_methods_need_parts_that_fit():
     with pytest.raises(GateError, match="--ckpt"):
         evaluated_method("foresightkv")
     with pytest.raises(UsageError, match="no option"):
@@ -537,7 +539,7 @@ def test_a_lenient_plan_says_what_is_not_possible(subject, tmp_path):
     )
 
 
-def test_what_is_judged_can_be_dropped_and_judged_anew(subject, tmp_path):
+def test_what_is_measured_can_be_dropped_and_measured_anew(subject, tmp_path):
     out = tmp_path / "rows.jsonl"
     plan = small_plan(free="none", num_samples=2, budgets=("64",))
     field = [evaluated_method("random"), evaluated_method("h2o"), evaluated_method("h2o", name="h2o variant=kvpress")]
@@ -570,7 +572,7 @@ def test_rows_tell_how_near_the_oracle_is(finished, subject):
     policy = random.policy(resolve("1/4", "recall"), **COMPARISON.options)
     figures = measure_policy(
         subject.model, policy, given.input_ids, given.attention_mask, prompt_length=given.prompt_length,
-        spoken=given.spoken,
+        loss_mask=given.loss_mask,
     )  # fmt: skip
     for name in ORACLE_KEYS[1:]:
         assert random_row[name] == pytest.approx(figures[name], rel=1e-3), name
@@ -876,7 +878,7 @@ def test_perplexity_is_that_of_the_replayed_trace():
     assert found.peak < whole.peak == whole.end == whole.full == found.full == 2 * 2 * 2 * 8 * 4 * 61
 
 
-def test_texts_that_cannot_be_judged_are_refused(subject, tmp_path):
+def test_texts_that_cannot_be_read_are_refused(subject, tmp_path):
     path = tmp_path / "text.txt"
     with pytest.raises(DataError, match="cannot read"):
         perplexity.read_text(path)

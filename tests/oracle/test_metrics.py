@@ -19,8 +19,8 @@ from learnevict.methods import full, golden, h2o, keydiff, random, snapkv
 from learnevict.oracle import Received, Reducers, future_attention, golden_labels, golden_trace, horizon
 from learnevict.oracle import golden as roll_golden
 from learnevict.oracle.metrics import (
-    judge,
     kept_attention,
+    measure,
     measure_policy,
     ranking_cost,
     recalled,
@@ -146,7 +146,7 @@ def test_figures_of_a_policy_are_those_of_its_trace(model, batch, method):
     ids, mask = batch
     policy = method.policy(12, **TERMS)
     reference = Reference.of(model, ids, mask, block=BLOCK, prompt_length=[9, 9, 9])
-    found = judge(model, policy, reference)
+    found = measure(model, policy, reference)
     logits, expiry = run_policy(model, policy, ids, mask)
     assert int((expiry != NEVER).sum()) > 100
     labels = torch.stack(golden_labels(model, ids, mask, block=BLOCK)[0])
@@ -175,13 +175,13 @@ def test_golden_is_its_own_measure_and_random_the_other_end(model, batch):
     ids, mask = batch
     reference = Reference.of(model, ids, mask, block=BLOCK)
     trace = golden_trace(model, reference.input_ids, reference.attention_mask, budget=12, block=BLOCK, guard=GUARD)
-    found = judge(model, golden.policy(12, trace=trace), reference)
+    found = measure(model, golden.policy(12, trace=trace), reference)
     figures = found.figures()
     assert figures["top_recall"] == 1.0
     assert figures["oracle_gap_closed"] == pytest.approx(1.0, abs=1e-4)
     choices = found.choices
     assert torch.equal(choices.wanted_kept, choices.wanted) and bool((choices.wanted > 0).all())
-    by_labels = judge(model, random.policy(12, **TERMS), reference)
+    by_labels = measure(model, random.policy(12, **TERMS), reference)
     assert float(by_labels.golden_loss.sum()) == pytest.approx(float(found.loss.sum()), rel=1e-5)
     assert by_labels.figures()["attention_kept"] < figures["attention_kept"]
     assert len(reference.bounds) == 1, "random and golden run once for all policies of one budget"
@@ -198,13 +198,13 @@ def test_the_gap_closed_is_measured_from_random_to_golden(model, batch):
     mine, chance, best = (
         -sum(
             float(run[row, t - 1].double().log_softmax(-1)[ids[row, t]])
-            for row, t in reference.spoken.nonzero().tolist()
+            for row, t in reference.loss_mask.nonzero().tolist()
         )
         for run in runs
     )
     assert len({mine, chance, best}) == 3
     policies = [h2o.policy(12, **TERMS), *(golden.policy(12, trace=trace) for trace in traces)]
-    found = [judge(model, policy, reference).figures()["oracle_gap_closed"] for policy in policies]
+    found = [measure(model, policy, reference).figures()["oracle_gap_closed"] for policy in policies]
     close(found, [(chance - mine) / (chance - best), 0.0, 1.0])
 
 
@@ -214,27 +214,27 @@ def test_nothing_evicted_leaves_nothing_to_say(model, batch):
     assert not {"oracle_gap_closed", "top_recall", "regret"} & set(figures)
 
 
-def test_a_text_is_judged_alike_alone_and_beside_others(model, batch):
+def test_a_text_is_measured_alike_alone_and_beside_others(model, batch):
     ids, mask = batch
     policy = h2o.policy(12, **TERMS)
-    together = judge(model, policy, Reference.of(model, ids, mask, block=BLOCK, prompt_length=[9, 8, 7]))
+    together = measure(model, policy, Reference.of(model, ids, mask, block=BLOCK, prompt_length=[9, 8, 7]))
     for row, prompt in enumerate((9, 8, 7)):
         own = ids[[row]][:, mask[row].bool()]
-        alone = judge(model, policy, Reference.of(model, own, block=BLOCK, prompt_length=[prompt]))
+        alone = measure(model, policy, Reference.of(model, own, block=BLOCK, prompt_length=[prompt]))
         for part, whole in ((alone, together), (alone.choices, together.choices)):
             for name, value in vars(part).items():
                 if name != "choices":
                     assert float(value) == pytest.approx(float(getattr(whole, name)[row]), rel=1e-4), name
 
 
-def test_shares_and_rules_are_judged_too(model, batch):
+def test_shares_and_rules_are_measured_too(model, batch):
     figures = measure_policy(model, snapkv.policy("40%", **TERMS), *batch)
     assert {"oracle_gap_closed", "top_recall", "regret"} <= set(figures)
     last = Rule(lambda s: s.position > (s.rows.now - s.budget).view(-1, 1, 1), Budget(12), schedule=Schedule(4))
     figures = measure_policy(model, last, *batch)
     assert "regret" not in figures and figures["top_recall"] < 1
     with pytest.raises(UsageError, match="block=4"):
-        judge(model, h2o.policy(12, **TERMS), Reference.of(model, *batch, block=8))
+        measure(model, h2o.policy(12, **TERMS), Reference.of(model, *batch, block=8))
 
 
 def test_a_watched_policy_evicts_as_before(model, batch):
@@ -363,7 +363,7 @@ def test_a_case_knows_the_oracle(model, case):
         seen.query, seen.key, block=BLOCK, valid=mask.bool(), reduce=Reducers(value="contribution"), value=seen.value
     )
     close(case.labels(by_value)[1] * mask[:, None, :, None], weighted)
-    scores = case.judge(case.golden)
+    scores = case.measure(case.golden)
     losses = case.losses(case.run(case.golden)[0]).sum(-1)
     assert scores.loss == pytest.approx(losses.tolist(), rel=1e-5)
 

@@ -17,6 +17,7 @@ from learnevict.infer.model.supported import evicting_layers
 from learnevict.infer.teacher_forcing import prefill, replay
 from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
+from learnevict.oracle.reference import token_losses
 from learnevict.parts.layer_allocation import GAIN, LayerAllocation
 from learnevict.parts.learned import SlotScorer
 from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
@@ -29,7 +30,7 @@ from learnevict.rl.distribution import (
     lowest_scores,
     shift_log_probability,
 )
-from learnevict.rl.rewards import losses, sure, token_costs
+from learnevict.rl.rewards import sure, token_costs
 from learnevict.rl.rollout import (
     PromptAnswer,
     RefineConfig,
@@ -326,7 +327,7 @@ def test_costs_count_where_the_full_cache_is_sure():
     logits[0, 1] = torch.tensor([-30.0, 9.0, 0.0, 0.0])
     logits[0, 2] = torch.tensor([-30.0, 9.0, 0.0, 0.0])
     ids, counted = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[False, False, True, True, True, True]])
-    added = losses(logits, ids) - losses(full, ids)
+    added = token_losses(logits, ids) - token_losses(full, ids)
     low = token_costs("low_entropy", logits, full, ids, counted)
     assert low[0].tolist() == pytest.approx([0, 2.0, 0, 0, 0, 0])
     plain = token_costs("plain", logits, full, ids, counted, ceiling=5.0)

@@ -17,6 +17,7 @@ from learnevict.evals.teacher_forced import Scores, TextBatch, score
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import full_trace
 from learnevict.oracle.reconstruct import Received
+from learnevict.oracle.reference import token_losses
 from learnevict.oracle.shared_traces import GoldenOptions, Roll, Share, golden_shared, roll_of
 from learnevict.signals import Trace
 
@@ -51,9 +52,7 @@ class Case:
 
     def losses(self, logits: Tensor) -> Tensor:
         """Loss of every response token at the query that predicts it, [B, T]."""
-        target = self.texts.input_ids[:, 1:]
-        found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none")
-        return torch.nn.functional.pad(found.view_as(target) * self.texts.spoken[:, 1:], (0, 1))
+        return token_losses(logits, self.texts.input_ids) * torch.nn.functional.pad(self.texts.loss_mask[:, 1:], (0, 1))
 
     def attention(self, received: list[Received], trace: Trace | None = None) -> Iterator[Tensor]:
         """Attention [B, H, G, T, T] of every layer; with a trace, what a token gets or would get beside what is left."""
@@ -117,7 +116,7 @@ class Case:
         future = torch.nn.functional.pad(future, (0, 1))
         return self.roll().trace(lambda m, _: future[..., m + 1])
 
-    def judge(self, trace: Trace) -> Scores:
+    def measure(self, trace: Trace) -> Scores:
         """What the texts cost under a trace."""
         return score(self.texts, self.run(trace)[0], None)
 
@@ -127,9 +126,9 @@ def from_the_left(texts: TextBatch) -> TextBatch:
     length = texts.input_ids.shape[1]
     pad = length - texts.attention_mask.sum(-1, keepdim=True)
     column = (torch.arange(length, device=pad.device) + pad) % length
-    parts = (texts.input_ids, texts.attention_mask, texts.checked, texts.spoken)
-    ids, mask, checked, spoken = (part.gather(1, column) for part in parts)
-    return TextBatch(ids, mask, checked, spoken, texts.prompt_length)
+    parts = (texts.input_ids, texts.attention_mask, texts.answer_mask, texts.loss_mask)
+    ids, mask, answers, losses = (part.gather(1, column) for part in parts)
+    return TextBatch(ids, mask, answers, losses, texts.prompt_length)
 
 
 # --- what one query says of one key: attention [B, H, G, T, T] and what its layer was given ---

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnevict.ops.distributed import ratio
 from learnevict.ops.random import hashed, uniform
+from learnevict.ops.select import eviction_order
 
 
 def pairwise(
@@ -89,11 +90,9 @@ def kept_share(
     scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"], drop: int
 ) -> Float[Tensor, ""]:
     """Share of the oracle's `drop` evictions that the scores choose too (ForesightKV's accuracy)."""
-    worst = [
-        values.masked_fill(~candidates, torch.inf).argsort(dim=-1, stable=True)[..., :drop]
-        for values in (scores, targets)
+    marks = [
+        candidates & (eviction_order(values.masked_fill(~candidates, torch.inf)) < drop) for values in (scores, targets)
     ]
-    marks = [torch.zeros_like(candidates).scatter_(-1, index, value=True) & candidates for index in worst]
     return (marks[0] & marks[1]).sum() / marks[1].sum().clamp_min(1)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from learnevict.ops.distributed import ratio
 from learnevict.ops.random import hashed
+from learnevict.oracle.metrics import ranking_cost
 from learnevict.train.losses.objectives import sample_slots, uniform_of
 
 OUTSIDE = -1e9  # score of what is no candidate: behind all others, and nothing in a sum of exponentials
@@ -26,16 +27,7 @@ OUTSIDE = -1e9  # score of what is no candidate: behind all others, and nothing 
 def best_cost(targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]) -> Float[Tensor, "M H"]:
     """C*, but at least the sum of I: the unit of cost."""
     paid = targets.masked_fill(~candidates, 0.0)
-    return cost(paid, paid, candidates).maximum(paid.sum(-1))
-
-
-def cost(
-    scores: Float[Tensor, "M H N"], targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]
-) -> Float[Tensor, "M H"]:
-    """C of the ranking by scores, highest first."""
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    paid = targets.masked_fill(~candidates, 0.0).gather(-1, order)
-    return (paid * torch.arange(paid.shape[-1], device=paid.device)).sum(-1)
+    return ranking_cost(paid, paid, candidates).maximum(paid.sum(-1))
 
 
 def regret(
@@ -43,7 +35,7 @@ def regret(
 ) -> Float[Tensor, ""]:
     """C / C* of the ranking by scores, 1 at best: KVP's measure of all budgets at once; mean over heads that have a choice."""
     unit = best_cost(targets, candidates)
-    return _mean(cost(scores, targets, candidates), unit)
+    return _mean(ranking_cost(scores, targets, candidates), unit)
 
 
 def expected_regret(
@@ -96,7 +88,7 @@ def rloo(
         noise = torch.rand_like(scores) if words is None else uniform_of(hashed(words, sample), scores.shape)
         order = (free.detach() - (-noise.clamp_min(1e-20).log()).log()).masked_fill(~candidates, OUTSIDE)
         rank = order.argsort(dim=-1, descending=True)
-        rewards.append(-cost(order, targets, candidates) / unit.clamp_min(torch.finfo(unit.dtype).tiny))
+        rewards.append(-ranking_cost(order, targets, candidates) / unit.clamp_min(torch.finfo(unit.dtype).tiny))
         chances.append(log_chance(free.gather(-1, rank), candidates.gather(-1, rank)))
     reward, chance = torch.stack(rewards), torch.stack(chances)
     advantage = (reward - reward.mean(0)) * samples / (samples - 1)  # less the mean of the others

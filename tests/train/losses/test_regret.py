@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from learnevict.oracle.metrics import ranking_cost
 from learnevict.train.losses.objectives import LEAST, cross_entropy, log_error
-from learnevict.train.losses.regret import OUTSIDE, best_cost, cost, expected_regret, log_chance, regret, rloo
+from learnevict.train.losses.regret import OUTSIDE, best_cost, expected_regret, log_chance, regret, rloo
 from tests.closeness import close
 
 N = 6
@@ -41,7 +42,9 @@ def lost(targets: list[float], order: tuple[int, ...]) -> float:
 def test_cost_counts_what_every_budget_loses():
     scores, targets = problem()
     order = tuple(scores.flatten().argsort(descending=True).tolist())
-    assert float(cost(scores, targets, everyone(scores))) == pytest.approx(lost(targets.flatten().tolist(), order))
+    assert float(ranking_cost(scores, targets, everyone(scores))) == pytest.approx(
+        lost(targets.flatten().tolist(), order)
+    )
     best = min(lost(targets.flatten().tolist(), order) for order in itertools.permutations(range(N)))
     assert float(best_cost(targets, everyone(scores))) == pytest.approx(best)
     assert float(regret(targets, targets, everyone(scores))) == pytest.approx(1.0)
@@ -64,7 +67,7 @@ def test_closed_form_is_the_mean_over_all_permutations():
 def test_closed_form_is_what_gumbel_rankings_cost():
     scores, targets = problem(1)
     noise = -(-torch.rand(100_000, 1, N, generator=torch.Generator().manual_seed(0)).double().log()).log()
-    drawn = cost(scores + noise, targets.expand(100_000, 1, N), everyone(noise)).mean()
+    drawn = ranking_cost(scores + noise, targets.expand(100_000, 1, N), everyone(noise)).mean()
     expected = expected_regret(scores, targets, everyone(scores)) * best_cost(targets, everyone(scores))
     assert float(drawn) == pytest.approx(float(expected), rel=5e-3)
 
