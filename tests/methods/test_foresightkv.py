@@ -1,4 +1,4 @@
-"""The judge against formulas written anew, and against the faults of its reference implementation."""
+"""The scorer against formulas written anew, and against the faults of its reference implementation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny(seed: int = 0) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def judge_for(model: Qwen3ForCausalLM) -> ForesightGate:
+def gate_for(model: Qwen3ForCausalLM) -> ForesightGate:
     torch.manual_seed(5)
     gate = ForesightGate(layout_of(model.config), hidden=8, window=WINDOW)
     with torch.no_grad():
@@ -111,10 +111,10 @@ class Dense:
                     torch.tensor(scalars),
                 ]
             )
-            scores[i] = self.judge(x.double())
+            scores[i] = self.score(x.double())
         return scores
 
-    def judge(self, x: torch.Tensor) -> float:
+    def score(self, x: torch.Tensor) -> float:
         g, at = self.gate, (self.layer, self.head)
         x = (x - g.mean[at][0]) / g.scale[at][0]
         x = torch.nn.functional.gelu(x @ g.weight_in[at].double() + g.bias_in[at][0])
@@ -138,7 +138,7 @@ class Dense:
 
 def test_evictions_equal_a_dense_simulation():
     model, ids = tiny(), torch.randint(0, 64, (1, 61))
-    gate = judge_for(model)
+    gate = gate_for(model)
     _, trace = run(model, gate, ids)
     # keys and values of a layer depend on what was evicted below it, so they are read from a replay of the run itself
     seen = {}
@@ -160,8 +160,8 @@ def test_recent_window_features_slice_the_query_axis():
     model, ids = tiny(), torch.randint(0, 64, (1, 40))
     gate = ForesightGate(layout_of(model.config), hidden=8, window=16)
     rows = []
-    original = gate.notes
-    gate.notes = lambda signals: rows.append(original(signals)) or rows[-1]  # type: ignore[method-assign]
+    original = gate.statistics
+    gate.statistics = lambda signals: rows.append(original(signals)) or rows[-1]  # type: ignore[method-assign]
     run(model, gate, ids)
     mean, last4, last8 = rows[-1][..., 0:2], rows[-1][..., 4:6], rows[-1][..., 6:8]
     assert not torch.allclose(last4, last8)
@@ -171,7 +171,7 @@ def test_recent_window_features_slice_the_query_axis():
 def test_accumulators_do_not_share_storage():
     """Regression 2: after two events, decayed and undecayed sums are those of both, each by its own formula."""
     model, ids = tiny(), torch.randint(0, 64, (1, 40))
-    gate = judge_for(model)
+    gate = gate_for(model)
     events = []
     original = gate.refresh
 
@@ -194,7 +194,7 @@ def test_accumulators_do_not_share_storage():
 
 def test_notes_under_steady_attention_do_not_depend_on_the_period():
     """Regression 4: training and inference may hold events at different distances; queries that all look alike tell it."""
-    gate, num, tokens = judge_for(tiny()), 12, 64
+    gate, num, tokens = gate_for(tiny()), 12, 64
     generator = torch.Generator().manual_seed(1)
     key = torch.randn(1, 2, num, 8, generator=generator)
     query = torch.randn(1, 4, 1, 8, generator=generator)
@@ -229,7 +229,7 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
         close(shown[period], shown[1])
 
 
-def test_a_trained_judge_keeps_its_period(tmp_path):
+def test_trained_gates_keep_its_period(tmp_path):
     """Its policy uses it by default; another one is said, not hidden."""
     Gates.make("foresightkv", tiny(), hidden=8, period=16).save_pretrained(tmp_path)
     gates = Gates.from_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_a_trained_judge_keeps_its_period(tmp_path):
 def test_training_sees_what_inference_sees():
     """No skew: features recorded in a training run equal those of an inference run with the same evictions."""
     model = tiny()
-    gate = judge_for(model)
+    gate = gate_for(model)
     ids = torch.randint(0, 64, (2, 48))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -288,7 +288,7 @@ def test_golden_rows_follow_the_oracle():
     ahead = [look_ahead(part) for part in labels if part is not None]
     recorder = Recorder(
         Budget(BUDGET),
-        judge_for(model),
+        gate_for(model),
         list(ahead),
         torch.zeros(2, dtype=torch.bool),
         Schedule(PERIOD),
@@ -330,7 +330,7 @@ def test_gates_refuse_another_base(tmp_path):
 def test_states_of_all_layers_belong_together_where_all_heads_compete():
     """Scope "model": rows that follow the oracle share the slots of all heads out by label, above the floor."""
     model, ids = tiny(), torch.randint(0, 64, (2, 48))
-    gate = judge_for(model)
+    gate = gate_for(model)
     gate.scope = "model"
     labels, _ = oracle.golden_labels(model, ids, block=PERIOD)
     rules = {"budget": BUDGET, "schedule": Schedule(PERIOD), "guard": Guard()}

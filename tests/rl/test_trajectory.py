@@ -44,7 +44,7 @@ from learnevict.rl.trajectory import expired, sample_trajectory
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
-from tests.methods.test_foresightkv import judge_for, tiny
+from tests.methods.test_foresightkv import gate_for, tiny
 
 TERMS = SamplingTerms(budget=24, period=8, temperature=0.7, sinks=2, recent=4)
 TOGETHER = replace(TERMS, scope="model", pool=2)
@@ -63,16 +63,16 @@ def texts(length: int = 61, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 def episode(**changes: object):
     model = tiny()
-    judge = judge_for(model)
+    gate = gate_for(model)
     ids, mask = texts()
     options = {"words": torch.tensor([1, 2]), **changes}
     terms = options.pop("terms", TERMS)
     if terms.share_spread:
-        demand = judge.share_layers(2, 1, 40)
+        demand = gate.share_layers(2, 1, 40)
         with torch.no_grad():
             demand.level.copy_(torch.linspace(-0.1, 0.1, len(demand.level)))
             demand.slope.copy_(torch.linspace(0.05, -0.05, len(demand.slope)))
-    return model, judge, ids, mask, sample_trajectory(model, judge, ids, mask, terms, **options)
+    return model, gate, ids, mask, sample_trajectory(model, gate, ids, mask, terms, **options)
 
 
 # --- draws ---
@@ -174,7 +174,7 @@ def test_draws_that_no_later_prediction_sees_do_not_count(length):
     """What goes after the last token but one changes no prediction of the text: it would be noise with a full advantage."""
     model = tiny()
     ids, mask = texts(length)
-    found = sample_trajectory(model, judge_for(model), ids, mask, TERMS)
+    found = sample_trajectory(model, gate_for(model), ids, mask, TERMS)
     due = [[end for end in range(1, length + 1) if (end - pad) % 8 == 0 and end - pad > 24] for pad in PADS]
     for races in found.races:
         drawn = (races.order != NOTHING).flatten(2).any(-1)
@@ -185,9 +185,9 @@ def test_draws_that_no_later_prediction_sees_do_not_count(length):
 
 @LAWS
 def test_the_log_probability_of_an_episode_can_be_had_again(terms):
-    _, judge, _, _, found = episode(terms=terms)
-    once, _ = log_probabilities(judge, found, torch.tensor([0, 1]))
-    swapped, spread = log_probabilities(judge, found, torch.tensor([1, 0]))
+    _, gate, _, _, found = episode(terms=terms)
+    once, _ = log_probabilities(gate, found, torch.tensor([0, 1]))
+    swapped, spread = log_probabilities(gate, found, torch.tensor([1, 0]))
     assert torch.equal(once, swapped.flip(0))
     assert bool((once <= 0).all())
     assert bool((spread >= 0).all())
@@ -198,25 +198,25 @@ def test_the_log_probability_of_an_episode_can_be_had_again(terms):
 def test_where_nothing_is_random_the_judge_evicts_as_its_policy(terms):
     model = tiny()
     nothing = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
-    model, judge, ids, mask, found = episode(noisy=nothing, terms=terms)
+    model, gate, ids, mask, found = episode(noisy=nothing, terms=terms)
     assert all(bool((races.order == NOTHING).all()) for races in found.races)
     rules = {"slack": TERMS.period, "sinks": TERMS.sinks, "recent": TERMS.recent}
-    judge.scope = terms.scope
+    gate.scope = terms.scope
     if found.tried is not None:  # shares are tried whatever the noise of draws
-        judge.demand.level.data = (found.tried[0] / GAIN).clone()
-        judge.demand.slope.data.zero_()
+        gate.demand.level.data = (found.tried[0] / GAIN).clone()
+        gate.demand.slope.data.zero_()
         ids, mask = ids[:1], mask[:1]
-    policy = methods.foresightkv.policy(TERMS.budget, gate=judge, **rules)
+    policy = methods.foresightkv.policy(TERMS.budget, gate=gate, **rules)
     with torch.no_grad(), attach(model, policy, record=True) as cache:
         prefill(model, cache, ids, mask)
     assert torch.equal(cache.trace().expiry, found.trace.expiry[:, : len(ids)])
 
 
 def test_padding_changes_no_episode():
-    model, judge, ids, mask, _ = episode()
+    model, gate, ids, mask, _ = episode()
     still = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
-    both = sample_trajectory(model, judge, ids, mask, TERMS, noisy=still)
-    alone = sample_trajectory(model, judge, ids[1:, PADS[1] :], mask[1:, PADS[1] :], TERMS, noisy=still[:, 1:])
+    both = sample_trajectory(model, gate, ids, mask, TERMS, noisy=still)
+    alone = sample_trajectory(model, gate, ids[1:, PADS[1] :], mask[1:, PADS[1] :], TERMS, noisy=still[:, 1:])
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
@@ -230,8 +230,8 @@ def test_the_seed_makes_the_episode():
 
 @LAWS
 def test_noise_is_the_rows_own_whatever_the_batch(terms):
-    model, judge, ids, mask, both = episode(terms=terms)
-    alone = sample_trajectory(model, judge, ids[1:, PADS[1] :], mask[1:, PADS[1] :], terms, words=torch.tensor([2]))
+    model, gate, ids, mask, both = episode(terms=terms)
+    alone = sample_trajectory(model, gate, ids[1:, PADS[1] :], mask[1:, PADS[1] :], terms, words=torch.tensor([2]))
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
@@ -290,11 +290,11 @@ def test_demand_follows_the_budget_and_is_equal_until_learned():
 def test_only_layers_that_evict_have_a_share():
     model = zoo.build("gemma3")
     kinds = evicting_layers(DynamicCache(config=model.config).layers)
-    judge = judge_for(model)
-    judge.share_layers(len(kinds), 1, 40)
+    gate = gate_for(model)
+    gate.share_layers(len(kinds), 1, 40)
     ids = torch.randint(4, 64, (2, 61), generator=torch.Generator().manual_seed(3))
     with pytest.warns(StockLayersWarning):
-        found = sample_trajectory(model, judge, ids, torch.ones_like(ids), SHARED)
+        found = sample_trajectory(model, gate, ids, torch.ones_like(ids), SHARED)
     assert 1 < len(kinds) < model.config.num_hidden_layers
     assert found.tried.shape == (2, len(kinds)) and found.trace.evictions > 0
     assert len(found.races) == len(kinds)
@@ -393,14 +393,14 @@ def test_credit_by_attention_against_the_whole_matrix():
 @pytest.mark.parametrize("rules", [{}, {"scope": "model"}, {"share_spread": 0.3}], ids=["layer", "model", "shares"])
 def test_a_batch_of_experience(rules):
     model = tiny()
-    judge = judge_for(model)
+    gate = gate_for(model)
     if rules.get("share_spread"):
-        judge.share_layers(2, 1, 40)
+        gate.share_layers(2, 1, 40)
     ids, _ = texts()
     batch = [PromptAnswer(ids[0].tolist(), 20)] * 2 + [PromptAnswer(ids[0, 7:].tolist(), 15)] * 2
     config = RefineConfig(min_budget=24, max_budget=24, period=8, sinks=2, recent=4, layer_share=0.5, **rules)
     seeds = {"seeds": (1, 2, 0), "device": torch.device("cpu"), "group": 2}
-    found = sample_group(model, judge, batch, config, **seeds)
+    found = sample_group(model, gate, batch, config, **seeds)
     given = found.completions()
     assert [row[0] for row in given["completion_ids"]] == [0, 1, 2, 3]
     assert {len(row) for name in ("completion_ids", "env_mask", "logprobs") for row in given[name]} == {
@@ -410,10 +410,10 @@ def test_a_batch_of_experience(rules):
     assert found.credit is not None
     assert bool((found.credit[~found.taken] == 0).all())
     assert bool(((found.log_probs < 0) <= found.taken).all())
-    again = sample_group(model, judge, batch, config, **seeds)
+    again = sample_group(model, gate, batch, config, **seeds)
     assert torch.equal(again.credit, found.credit)
     with pytest.raises(DataError, match="no answer"):
-        sample_group(model, judge, [PromptAnswer(ids[0].tolist(), 61)] * 2, config, **seeds)
+        sample_group(model, gate, [PromptAnswer(ids[0].tolist(), 61)] * 2, config, **seeds)
 
 
 def test_budgets_and_layers_are_drawn_within_their_limits():
