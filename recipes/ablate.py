@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from learnevict.cli.evaluation import progress
+from learnevict.cli.output import progress
 from learnevict.data.opening import load_base, read_source
 from learnevict.errors import UsageError, needing, told_in_one_line
 from learnevict.evals.methods import EvaluatedMethod, evaluated_method

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from learnevict import methods, testbed
-from learnevict.cli.evaluation import progress
+from learnevict.cli.output import progress
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals import tuning

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learnevict.cli.evaluation import progress
+from learnevict.cli.output import progress
 from learnevict.data.documents import Collator
 from learnevict.data.label_store import hash_documents
 from learnevict.data.opening import load_base, read_source

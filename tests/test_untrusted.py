@@ -16,7 +16,7 @@ from learnevict import Gates
 from learnevict.cli import console
 from learnevict.cli import output as cli_results
 from learnevict.cli.eval import _show
-from learnevict.cli.evaluation import progress
+from learnevict.cli.output import progress
 from learnevict.errors import DataError, GateError, told_in_one_line
 from learnevict.evals.report import write_report
 from learnevict.evals.summaries import read_rows

@@ -1,4 +1,4 @@
-"""The console: which commands there are, and how their errors reach the person."""
+"""The commands of the console, and how their errors reach the user."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from keyword import iskeyword
@@ -17,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from learnevict import __version__
-from learnevict.cli.output import INTERRUPTED, say, tell
+from learnevict.cli.options import prepared
+from learnevict.cli.output import say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
 COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "import", "doctor", "demo")
@@ -27,7 +27,7 @@ _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if 
 
 app = typer.Typer(
     name="learnevict",
-    help="Learned KV-cache eviction: generate, judge and look inside under a small cache.\n\n"
+    help="Learned KV-cache eviction: generate, evaluate and look inside under a small cache.\n\n"
     "Start here, on any machine: [bold]learnevict demo[/bold]",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -56,30 +56,16 @@ def learnevict(
     """Options of all commands."""
 
 
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Say so when a command is stopped with Ctrl-C; it exits with 130."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except KeyboardInterrupt as error:
-            say("interrupted")
-            raise typer.Exit(INTERRUPTED) from error
-
-    return run
-
-
 for _name in COMMANDS:
     _module = f"learnevict.cli.{_name}{'_' * iskeyword(_name)}"
     if find_spec(_module) is not None:
-        app.command(_name)(_interruptible(import_module(_module).run))
+        app.command(_name)(prepared(import_module(_module).run))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 1 (it failed), 2 (it made no sense) or 130 (interrupted).
+    """Runs a command line and returns the exit code: 0, 1 (it failed), 2 (it made no sense) or 130 (interrupted).
 
-    What nobody foresaw is one line too; with --debug or LEARNEVICT_DEBUG=1 it is raised.
+    An unexpected error is one line too; with --debug or LEARNEVICT_DEBUG=1 it is raised.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or debugging()
@@ -88,9 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         try:
-            return _invoke([word for word in words if word != "--debug"])
+            words = [word for word in words if word != "--debug"]
+            code: Any = app(args=words, prog_name="learnevict", standalone_mode=False)
+            return code if isinstance(code, int) else 0
         except BrokenPipeError:
-            # The reader of our output has gone (`| head`): nobody is left to talk to, not even at interpreter exit.
+            # The reader of our output has gone (`| head`); nothing may be written at interpreter exit either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return RUNTIME
         except (LearnevictError, OSError, _Problem) as error:
@@ -99,38 +87,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = _explain(error)
             say(f"error: {message}")
             return code
-        except Exception as error:  # whatever it is: a person who cannot read tracebacks is told how to get one
+        except Exception as error:  # whatever it is
             if debug:
                 raise
-            say(f"error: {_unforeseen(error)}")
+            if type(error).__name__ == "OutOfMemoryError":
+                said = "the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16"
+            else:
+                said = unforeseen(error, "--debug (or LEARNEVICT_DEBUG=1)")
+            say(f"error: {said}")
             return RUNTIME
 
 
 @contextmanager
 def _methods_here() -> Generator[None]:
-    """The current folder is searched for methods, last: a console script does not have it on its path."""
+    """Lets methods be imported from the current folder too, which a console script does not have on its path."""
     try:
         here = os.getcwd()
     except OSError:  # it has been removed under our feet
         here = ""
-    if {"", here} & set(sys.path) or not here:
-        yield
-        return
-    sys.path.append(here)
+    added = bool(here) and not {"", here} & set(sys.path)
+    if added:
+        sys.path.append(here)
     try:
         yield
     finally:
-        if here in sys.path:
+        if added and here in sys.path:
             sys.path.remove(here)
 
 
-def _invoke(words: list[str]) -> int:
-    answer: Any = app(args=words, prog_name="learnevict", standalone_mode=False)
-    return answer if isinstance(answer, int) else 0
-
-
 def _explain(error: Exception) -> tuple[int, str]:
-    """Exit code and one line."""
+    """Returns the exit code and one line."""
     if isinstance(error, _Problem):
         context: Any = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "learnevict"
@@ -140,13 +126,6 @@ def _explain(error: Exception) -> tuple[int, str]:
         place = f"{error.filename!r}: " if error.filename else ""
         return RUNTIME, place + unusable(error, "choose a file or folder that can be used")
     return USAGE if isinstance(error, UsageError | BudgetError) else RUNTIME, " ".join(str(error).split())
-
-
-def _unforeseen(error: Exception) -> str:
-    """One line about an error that nothing else explains."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the device is out of memory; use a smaller --batch-size, --budget or --dtype bf16"
-    return unforeseen(error, "--debug (or LEARNEVICT_DEBUG=1)")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

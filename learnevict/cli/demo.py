@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.generation import GeneratedAnswer, Generator, size
-from learnevict.cli.output import for_tables, tell
-from learnevict.cli.policy_choice import PolicyChoice, open_model
-from learnevict.cli.prompts import make_request
+from learnevict.cli.opened_model import open_model
+from learnevict.cli.output import for_tables, size, tell
+from learnevict.cli.prompts import Answer, make_request
 
 METHODS = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")
@@ -32,32 +31,31 @@ def run(
 
         learnevict demo --budget 64 --seed 5
     """
-    opened = open_model("testbed", "cpu")
+    opened = open_model(o.ModelOptions(device="cpu"))
     requests = [make_request(opened, {"task": task, "seed": seed}, name=task) for task in TASKS]
     longest = max(len(request.ids) for request in requests)
     if not as_json:
         tell(
             f"The testbed is a small reasoning model trained on tasks with decoys. Three prompts of up to {longest}\n"
             f"tokens; each layer and head may keep {budget} of them. A recent window forgets what it will need; a\n"
-            "trained judge guesses it.\n"
+            "trained scorer predicts it.\n"
         )
     rows: list[dict[str, Any]] = []
     for method in METHODS:
-        choice = PolicyChoice() if method == "full" else PolicyChoice(method, budget=budget)
-        answering = Generator(opened, choice, {"max_new_tokens": 400, "temperature": 0.0})
-        answers = answering(requests, seed=0)
-        rows.append(summary(answering, answers))
+        eviction = o.EvictionOptions() if method == "full" else o.EvictionOptions(method, budget)
+        answers = opened.under(eviction).answer(requests, seed=0, max_new_tokens=400, temperature=0.0)
+        rows.append(summary(answers))
     if as_json:
         tell(json.dumps(rows))
         return
     show(rows)
 
 
-def summary(answering: Generator, answers: list[GeneratedAnswer]) -> dict[str, Any]:
-    """One method over all prompts."""
-    records = [answering.record(answer) for answer in answers]
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Returns the figures of one method over all prompts."""
+    records = [answer.record for answer in answers]
     return {
-        "method": answering.method,
+        "method": records[0]["method"],
         "correct": {record["id"]: record["correct"] for record in records},
         "kept": round(max(record["kept"]["mean"] for record in records)),
         "kv_bytes_peak": sum(record["kv_bytes_peak"] for record in records),
@@ -67,7 +65,7 @@ def summary(answering: Generator, answers: list[GeneratedAnswer]) -> dict[str, A
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The same as a table, and where to go from here."""
+    """Prints the figures as a table, and what to try next."""
     from rich.table import Table
 
     table = Table(

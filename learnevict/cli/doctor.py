@@ -13,9 +13,8 @@ import typer
 
 import learnevict.cli.options as o
 from learnevict import __version__
-from learnevict.cli.generation import size
-from learnevict.cli.output import cell, for_tables, tell
-from learnevict.cli.policy_choice import COMPARISON, TESTBED
+from learnevict.cli.opened_model import COMPARISON, TESTBED
+from learnevict.cli.output import cell, for_tables, size, tell
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,17 +18,47 @@ from learnevict.files import special
 
 
 def run(
-    task: e.Which = e.Task.testbed, families: e.Families = "", samples: e.Samples = None, split: e.Part = None,
-    length: e.Long = None, seed: e.FirstSeed = None, text: e.Text = None, max_tokens: e.MaxTokens = None,
-    methods: e.Methods = "", budgets: e.Budgets = "1/4", ckpt: e.Checkpoints = None, tuned: e.Tuned = False,
-    allow_other_base: o.OtherBase = False, sinks: o.Sinks = None, recent: o.Recent = None, slack: o.Slack = None,
-    keep_prompt: e.KeepPrompt = False, teacher: e.Teacher = None, oracle: e.Oracle = None, free: e.Free = None,
-    temperature: e.Temperature = None, tries: e.Tries = None, model: o.Model = "testbed", device: o.Device = "auto",
-    dtype: o.Dtype = o.Precision.auto, allow_pickle: o.AllowPickle = False,
-    batch_size: e.BatchSize = None, as_json: e.AsJson = False, out: e.Out = None,
-    resume: e.Resume = False,
-) -> None:  # fmt: skip
-    """Judge methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
+    *,
+    task: Annotated[
+        e.Task, typer.Option("--task", help="The testbed, or perplexity of --text.", rich_help_panel=e.TASKS)
+    ] = e.Task.testbed,
+    families: Annotated[
+        str, typer.Option(help="Task families, separated by commas. [dim]all five[/dim]", rich_help_panel=e.TASKS)
+    ] = "",
+    samples: e.SampleOptions,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file, for --task perplexity.", rich_help_panel=e.TASKS)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Read only the beginning of the text.", rich_help_panel=e.TASKS)
+    ] = None,
+    methods: e.MethodOptions,
+    free: Annotated[
+        bool | None,
+        typer.Option(
+            "--free/--no-free",
+            help="Exact match of the model's own answers. [dim]of the full cache only[/dim]",
+            rich_help_panel=e.ANSWERS,
+        ),
+    ] = None,
+    model: o.ModelOptions,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Rows as JSON lines on standard output.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="JSONL file for rows; per-sample numbers go beside it.", rich_help_panel=o.OUTPUT
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with --out: skip what is finished, add what is new.", rich_help_panel=o.OUTPUT
+        ),
+    ] = False,
+) -> None:
+    """Evaluate methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
 
     Examples:
 
@@ -47,39 +77,30 @@ def run(
     from learnevict.evals.suite import journal_path
     from learnevict.evals.summaries import read_rows
 
-    judging = Evaluation(
-        model=model, device=device, dtype=dtype.value, methods=names(methods), budgets=names(budgets),
-        ckpts=tuple(ckpt or ()), allow_other_base=allow_other_base, sinks=sinks, recent=recent, slack=slack,
-        prompt=keep_prompt, tuned=tuned, allow_pickle=allow_pickle,
-    )  # fmt: skip
-    sampled = {
-        "num_samples": samples, "split": split and split.value, "length": length and length.value, "seed": seed,
-        "teacher": teacher, "oracle": oracle, "temperature": temperature, "tries": tries, "batch_size": batch_size,
-    }  # fmt: skip
+    given = samples.given
+    evaluation = Evaluation(model, methods, names(methods.methods), names(methods.budgets))
     if task is e.Task.perplexity:
-        flags = {"families": families or None, "keep_prompt": keep_prompt or None, "tuned": tuned or None, "free": free}
-        _refuse({**sampled, **flags, "resume": resume or None}, "the testbed, not to --task perplexity")
+        flags = {
+            "families": families or None, "keep_prompt": methods.keep_prompt or None, "tuned": methods.tuned or None,
+            "free": free, "resume": resume or None,
+        }  # fmt: skip
+        _refuse({**given, **flags}, "the testbed, not to --task perplexity")
         if text is None:
             raise UsageError("--task perplexity needs a text: --text FILE")
-        with _told(out, out, "to judge the rest choose another --out"):
-            rows = judging.perplexity(text, max_tokens, out)
+        with _told(out, out, "to evaluate the rest choose another --out"):
+            rows = evaluation.perplexity(text, max_tokens, out)
     else:
         _refuse({"text": text, "max_tokens": max_tokens}, "--task perplexity")
-        fields = {name: value for name, value in sampled.items() if value is not None}
-        plan = judging.plan(names(families), free={None: "full", True: "all", False: "none"}[free], **fields)
+        plan = evaluation.plan(names(families), free={None: "full", True: "all", False: "none"}[free], **given)
         with _told(out, out and journal_path(out), "the same command with --resume goes on"):
-            rows = judging.testbed(plan, out, resume)
-    _print(rows, as_json)
+            rows = evaluation.testbed(plan, out, resume)
+    if as_json:
+        for row in rows:
+            tell(json.dumps(row))
+    else:
+        _show(rows)
     if out is not None and not special(out):
         say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
-
-
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if not as_json:
-        _show(rows)
-        return
-    for row in rows:
-        tell(json.dumps(row))
 
 
 FLAGS = {
@@ -89,7 +110,7 @@ FLAGS = {
 
 
 def _refuse(values: dict[str, Any], whose: str) -> None:
-    """Options that this task would ignore."""
+    """Raises a UsageError about options that this task would ignore."""
     flags = [FLAGS.get(name, "--" + name.replace("_", "-")) for name, value in values.items() if value is not None]
     if flags:
         raise UsageError(f"{' and '.join(flags)} {'belong' if len(flags) > 1 else 'belongs'} to {whose}")
@@ -97,7 +118,7 @@ def _refuse(values: dict[str, Any], whose: str) -> None:
 
 @contextmanager
 def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
-    """Say what an interruption leaves behind."""
+    """Says what an interruption leaves behind."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -111,7 +132,7 @@ def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words between commas, each once; says which were given more often."""
+    """Returns the names between commas, each once; says which were given more often."""
     given = [word.strip() for word in text.split(",") if word.strip()]
     if again := [word for word in dict.fromkeys(given) if given.count(word) > 1]:
         say(f"warning: {', '.join(again)} named more than once; counted once")

@@ -1,95 +1,85 @@
-"""What `learnevict eval` does once its options are read: opens the model, gathers the methods, shows progress."""
+"""The work of `learnevict eval` once its options are read: the model, its methods, and the runs."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from learnevict.cli.output import say
-from learnevict.cli.policy_choice import TESTBED, OpenedModel, open_model
+from learnevict.cli.eval_options import MethodOptions
+from learnevict.cli.opened_model import TESTBED, OpenedModel, open_model
+from learnevict.cli.options import ModelOptions
+from learnevict.cli.output import progress, say
 from learnevict.errors import GateError, UsageError
 from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import Cell, EvaluatedModel, Plan, check, check_families, count
 from learnevict.evals.summaries import MARK, Row, read_earlier, text_row, write_rows
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
-from learnevict.untrusted import printable
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Model, methods and rules that the user asked for; None where nothing was said."""
+    """The methods and budgets that a user compares on a model."""
 
-    model: str
-    device: str
-    dtype: str
-    methods: tuple[str, ...]
+    model: ModelOptions
+    methods: MethodOptions
+    names: tuple[str, ...]
     budgets: tuple[str, ...]
-    ckpts: tuple[str, ...] = ()
-    allow_other_base: bool = False
-    sinks: int | None = None
-    recent: int | None = None
-    slack: int | None = None
-    prompt: bool = False
-    tuned: bool = False
-    allow_pickle: bool = False
 
     @cached_property
     def opened(self) -> OpenedModel:
         """The model, loaded when first needed."""
-        return open_model(self.model, self.device, self.dtype, allow_pickle=self.allow_pickle)
+        return open_model(self.model)
 
-    def rules(self, base: EvaluationSettings) -> EvaluationSettings:
-        """What was given, over what holds otherwise."""
-        names = ("sinks", "recent", "slack")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(base, prompt=self.prompt, **given)
+    def settings(self, base: EvaluationSettings) -> EvaluationSettings:
+        """Returns what was given, over what holds otherwise."""
+        found = {name: getattr(self.methods, name) for name in ("sinks", "recent", "slack")}
+        given = {name: value for name, value in found.items() if value is not None}
+        return replace(base, prompt=self.methods.keep_prompt, **given)
 
     def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
-        """A comparison on the testbed under the usual rules."""
-        plan = Plan(budgets=self.budgets, rules=self.rules(COMPARISON), **fields)
+        """Returns a comparison on the testbed under the usual settings."""
+        plan = Plan(budgets=self.budgets, rules=self.settings(COMPARISON), **fields)
         plan = replace(plan, families=families) if families else plan
         check_families(plan.families)
         return plan
 
     def evaluated_methods(self, default: tuple[str, ...]) -> list[EvaluatedMethod]:
-        """Methods by name, with their gates and settings.
+        """Returns the methods with their gates and settings.
 
         Raises:
-            GateError: gates missing, of another model, or of a method nobody asked for.
+            GateError: gates missing, of another model, or of a method that is not compared.
             UsageError: two checkpoints of one method, or no such method.
         """
         from learnevict import methods
         from learnevict.evals import tuning
         from learnevict.hub import Gates, weight_hash
 
-        for name in self.methods:
+        for name in self.names:
             if self._shipped_in(name) is None:
                 methods.load(name)  # of one's own: imported because it is named here, so that gates may be of it
         opened = self.opened
         gates: dict[str, Gates] = {}
         sources: dict[str, str] = {}
-        for source in self.ckpts:
-            one = Gates.load(source, opened.model, allow_other_base=self.allow_other_base)
+        for source in self.methods.ckpt or ():
+            one = Gates.load(source, opened.model, allow_other_base=self.methods.allow_other_base)
             if one.method in gates:
                 raise UsageError(
                     f"--ckpt {sources[one.method]!r} and --ckpt {source!r} both hold gates of {one.method}; a table "
-                    "shows one of them: judge the other in a run of its own, with another --out"
+                    "shows one of them: evaluate the other in a run of its own, with another --out"
                 )
             gates[one.method], sources[one.method] = one, source
-        wanted = self.methods or (*default, *(name for name in gates if name not in default))
+        wanted = self.names or (*default, *(name for name in gates if name not in default))
         unused = sorted(set(gates) - set(wanted))
         if unused:
             raise GateError(
                 f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
             )
-        known = tuning.load() if self.tuned else None
+        known = tuning.load() if self.methods.tuned else None
         found = {name: gates.get(name) or self._shipped(name) for name in wanted}
         if known is not None:
             known.check(weight_hash(opened.model), found)
@@ -97,29 +87,29 @@ class Evaluation:
         return [
             evaluated_method(
                 of[name], one, tuned=known.of(of[name]) if known else None, name=name,
-                allow_other_base=self.allow_other_base,
+                allow_other_base=self.methods.allow_other_base,
             )
             for name, one in found.items()
         ]  # fmt: skip
 
     def _shipped_in(self, name: str) -> Path | None:
-        """Where the testbed's own gates are: those of a learned method, or what its refinement started from ("NAME-sl")."""
+        """Returns the folder of the testbed's own gates for a learned method or for its stage before refinement ("NAME-sl")."""
         from learnevict.hub import GATES_FOLDER
 
         folder = GATES_FOLDER / f"{TESTBED}-{name}"
         return folder if Path(name).name == name and self.opened.speaks_testbed and folder.is_dir() else None
 
     def _shipped(self, name: str) -> Any:
-        """These gates; None if there are none."""
+        """Returns these gates; None if there are none."""
         from learnevict.hub import Gates
 
         folder = self._shipped_in(name)
         if folder is None:
             return None
-        return Gates.load(folder, self.opened.model, allow_other_base=self.allow_other_base)
+        return Gates.load(folder, self.opened.model, allow_other_base=self.methods.allow_other_base)
 
     def testbed(self, plan: Plan, out: Path | None, resume: bool) -> list[Row]:
-        """Rows of a comparison on the testbed's tasks.
+        """Returns the rows of a comparison on the testbed's tasks.
 
         Raises:
             UsageError: a model of another vocabulary, --resume without --out, or an `out` that is not to be gone on with.
@@ -133,20 +123,19 @@ class Evaluation:
         opened = self.opened
         if not opened.speaks_testbed:
             raise UsageError(
-                f"{self.model!r} does not speak the testbed's words; judge it on a text: --task perplexity --text FILE"
+                f"{self.model.model!r} does not speak the testbed's words; evaluate it on a text: --task perplexity --text FILE"
             )
         evaluated_methods = self.evaluated_methods(DEFAULT_METHODS)
         check(plan, evaluated_methods)
-        if self.tuned and (
-            rest := [budget for budget in plan.budgets if budget not in tuned_budgets(evaluated_methods)]
-        ):
+        tuned = {budget for one in evaluated_methods for _, budget in one.tuned}
+        if self.methods.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned]):
             say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
         subject = EvaluatedModel(opened.model, opened.tokenizer, opened.name)
         with progress(count(plan, evaluated_methods)) as advance:
             return run(plan, subject, evaluated_methods, out, resume=resume, advance=advance)[0]
 
     def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
-        """Rows of methods on one text, the full cache first; written as they come.
+        """Returns the rows of methods on one text, the full cache first; written as they come.
 
         Raises:
             UsageError: `out` holds something, or is being written by another process.
@@ -164,7 +153,7 @@ class Evaluation:
             check_file(out, MARK)
         model = self.opened.model
         ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
-        rules = self.rules(
+        rules = self.settings(
             COMPARISON if self.opened.speaks_testbed else EvaluationSettings(slack=128, sinks=None, recent=None)
         )
         field = [one for one in self.evaluated_methods(()) if one.method != FULL]
@@ -189,21 +178,3 @@ class Evaluation:
         if any(one.method == GOLDEN for one in field):
             say("golden has read the whole text beforehand: it is a reference, not a method")
         return rows
-
-
-def tuned_budgets(evaluated_methods: list[EvaluatedMethod]) -> set[str]:
-    """Budgets for which some method has tuned settings."""
-    return {budget for one in evaluated_methods for _, budget in one.tuned}
-
-
-@contextmanager
-def progress(total: int) -> Generator[Any]:
-    """A bar on standard error, if that is a terminal; yields a function of a description and a number of samples."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda label, number: bar.update(task, advance=number, description=printable(label))

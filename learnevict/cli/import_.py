@@ -28,7 +28,7 @@ def run(
             help="Read weights that are pickles (.pt, .pth, .bin), of gates and model. Only if you trust who made them.",
         ),
     ] = False,
-    device: o.Device = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=o.MACHINE)] = "cpu",
     dtype: o.Dtype = o.Precision.auto,
 ) -> None:
     """Make gates from weights that the authors of KVzap, Fast KVzip, TRIM-KV or DBTrimKV published.
@@ -45,13 +45,13 @@ def run(
     --model is the model that they were trained on: its shape is checked, and its weights are what the gates belong to from
     then on. Pickles are read once, tensors only, and the result is safetensors.
     """
-    from learnevict.cli.policy_choice import open_model
+    from learnevict.cli.opened_model import open_model
     from learnevict.hub import write_card
     from learnevict.hub.published import import_gates
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{str(out)!r} exists already, and nothing is replaced; choose another --out")
-    opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
+    opened = open_model(o.ModelOptions(model, device, dtype, allow_pickle))
     gates = import_gates(weights, opened.model, allow_pickle=allow_pickle)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".import-") as draft:

@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.output import say, tell
+from learnevict.cli.output import progress, say, tell
 
 TEXTS = "What to label"
 
 
 def run(
+    *,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the labels; what is in it is kept.", rich_help_panel=o.OUTPUT)
     ] = Path("runs/labels"),
@@ -53,10 +54,7 @@ def run(
             rich_help_panel=TEXTS,
         ),
     ] = 16,
-    model: o.Model = "testbed",
-    device: o.Device = "auto",
-    dtype: o.Dtype = o.Precision.auto,
-    allow_pickle: o.AllowPickle = False,
+    model: o.ModelOptions,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.", rich_help_panel=o.MACHINE)] = 16,
     per_shard: Annotated[int, typer.Option(min=1, help="Texts in a file.", rich_help_panel=o.OUTPUT)] = 200,
     as_json: o.AsJson = False,
@@ -72,13 +70,12 @@ def run(
     The labels are what recipes/distill.py --labels learns from: Parquet files that datasets can load. Interrupted, the same
     command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
     """
-    from learnevict.cli.evaluation import progress
-    from learnevict.cli.policy_choice import open_model
+    from learnevict.cli.opened_model import open_model
     from learnevict.data.labelling import Labelling, fill_store
     from learnevict.data.opening import families_of, read_source
     from learnevict.data.sources import Source
 
-    opened = open_model(model, device, dtype.value, allow_pickle=allow_pickle)
+    opened = open_model(model)
     source = Source(data, data_config, data_split, column, max_length, packed)
     found = read_source(source, opened.tokenizer, documents, families=families_of(families))
     labelling = Labelling(Path(data).name, block, batch_size, per_shard, opened.tokenizer.pad_token_id or 0)
@@ -90,7 +87,7 @@ def run(
                 yield shard
                 advance("shards", 1)
 
-    done = fill_store(out, opened.model, found, labelling, config={"model": model, "source": source}, watch=watch)
+    done = fill_store(out, opened.model, found, labelling, config={"model": model.model, "source": source}, watch=watch)
     say(str(done))
     if as_json:
         tell(json.dumps({**vars(done), "folder": str(out)}))

@@ -1,9 +1,11 @@
-"""A file of answers that grows row by row and survives being interrupted."""
+"""Output of commands: lines, tables, bars, and a file of answers that survives an interruption."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,25 @@ def cell(text: object) -> Any:
     from rich.text import Text
 
     return Text(printable(str(text)))
+
+
+def size(num_bytes: float) -> str:
+    """Returns bytes for reading: 512 B, 640.0 KiB, 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+@contextmanager
+def progress(total: int) -> Generator[Any]:
+    """Shows a bar on standard error, if that is a terminal; yields a function of a description and a number of samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda label, number: bar.update(task, advance=number, description=printable(label))

@@ -1,28 +1,28 @@
-"""What a user wants read: one prompt, one testbed task, or the rows of a file; checked before anything runs."""
+"""Requests and their answers: one prompt, one testbed task, or the rows of a file, checked before anything runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from learnevict.cli.policy_choice import OpenedModel
 from learnevict.errors import DataError, LearnevictError, UsageError
 from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
-from learnevict.infer.prompts.text_files import checked, decode, parse_row, read_lines
+from learnevict.infer.prompts.text_files import checked, parse_row, read_lines
+
+if TYPE_CHECKING:
+    from learnevict.cli.opened_model import OpenedModel
 
 FORMS = '{"prompt": TEXT}, {"messages": [{"role": ..., "content": ...}]} or {"task": FAMILY, "seed": N}'
-NESTED = "brackets are nested too deeply"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a batch file: what it asks, or what is wrong with it."""
+    """A line of a batch file: its content, or what is wrong with it."""
 
     line: int
     name: str
@@ -32,28 +32,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to read. `sample` is the testbed task they come from; its verifier judges the answer."""
+    """Token ids to read. `sample` is the testbed task they come from; `key` tells rows and settings apart for a resume."""
 
     name: str
     ids: list[int]
     sample: Any = None
     key: str = ""
 
-    def verdict(self, opened: OpenedModel, tokens: list[int]) -> dict[str, Any]:
-        """Whether a task was answered right, and what was expected; nothing for a free prompt."""
+    def checked(self, text: str) -> dict[str, Any]:
+        """Returns whether a task was answered right, and what was expected; nothing for a free prompt."""
         if self.sample is None:
             return {}
         from learnevict.testbed import verify
 
-        text = opened.tokenizer.decode(tokens)
         named = {"task": self.sample.family, "seed": self.sample.seed}
         return {**named, "correct": verify(self.sample, text), "expected": self.sample.answer}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered: the completion, and the row of figures about it."""
+
+    request: Request
+    completion: Any
+    record: dict[str, Any]
 
 
 def make_request(
     opened: OpenedModel, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
 ) -> Request:
-    """Turn one row into token ids.
+    """Turns one row into token ids.
 
     Raises:
         DataError: empty, or of no known form.
@@ -73,19 +81,16 @@ def make_request(
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else as_messages(given)
     for message in messages:
         check_words(opened, message["content"])
-    if not isinstance(given, str) or chat or needs_chat(opened, given):
+    # The testbed was only ever shown chats: a bare prompt becomes a user's turn.
+    bare = isinstance(given, str) and bool(given.strip()) and not given.lstrip().startswith("<bos>")
+    if not isinstance(given, str) or chat or (bare and opened.speaks_testbed):
         warn_of_tools(messages, opened.tokenizer)
         return Request(name, read_chat(opened.tokenizer, messages), None, key)
     return Request(name, read_text(opened.tokenizer, given), None, key)
 
 
-def needs_chat(opened: OpenedModel, text: str) -> bool:
-    """The testbed was only ever shown chats: a bare prompt becomes a user's turn."""
-    return opened.speaks_testbed and bool(text.strip()) and not text.lstrip().startswith("<bos>")
-
-
 def make_task(opened: OpenedModel, content: dict[str, Any]) -> Any:
-    """The testbed sample that a row names.
+    """Returns the testbed sample that a row names.
 
     Raises:
         UsageError: this model does not speak the testbed's language, or there is no such task.
@@ -103,11 +108,11 @@ def make_task(opened: OpenedModel, content: dict[str, Any]) -> Any:
 
 
 def check_words(opened: OpenedModel, text: str) -> None:
-    """Words that would silently become <unk>.
+    """Warns of words that the tokenizer reads as <unk>.
 
     Raises:
         DataError: half of a character.
-        UsageError: on the testbed, naming them.
+        UsageError: the model is the testbed's, which is to know every word.
     """
     checked(text, "the prompt ")
     if opened.speaks_testbed:
@@ -125,27 +130,8 @@ def check_words(opened: OpenedModel, text: str) -> None:
         warnings.warn("parts of the prompt are unknown to this model's tokenizer and are read as <unk>", stacklevel=2)
 
 
-def check_chat(*, chat: bool, task: str | None) -> None:
-    """Refuse to put a task into a chat template again.
-
-    Raises:
-        UsageError: both were given.
-    """
-    if chat and task is not None:
-        raise UsageError("--chat means nothing to --task, whose prompts are conversations already; drop --chat")
-
-
-def read_prompt(prompt: str) -> str:
-    """The prompt; "-" stands for standard input.
-
-    Raises:
-        DataError: standard input is not UTF-8.
-    """
-    return decode(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
-
-
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file, broken ones with their problem; empty lines are passed over.
+    """Returns the rows of a JSONL file, broken ones with their problem; empty lines are passed over.
 
     Raises:
         DataError: no such file, or it is not UTF-8.
@@ -177,35 +163,28 @@ def read_row(number: int, line: str, used: dict[str, int]) -> Row:
 def make_requests(
     opened: OpenedModel, rows: list[Row], settings: dict[str, Any], *, chat: bool
 ) -> tuple[list[Request], list[str]]:
-    """Requests of the good rows, and one line about each bad one. Keys tell rows and settings apart for a resume."""
-    tried = [_try_request(opened, row, settings, chat) for row in rows]
-    good = [found for found in tried if isinstance(found, Request)]
-    return good, [found for found in tried if isinstance(found, str)]
+    """Returns requests of the good rows, whose keys hash everything that an answer depends on, and a line on each bad row."""
+    good: list[Request] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            if row.problem:
+                raise DataError(row.problem)
+            key = hashlib.sha256(json.dumps([row.content, settings], sort_keys=True).encode()).hexdigest()[:16]
+            good.append(make_request(opened, row.content, chat=chat, name=row.name, key=key))
+        except LearnevictError as error:  # noqa: PERF203
+            bad.append(f"line {row.line}: {' '.join(str(error).split())}")
+        except RecursionError:  # read, but not to be written again for the key
+            bad.append(f"line {row.line}: brackets are nested too deeply")
+    return good, bad
 
 
-def _try_request(opened: OpenedModel, row: Row, settings: dict[str, Any], chat: bool) -> Request | str:
-    try:
-        if row.problem:
-            raise DataError(row.problem)
-        return make_request(opened, row.content, chat=chat, name=row.name, key=row_key(row, settings))
-    except LearnevictError as error:
-        return f"line {row.line}: {' '.join(str(error).split())}"
-    except RecursionError:  # read, but not to be written again for the key
-        return f"line {row.line}: {NESTED}"
-
-
-def row_key(row: Row, settings: dict[str, Any]) -> str:
-    """Short hash of everything that an answer depends on."""
-    told = json.dumps([row.content, settings], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def weights_behind(model: Any, policy: Any) -> dict[str, Any]:
-    """Hashes of the weights that answers depend on: the folder of a model or of gates may hold others tomorrow.
+def weight_hashes(model: Any, policy: Any) -> dict[str, Any]:
+    """Returns hashes of the weights that answers depend on: a folder may hold others tomorrow.
 
     Args:
         model: the base.
-        policy: whoever governs its cache, with or without gates in its parts; None: a full cache.
+        policy: of its cache, with or without gates in its parts; None: a full cache.
     """
     from learnevict.hub import weight_hash
 
@@ -213,7 +192,7 @@ def weights_behind(model: Any, policy: Any) -> dict[str, Any]:
 
 
 def gates_in(part: Any) -> Iterator[Any]:
-    """Torch modules in a policy, wherever its parts keep them."""
+    """Yields the torch modules in a policy, wherever its parts keep them."""
     from torch.nn import Module
 
     if isinstance(part, Module):
@@ -224,7 +203,7 @@ def gates_in(part: Any) -> Iterator[Any]:
 
 
 def hash_module(module: Any) -> str:
-    """Short hash of all values of a module; gates are small."""
+    """Returns a short hash of all values of a module; gates are small."""
     from torch import uint8
 
     digest = hashlib.sha256()

@@ -12,7 +12,9 @@ from transformers import AutoModel
 
 from learnevict import Gates, methods
 from learnevict.cli import main
+from learnevict.cli.eval_options import MethodOptions
 from learnevict.cli.evaluation import Evaluation
+from learnevict.cli.options import ModelOptions
 from learnevict.errors import GateError, UsageError
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, push_folder, write_card
 from learnevict.hub.share import _folder
@@ -98,9 +100,9 @@ def test_or_named_on_the_command_line(here, capsys):
     assert main(words) == 1
     assert main([*words, "--method", "own_named"]) == 0, capsys.readouterr().err
     listed = str(gates_of(here / "listed", "own_listed"))
-    found = Evaluation("testbed", "cpu", "auto", ("own_listed", "foresightkv"), ("48",), (listed,)).evaluated_methods(
-        ()
-    )
+    names = ("own_listed", "foresightkv")
+    evaluation = Evaluation(ModelOptions(device="cpu"), MethodOptions(ckpt=[listed]), names, ("48",))
+    found = evaluation.evaluated_methods(())
     assert [(one.name, one.kind) for one in found] == [("own_listed", "learned"), ("foresightkv", "learned")]
 
 
