@@ -26,7 +26,7 @@ from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.suite import run
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.rl.rollout import RefineConfig
+from learnevict.rl.config import RefineConfig
 from learnevict.train.run.flags import read_flags
 from tools.results.ablations import check_same, read_variants
 

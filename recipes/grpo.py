@@ -41,7 +41,7 @@ from learnevict.data.sources import Source
 from learnevict.errors import LearnevictWarning, UsageError, needing, told_in_one_line
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import Record, changed
-from learnevict.rl.rollout import RefineConfig
+from learnevict.rl.config import RefineConfig
 from learnevict.testbed import generate, verify
 from learnevict.train.memory.estimate import estimate, memory_of, report
 from learnevict.train.memory.plans import plan_refining

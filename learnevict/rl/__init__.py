@@ -1,10 +1,18 @@
-"""Refining judges by reinforcement: eviction as a decision process on TRL's GRPOTrainer.
+"""Refinement of slot scorers by policy gradient: eviction as a decision process on TRL's GRPOTrainer.
 
-draw       the sampling law and its exact log-probability
-explorer   the governor that draws, and takes down every draw
-episode    groups of traces of one text, sampled in one forward
-rewards    what a trace costs the language model, token by token; what free answers earn
-credit     who is to blame for it
-rollout    one batch of experience for it
-trainer    GRPO over all of that
+What runs by default is not GRPO to the letter. Its credit ("attention") replaces TRL's group advantages, one number per trace,
+by an advantage per eviction; the only thing kept of the group is its mean cost at every token, which is the baseline. And as
+every batch of traces is used for one update, the ratio to the sampling policy is always 1 and clipping never acts (unless
+--num_iterations or --steps_per_generation make further updates of a batch). So the default is REINFORCE with a per-token group
+baseline, run by TRL's loop. `--credit trace` restores the group advantages of GRPO and of ForesightKV (arXiv 2602.03203), and
+`--cost thresholded` the paper's reward.
+
+config         settings
+distribution   the law by which evictions are sampled, and its exact log-probability
+sampler        the sampling policy, which governs a cache and records every eviction it samples
+trajectory     traces of a batch of texts, sampled in one forward
+rewards        what a trace costs the language model, token by token
+credit         credit assignment, from costs to advantages
+rollout        one batch of experience, over given texts or in free generation
+trainer        TRL's GRPOTrainer over all of that
 """

@@ -1,8 +1,8 @@
-"""Who is to blame: from the loss of every token along a group of traces to an advantage for every single draw.
+"""Credit assignment: from the cost of every token along a group of traces to an advantage for every single eviction.
 
-    trace      one number per trace, for all of its draws (ForesightKV, arXiv 2602.03203)
-    to_go      per event: only what comes after it
-    attention  per draw: what comes after it, weighed by how much the full cache attends there to the evicted token
+    trace      one number per trace, for all of its evictions (ForesightKV, arXiv 2602.03203); TRL computes it
+    to_go      per event: only the cost that comes after it
+    attention  per eviction: the cost that comes after it, weighted by how much the full cache attends there to the token
 
 All are relative to the mean of the group at the same token, so what no eviction can change cancels. The last is no unbiased
 estimate: it leaves out what a token does for later ones through other tokens, and gives up that signal for two orders of
@@ -26,20 +26,17 @@ TILE = 32
 """Queries whose attention is held at one time."""
 
 
-def relative(costs: Float[Tensor, "B T"], group: int) -> Float[Tensor, "B T"]:
-    """Costs minus their group's mean at every token; rows of a group follow each other."""
+def group_relative(costs: Float[Tensor, "B T"], group: int) -> Float[Tensor, "B T"]:
+    """Returns costs minus their group's mean at every token; rows of a group follow each other."""
     grouped = costs.view(-1, group, costs.shape[-1])
     return (grouped - grouped.mean(1, keepdim=True)).view_as(costs)
 
 
-def to_go_credit(costs: Float[Tensor, "B T"], races: CandidateSets) -> Float[Tensor, "B E R K"]:
-    """Minus the relative cost of the tokens read after each event. The logits of column t predict column t + 1.
-
-    Costs stand at the column that predicts.
-    """
+def to_go_credit(costs: Float[Tensor, "B T"], sets: CandidateSets) -> Float[Tensor, "B E R K"]:
+    """Returns minus the relative cost of the tokens read after each event; costs stand at the column that predicts."""
     behind = torch.nn.functional.pad(costs.flip(-1).cumsum(-1).flip(-1), (0, 1))
-    found = behind.gather(-1, races.end.clamp_max(costs.shape[-1]))
-    return -found[:, :, None, None].expand(races.order.shape)
+    found = behind.gather(-1, sets.end.clamp_max(costs.shape[-1]))
+    return -found[:, :, None, None].expand(sets.permutation.shape)
 
 
 @torch.no_grad()
@@ -50,7 +47,7 @@ def attention_credit(
     costs: Float[Tensor, "B T"],
     expiry: Int[Tensor, "L B H T"],
 ) -> tuple[Float[Tensor, "L B H T"], Float[Tensor, "S T V"]]:
-    """What each evicted token is blamed for: minus the sum over later columns of attention x relative cost.
+    """Returns the credit of each evicted token: minus the sum over later columns of attention x relative cost.
 
     Attention is that of the full cache, mean over the group of query heads; columns count from the token's expiry on.
 
@@ -64,14 +61,14 @@ def attention_credit(
         credit of every token of every trace (0 where it stays), and the full-cache logits.
     """
     texts = len(input_ids)
-    blame = torch.zeros(expiry.shape, device=costs.device)
+    credit = torch.zeros(expiry.shape, device=costs.device)
     own = costs.view(texts, -1, costs.shape[-1])
 
     def observe(
         layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> None:
         ends = expiry[layer].view(texts, -1, *expiry.shape[2:])
-        found = blame[layer].view_as(ends)
+        found = credit[layer].view_as(ends)
         heads, length, width = key.shape[1:]
         for start in range(0, length, TILE):
             stop = min(start + TILE, length)
@@ -85,11 +82,11 @@ def attention_credit(
             found[..., :stop] -= torch.einsum("shqt,sgq,sghqt->sght", weights, own[:, :, start:stop], missed.float())
 
     logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe).logits
-    return blame, logits
+    return credit, logits
 
 
-def of_draws(credit: Float[Tensor, "L B H T"], races: CandidateSets) -> Float[Tensor, "B E R K"]:
-    """Credit of tokens, looked up for the draws that evicted them."""
-    whose = credit[list(races.layers)].transpose(0, 1).flatten(1)
-    found = whose.gather(-1, races.tokens.clamp_min(0).flatten(1)).view(races.tokens.shape)
-    return found.masked_fill(races.order == NOTHING, 0.0)
+def of_evictions(credit: Float[Tensor, "L B H T"], sets: CandidateSets) -> Float[Tensor, "B E R K"]:
+    """Looks up the credit of the evicted tokens."""
+    by_token = credit[list(sets.layers)].transpose(0, 1).flatten(1)
+    found = by_token.gather(-1, sets.tokens.clamp_min(0).flatten(1)).view(sets.tokens.shape)
+    return found.masked_fill(sets.permutation == NOTHING, 0.0)

@@ -1,14 +1,16 @@
-"""One batch of experience: groups of traces, what they cost, and an advantage for every draw, as actions in one order.
+"""One batch of experience: groups of traces, what they cost, and an advantage for every eviction, as actions in one order.
 
-Actions of a row run over layers, events, heads and draws; one that a shorter row or event does not have is masked. Where shares
-of layers are tried, they are one action more, in front.
+Traces are sampled over given texts in one forward, or in free generation, where the model answers under sampled eviction and a
+verifier marks the answer; then every eviction of a trace gets the same credit. The first action of a row is no action: it names
+the rollout and is masked. Where the layers' budget allocation is perturbed, that is the next action. Evictions follow, over
+layers, events, heads and their permutation; those that a shorter row or event does not have are masked.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,100 +18,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.errors import DataError
+from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
 from learnevict.parts.learned import SlotScorer
-from learnevict.policy import Guard
-from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
-from learnevict.rl.distribution import NOTHING, entropy, log_probability, shift_log_probability
-from learnevict.rl.rewards import COSTS, token_costs
-from learnevict.rl.sampler import SamplingTerms
-from learnevict.rl.trajectory import Trajectory, expired, sample_trajectory
-from learnevict.train.run.ranges import check_numbers
+from learnevict.rl.config import RefineConfig
+from learnevict.rl.credit import attention_credit, group_relative, of_evictions, to_go_credit
+from learnevict.rl.distribution import NOTHING, allocation_log_probability, entropy, log_probability
+from learnevict.rl.rewards import token_costs
+from learnevict.rl.sampler import SamplingPolicy
+from learnevict.rl.trajectory import TextTrajectory, Trajectory, expired, recorded, sample_trajectory
 
-CREDITS = ("trace", "to_go", "attention")
-
-
-@dataclass(frozen=True)
-class RefineConfig:
-    """How traces are sampled, paid and blamed.
-
-    Attributes:
-        credit: who is to blame: attention (every draw, by what the full cache attends to), to_go (every event, by what comes
-            after it) or trace (all draws alike, as in the paper).
-        cost: low_entropy (added loss up to the ceiling where the full cache is sure), thresholded (the paper's square of it
-            above 1.5) or plain (everywhere).
-        ceiling: most that a token can cost, in nats.
-        min_budget, max_budget: slots per head, drawn anew for every step, log-uniformly.
-        period: tokens between events.
-        draw_temperature: of the draws; the higher, the more is tried.
-        pool: a draw of n takes from the pool * n lowest scores (the paper: 2); 0: from all candidates.
-        layer_share: share of layers whose draws are random in a trace, the others evict greedily; 1: all.
-        kl: weight of the divergence from the gates at the start.
-        sinks: first tokens that stay.
-        recent: last tokens that stay.
-        scope: layer (every head holds the budget) or model (all heads of all layers compete).
-        floor: share of an equal split that every head keeps, for scope model.
-        share_spread: how far layers' shares of the budget are varied, in nats; above 0 it is learned how layers share it, for
-            scope layer.
-        free_every: every so many batches the model writes its own answers, and a verifier marks them; 0: never.
-    """
-
-    credit: str = "attention"
-    cost: str = "low_entropy"
-    ceiling: float = 2.0
-    min_budget: int = 24
-    max_budget: int = 64
-    period: int = 16
-    draw_temperature: float = 0.5
-    pool: int = 0
-    layer_share: float = 1.0
-    kl: float = 0.0
-    sinks: int = 4
-    recent: int = 8
-    scope: str = "layer"
-    floor: float = 0.2
-    share_spread: float = 0.0
-    free_every: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, {"sinks": 0, "recent": 0, "floor": 0})
-        floor = self.least
-        if not floor <= self.min_budget <= self.max_budget:
-            raise BudgetError(
-                f"budgets from {self.min_budget} to {self.max_budget} must rise and begin at {floor} or more: "
-                f"{self.sinks} sinks, {self.recent} recent and a fresh block of {self.period} stay whatever the scores"
-            )
-        if self.credit not in CREDITS:
-            raise UsageError(f"credit {self.credit!r} is unknown; choose {', '.join(CREDITS)}")
-        if self.scope not in ("layer", "model"):
-            raise UsageError(f"scope {self.scope!r} is unknown; choose layer or model")
-        if self.cost not in COSTS:
-            raise UsageError(f"cost {self.cost!r} is unknown; choose {', '.join(COSTS)}")
-        if not 0 < self.layer_share <= 1:
-            raise UsageError(f"layer_share is above 0 and at most 1, not {self.layer_share}")
-        if self.floor > 1:
-            raise UsageError(f"floor is at most 1, not {self.floor}")
-        if self.share_spread and self.scope == "model":
-            raise UsageError(f"share_spread is 0 for scope model, where layers compete anyway; not {self.share_spread}")
-
-    @property
-    def least(self) -> int:
-        """The smallest budget that works."""
-        return Guard(self.sinks, self.recent).reserved(self.period) + 1
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """What the budgets hold beyond the least that works, at least 1."""
-        return max(self.min_budget - self.least, 1), max(self.max_budget - self.least, 1)
-
-    def terms(self, budget: int) -> SamplingTerms:
-        """Rules of one batch."""
-        names = [one.name for one in fields(SamplingTerms) if one.name not in ("budget", "temperature")]
-        return SamplingTerms(budget, temperature=self.draw_temperature, **{name: getattr(self, name) for name in names})
+Verifier = Callable[[dict[str, Any], str], float]
+"""From a row of the data and the answer's text to a mark from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -125,33 +49,41 @@ class SampledTraces:
     """A batch of traces.
 
     Attributes:
-        episode: the draws, and what the judge saw.
+        trajectory: the evictions, and what the scorer saw.
         cost: of each row's trace, nats per counted token, float32 [R].
-        credit: of every action, not scaled [R, 1 + A]; None: one number per row, which is TRL's business.
-        taken: actions that were drawn [R, 1 + A].
-        log_probs: when they were drawn [R, 1 + A].
+        credit: of every action, not scaled [R, A]; None: one number per row, from which TRL computes advantages.
+        action_mask: actions that were sampled [R, A].
+        log_probs: when they were sampled [R, A].
     """
 
-    episode: Trajectory
+    trajectory: Trajectory
     cost: Float[Tensor, "R"]
     credit: Float[Tensor, "R A"] | None
-    taken: Bool[Tensor, "R A"]
+    action_mask: Bool[Tensor, "R A"]
     log_probs: Float[Tensor, "R A"]
 
+    @classmethod
+    def make(cls, scorer: SlotScorer, trajectory: Trajectory, cost: Tensor, credit: Tensor | None) -> SampledTraces:
+        """Returns the traces with their mask and log-probabilities; credit of actions that were not sampled becomes 0."""
+        keys, sampled = trajectory.random_keys, [sets.permutation != NOTHING for sets in trajectory.sets]
+        allocation = None if trajectory.allocation is None else torch.ones_like(keys)
+        mask = actions(torch.zeros_like(keys), allocation, sampled).bool()
+        log_probs, _ = log_probabilities(scorer, trajectory, torch.arange(len(keys)))
+        return cls(trajectory, cost, None if credit is None else credit * mask, mask, log_probs)
+
     @property
-    def evictions(self) -> int:
-        """How many were drawn."""
-        return sum(int((races.order != NOTHING).sum()) for races in self.episode.races)
+    def num_evictions(self) -> int:
+        """How many evictions were sampled."""
+        return sum(int((sets.permutation != NOTHING).sum()) for sets in self.trajectory.sets)
 
     def completions(self) -> dict[str, Any]:
-        """What TRL asks of a rollout_func, beside the prompts; the first action names the rollout."""
-        tried = self.episode.tried
-        none = None if tried is None else torch.zeros_like(tried[:, 0], dtype=torch.long)
-        slots = actions(len(self.cost), [races.order.clamp_min(0) for races in self.episode.races], none).long()
-        names = torch.arange(len(slots), device=slots.device).unsqueeze(1)
+        """Returns what TRL asks of a rollout_func, beside the prompts."""
+        names = torch.arange(len(self.cost), device=self.cost.device)
+        allocation = None if self.trajectory.allocation is None else torch.zeros_like(names)
+        slots = [sets.permutation.clamp_min(0) for sets in self.trajectory.sets]
         return {
-            "completion_ids": torch.cat([names, slots], 1).tolist(),
-            "env_mask": self.taken.int().tolist(),
+            "completion_ids": actions(names, allocation, slots).long().tolist(),
+            "env_mask": self.action_mask.int().tolist(),
             "logprobs": self.log_probs.tolist(),
             "reward": (-self.cost).tolist(),
             "cost": self.cost.tolist(),
@@ -161,7 +93,7 @@ class SampledTraces:
 @torch.no_grad()
 def sample_group(
     model: PreTrainedModel,
-    judge: SlotScorer,
+    scorer: SlotScorer,
     texts: Sequence[PromptAnswer],
     config: RefineConfig,
     *,
@@ -169,97 +101,151 @@ def sample_group(
     seeds: tuple[int, int, int],
     device: torch.device,
 ) -> SampledTraces:
-    """Sample a trace per text, all in one forward, and settle who is to blame for what it cost.
+    """Samples a trace per text, all in one forward, and assigns credit for what it cost.
 
     Args:
         model: the base.
-        judge: whose draws.
+        scorer: whose scores are sampled from.
         texts: each `group` times in a row.
-        config: how.
+        config: settings.
         group: traces of one text.
         seeds: of the run, the batch, and how many rows other processes have before this one's: the budget depends on the
             first two, a row's noise also on its number among those of all processes.
         device: of the base.
     """
-    ids, mask, counted = padded(texts, device)
-    terms = config.terms(drawn_budget(config, highest(ids.shape[1], device), seeds[:2]))
-    words = row_words(len(ids), seeds, device)
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    noisy = noisy_layers(layers, config.layer_share, words)
-    episode = sample_trajectory(model, judge, ids, mask, terms, noisy=noisy, words=words)
+    ids, mask, loss_mask = padded(texts, device)
+    budget = sample_budget(config, highest(ids.shape[1], device), seeds[:2])
+    keys = row_keys(len(ids), seeds, device)
+    noisy = noisy_layers(num_layers(model), config.layer_share, keys)
+    trajectory = sample_trajectory(model, scorer, ids, mask, config, budget, noisy=noisy, random_keys=keys)
     once = slice(None, None, group)
     full = replay(model, ids[once], full_trace(model, ids[once]), mask[once]).logits.repeat_interleave(group, 0)
-    costs = token_costs(config.cost, episode.logits, full, ids, counted, config.ceiling)
-    apart = relative(costs, group)
-    taken, credit = was_taken(episode), None
-    if config.credit != "trace":
-        if config.credit == "attention":
-            blame, _ = attention_credit(model, ids[once], mask[once], apart, expired(episode.trace))
-            parts = [of_draws(blame, races) for races in episode.races]
-        else:
-            parts = [to_go_credit(apart, races) for races in episode.races]
-        credit = named(actions(len(ids), parts, None if episode.tried is None else -apart.sum(-1))) * taken
-    cost = costs.sum(-1) / counted.sum(-1).clamp_min(1)
-    log_probs = log_probabilities(judge, episode, torch.arange(len(ids)))[0]
-    return SampledTraces(episode, cost, credit, taken, named(log_probs))
+    costs = token_costs(config.cost, trajectory.logits, full, ids, loss_mask, config.ceiling)
+    cost = costs.sum(-1) / loss_mask.sum(-1).clamp_min(1)
+    credit = assign_credit(model, trajectory, ids[once], mask[once], group_relative(costs, group))
+    return SampledTraces.make(scorer, trajectory, cost, credit)
+
+
+def assign_credit(
+    model: PreTrainedModel, trajectory: TextTrajectory, ids: Tensor, mask: Tensor, costs: Tensor
+) -> Tensor | None:
+    """Returns the credit of every action [R, A] from relative costs [R, T] and each text once; None for credit "trace"."""
+    kind = trajectory.config.credit
+    if kind == "trace":
+        return None
+    if kind == "attention":
+        by_token, _ = attention_credit(model, ids, mask, costs, expired(trajectory.trace))
+        credit = [of_evictions(by_token, sets) for sets in trajectory.sets]
+    else:
+        credit = [to_go_credit(costs, sets) for sets in trajectory.sets]
+    allocation = None if trajectory.allocation is None else -costs.sum(-1)
+    return actions(torch.zeros_like(trajectory.random_keys), allocation, credit)
+
+
+@torch.no_grad()
+def sample_answers(
+    model: PreTrainedModel,
+    scorer: SlotScorer,
+    texts: Sequence[PromptAnswer],
+    config: RefineConfig,
+    *,
+    mark: Callable[[int, list[int]], float],
+    seeds: tuple[int, int, int],
+    device: torch.device,
+) -> SampledTraces:
+    """Generates an answer to every prompt greedily, each under a trace of its own; its cost is 1 less the mark.
+
+    Args:
+        model: the base.
+        scorer: whose scores are sampled from.
+        texts: prompts with reference answers, which bound how long an answer may get; each as often as its group is large.
+        config: settings.
+        mark: from the number of a row and the tokens of its answer to a mark from 0 to 1.
+        seeds: as in `sample_group`.
+        device: of the base.
+    """
+    prompts = [PromptAnswer([*text.input_ids[: text.prompt_length], 0], text.prompt_length) for text in texts]
+    ids, mask, _ = (part[:, :-1] for part in padded(prompts, device))
+    limit = 2 * highest(max(len(text.input_ids) - text.prompt_length for text in texts), device)
+    budget = sample_budget(config, highest(max(len(text.input_ids) for text in texts), device), seeds[:2])
+    noisy = torch.ones(num_layers(model), len(ids), dtype=torch.bool, device=device)
+    keys = row_keys(len(ids), seeds, device)
+    sampler = SamplingPolicy(config, budget, scorer, noisy, ids.shape[1] + limit, keys)
+    generator: Any = model
+    with attach(model, sampler, prompt_length=mask.sum(-1).tolist()) as cache:
+        generated = generator.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=limit,
+            do_sample=False,
+            use_cache=True,
+            synced_gpus=False,  # the base is whole in every process, also under ZeRO-3
+        )
+    answers = generated[:, ids.shape[1] :]
+    ends = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    lengths = answer_lengths(answers, ends if isinstance(ends, list) else [ends])
+    trajectory = recorded(sampler, ids.shape[1] + lengths)
+    marks = [mark(row, answers[row, : int(length)].tolist()) for row, length in enumerate(lengths)]
+    return SampledTraces.make(scorer, trajectory, 1 - torch.tensor(marks, device=device), None)
+
+
+def answer_lengths(answers: Tensor, ends: list[int]) -> Tensor:
+    """Returns the tokens of every answer int64 [B], the end token included; what follows it in a batch is padding."""
+    stop = torch.isin(answers, torch.tensor(ends, device=answers.device)).int()
+    return torch.where(stop.any(-1), stop.argmax(-1), answers.shape[1] - 1) + 1
 
 
 def log_probabilities(
-    judge: SlotScorer, episode: Trajectory, rows: Int[Tensor, "b"]
+    scorer: SlotScorer, trajectory: Trajectory, rows: Int[Tensor, "b"]
 ) -> tuple[Float[Tensor, "b A"], Float[Tensor, "b A"]]:
-    """Of every action of some rows under the judge as it is now, and the entropy of the choice; the first with gradient."""
-    temperature, scores = episode.terms.temperature, dict[int, Tensor]()
-    for layer, features in episode.features.items():
+    """Returns the log-probability of every action of some rows under the scorer as it is now, with gradient, and the entropy
+    of the choice."""
+    temperature, scores = trajectory.config.draw_temperature, dict[int, Tensor]()
+    for layer, features in trajectory.features.items():
         picked = features[rows]
-        scores[layer] = judge.score_features(layer, picked.flatten(0, 1)).view(picked.shape[:-1])
+        scores[layer] = scorer.score_features(layer, picked.flatten(0, 1)).view(picked.shape[:-1])
     found, spread = list[Tensor](), list[Tensor]()
-    for races in episode.races:
-        raced, pool, order = races.scores(scores), races.pool[rows], races.order[rows]
-        found.append(log_probability(raced, pool, order, temperature))
-        choice = entropy(raced.detach(), pool, temperature)
-        spread.append(choice.unsqueeze(-1).expand(order.shape) * (order != NOTHING))
-    shares = None
-    if episode.tried is not None:
-        assert judge.demand is not None
-        terms = episode.terms
-        shares = shift_log_probability(episode.tried[rows], judge.demand.logits(terms.free), terms.share_spread)
-    none = None if shares is None else torch.zeros_like(shares)
-    return actions(len(rows), found, shares), actions(len(rows), spread, none)
+    for sets in trajectory.sets:
+        values, candidates, permutation = sets.scores(scores), sets.candidates[rows], sets.permutation[rows]
+        found.append(log_probability(values, candidates, permutation, temperature))
+        choice = entropy(values.detach(), candidates, temperature)
+        spread.append(choice.unsqueeze(-1).expand(permutation.shape) * (permutation != NOTHING))
+    front, allocation, certain = torch.zeros(len(rows), device=trajectory.random_keys.device), None, None
+    if trajectory.allocation is not None:
+        assert scorer.demand is not None
+        logits = scorer.demand.logits(trajectory.budget - trajectory.config.least)
+        allocation = allocation_log_probability(trajectory.allocation[rows], logits, trajectory.config.share_spread)
+        certain = torch.zeros_like(allocation)
+    return actions(front, allocation, found), actions(front, certain, spread)
 
 
-def was_taken(episode: Trajectory) -> Bool[Tensor, "R A"]:
-    """Actions that were drawn at all."""
-    shares = None if episode.tried is None else torch.ones_like(episode.tried[:, 0], dtype=torch.bool)
-    return named(actions(episode.rows, [races.order != NOTHING for races in episode.races], shares).bool())
-
-
-def actions(rows: int, of_races: list[Tensor], of_shares: Tensor | None) -> Tensor:
-    """One row of actions each [B, A]: shares of layers [B], if any were tried, then [B, E, R, K] layer by layer."""
-    parts = [part.flatten(1) for part in of_races] or [torch.zeros(rows, 0)]
-    return torch.cat(parts if of_shares is None else [of_shares.unsqueeze(1), *parts], dim=1)
-
-
-def named(values: Tensor) -> Tensor:
-    """With a nought in front, where the number of the rollout stands."""
-    return torch.nn.functional.pad(values, (1, 0))
+def actions(names: Tensor, allocation: Tensor | None, evictions: list[Tensor]) -> Tensor:
+    """Returns one row of actions each [B, A]: names [B], layer allocations [B], if any, then [B, E, R, K] layer by layer."""
+    first = [names] if allocation is None else [names, allocation]
+    return torch.cat([*(part.unsqueeze(1) for part in first), *(part.flatten(1) for part in evictions)], dim=1)
 
 
 def padded(texts: Sequence[PromptAnswer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask int64 [B, T], padded on the left, and the answers' tokens, bool [B, T]."""
+    """Returns ids and mask int64 [B, T], padded on the left, and the answers' tokens, bool [B, T].
+
+    Raises:
+        DataError: a text has no answer.
+    """
     width = max(len(text.input_ids) for text in texts)
     ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
-    counted = torch.zeros(len(texts), width, dtype=torch.bool)
+    loss_mask = torch.zeros(len(texts), width, dtype=torch.bool)
     for row, text in enumerate(texts):
         start = width - len(text.input_ids)
         ids[row, start:], mask[row, start:] = torch.tensor(text.input_ids), 1
-        counted[row, start + text.prompt_length :] = True
-    if not bool(counted.any(-1).all()):
+        loss_mask[row, start + text.prompt_length :] = True
+    if not bool(loss_mask.any(-1).all()):
         raise DataError("a text has no answer behind its prompt, so nothing could be counted; give prompt_length")
-    return ids.to(device), mask.to(device), counted.to(device)
+    return ids.to(device), mask.to(device), loss_mask.to(device)
 
 
-def drawn_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> int:
-    """A budget between the smallest and the largest, log-uniformly, under which something is evicted from the longest text.
+def sample_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> int:
+    """Samples a budget log-uniformly between the limits, under which something is evicted from the longest text.
 
     Raises:
         DataError: no budget would evict anything.
@@ -272,12 +258,17 @@ def drawn_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> i
     return min(round(math.exp(math.log(low) + float(draw) * (math.log(high) - math.log(low)))), longest)
 
 
-def row_words(rows: int, seeds: tuple[int, int, int], device: torch.device) -> Int[Tensor, "B"]:
-    """What the noise of each row is hashed from; `seeds` as in `sample_group`."""
+def row_keys(rows: int, seeds: tuple[int, int, int], device: torch.device) -> Int[Tensor, "B"]:
+    """Returns the random key of each row; `seeds` as in `sample_group`."""
     return hashed(seeds[0], seeds[1], seeds[2] + torch.arange(rows, device=device))
 
 
-def noisy_layers(layers: int, share: float, words: Int[Tensor, "B"]) -> Bool[Tensor, "L B"]:
-    """Layers whose draws are random in each row: a share of them, at least one."""
-    noise = uniform(hashed(words, torch.arange(layers, device=words.device).view(-1, 1)))
+def noisy_layers(layers: int, share: float, random_keys: Int[Tensor, "B"]) -> Bool[Tensor, "L B"]:
+    """Returns the layers whose evictions are random in each row: a share of them, at least one."""
+    noise = uniform(hashed(random_keys, torch.arange(layers, device=random_keys.device).view(-1, 1)))
     return noise <= noise.kthvalue(max(1, round(share * layers)), dim=0).values
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """Returns the number of layers of the base."""
+    return model.config.get_text_config(decoder=True).num_hidden_layers

@@ -1,6 +1,6 @@
-"""Episodes: texts read under sampled eviction, with everything a policy gradient needs to know about every draw.
+"""Trajectories: texts read under sampled eviction, with everything a policy gradient needs to know about every eviction.
 
-One reading of a batch runs its whole event loop; nothing is generated. Rows are copies of a text, so a group of traces of one
+One forward of a batch runs its whole event loop; nothing is generated. Rows are copies of a text, so a group of traces of one
 text is a group of rows.
 """
 
@@ -17,68 +17,71 @@ from transformers import PreTrainedModel
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.parts.learned import SlotScorer
+from learnevict.rl.config import RefineConfig
 from learnevict.rl.distribution import NOTHING
-from learnevict.rl.sampler import EventDraws, SamplingPolicy, SamplingTerms, laid_out
+from learnevict.rl.sampler import SampledEvent, SamplingPolicy, side_by_side
 from learnevict.signals import NEVER, Trace
 
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """All draws of some layers: E events of B rows, R races of N slots each, K draws in a race.
+    """All evictions of some layers: E events of B rows, R candidate sets of N slots each, K evictions from a set.
 
-    R is the number of heads of one layer, or 1 if all heads of all layers race together (then N = L * H * slots).
+    R is the number of heads of one layer, or 1 if all heads of all layers compete (then N = L * H * slots).
 
     Attributes:
-        layers: whose slots race.
-        pool: what could be drawn [B, E, R, N].
-        order: slots in the order drawn, NOTHING behind the last [B, E, R, K].
+        layers: whose slots compete.
+        candidates: slots that could be evicted [B, E, R, N].
+        permutation: slots in the order in which they were sampled, NOTHING behind the last [B, E, R, K].
         tokens: what these slots held: (layer among `layers` * H + head) * T + column of the text [B, E, R, K].
         end: column from which they are gone [B, E].
     """
 
     layers: tuple[int, ...]
-    pool: Bool[Tensor, "B E R N"]
-    order: Int[Tensor, "B E R K"]
+    candidates: Bool[Tensor, "B E R N"]
+    permutation: Int[Tensor, "B E R K"]
     tokens: Int[Tensor, "B E R K"]
     end: Int[Tensor, "B E"]
 
     def until(self, length: Int[Tensor, "B"]) -> CandidateSets:
-        """Without draws that no prediction of the row's text, of this length, comes after: its last token predicts none."""
+        """Returns the sets without evictions after which nothing of the row's text, of this length, is predicted."""
         late = (self.end >= length.view(-1, 1) - 1)[:, :, None, None]
         return replace(
             self,
-            pool=self.pool & ~late,
-            order=self.order.masked_fill(late, NOTHING),
+            candidates=self.candidates & ~late,
+            permutation=self.permutation.masked_fill(late, NOTHING),
             tokens=self.tokens.masked_fill(late, NOTHING),
         )
 
     def scores(self, by_layer: dict[int, Tensor]) -> Float[Tensor, "b E R N"]:
-        """Scores of heads, {layer: [b, E, H, n]}, laid out as the races are."""
-        return laid_out([by_layer[layer] for layer in self.layers], 0.0)
+        """Returns the scores of heads, {layer: [b, E, H, n]}, laid out as the sets are."""
+        return side_by_side([by_layer[layer] for layer in self.layers], 0.0)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The draws of a batch of traces, and what the judge saw.
+    """The evictions of a batch of traces, and what the scorer saw.
 
     Attributes:
-        terms: the rules.
+        config: settings.
+        budget: slots per (layer, kv head).
+        random_keys: one per row [B].
         features: {layer: [B, E, H, n, in]}.
-        races: of layers.
-        tried: logits of the layers' shares that each row was held to [B, L]; None: no others than the judge's own.
-        rows: B.
+        sets: of layers.
+        allocation: logits of the layers' budget allocation that each row was held to [B, L]; None: the scorer's own.
     """
 
-    terms: SamplingTerms
+    config: RefineConfig
+    budget: int
+    random_keys: Int[Tensor, "B"]
     features: dict[int, Tensor]
-    races: list[CandidateSets]
-    tried: Tensor | None
-    rows: int
+    sets: list[CandidateSets]
+    allocation: Tensor | None
 
 
 @dataclass(frozen=True)
 class TextTrajectory(Trajectory):
-    """An episode over given texts, with the base's logits along its traces."""
+    """A trajectory over given texts, with the base's logits along its traces."""
 
     logits: Float[Tensor, "B T V"]
     trace: Trace
@@ -87,69 +90,65 @@ class TextTrajectory(Trajectory):
 @torch.no_grad()
 def sample_trajectory(
     model: PreTrainedModel,
-    judge: SlotScorer,
+    scorer: SlotScorer,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"],
-    terms: SamplingTerms,
+    config: RefineConfig,
+    budget: int,
     *,
     noisy: Bool[Tensor, "L B"] | None = None,
-    words: Int[Tensor, "B"] | None = None,
+    random_keys: Int[Tensor, "B"] | None = None,
 ) -> TextTrajectory:
-    """Sample one trace per row.
+    """Samples one trace per row.
 
     Args:
         model: the frozen base.
-        judge: whose scores the draws follow.
+        scorer: whose scores are sampled from.
         input_ids, attention_mask: texts, padded on the left; give a text several times for a group.
-        terms: the rules.
-        noisy: layers and rows in which draws are random (with scope "model": rows, if any layer is); default all.
-        words: what each row's noise is hashed from (ops.hashing); default the row's index.
+        config: settings.
+        budget: slots per (layer, kv head).
+        noisy: layers and rows in which evictions are random (with scope "model": rows, if any layer is); default all.
+        random_keys: what each row's noise is hashed from (ops.random); default the row's index.
     """
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     noisy = torch.ones(layers, len(input_ids), dtype=torch.bool) if noisy is None else noisy
-    words = torch.arange(len(input_ids), device=input_ids.device) if words is None else words
-    explorer = SamplingPolicy(terms, judge, noisy.to(input_ids.device), input_ids.shape[1], words)
-    with attach(model, explorer, record=True) as cache:
+    keys = torch.arange(len(input_ids), device=input_ids.device) if random_keys is None else random_keys
+    sampler = SamplingPolicy(config, budget, scorer, noisy.to(input_ids.device), input_ids.shape[1], keys)
+    with attach(model, sampler, record=True) as cache:
         logits = prefill(model, cache, input_ids, attention_mask)
-    reading = TextTrajectory(*gathered(explorer), logits, cache.trace())
-    length = torch.full_like(input_ids[:, 0], input_ids.shape[1])
-    return replace(reading, races=[one.until(length) for one in reading.races])
+    found = recorded(sampler, torch.full_like(input_ids[:, 0], input_ids.shape[1]))
+    return TextTrajectory(**vars(found), logits=logits, trace=cache.trace())
 
 
-def gathered(
-    explorer: SamplingPolicy,
-) -> tuple[SamplingTerms, dict[int, Tensor], list[CandidateSets], Tensor | None, int]:
-    """What an explorer has taken down: the fields of an Trajectory."""
-    features = {layer: side_by_side(parts, 2, 0.0) for layer, parts in sorted(explorer.features.items())}
-    races = [stacked(names, events) for names, events in sorted(explorer.events.items())]
-    return explorer.terms, features, races, explorer.tried, len(explorer.words)
+def recorded(sampler: SamplingPolicy, length: Int[Tensor, "B"]) -> Trajectory:
+    """Returns what a policy has recorded, of texts of these lengths."""
+    features = {layer: stack_padded(parts, 0.0) for layer, parts in sorted(sampler.features.items())}
+    sets = [stack_events(names, events).until(length) for names, events in sorted(sampler.events.items())]
+    return Trajectory(sampler.config, sampler.num_slots, sampler.random_keys, features, sets, sampler.allocation)
 
 
-def stacked(layers: tuple[int, ...], events: list[EventDraws]) -> CandidateSets:
-    """Events as one tensor each, behind the rows; slots and draws are padded to the most of any event."""
+def stack_events(layers: tuple[int, ...], events: list[SampledEvent]) -> CandidateSets:
+    """Stacks events behind the rows; slots and evictions are padded to the most of any event."""
     width = max(event.width for event in events)
-    alike = [event.widened(width, joint=len(layers) > 1) for event in events]
+    events = [event.widened(width, joint=len(layers) > 1) for event in events]
     return CandidateSets(
         layers,
-        side_by_side([event.pool for event in alike], 2, False),
-        side_by_side([event.order for event in alike], 2, NOTHING),
-        side_by_side([event.tokens for event in alike], 2, NOTHING),
-        torch.stack([event.end for event in alike], dim=1),
+        stack_padded([event.candidates for event in events], False),
+        stack_padded([event.permutation for event in events], NOTHING),
+        stack_padded([event.tokens for event in events], NOTHING),
+        torch.stack([event.end for event in events], dim=1),
     )
 
 
-def side_by_side(parts: Sequence[Tensor], dim: int, fill: float) -> Tensor:
-    """Tensors [B, ...] that differ along `dim`, padded and stacked behind the rows."""
-    width = max(part.shape[dim] for part in parts)
-
-    def padded(part: Tensor) -> Tensor:
-        shape = list(part.shape)
-        shape[dim] = width - shape[dim]
-        return torch.cat([part, part.new_full(shape, fill)], dim)
-
-    return torch.stack([padded(part) for part in parts], dim=1)
+def stack_padded(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """Stacks tensors [B, H, n, ...] behind the rows, padded to the largest n."""
+    rows, heads, _, *rest = parts[0].shape
+    whole = parts[0].new_full((rows, len(parts), heads, max(part.shape[2] for part in parts), *rest), fill)
+    for event, part in enumerate(parts):
+        whole[:, event, :, : part.shape[2]] = part
+    return whole
 
 
 def expired(trace: Trace) -> Tensor:
-    """Expiry with NEVER as the length of the text, int64 [L, B, H, T]."""
+    """Returns expiry with NEVER as the length of the text, int64 [L, B, H, T]."""
     return torch.where(trace.expiry == NEVER, trace.expiry.shape[-1], trace.expiry).long()

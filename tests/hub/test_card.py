@@ -18,7 +18,7 @@ from learnevict.evals.plan import Cell
 from learnevict.evals.summaries import read_rows, text_row
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
 from learnevict.hub.run_record import Record
-from learnevict.rl.rollout import RefineConfig
+from learnevict.rl.config import RefineConfig
 from learnevict.train.trainers.pairwise import RankingConfig
 from tests.laws.cases import LEARNED, random_gates
 

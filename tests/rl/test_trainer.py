@@ -45,7 +45,7 @@ def trainer(folder: Path, gates: Gates | None = None, refine: dict | None = None
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from learnevict.rl.rollout import RefineConfig
+    from learnevict.rl.config import RefineConfig
     from learnevict.rl.trainer import EvictionTrainer
 
     base = tiny()
@@ -117,31 +117,37 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
     made.model.zero_grad()
 
     total, count = torch.zeros(()), 0
-    gate, episode = made.judge, made.episode
+    scorer, trajectory = made.scorer, made.trajectory
     advantage = {int(row): inputs["advantages"][index, 1:] for index, row in enumerate(rows)}
     scores = {
-        layer: gate.score_features(layer, features.flatten(0, 1)).view(features.shape[:-1])
-        for layer, features in episode.features.items()
+        layer: scorer.score_features(layer, features.flatten(0, 1)).view(features.shape[:-1])
+        for layer, features in trajectory.features.items()
     }
     place = 0
-    if episode.tried is not None:
-        logits = gate.demand.logits(episode.terms.free)
+    if trajectory.allocation is not None:
+        logits = scorer.demand.logits(trajectory.budget - trajectory.config.least)
         for row in range(2 * GROUP):
-            apart = (episode.tried[row] - logits).square().sum() / (2 * refine["share_spread"] ** 2)
+            apart = (trajectory.allocation[row] - logits).square().sum() / (2 * refine["share_spread"] ** 2)
             total, count = total - advantage[row][place] * apart, count + 1
         place += 1
-    for races in episode.races:
-        raced = races.scores(scores)
-        for event in range(races.pool.shape[1]):
-            for race in range(races.pool.shape[2]):
-                for draw in range(races.order.shape[3]):
+    for sets in trajectory.sets:
+        values = sets.scores(scores)
+        for event in range(sets.candidates.shape[1]):
+            for number in range(sets.candidates.shape[2]):
+                for draw in range(sets.permutation.shape[3]):
                     for row in range(2 * GROUP):
-                        slot = int(races.order[row, event, race, draw])
+                        slot = int(sets.permutation[row, event, number, draw])
                         if slot == NOTHING:
                             continue
-                        before = races.order[row, event, race, :draw].tolist()
-                        left = [n for n in races.pool[row, event, race].nonzero().flatten().tolist() if n not in before]
-                        chance = -raced[row, event, race, slot] - torch.logsumexp(-raced[row, event, race, left], 0)
+                        before = sets.permutation[row, event, number, :draw].tolist()
+                        left = [
+                            n
+                            for n in sets.candidates[row, event, number].nonzero().flatten().tolist()
+                            if n not in before
+                        ]
+                        chance = -values[row, event, number, slot] - torch.logsumexp(
+                            -values[row, event, number, left], 0
+                        )
                         total = total + advantage[row][place] * chance
                         count += 1
                     place += 1
@@ -203,7 +209,7 @@ def test_every_variant_trains_and_leaves_gates_behind(tmp_path, refine, options)
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-def test_free_answers_are_paid_by_the_verifier(tmp_path, scope):
+def test_the_reward_of_generated_answers_is_the_verifiers_mark(tmp_path, scope):
     """All draws of an answer get its group's advantage, and none behind its end counts."""
     marks = []
 
@@ -235,7 +241,7 @@ def test_answers_that_end_before_an_event_are_replaced_by_texts_that_are_read(tm
     made.base.generation_config.eos_token_id = list(range(made.base.config.vocab_size))
     with pytest.warns(LearnevictWarning, match="texts are read instead"):
         inputs = batch(made)
-    assert any(bool((races.order != NOTHING).any()) for races in made.episode.races), "nothing was drawn"
+    assert any(bool((sets.permutation != NOTHING).any()) for sets in made.trajectory.sets), "nothing was drawn"
     assert inputs["advantages"].shape == inputs["completion_ids"].shape  # credit of draws: texts were read
     assert bool(torch.isfinite(made.compute_loss(made.model, inputs).detach()))
 
@@ -252,15 +258,15 @@ def test_batches_of_one_step_have_noise_and_budgets_of_their_own(tmp_path):
     assert seen == [(0, 0), (0, 1)]
 
 
-def test_a_refined_judge_remembers_its_rules(tmp_path):
+def test_a_refined_scorer_remembers_its_settings(tmp_path):
     made = trainer(tmp_path, refine={"share_spread": 0.3})
-    assert made.judge.settings() == {"hidden": 8, "window": 8, "period": 8, "demand": [2, 11, 19]}
+    assert made.scorer.settings() == {"hidden": 8, "window": 8, "period": 8, "demand": [2, 11, 19]}
     assert {"period": 8, "demand": [2, 11, 19]}.items() <= made.model.config.settings.items()
     with pytest.warns(TrainedOtherwiseWarning, match="share 11 to 19 slots"):
         trainer(tmp_path, gates=made.model, refine={"share_spread": 0.3, "min_budget": 40, "max_budget": 40})
     with pytest.warns(TrainedOtherwiseWarning, match="that is dropped"):
         together = trainer(tmp_path, gates=made.model, refine={"scope": "model", "period": 4})
-    assert together.judge.settings() == {"hidden": 8, "window": 8, "period": 4, "scope": "model"}
+    assert together.scorer.settings() == {"hidden": 8, "window": 8, "period": 4, "scope": "model"}
 
 
 @pytest.mark.parametrize(
@@ -271,13 +277,13 @@ def test_a_refined_judge_remembers_its_rules(tmp_path):
         ({"mask_truncated_completions": True}, "drop it"),
     ],
 )
-def test_arguments_that_are_for_words_are_refused(tmp_path, options, said):
+def test_arguments_that_do_nothing_are_refused(tmp_path, options, said):
     with pytest.raises(UsageError, match=said):
         trainer(tmp_path, **options)
 
 
 def test_what_cannot_be_refined_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="no judge to refine"):
+    with pytest.raises(UsageError, match="no slot scorer to refine"):
         trainer(tmp_path, gates=Gates.make("lexical", tiny()))
 
 

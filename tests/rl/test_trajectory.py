@@ -1,4 +1,4 @@
-"""Draws, episodes, costs and credit: against Monte Carlo, brute force and the laws of the cache."""
+"""Sampling, trajectories, costs and credit: against Monte Carlo, brute force and the laws of the cache."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from learnevict.oracle.collect import full_trace
 from learnevict.oracle.reference import token_losses
 from learnevict.parts.layer_allocation import GAIN, LayerAllocation
 from learnevict.parts.learned import SlotScorer
-from learnevict.rl.credit import attention_credit, of_draws, relative, to_go_credit
+from learnevict.rl.config import RefineConfig
+from learnevict.rl.credit import attention_credit, group_relative, of_evictions, to_go_credit
 from learnevict.rl.distribution import (
     NOTHING,
-    draw_evictions,
-    draw_shifts,
+    allocation_log_probability,
     entropy,
     log_probability,
     lowest_scores,
-    shift_log_probability,
+    sample_evictions,
+    sample_perturbations,
 )
 from learnevict.rl.rewards import sure, token_costs
 from learnevict.rl.rollout import (
     PromptAnswer,
-    RefineConfig,
-    drawn_budget,
     log_probabilities,
     noisy_layers,
+    sample_budget,
     sample_group,
 )
-from learnevict.rl.sampler import SamplingTerms
 from learnevict.rl.trajectory import expired, sample_trajectory
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
 from tests.methods.test_foresightkv import gate_for, tiny
 
-TERMS = SamplingTerms(budget=24, period=8, temperature=0.7, sinks=2, recent=4)
-TOGETHER = replace(TERMS, scope="model", pool=2)
-SHARED = replace(TERMS, share_spread=0.4)
-LAWS = pytest.mark.parametrize("terms", [TERMS, TOGETHER, SHARED], ids=["layer", "model", "shares"])
+BUDGET = 24
+CONFIG = RefineConfig(min_budget=BUDGET, max_budget=BUDGET, period=8, draw_temperature=0.7, sinks=2, recent=4)
+TOGETHER = replace(CONFIG, scope="model", pool=2)
+SHARED = replace(CONFIG, share_spread=0.4)
+LAWS = pytest.mark.parametrize("config", [CONFIG, TOGETHER, SHARED], ids=["layer", "model", "shares"])
 PADS = (0, 5)
 
 
@@ -61,18 +61,18 @@ def texts(length: int = 61, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
-def episode(**changes: object):
+def trajectory(**changes: object):
     model = tiny()
-    gate = gate_for(model)
+    scorer = gate_for(model)
     ids, mask = texts()
-    options = {"words": torch.tensor([1, 2]), **changes}
-    terms = options.pop("terms", TERMS)
-    if terms.share_spread:
-        demand = gate.share_layers(2, 1, 40)
+    options = {"random_keys": torch.tensor([1, 2]), **changes}
+    config = options.pop("config", CONFIG)
+    if config.share_spread:
+        demand = scorer.share_layers(2, 1, 40)
         with torch.no_grad():
             demand.level.copy_(torch.linspace(-0.1, 0.1, len(demand.level)))
             demand.slope.copy_(torch.linspace(0.05, -0.05, len(demand.slope)))
-    return model, gate, ids, mask, sample_trajectory(model, gate, ids, mask, terms, **options)
+    return model, scorer, ids, mask, sample_trajectory(model, scorer, ids, mask, config, BUDGET, **options)
 
 
 # --- draws ---
@@ -81,7 +81,7 @@ def episode(**changes: object):
 def test_frequencies_of_ordered_draws_are_what_the_log_probability_says():
     scores, pool = torch.tensor([0.3, -0.5, 1.0, 0.2, -9.0]), torch.tensor([True, True, True, True, False])
     num = 40_000
-    found = draw_evictions(
+    found = sample_evictions(
         scores.expand(num, 5),
         pool.expand(num, 5),
         torch.full((num,), 2),
@@ -127,7 +127,7 @@ def test_a_pool_that_is_used_up_has_probability_one_at_its_last_draw():
 def test_without_temperature_the_lowest_scores_go_in_order():
     scores = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
     pool = torch.tensor([[True, True, True, False]])
-    assert draw_evictions(scores, pool, torch.tensor([2]), 0.0).tolist() == [[1, 2]]
+    assert sample_evictions(scores, pool, torch.tensor([2]), 0.0).tolist() == [[1, 2]]
 
 
 def test_the_pool_holds_the_lowest_scores_among_candidates():
@@ -143,30 +143,30 @@ def test_entropy_of_the_first_choice():
     close(found, [math.log(3), 0.0])
 
 
-# --- episodes ---
+# --- trajectories ---
 
 
 @LAWS
-def test_an_episode_is_the_replay_of_its_trace(terms):
-    model, _, ids, mask, found = episode(terms=terms)
+def test_a_trajectory_is_the_replay_of_its_trace(config):
+    model, _, ids, mask, found = trajectory(config=config)
     assert found.trace.evictions > 0
     again = replay(model, ids, found.trace, mask).logits
     close(found.logits, again, 1e-5, mask)
 
 
 @LAWS
-def test_draws_are_the_evictions_of_the_trace(terms):
-    _, _, _, _, found = episode(terms=terms)
+def test_draws_are_the_evictions_of_the_trace(config):
+    _, _, _, _, found = trajectory(config=config)
     ends = expired(found.trace)
     heads, length = ends.shape[2:]
     counted = int((ends < length - 1).sum())
-    assert 0 < counted == sum(int((races.order != NOTHING).sum()) for races in found.races)
-    for races in found.races:
-        for row, event, race, place in (races.order != NOTHING).nonzero().tolist():
-            whose, token = divmod(int(races.tokens[row, event, race, place]), length)
-            layer, head = races.layers[whose // heads], whose % heads
-            assert int(ends[layer, row, head, token]) == int(races.end[row, event])
-            assert bool(races.pool[row, event, race, races.order[row, event, race, place]])
+    assert 0 < counted == sum(int((sets.permutation != NOTHING).sum()) for sets in found.sets)
+    for sets in found.sets:
+        for row, event, number, place in (sets.permutation != NOTHING).nonzero().tolist():
+            whose, token = divmod(int(sets.tokens[row, event, number, place]), length)
+            layer, head = sets.layers[whose // heads], whose % heads
+            assert int(ends[layer, row, head, token]) == int(sets.end[row, event])
+            assert bool(sets.candidates[row, event, number, sets.permutation[row, event, number, place]])
 
 
 @pytest.mark.parametrize("length", range(61, 69))
@@ -174,20 +174,20 @@ def test_draws_that_no_later_prediction_sees_do_not_count(length):
     """What goes after the last token but one changes no prediction of the text: it would be noise with a full advantage."""
     model = tiny()
     ids, mask = texts(length)
-    found = sample_trajectory(model, gate_for(model), ids, mask, TERMS)
+    found = sample_trajectory(model, gate_for(model), ids, mask, CONFIG, BUDGET)
     due = [[end for end in range(1, length + 1) if (end - pad) % 8 == 0 and end - pad > 24] for pad in PADS]
-    for races in found.races:
-        drawn = (races.order != NOTHING).flatten(2).any(-1)
-        assert torch.equal(drawn, races.pool.flatten(2).any(-1) & (races.tokens != NOTHING).flatten(2).any(-1))
+    for sets in found.sets:
+        drawn = (sets.permutation != NOTHING).flatten(2).any(-1)
+        assert torch.equal(drawn, sets.candidates.flatten(2).any(-1) & (sets.tokens != NOTHING).flatten(2).any(-1))
         for row, ends in enumerate(due):
-            assert races.end[row][drawn[row]].tolist() == [end for end in ends if end < length - 1]
+            assert sets.end[row][drawn[row]].tolist() == [end for end in ends if end < length - 1]
 
 
 @LAWS
-def test_the_log_probability_of_an_episode_can_be_had_again(terms):
-    _, gate, _, _, found = episode(terms=terms)
-    once, _ = log_probabilities(gate, found, torch.tensor([0, 1]))
-    swapped, spread = log_probabilities(gate, found, torch.tensor([1, 0]))
+def test_the_log_probability_of_a_trajectory_can_be_had_again(config):
+    _, scorer, _, _, found = trajectory(config=config)
+    once, _ = log_probabilities(scorer, found, torch.tensor([0, 1]))
+    swapped, spread = log_probabilities(scorer, found, torch.tensor([1, 0]))
     assert torch.equal(once, swapped.flip(0))
     assert bool((once <= 0).all())
     assert bool((spread >= 0).all())
@@ -195,72 +195,76 @@ def test_the_log_probability_of_an_episode_can_be_had_again(terms):
 
 
 @LAWS
-def test_where_nothing_is_random_the_judge_evicts_as_its_policy(terms):
+def test_where_nothing_is_random_the_judge_evicts_as_its_policy(config):
     model = tiny()
     nothing = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
-    model, gate, ids, mask, found = episode(noisy=nothing, terms=terms)
-    assert all(bool((races.order == NOTHING).all()) for races in found.races)
-    rules = {"slack": TERMS.period, "sinks": TERMS.sinks, "recent": TERMS.recent}
-    gate.scope = terms.scope
-    if found.tried is not None:  # shares are tried whatever the noise of draws
-        gate.demand.level.data = (found.tried[0] / GAIN).clone()
-        gate.demand.slope.data.zero_()
+    model, scorer, ids, mask, found = trajectory(noisy=nothing, config=config)
+    assert all(bool((sets.permutation == NOTHING).all()) for sets in found.sets)
+    rules = {"slack": CONFIG.period, "sinks": CONFIG.sinks, "recent": CONFIG.recent}
+    scorer.scope = config.scope
+    if found.allocation is not None:  # shares are tried whatever the noise of draws
+        scorer.demand.level.data = (found.allocation[0] / GAIN).clone()
+        scorer.demand.slope.data.zero_()
         ids, mask = ids[:1], mask[:1]
-    policy = methods.foresightkv.policy(TERMS.budget, gate=gate, **rules)
+    policy = methods.foresightkv.policy(BUDGET, gate=scorer, **rules)
     with torch.no_grad(), attach(model, policy, record=True) as cache:
         prefill(model, cache, ids, mask)
     assert torch.equal(cache.trace().expiry, found.trace.expiry[:, : len(ids)])
 
 
-def test_padding_changes_no_episode():
-    model, gate, ids, mask, _ = episode()
+def test_padding_changes_no_trajectory():
+    model, scorer, ids, mask, _ = trajectory()
     still = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
-    both = sample_trajectory(model, gate, ids, mask, TERMS, noisy=still)
-    alone = sample_trajectory(model, gate, ids[1:, PADS[1] :], mask[1:, PADS[1] :], TERMS, noisy=still[:, 1:])
+    both = sample_trajectory(model, scorer, ids, mask, CONFIG, BUDGET, noisy=still)
+    alone = sample_trajectory(
+        model, scorer, ids[1:, PADS[1] :], mask[1:, PADS[1] :], CONFIG, BUDGET, noisy=still[:, 1:]
+    )
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
 
-def test_the_seed_makes_the_episode():
-    first, second, other = (episode(words=torch.tensor([seed, 5]))[-1] for seed in (1, 1, 2))
+def test_the_seed_makes_the_trajectory():
+    first, second, other = (trajectory(random_keys=torch.tensor([seed, 5]))[-1] for seed in (1, 1, 2))
     assert torch.equal(first.trace.expiry, second.trace.expiry)
     assert not torch.equal(first.trace.expiry, other.trace.expiry)
     assert torch.equal(first.trace.expiry[:, 1], other.trace.expiry[:, 1]), "a row's noise depends on another's"
 
 
 @LAWS
-def test_noise_is_the_rows_own_whatever_the_batch(terms):
-    model, gate, ids, mask, both = episode(terms=terms)
-    alone = sample_trajectory(model, gate, ids[1:, PADS[1] :], mask[1:, PADS[1] :], terms, words=torch.tensor([2]))
+def test_noise_is_the_rows_own_whatever_the_batch(config):
+    model, scorer, ids, mask, both = trajectory(config=config)
+    alone = sample_trajectory(
+        model, scorer, ids[1:, PADS[1] :], mask[1:, PADS[1] :], config, BUDGET, random_keys=torch.tensor([2])
+    )
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
 
 def test_shares_are_tried_row_by_row_and_spend_the_budget():
-    *_, found = episode(terms=SHARED)
+    *_, found = trajectory(config=SHARED)
     ends, length = expired(found.trace), found.trace.expiry.shape[-1]
     held = (ends == length).sum((2, 3)) - ends.shape[2] * torch.tensor(PADS)  # [L, B], over heads
-    free = SHARED.budget - SHARED.sinks - SHARED.period - 1
+    free = BUDGET - SHARED.sinks - SHARED.period - 1
     heads, fresh = ends.shape[2], (length - torch.tensor(PADS) - 1) % SHARED.period + 1  # since the last event read on
     share = (held - heads * (fresh + SHARED.sinks + SHARED.period + 1)) / (len(held) * free * heads)
     close(share.sum(0), torch.ones(2), about="what layers hold beside the budget")
-    assert float((share.T - found.tried.softmax(-1)).abs().max()) < 1 / (len(held) * free)
+    assert float((share.T - found.allocation.softmax(-1)).abs().max()) < 1 / (len(held) * free)
     assert not torch.equal(held[:, 0], held[:, 1]), "rows try the same shares"
 
 
 def test_shares_tried_are_normal_around_the_demand_and_their_probability_says_so():
     num, layers, spread = 40_000, 4, 0.3
-    shifts = draw_shifts(torch.arange(num), layers, spread)
+    shifts = sample_perturbations(torch.arange(num), layers, spread)
     close(shifts.sum(-1), torch.zeros(num), scale=spread)
     wanted = spread**2 * (torch.eye(layers) - 1 / layers)
     assert float((shifts.T.cov() - wanted).abs().max()) < 4 * spread**2 * math.sqrt(2 / num)
     logits = torch.tensor([0.3, -0.1, 0.0, -0.2], dtype=torch.float64, requires_grad=True)
     tried = logits.detach() + shifts[:3].double()
-    found = shift_log_probability(tried, logits, spread)
+    found = allocation_log_probability(tried, logits, spread)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     close(gradient, shifts[:3].double().sum(0) / spread**2, 1e-9)
     normal = torch.distributions.Normal(logits, spread)
-    other = shift_log_probability(tried, logits - 0.1, spread)
+    other = allocation_log_probability(tried, logits - 0.1, spread)
     moved = torch.distributions.Normal(logits - 0.1, spread)
     expected = (normal.log_prob(tried) - moved.log_prob(tried)).sum(-1)
     close(found - other, expected, 1e-9)
@@ -290,14 +294,14 @@ def test_demand_follows_the_budget_and_is_equal_until_learned():
 def test_only_layers_that_evict_have_a_share():
     model = zoo.build("gemma3")
     kinds = evicting_layers(DynamicCache(config=model.config).layers)
-    gate = gate_for(model)
-    gate.share_layers(len(kinds), 1, 40)
+    scorer = gate_for(model)
+    scorer.share_layers(len(kinds), 1, 40)
     ids = torch.randint(4, 64, (2, 61), generator=torch.Generator().manual_seed(3))
     with pytest.warns(StockLayersWarning):
-        found = sample_trajectory(model, gate, ids, torch.ones_like(ids), SHARED)
+        found = sample_trajectory(model, scorer, ids, torch.ones_like(ids), SHARED, BUDGET)
     assert 1 < len(kinds) < model.config.num_hidden_layers
-    assert found.tried.shape == (2, len(kinds)) and found.trace.evictions > 0
-    assert len(found.races) == len(kinds)
+    assert found.allocation.shape == (2, len(kinds)) and found.trace.evictions > 0
+    assert len(found.sets) == len(kinds)
 
 
 def test_a_demand_is_part_of_the_gates(tmp_path):
@@ -326,51 +330,49 @@ def test_costs_count_where_the_full_cache_is_sure():
     logits = full.clone()
     logits[0, 1] = torch.tensor([-30.0, 9.0, 0.0, 0.0])
     logits[0, 2] = torch.tensor([-30.0, 9.0, 0.0, 0.0])
-    ids, counted = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[False, False, True, True, True, True]])
+    ids, loss_mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[False, False, True, True, True, True]])
     added = token_losses(logits, ids) - token_losses(full, ids)
-    low = token_costs("low_entropy", logits, full, ids, counted)
+    low = token_costs("low_entropy", logits, full, ids, loss_mask)
     assert low[0].tolist() == pytest.approx([0, 2.0, 0, 0, 0, 0])
-    plain = token_costs("plain", logits, full, ids, counted, ceiling=5.0)
+    plain = token_costs("plain", logits, full, ids, loss_mask, ceiling=5.0)
     assert plain[0].tolist() == pytest.approx([0, 5.0, 5.0, 0, 0, 0])
-    square = token_costs("thresholded", logits, full, ids, counted)
+    square = token_costs("thresholded", logits, full, ids, loss_mask)
     close(square[0, 1], added[0, 1] ** 2)
     assert float(square.sum()) == float(square[0, 1])
     assert not bool(sure(full, torch.ones(1, 6, dtype=torch.bool))[0, 2])
-    with pytest.raises(UsageError, match="cost 'loss' is unknown"):
-        token_costs("loss", logits, full, ids, counted)
 
 
 def test_credit_of_events():
-    _, _, ids, _, found = episode()
+    _, _, ids, _, found = trajectory()
     costs = torch.rand(len(ids), ids.shape[1], generator=torch.Generator().manual_seed(4))
-    apart = relative(costs, 2)
+    apart = group_relative(costs, 2)
     close(apart.sum(0), torch.zeros(ids.shape[1]), scale=1.0)
-    races = found.races[1]
-    later = to_go_credit(apart, races)
-    for row, event, head, place in (races.order != NOTHING).nonzero().tolist()[::17]:
-        end = int(races.end[row, event])
+    sets = found.sets[1]
+    later = to_go_credit(apart, sets)
+    for row, event, head, place in (sets.permutation != NOTHING).nonzero().tolist()[::17]:
+        end = int(sets.end[row, event])
         close(later[row, event, head, place], -apart[row, end:].sum(), scale=float(apart[row].abs().sum()))
 
 
 @LAWS
-def test_credit_is_looked_up_for_the_token_that_went(terms):
-    _, _, ids, _, found = episode(terms=terms)
+def test_credit_is_looked_up_for_the_token_that_went(config):
+    _, _, ids, _, found = trajectory(config=config)
     layers, heads = found.trace.expiry.shape[0], found.trace.expiry.shape[2]
     credit = torch.arange(layers * 2 * heads * ids.shape[1]).view(layers, 2, heads, -1).float()
-    for races in found.races:
-        looked_up = of_draws(credit, races)
-        for row, event, race, place in (races.order != NOTHING).nonzero().tolist()[::11]:
-            whose, token = divmod(int(races.tokens[row, event, race, place]), ids.shape[1])
-            expected = credit[races.layers[whose // heads], row, whose % heads, token]
-            assert looked_up[row, event, race, place] == expected
+    for sets in found.sets:
+        looked_up = of_evictions(credit, sets)
+        for row, event, number, place in (sets.permutation != NOTHING).nonzero().tolist()[::11]:
+            whose, token = divmod(int(sets.tokens[row, event, number, place]), ids.shape[1])
+            expected = credit[sets.layers[whose // heads], row, whose % heads, token]
+            assert looked_up[row, event, number, place] == expected
 
 
 def test_credit_by_attention_against_the_whole_matrix():
-    model, _, ids, mask, found = episode()
+    model, _, ids, mask, found = trajectory()
     ids, mask = ids[:1].repeat(2, 1), mask[:1].repeat(2, 1)  # one text, two traces
-    costs = relative(torch.rand(2, ids.shape[1], generator=torch.Generator().manual_seed(4)), 2)
+    costs = group_relative(torch.rand(2, ids.shape[1], generator=torch.Generator().manual_seed(4)), 2)
     ends = expired(found.trace)
-    blame, logits = attention_credit(model, ids[:1], mask[:1], costs, ends)
+    credit, logits = attention_credit(model, ids[:1], mask[:1], costs, ends)
     seen = {}
 
     def observe(layer, query, key, value, hidden, attention):
@@ -387,38 +389,38 @@ def test_credit_by_attention_against_the_whole_matrix():
             for head in range(weights.shape[0]):
                 missed = ends[layer, trace, head] <= column.unsqueeze(-1)
                 expected = -(weights[head] * missed * costs[trace].unsqueeze(-1)).sum(0)
-                close(blame[layer, trace, head], expected)
+                close(credit[layer, trace, head], expected)
 
 
 @pytest.mark.parametrize("rules", [{}, {"scope": "model"}, {"share_spread": 0.3}], ids=["layer", "model", "shares"])
 def test_a_batch_of_experience(rules):
     model = tiny()
-    gate = gate_for(model)
+    scorer = gate_for(model)
     if rules.get("share_spread"):
-        gate.share_layers(2, 1, 40)
+        scorer.share_layers(2, 1, 40)
     ids, _ = texts()
     batch = [PromptAnswer(ids[0].tolist(), 20)] * 2 + [PromptAnswer(ids[0, 7:].tolist(), 15)] * 2
     config = RefineConfig(min_budget=24, max_budget=24, period=8, sinks=2, recent=4, layer_share=0.5, **rules)
     seeds = {"seeds": (1, 2, 0), "device": torch.device("cpu"), "group": 2}
-    found = sample_group(model, gate, batch, config, **seeds)
+    found = sample_group(model, scorer, batch, config, **seeds)
     given = found.completions()
     assert [row[0] for row in given["completion_ids"]] == [0, 1, 2, 3]
     assert {len(row) for name in ("completion_ids", "env_mask", "logprobs") for row in given[name]} == {
-        found.taken.shape[1]
+        found.action_mask.shape[1]
     }
-    assert not bool(found.taken[:, 0].any()), "the rollout's number counts for something"
+    assert not bool(found.action_mask[:, 0].any()), "the rollout's number counts for something"
     assert found.credit is not None
-    assert bool((found.credit[~found.taken] == 0).all())
-    assert bool(((found.log_probs < 0) <= found.taken).all())
-    again = sample_group(model, gate, batch, config, **seeds)
+    assert bool((found.credit[~found.action_mask] == 0).all())
+    assert bool(((found.log_probs < 0) <= found.action_mask).all())
+    again = sample_group(model, scorer, batch, config, **seeds)
     assert torch.equal(again.credit, found.credit)
     with pytest.raises(DataError, match="no answer"):
-        sample_group(model, gate, [PromptAnswer(ids[0].tolist(), 61)] * 2, config, **seeds)
+        sample_group(model, scorer, [PromptAnswer(ids[0].tolist(), 61)] * 2, config, **seeds)
 
 
 def test_budgets_and_layers_are_drawn_within_their_limits():
     config = RefineConfig(layer_share=0.5)
-    found = {drawn_budget(config, 300, (1, step)) for step in range(200)}
+    found = {sample_budget(config, 300, (1, step)) for step in range(200)}
     assert min(found) >= 24
     assert max(found) <= 64
     assert len(found) > 25
@@ -427,10 +429,10 @@ def test_budgets_and_layers_are_drawn_within_their_limits():
     assert 60 < int(noisy[:2].sum()) + int(noisy[0].sum()) < 90
     assert noisy_layers(4, 0.01, torch.arange(9)).sum(0).tolist() == [1] * 9
     for length in range(42, 90):  # some event is over the budget, and comes before the last prediction
-        budget = drawn_budget(config, length, (1, 1))
+        budget = sample_budget(config, length, (1, 1))
         assert any(seen > budget for seen in range(16, length - 1, 16)), length
     with pytest.raises(DataError, match="nothing is evicted"):
-        drawn_budget(config, 41, (1, 1))
+        sample_budget(config, 41, (1, 1))
 
 
 @pytest.mark.parametrize(
