@@ -1,4 +1,4 @@
-"""What a trainer draws for a batch: of its step and of a row's number in the batch of all processes, and of nothing else.
+"""Random numbers of a batch that depend on its step and on a row's number in the batch of all processes, and on nothing else.
 
 So it does not matter how many processes share a batch, and a resumed run draws what it would have drawn.
 """
@@ -18,8 +18,8 @@ from learnevict.ops.random import hashed, shift, uniform
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Words that draws are hashed from (ops.hashing).
+class BatchRandom:
+    """The random keys (ops.random) of a batch.
 
     Attributes:
         batch: int64 [], of the batch, the same in all processes.
@@ -30,31 +30,31 @@ class Draws:
     rows: Int[Tensor, "B"]
 
     @classmethod
-    def of(cls, batch: Int[Tensor, ""], numbers: Int[Tensor, "B"]) -> Draws:
-        """Of a batch, and of rows by their numbers in it."""
+    def of(cls, batch: Int[Tensor, ""], numbers: Int[Tensor, "B"]) -> BatchRandom:
+        """Returns the keys of a batch, and of rows by their numbers in it."""
         return cls(batch, hashed(batch, 1, numbers))
 
     @classmethod
-    def anew(cls, rows: int, device: torch.device | None = None) -> Draws:
-        """Of a batch by itself, from the global generator."""
+    def anew(cls, rows: int, device: torch.device | None = None) -> BatchRandom:
+        """Returns new keys from the global generator."""
         return cls.of(torch.randint(2**62, ()), torch.arange(rows, device=device))
 
     def budget(self, budgets: tuple[int, int]) -> int:
-        """One for the batch, from the smallest to the largest, log-uniformly."""
+        """Returns one budget for the batch, from the smallest to the largest, log-uniformly."""
         low, high = (math.log(budget) for budget in budgets)
         return round(math.exp(low + (high - low) * float(uniform(hashed(self.batch, 2)))))
 
     def per_row(self, *what: int) -> Float[Tensor, "B"]:
-        """From [0, 1), for each row; another `what`, another draw."""
+        """Returns a number from [0, 1) for each row; `what` says which draw it is."""
         return uniform(hashed(self.rows, *what))
 
     def one_of(self, values: Int[Tensor, "B"], marked: Bool[Tensor, "B"], *what: int) -> int | None:
-        """The value of one row, drawn evenly from the marked rows of all processes; None if none is marked.
+        """Returns the value of one row, drawn evenly from the marked rows of all processes; None if none is marked.
 
         Args:
             values: of this process's rows, whole numbers of 32 bits.
             marked: those that may be drawn.
-            *what: another, another draw.
+            *what: which draw it is.
         """
         chances = shift(hashed(self.rows, *what), 33)  # the highest wins, and brings its value along
         lots = chances * 2**32 + values + 2**31
@@ -63,11 +63,7 @@ class Draws:
 
 
 def check_budgets(budgets: tuple[int, ...]) -> None:
-    """Whether `Draws.budget` can draw from them.
-
-    Raises:
-        BudgetError: they are not a smallest and a largest budget of at least 1 token.
-    """
+    """Raises BudgetError if these are not a smallest and a largest budget of at least 1 token."""
     if len(budgets) != 2 or not 1 <= budgets[0] <= budgets[1]:
         given = " ".join(map(str, budgets))
         raise BudgetError(

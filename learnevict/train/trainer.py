@@ -1,4 +1,4 @@
-"""What all trainers share: the model is the gates alone, the base model stands outside, frozen; a run resumes exactly."""
+"""The trainer of gates: its model is the gates alone, the frozen base stands outside; a killed run resumes exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from learnevict.errors import UsageError
 from learnevict.ops.random import hashed
-from learnevict.train.batch_random import Draws
+from learnevict.train.batch_random import BatchRandom
 from learnevict.train.gathered import GatheredGates
 from learnevict.train.pushing import PushingTrainer
 from learnevict.train.validation import Validation, summarise, validate
@@ -24,7 +24,7 @@ PROGRESS = "progress_{rank}.json"
 
 
 class GateTrainer(PushingTrainer):
-    """transformers.Trainer for gates; a mode overrides `compute_loss`.
+    """transformers.Trainer for gates; a mode overrides `batch_loss`.
 
     Parameters may be used with gradient inside `model(task, ...)` only, which calls task(gate, ...): DDP and ZeRO watch
     for that call; without gradient outside of it, as `whole`. Whatever is random is hashed from `draws`, or comes from torch's
@@ -32,7 +32,7 @@ class GateTrainer(PushingTrainer):
 
     Args:
         base: the model whose cache is governed; never trained, never saved.
-        validation: what to judge by at evaluations; None: there are none.
+        validation: texts and budgets of evaluations; None: there are none.
     """
 
     loss_is_scaled_for_ga = False
@@ -57,46 +57,63 @@ class GateTrainer(PushingTrainer):
 
     @property
     def gate(self) -> Any:
-        """What is trained; of the kind that the mode teaches."""
+        """The gate that is trained."""
         return self.gates.gate
 
-    def draws(self, rows: int) -> Draws:
-        """What may be drawn for the next batch, of which this process has so many rows; the same however they are shared."""
+    def draws(self, rows: int) -> BatchRandom:
+        """Returns the random keys of the next batch, of which this process has so many rows, however rows are shared out."""
         step, part = self.state.global_step, self.batch[1] + 1 if self.batch[0] == self.state.global_step else 0
         self.batch = (step, part)
         rank, world = self.args.process_index, self.args.world_size
         number = torch.arange(rows, device=self.args.device)
         number = number * world + rank if isinstance(self.train_dataset, IterableDataset) else number + rank * rows
-        return Draws.of(hashed(self.args.seed, step, part), number)
+        return BatchRandom.of(hashed(self.args.seed, step, part), number)
 
-    def note(self, **figures: float | Tensor) -> None:
-        """Figures of one batch; their means since the last line enter the next line of the log."""
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Returns the loss of one batch.
+
+        Args:
+            model: called as model(task, ...).
+            inputs: a collated batch: input_ids, attention_mask [B, T], prompt_length [B], stored_labels.
+            draws: what is random in it.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Returns the loss as Trainer wants it."""
+        loss = self.batch_loss(model, inputs, self.draws(len(inputs["input_ids"])))
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def record(self, **figures: float | Tensor) -> None:
+        """Adds figures of one batch; their means since the last line enter the next line of the log."""
         for name, value in figures.items():
             self.figures.setdefault(name, []).append(float(value))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer.log, with what was noted."""
+        """Logs as Trainer does, with the means of recorded figures."""
         data: Any = self.train_dataset
         if isinstance(data, IterableDataset):  # has no epochs: say how much of the run is done
             self.state.epoch = self.state.global_step / max(self.state.max_steps, 1)
         if "train_loss" in logs:  # of the whole run, however often it was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        noted = {}
+        means = {}
         if not any(name.startswith("eval_") for name in logs):
-            noted = {name: round(sum(found) / len(found), 5) for name, found in self.figures.items() if found}
+            means = {name: round(sum(found) / len(found), 5) for name, found in self.figures.items() if found}
             self.figures.clear()
-        super().log({**logs, **noted}, *args, **kwargs)
+        super().log({**logs, **means}, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Judge the gates against the oracle (train.validation) and log it; training goes on as if nothing had been.
+        """Evaluates the gates against the oracle (train.validation) and logs it; training goes on as if nothing had been.
 
         Raises:
-            UsageError: there is nothing to judge by.
+            UsageError: there is no validation.
         """
         if self.validation is None:
-            raise UsageError("nothing to judge by: give the trainer a validation, or the recipe --eval_documents")
+            raise UsageError("nothing to evaluate by: give the trainer a validation, or the recipe --eval_documents")
         rank, world = self.args.process_index, self.args.world_size
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -115,7 +132,7 @@ class GateTrainer(PushingTrainer):
         return metrics
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint has to hold beside what Trainer puts there, as JSON; a mode with more state adds to it."""
+        """Returns what a checkpoint holds beside what Trainer puts there, as JSON; a mode with more state adds to it."""
         streamed = isinstance(self.train_dataset, IterableDataset)
         data: Any = self.train_dataset
         return {
@@ -126,7 +143,7 @@ class GateTrainer(PushingTrainer):
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Take up what `progress` gave."""
+        """Restores what `progress` returned."""
         self.figures = {name: list(found) for name, found in progress["figures"].items()}
         running, self._total_loss_scalar, self._globalstep_last_logged = progress["loss"]
         self._tr_loss = torch.tensor(running, device=self.args.device)
@@ -135,13 +152,13 @@ class GateTrainer(PushingTrainer):
             data.load_state_dict(progress["stream"])
 
     def log_end(self, checkpoint: Path) -> None:
-        """See PushingTrainer."""
+        """Logs the last line of a run, see PushingTrainer."""
         self.restore(self._progress_in(checkpoint))
         self._total_loss_scalar += float(self._tr_loss)
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; a stream deals documents to the processes itself, and its loader draws from a generator of its own."""
+        """Returns Trainer's loader, or one of a stream, which deals documents to processes and has a generator of its own."""
         data: Any = self.train_dataset
         if not isinstance(data, IterableDataset):
             return super().get_train_dataloader()
@@ -150,7 +167,7 @@ class GateTrainer(PushingTrainer):
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Everything a process needs to go on is on the disk before trainer_state.json, which is written last."""
+        """Writes what a process needs to go on, before trainer_state.json, which is written last."""
         super()._save_rng_state(output_dir)
         path = Path(output_dir) / PROGRESS.format(rank=self.args.process_index)
         path.write_text(json.dumps(self.progress()))
@@ -164,14 +181,14 @@ class GateTrainer(PushingTrainer):
         return json.loads((checkpoint / PROGRESS.format(rank=self.args.process_index)).read_text())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Gates only, as config.json + model.safetensors, by one process; no pickled arguments."""
+        """Saves gates only, as config.json + model.safetensors, by one process; no pickled arguments."""
         folder, gates = output_dir or self.args.output_dir, self.gates
         if self.args.should_save:
             gates.save_pretrained(folder, state_dict=state_dict)
 
 
 def last_checkpoint(folder: str | Path, world_size: int) -> str | None:
-    """The newest whole checkpoint in a folder; one that a killed run had not finished is passed over.
+    """Returns the newest complete checkpoint in a folder; one that a killed run had not finished is passed over.
 
     Raises:
         UsageError: it was written by another number of processes.
@@ -192,7 +209,7 @@ def last_checkpoint(folder: str | Path, world_size: int) -> str | None:
 
 
 def _num_writers(checkpoint: Path) -> int:
-    """How many processes wrote a checkpoint; those of other trainers than GateTrainer tell by their random states."""
+    """Returns how many processes wrote a checkpoint; those of other trainers than GateTrainer tell by their random states."""
     progress = checkpoint / PROGRESS.format(rank=0)
     if progress.is_file():
         return json.loads(progress.read_text())["world_size"]

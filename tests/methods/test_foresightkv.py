@@ -266,7 +266,7 @@ def test_training_sees_what_inference_sees():
     )
     ends = torch.tensor([41, 48])
     assert 48 % PERIOD == 0
-    row, seen = torch.cat(states[0].moments).unbind(-1)
+    row, seen = torch.cat(states[0].events).unbind(-1)
     assert len(seen) and bool((seen < ends[row]).all()), "after the last token there is nothing to learn from"
     _, trace = run(model, gate, ids, mask)
     assert trace.evictions > 0

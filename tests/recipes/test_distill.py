@@ -213,7 +213,7 @@ def test_help_is_that_of_the_method(distill, capsys):
         distill.parse(["--method", "foresightkv", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "gate of foresightkv: --hidden HIDDEN" in said
-    assert "share of rows that follow the judge's own evictions. (default: 0.5)" in said
+    assert "share of rows that follow the scorer's own evictions. (default: 0.5)" in said
     assert said.index("trainer (replay)") < said.index("--learning_rate")
 
 
@@ -326,7 +326,7 @@ def test_states_are_those_of_the_shares_that_a_judge_has_learned(base):
     shares = [policy.allocator.layer_budget(24, layer, 2, policy.floor) for layer in range(2)]
     assert sum(shares) == 48 and shares[0] - shares[1] > 10
     for layer, share in enumerate(shares):
-        row, seen = torch.cat(states[layer].moments).unbind(-1)
+        row, seen = torch.cat(states[layer].events).unbind(-1)
         assert [int(seen[row == one].min()) for one in range(2)] == [share - share % 8 + 8] * 2
         assert int(states[layer].stacked()[2].sum(-1).max()) == share + 8 - guard.reserved(8)
     with attach(model, policy) as cache, torch.no_grad():

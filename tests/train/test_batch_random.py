@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from learnevict.errors import UsageError
 from learnevict.ops.distributed import highest, ratio, summed
 from learnevict.ops.random import hashed, uniform
-from learnevict.train.batch_random import Draws
+from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses.objectives import pairwise, sample_slots
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
 
@@ -29,12 +29,12 @@ def test_hashes_are_even_and_tell_their_parts_apart():
 
 def test_a_row_draws_the_same_whoever_has_it():
     batch = hashed(7, 3, 0)
-    whole = Draws.of(batch, torch.arange(6))
-    shares = [Draws.of(batch, torch.arange(3) + first) for first in (0, 3)]
+    whole = BatchRandom.of(batch, torch.arange(6))
+    shares = [BatchRandom.of(batch, torch.arange(3) + first) for first in (0, 3)]
     assert torch.equal(torch.cat([share.per_row(1, 2) for share in shares]), whole.per_row(1, 2))
     assert len({share.budget((30, 200)) for share in [whole, *shares]}) == 1
     assert not torch.equal(whole.per_row(1), whole.per_row(2))
-    assert not torch.equal(whole.per_row(1), Draws.of(hashed(7, 4, 0), torch.arange(6)).per_row(1))
+    assert not torch.equal(whole.per_row(1), BatchRandom.of(hashed(7, 4, 0), torch.arange(6)).per_row(1))
     candidates = torch.rand(6, 2, 30) > 0.3
     pairs = sample_slots(candidates, 50, whole.rows)
     assert torch.equal(pairs[3:], sample_slots(candidates[3:], 50, shares[1].rows))
@@ -43,17 +43,17 @@ def test_a_row_draws_the_same_whoever_has_it():
 
 
 def test_budgets_are_drawn_evenly_on_a_logarithmic_scale():
-    found = [Draws.of(hashed(step), torch.arange(1)).budget((16, 256)) for step in range(600)]
+    found = [BatchRandom.of(hashed(step), torch.arange(1)).budget((16, 256)) for step in range(600)]
     assert (min(found), max(found)) >= (16, 200)
     assert max(found) <= 256
     below = sum(budget < 64 for budget in found) / len(found)
     assert below == pytest.approx(0.5, abs=0.07)
-    assert Draws.of(hashed(1), torch.arange(1)).budget((48, 48)) == 48
+    assert BatchRandom.of(hashed(1), torch.arange(1)).budget((48, 48)) == 48
 
 
 def test_one_row_of_the_marked_ones_is_drawn_evenly():
     values, marked = torch.tensor([-50, 7, 2**31 - 1, -(2**31)]), torch.tensor([True, False, True, True])
-    draws = Draws.of(hashed(7), torch.arange(4))
+    draws = BatchRandom.of(hashed(7), torch.arange(4))
     found = [draws.one_of(values, marked, number) for number in range(600)]
     assert set(found) == set(values[marked].tolist())
     assert min(map(found.count, set(found))) > 150
@@ -63,10 +63,10 @@ def test_one_row_of_the_marked_ones_is_drawn_evenly():
 
 def test_draws_come_from_the_global_generator_if_from_nowhere_else():
     torch.manual_seed(3)
-    first = Draws.anew(4)
+    first = BatchRandom.anew(4)
     torch.manual_seed(3)
-    assert torch.equal(Draws.anew(4).rows, first.rows)
-    assert not torch.equal(Draws.anew(4).rows, first.rows)
+    assert torch.equal(BatchRandom.anew(4).rows, first.rows)
+    assert not torch.equal(BatchRandom.anew(4).rows, first.rows)
 
 
 def test_alone_sums_are_what_they_were():
@@ -84,7 +84,7 @@ def test_pairs_that_are_drawn_anew_differ():
     scores, targets = torch.randn(2, 1, 9), torch.rand(2, 1, 9)
     everyone = torch.ones(2, 1, 9, dtype=torch.bool)
     losses = [
-        float(pairwise(scores, targets, everyone, pairs=4, words=hashed(torch.arange(2), step))) for step in (0, 0, 1)
+        float(pairwise(scores, targets, everyone, pairs=4, seeds=hashed(torch.arange(2), step))) for step in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
 

@@ -1,4 +1,4 @@
-"""How much a soft gate holds, as losses: what makes it forget. Nothing here is [T, T].
+"""Losses on how many tokens a soft gate holds. Nothing here is [T, T].
 
 A soft gate keeps every token, some with little weight; what it would hold is a sum of weights. Retention gates pay for what
 exceeds a budget (arXiv 2512.03324, 2605.09649), admission gates for every token they admit (arXiv 2512.17452) or for evicting
@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from learnevict.ops.distributed import ratio
+from learnevict.train.losses.objectives import masked_mean
 
 
 def occupancy(
     retention: Float[Tensor, "B H T"], valid: Bool[Tensor, "B T"], *, chunk: int | None = None
 ) -> Float[Tensor, "B H T"]:
-    """What each head holds after each token: S_t = sum over i <= t of exp((t - i) r_i) (arXiv 2512.03324).
+    """Returns what each head holds after each token: S_t = sum over i <= t of exp((t - i) r_i) (arXiv 2512.03324).
 
     Every token fades at its own rate, so there is no recurrence; but over chunks of C tokens, t = b C + u, earlier tokens
     factor into exp((b C - i) r_i) exp(u r_i): a product of [T / C, T] and [T, C]. All exponents are at most 0.
@@ -54,7 +55,7 @@ def occupancy(
 def hinge(
     retention: Sequence[Float[Tensor, "B H T"]], valid: Bool[Tensor, "B T"], budget: float, *, together: bool = False
 ) -> Float[Tensor, ""]:
-    """Share of what a head could hold beyond its budget that it does hold, averaged over real tokens, heads and layers.
+    """Returns the share of what a head could hold beyond its budget that it holds, averaged over real tokens, heads, layers.
 
     max(0, S_t - M) / max(t - M, 1), t counting real tokens from 1 (arXiv 2512.03324): beyond M tokens 1 where nothing was
     forgotten, and 0 before. Divided as in the authors' code, where the text has t; but the mean is the text's, over all
@@ -76,7 +77,7 @@ def hinge(
 
 
 def admitted(log_gates: Sequence[Float[Tensor, "B H T"]], valid: Bool[Tensor, "B T"], window: int) -> Float[Tensor, ""]:
-    """Mean over tokens, heads and layers of o + (1 - o)(1 - (1 - g)^2), o = min(W / (T - i), 1) (arXiv 2512.17452).
+    """Returns the mean over tokens, heads and layers of o + (1 - o)(1 - (1 - g)^2), o = min(W / (T - i), 1) (arXiv 2512.17452).
 
     Concave in the gate g, so gates are pushed to 0 or 1; tokens spend a share o of the text's rest in the window, for which
     everyone pays.
@@ -96,7 +97,7 @@ def admitted(log_gates: Sequence[Float[Tensor, "B H T"]], valid: Bool[Tensor, "B
 def shortfall(
     log_gates: Sequence[Float[Tensor, "B H T"]], valid: Bool[Tensor, "B T"], target: float
 ) -> Float[Tensor, ""]:
-    """How much fewer tokens than a share `target` are evicted, max(0, target - mean), over all layers, heads and tokens.
+    """Returns how far the evicted share lies below `target`: max(0, target - mean), over all layers, heads and tokens.
 
     A token counts as evicted where its gate is below one half, with the gradient of 1 - g (straight through; arXiv 2506.05345).
 
@@ -108,8 +109,3 @@ def shortfall(
     gone = -torch.expm1(torch.stack(list(log_gates), 1))
     rounded = (gone > 0.5).to(gone.dtype) + gone - gone.detach()
     return (target - masked_mean(rounded, valid[:, None, None].expand_as(rounded))).clamp_min(0)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values where the mask is set, in the batch of all processes; 0 where it is nowhere."""
-    return ratio((values * mask).sum(), mask.sum())

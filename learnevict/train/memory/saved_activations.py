@@ -43,20 +43,20 @@ def bytes_per_token(build: Callable[[Layout], Gate], layout: Layout) -> float:
 def _studied(gate: Gate, layout: Layout, tokens: int) -> Any:
     """What a trainer asks the gate about a text."""
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    times = UnpaddedPositions.of(ids, torch.ones_like(ids, dtype=torch.bool))
+    positions = UnpaddedPositions.of(ids, torch.ones_like(ids, dtype=torch.bool))
     query = torch.zeros(1, layout.num_query_heads, tokens, layout.head_dim)
     key = torch.zeros(1, layout.num_heads, tokens, layout.head_dim)
     value = torch.zeros(1, layout.num_heads, tokens, layout.value_dim)
     turning = torch.ones(layout.head_dim // 2)
     attention = Attention(layout.head_dim**-0.5, frequencies=turning)
     received = Received(query, key, value, torch.zeros(1, tokens, layout.hidden_size), attention)
-    lesson = LayerBatch.of(0, times, received, None)
-    written = lesson.written(gate.columns)
+    batch = LayerBatch.of(0, positions, received)
+    written = batch.written(gate.columns)
     if not (isinstance(gate, Learner) and gate.at_cuts):
         return gate.write(written)
-    notes = lesson.notes(gate.write(written), gate.columns)
+    state = batch.state(gate.write(written), gate.columns)
     seen = torch.full((1,), tokens)
-    return gate.predictions(lesson.cut(seen, tokens, seen.int(), notes, gate.window))
+    return gate.predictions(batch.event(seen, tokens, seen.int(), state, gate.window))
 
 
 def kept(gate: Gate, run: Callable[[], Any]) -> int:

@@ -1,4 +1,4 @@
-"""Trainer for judges that rank cached tokens: trajectory replay, no gradient through the base model."""
+"""Mode "replay": scorers learn to rank cached tokens as the oracle does; no gradient through the base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from learnevict.ops.random import hashed
 from learnevict.oracle import golden_labels
 from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Guard, Schedule
-from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives
 from learnevict.train.trainer import GateTrainer
 from learnevict.train.trainers.replay_states import States, record_states
@@ -22,7 +22,7 @@ from learnevict.train.trainers.replay_states import States, record_states
 
 @dataclass(frozen=True)
 class RankingConfig:
-    """What the scorer learns from.
+    """The settings of mode "replay".
 
     Attributes:
         period: tokens between events in training; inference may differ, features are means over queries.
@@ -58,7 +58,7 @@ class RankingConfig:
 
 
 class RankingTrainer(GateTrainer):
-    """Mode "replay": judges rank what they meet in runs under eviction.
+    """The trainer of mode "replay": scorers rank the slots that they meet in runs under eviction.
 
     Args:
         ranking: what to learn from.
@@ -77,35 +77,31 @@ class RankingTrainer(GateTrainer):
             )
         self.ranking = ranking
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Record the states of a batch, score them with gradient, and compare with the oracle."""
-        draws = self.draws(len(inputs["input_ids"]))
-        states = self._record(inputs, draws)
-        stacked = {layer: part.stacked() for layer, part in sorted(states.items())}
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Records the states of a batch, scores them with gradient, and compares the scores with the oracle's labels."""
+        states = dict(sorted(self._record(inputs, draws).items()))
+        stacked = {layer: part.stacked() for layer, part in states.items()}
+        features = {layer: part[0] for layer, part in stacked.items()}
         gate: SlotScorer = self.gate
         if not bool(gate.calibrated):
-            gate.calibrate({layer: part[0] for layer, part in stacked.items()}, {k: p[2] for k, p in stacked.items()})
-        scores: list[Tensor] = model(score_all, {layer: part[0] for layer, part in stacked.items()})
+            gate.calibrate(features, {layer: part[2] for layer, part in stacked.items()})
+        scores: list[Tensor] = model(score_all, features)
         parts = [
-            (score, objectives.log_label(targets), usable)
-            for score, (_, targets, usable) in zip(scores, stacked.values(), strict=True)
+            (score, objectives.log_label(targets), candidates)
+            for score, (_, targets, candidates) in zip(scores, stacked.values(), strict=True)
         ]
-        raced = parts if gate.scope == "layer" else [joined(parts)]
-        num_pairs = self.ranking.pairs * len(parts) // len(raced)
-        moments = [torch.cat(states[layer].moments).unbind(-1) for layer in stacked]
-        losses = [
-            objectives.pairwise(*part, pairs=num_pairs, words=hashed(draws.rows[row], seen, race))
-            for race, (part, (row, seen)) in enumerate(zip(raced, moments, strict=False))
-        ]
-        aside = [self.ranking.regression * objectives.regression(*part) for part in parts]
-        for score, target, usable in parts:
-            self.note(kept_share=objectives.kept_share(score.detach(), target, usable, self.ranking.period))
-        loss = torch.stack(losses).mean() + torch.stack(aside).mean()
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        candidate_sets = parts if gate.scope == "layer" else [joined(parts)]
+        pairs = self.ranking.pairs * len(parts) // len(candidate_sets)
+        losses: list[Tensor] = []
+        for number, (part, state) in enumerate(zip(candidate_sets, states.values(), strict=False)):
+            row, seen = torch.cat(state.events).unbind(-1)
+            losses.append(objectives.pairwise(*part, pairs=pairs, seeds=hashed(draws.rows[row], seen, number)))
+        errors = [self.ranking.regression * objectives.regression(*part) for part in parts]
+        for score, target, candidates in parts:
+            self.record(kept_share=objectives.kept_share(score.detach(), target, candidates, self.ranking.period))
+        return torch.stack(losses).mean() + torch.stack(errors).mean()
 
-    def _record(self, inputs: dict[str, Any], draws: Draws) -> dict[int, States]:
+    def _record(self, inputs: dict[str, Any], draws: BatchRandom) -> dict[int, States]:
         config = self.ranking
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = inputs["stored_labels"]
@@ -134,11 +130,11 @@ class RankingTrainer(GateTrainer):
 
 
 def score_all(gate: SlotScorer, features: dict[int, Tensor]) -> list[Tensor]:
-    """Scores of recorded states: {layer: [M, H, N, in]} -> [M, H, N] of each. DeepSpeed takes no dictionary of numbers."""
+    """Returns the scores of recorded states, {layer: [M, H, N, in]} -> [M, H, N] of each; DeepSpeed takes no dictionary."""
     return [gate.score_features(layer, part) for layer, part in features.items()]
 
 
 def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, labels and candidates [M, H, N] of several layers as one race of all their slots, [M, 1, L * H * N]."""
-    scores, labels, usable = (torch.cat([part.flatten(1) for part in kind], 1) for kind in zip(*parts, strict=True))
-    return scores.unsqueeze(1), labels.unsqueeze(1), usable.unsqueeze(1)
+    """Returns scores, labels and candidates [M, H, N] of several layers as one candidate set, [M, 1, L * H * N]."""
+    scores, labels, candidates = (torch.cat([part.flatten(1) for part in kind], 1) for kind in zip(*parts, strict=True))
+    return scores.unsqueeze(1), labels.unsqueeze(1), candidates.unsqueeze(1)

@@ -1,10 +1,9 @@
-"""Trainer for gates that ask: what soft tokens attend to at a moment is compared with what the text attends to after it.
+"""Mode "probe": what lookahead queries (soft tokens) attend to is compared with what the text attends to after them.
 
-The base reads a text without gradient into a cache from which nothing is evicted; at some moments the probe is asked, through
-the same code as in inference, with gradient through the frozen base. Tokens of the text never depend on the probe, so they
-are read once for all moments. AlignedTexts are aligned at the ends of their prompts, so that one forward asks all
-rows there; moments
-are counted from there, and are the same in all processes.
+The base reads a text without gradient into a cache from which nothing is evicted; at some columns the probe's tokens are run,
+through the same code as in inference, with gradient through the frozen base. Tokens of the text never depend on the probe, so
+they are read once for all columns. Texts are aligned at the ends of their prompts, so that one forward serves all rows there;
+columns are counted from there, and are the same in all processes.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from learnevict.methods import full
 from learnevict.ops.distributed import highest, ratio
 from learnevict.oracle import PRESETS, Received, Reducers, full_trace, future_attention, receiving
 from learnevict.parts.probes import SoftTokens
-from learnevict.train.batch_random import Draws
+from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses import objectives
 from learnevict.train.trainer import GateTrainer
 
 OBJECTIVES = {"mse": objectives.attention_error, "kl": objectives.attention_divergence}
-"""By name: from attention of the probe and of the response [B, H, G, N], and rows that count [B], to a loss."""
+"""Losses by name, of the attention of the probe and of the response [B, H, G, N], and rows that count [B]."""
 READ_BLOCK = 512
-"""Queries that meet the full cache at a time."""
+"""Queries that read the full cache at a time."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What a probe learns from.
+    """The settings of mode "probe".
 
     Attributes:
-        period: tokens between events, and the fewest that are worth a question.
+        period: tokens between events, and the fewest before a probe.
         response: tokens after the prompt that count as the response (LookaheadKV: 512).
-        cuts: other moments per batch at which the probe is asked, on the event grid of one of its texts; 0 as in the papers.
-        horizon: tokens after such a moment that count as the response.
+        cuts: further probes per batch, at events of one of its texts; 0 as in the papers.
+        horizon: tokens after such an event that count as the response.
     """
 
     period: int = 16
@@ -79,22 +78,22 @@ class AlignedTexts:
     def align(
         cls, input_ids: Int[Tensor, "B S"], attention_mask: Tensor, prompt_length: Int[Tensor, "B"]
     ) -> AlignedTexts:
-        """From texts that are padded anywhere."""
+        """Returns texts, padded anywhere before, aligned at the ends of their prompts."""
         real = attention_mask.bool()
         in_order = input_ids.gather(1, (~real).to(torch.int8).argsort(dim=-1, stable=True))
         lengths = real.sum(-1)
         prompts = prompt_length.to(lengths).minimum(lengths)
         start, after = int(prompts.max()), int((lengths - prompts).max())
-        rank = torch.arange(start + after, device=input_ids.device) - (start - prompts).unsqueeze(-1)
-        valid = (rank >= 0) & (rank < lengths.unsqueeze(-1))
-        ids = in_order.gather(1, rank.clamp(0, input_ids.shape[1] - 1)) * valid
+        index = torch.arange(start + after, device=input_ids.device) - (start - prompts).unsqueeze(-1)
+        valid = (index >= 0) & (index < lengths.unsqueeze(-1))
+        ids = in_order.gather(1, index.clamp(0, input_ids.shape[1] - 1)) * valid
         first: list[int] = (start - prompts).tolist()
         return cls(ids, valid, start, first, (start - prompts + lengths).tolist())
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A moment at which the probe is asked: after so many columns, about the next `horizon` tokens, of some rows.
+    """A column at which the probe is run, to predict the attention of the next `horizon` tokens of some rows.
 
     Attributes:
         column: columns read.
@@ -107,8 +106,8 @@ class Cut:
     rows: Bool[Tensor, "B"]
 
 
-def draw_cuts(texts: AlignedTexts, config: ProbeConfig, draws: Draws) -> list[Cut]:
-    """The ends of prompts and random moments of random rows, in order; as many in all processes.
+def draw_cuts(texts: AlignedTexts, config: ProbeConfig, draws: BatchRandom) -> list[Cut]:
+    """Returns the ends of prompts and random events of random rows, in order; as many in all processes.
 
     Raises:
         DataError: no text goes on after `period` tokens.
@@ -119,12 +118,12 @@ def draw_cuts(texts: AlignedTexts, config: ProbeConfig, draws: Draws) -> list[Cu
     horizons = {0: config.response}  # by tokens after the prompts
     for cut in range(config.cuts):
         event = 1 + (draws.per_row(cut, 0) * events).long()
-        moment = draws.one_of(first - texts.start + event * config.period, events > 0, cut, 1)
-        if moment is not None:
-            horizons.setdefault(moment, config.horizon)
+        after = draws.one_of(first - texts.start + event * config.period, events > 0, cut, 1)
+        if after is not None:
+            horizons.setdefault(after, config.horizon)
     cuts: list[Cut] = []
-    for moment, horizon in sorted(horizons.items()):
-        column = min(max(texts.start + moment, 1), width)
+    for after, horizon in sorted(horizons.items()):
+        column = min(max(texts.start + after, 1), width)
         rows = (first + config.period <= column) & (column < end)
         if highest(int(rows.any()), device):
             cuts.append(Cut(column, horizon, rows))
@@ -137,10 +136,10 @@ def draw_cuts(texts: AlignedTexts, config: ProbeConfig, draws: Draws) -> list[Cu
 
 
 @torch.no_grad()
-def foresee(
+def response_attention(
     base: PreTrainedModel, texts: AlignedTexts, cuts: list[Cut], reduce: Reducers
 ) -> list[dict[int, Float[Tensor, "B Hq n"]]]:
-    """What the responses attend to, from one pass: for each cut and layer, of the columns before it."""
+    """Returns what the responses attend to, from one pass: for each cut and layer, of the columns before it."""
     found: list[dict[int, Tensor]] = [{} for _ in cuts]
     column = torch.arange(texts.ids.shape[1], device=texts.ids.device)
 
@@ -166,10 +165,10 @@ def foresee(
     return found
 
 
-def question_batch(
+def probe_loss(
     gate: SoftTokens, base: PreTrainedModel, texts: AlignedTexts, cuts: list[Cut], wanted: list[dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Read the texts, ask at every cut, and compare.
+    """Reads the texts, runs the probe at every cut, and compares what it attends to with what the response attends to.
 
     Returns:
         loss, mean over cuts and layers; and hits, the share of the quarter that the responses attend to most which is
@@ -197,7 +196,7 @@ def question_batch(
 
 
 def at_slots(labels: Float[Tensor, "B Hq n"], position: Int[Tensor, "B H N"]) -> Float[Tensor, "B H G N"]:
-    """Labels of columns as labels of the slots that hold them, 0 where empty."""
+    """Returns labels of columns as labels of the slots that hold them, 0 where empty."""
     grouped = labels.unflatten(1, (position.shape[1], -1))
     index = position.clamp_min(0).long().unsqueeze(2).expand(-1, -1, grouped.shape[2], -1)
     return grouped.gather(-1, index) * (position >= 0).unsqueeze(2)
@@ -206,7 +205,7 @@ def at_slots(labels: Float[Tensor, "B Hq n"], position: Int[Tensor, "B H N"]) ->
 def hit_rate(
     probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
 ) -> Float[Tensor, ""]:
-    """Share of the best quarter of slots by the response, group means, that is among the best quarter by the probe."""
+    """Returns the share of the quarter of slots best by the response, group means, that is in the best by the probe."""
     most = max(1, probe.shape[-1] // 4)
     marks = [
         torch.zeros_like(part[:, :, 0], dtype=torch.bool).scatter_(-1, part.mean(2).topk(most).indices, value=True)
@@ -217,7 +216,7 @@ def hit_rate(
 
 
 class ProbeTrainer(GateTrainer):
-    """Mode "probe": soft tokens learn to attend to what responses attend to.
+    """The trainer of mode "probe": soft tokens learn to attend to what responses attend to.
 
     Fresh soft tokens start from the base's embeddings of evenly spaced entries of its vocabulary.
 
@@ -225,7 +224,7 @@ class ProbeTrainer(GateTrainer):
         probe: what to learn from.
 
     Raises:
-        DataError: while training, a batch of texts too short to ask about.
+        DataError: while training, a batch of texts too short for a probe.
     """
 
     def __init__(self, *args: Any, probe: ProbeConfig, **kwargs: Any) -> None:
@@ -238,13 +237,11 @@ class ProbeTrainer(GateTrainer):
             with torch.no_grad():
                 gate.start_from(embed(spaced.long()))
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of the gate's objective, mean over moments, layers, query heads and rows."""
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Returns the loss of the gate's objective, mean over cuts, layers, query heads and rows."""
         texts = AlignedTexts.align(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
-        cuts = draw_cuts(texts, self.probe, self.draws(len(texts.ids)))
-        wanted = foresee(self.base, texts, cuts, PRESETS[self.gate.oracle])
-        loss, hits = model(question_batch, self.base, texts, cuts, wanted)
-        self.note(hits=hits)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        cuts = draw_cuts(texts, self.probe, draws)
+        wanted = response_attention(self.base, texts, cuts, PRESETS[self.gate.oracle])
+        loss, hits = model(probe_loss, self.base, texts, cuts, wanted)
+        self.record(hits=hits)
+        return loss

@@ -1,11 +1,13 @@
-"""Trainer for gates that need no gradient of the base: one frozen pass a batch, layer by layer a lesson, nothing kept.
+"""Mode "stream": gates that need no gradient of the base learn from one frozen pass per batch, layer by layer.
 
-What a layer's attention receives, and the oracle's verdict on it, go into the loss of that layer's gates at once and are
-dropped: no hidden state is stored. All of it happens inside one `model(study, ...)`, so DDP sees one forward per step.
+What a layer's attention receives, and the oracle's labels of it, go into the loss of that layer's gates at once and are
+dropped: no hidden state is stored. All of it happens inside one `model(stream_loss, ...)`, so DDP sees one forward per step.
+Linear surrogates may start from their closed form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,27 +16,28 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
 from learnevict.errors import DataError, GateError, UsageError
-from learnevict.ops.distributed import highest
+from learnevict.hub import Gates
+from learnevict.ops.distributed import highest, summed
 from learnevict.ops.random import hashed
-from learnevict.parts.learned import Learner
-from learnevict.train.batch_random import Draws
+from learnevict.parts.learned import Learner, hidden_of
+from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses import regret
+from learnevict.train.losses.objectives import LEAST
 from learnevict.train.trainer import GateTrainer
-from learnevict.train.trainers.closed_form import check_linear, fit_linear
 from learnevict.train.trainers.layer_batch import LayerBatch
 from learnevict.train.trainers.teacher_pass import StreamConfig as StreamConfig
 from learnevict.train.trainers.teacher_pass import TeacherPass
 
 
 class StreamTrainer(GateTrainer):
-    """Mode "stream": surrogates and rankers learn from one pass of the frozen base.
+    """The trainer of mode "stream".
 
     Args:
         stream: what to learn from.
 
     Raises:
-        GateError: a gate that keeps notes by watching attention, which a pass without eviction does not show it; or one
-            without the closed form that is asked for.
+        GateError: a gate whose state is written by watching attention, which a pass without eviction does not show it; or
+            one without the closed form that is asked for.
         UsageError: a closed form of documents without end.
         DataError: while training, a batch of texts too short to learn from.
     """
@@ -53,25 +56,23 @@ class StreamTrainer(GateTrainer):
                 raise UsageError("a closed form takes all documents at once; drop --closed_form or --streaming")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a run that begins may start from the closed form."""
+        """Trains as Trainer does; a run that begins may start from the closed form."""
         if self.stream.closed_form and not resume_from_checkpoint:
             batches: Any = map(self._prepare_inputs, self.get_train_dataloader())
             fit_linear(self.base, self.gates, batches, self.stream)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean over layers of the objective, with the regret of the gate's rankings noted beside."""
-        loss, measured = model(study, self.base, inputs, self.stream, self.draws(len(inputs["input_ids"])))
-        self.note(regret=measured)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Returns the mean of the objective over layers, and logs the regret of the gate's rankings."""
+        loss, found = model(stream_loss, self.base, inputs, self.stream, draws)
+        self.record(regret=found)
+        return loss
 
 
-def study(
-    gate: Learner, base: PreTrainedModel, inputs: dict[str, Any], config: StreamConfig, draws: Draws | None = None
+def stream_loss(
+    gate: Learner, base: PreTrainedModel, inputs: dict[str, Any], config: StreamConfig, draws: BatchRandom | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read a batch once and compare what the gate says with the oracle.
+    """Reads a batch once and compares the gate's scores with the oracle's labels.
 
     Args:
         gate: surrogates or rankers of all layers.
@@ -87,57 +88,107 @@ def study(
         DataError: no text of the batch has a candidate with a future.
     """
     ids = inputs["input_ids"]
-    teacher = _Teacher(
-        gate, TeacherPass(config, config.reduce(gate), inputs, draws or Draws.anew(len(ids), ids.device))
-    )
-    teacher.trainable_method.read(base, teacher.teach)
-    if not teacher.losses:
+    draws = draws or BatchRandom.anew(len(ids), ids.device)
+    teacher = TeacherPass(config, gate, inputs, draws)
+    learning = torch.is_grad_enabled()
+    losses: list[Tensor] = []
+    regrets: list[Tensor] = []
+    events = [
+        teacher.positions.draw_event(config.guard, config.period, draws.per_row(cut))
+        for cut in range(config.cuts if gate.at_cuts else 0)
+    ]
+
+    def compare(scores: Tensor, targets: Tensor, candidates: Tensor) -> None:
+        candidates = candidates.expand_as(scores)
+        if highest(int(candidates.any()), candidates.device):  # in any process: all of them go on together
+            objective = config.loss(gate, hashed(draws.rows, len(losses)))
+            losses.append(objective(scores, targets, candidates))
+            regrets.append(regret.regret(scores.detach(), targets, candidates))
+
+    def visit(batch: LayerBatch) -> None:
+        written = batch.written(gate.columns)
+        gate.calibrate(written)
+        with torch.set_grad_enabled(learning):
+            if not gate.at_cuts:
+                compare(gate.predictions(written), *batch.written_targets(config.period, config.sinks))
+                return
+            state = batch.state(gate.write(written), gate.columns)
+            budget = torch.full_like(teacher.positions.length, teacher.budget).int()
+            for seen, possible in events:
+                signals = batch.event(seen, config.period, budget, state, gate.window)
+                candidates = signals.occupied & ~config.guard.protect(signals) & possible.view(-1, 1, 1)
+                targets = batch.targets(seen.unsqueeze(-1) // config.period)
+                compare(gate.predictions(signals), targets[:, :, : candidates.shape[-1]], candidates)
+
+    teacher.read(base, visit)
+    if not losses:
         raise DataError(
             f"a batch of texts of at most {ids.shape[1]} tokens, from which nothing would be evicted; leave "
             f"out texts shorter than {config.guard.reserved(config.period) + 2 * config.period} tokens"
         )
-    return torch.stack(teacher.losses).mean(), torch.stack(teacher.regrets).mean()
+    return torch.stack(losses).mean(), torch.stack(regrets).mean()
 
 
-class _Teacher:
-    """Compares a gate with the oracle, layer by layer of a course."""
+@torch.no_grad()
+def fit_linear(
+    base: PreTrainedModel,
+    gates: Gates,
+    batches: Iterable[dict[str, Any]],
+    config: StreamConfig,
+    *,
+    strength: float = 1e-4,
+) -> None:
+    """Fits gates of kvzap's kind "linear" by ridge regression, in place and the same in all processes.
 
-    def __init__(self, gate: Learner, course: TeacherPass) -> None:
-        self.gate, self.trainable_method, self.config = gate, course, course.config
-        self.learning = torch.is_grad_enabled()
-        self.losses: list[Tensor] = []
-        self.regrets: list[Tensor] = []
-        self.cuts = [
-            course.times.draw_cut(self.config.guard, self.config.period, course.draws.per_row(cut))
-            for cut in range(self.config.cuts if gate.at_cuts else 0)
-        ]
+    KVzap (arXiv 2601.07891) fits its linear surrogate so. Per layer, with inputs h, a constant and targets y = log s,
 
-    def teach(self, lesson: LayerBatch, labels: Tensor) -> None:
-        """Add the losses of one layer; arguments as of TeacherPass.read's `visit`."""
-        gate, written = self.gate, lesson.written(self.gate.columns)
-        gate.calibrate(written)
-        with torch.set_grad_enabled(self.learning):
-            if gate.at_cuts:
-                self._teach_cuts(lesson, gate.write(written), labels)
-            else:
-                self._compare(gate.predictions(written), *self.trainable_method.of_tokens(labels))
+        W = (sum of h h' + strength n I)^-1 sum of h y'
 
-    def _teach_cuts(self, lesson: LayerBatch, written: dict[str, Tensor], labels: Tensor) -> None:
-        """All slots at some events but protected ones."""
-        gate, config, times = self.gate, self.config, self.trainable_method.times
-        notes = lesson.notes(written, gate.columns)
-        budget = torch.full_like(times.length, self.trainable_method.budget).int()
-        for seen, possible in self.cuts:
-            signals = lesson.cut(seen, config.period, budget, notes, gate.window)
-            candidates = signals.occupied & ~config.guard.protect(signals) & possible.view(-1, 1, 1)
-            wanted = times.verdict(labels, seen.unsqueeze(-1) // config.period)
-            self._compare(gate.predictions(signals), wanted[:, :, : candidates.shape[-1]], candidates)
+    from sums that one pass over the texts fills; the constant is not shrunk.
 
-    def _compare(self, scores: Tensor, targets: Tensor, candidates: Tensor) -> None:
-        """Scores, targets and candidates [B, H, N] in row time."""
-        candidates = candidates.expand_as(scores)
-        if not highest(int(candidates.any()), candidates.device):  # of all processes: they go on together
-            return
-        words = hashed(self.trainable_method.draws.rows, len(self.losses))
-        self.losses.append(self.config.loss(self.gate, words)(scores, targets, candidates))
-        self.regrets.append(regret.regret(scores.detach(), targets, candidates))
+    Args:
+        base: the frozen model.
+        gates: with a `weight` [L, E, H] and a `bias` [L, H].
+        batches: as the trainer takes them: input_ids, attention_mask and stored_labels; as many in every process.
+        config: what to learn from; its objective is the squared error on logarithms.
+        strength: of the penalty, per token.
+
+    Raises:
+        GateError: gates of another method or kind.
+        DataError: no text long enough to learn from.
+    """
+    check_linear(gates)
+    gate: Any = gates.gate
+    layers, width, heads = gate.weight.shape
+    square = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)
+    cross = torch.zeros(layers, width + 1, heads, dtype=torch.float64)
+
+    def add(batch: LayerBatch) -> None:
+        targets, candidates = batch.written_targets(config.period, config.sinks)
+        chosen = candidates.squeeze(1)
+        inputs = hidden_of(batch.written(()), "kvzap")[chosen].double()
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], -1)
+        wanted = targets.clamp_min(LEAST).log().transpose(1, 2)[chosen].double()
+        square[batch.layer] += (inputs.T @ inputs).cpu()
+        cross[batch.layer] += (inputs.T @ wanted).cpu()
+
+    for inputs in batches:
+        TeacherPass(config, gate, inputs, BatchRandom.anew(len(inputs["input_ids"]))).read(base, add)
+    square, cross = (summed(part.to(gate.weight.device)).cpu() for part in (square, cross))
+    tokens = square[:, -1, -1]
+    if not bool(tokens.any()):
+        raise DataError(f"no text of more than {config.period + config.sinks} tokens to learn from")
+    shrunk = torch.eye(width + 1, dtype=torch.float64)
+    shrunk[-1, -1] = 0
+    for layer in tokens.nonzero().flatten().tolist():
+        found = torch.linalg.solve(square[layer] + strength * tokens[layer] * shrunk, cross[layer])
+        gate.weight[layer], gate.bias[layer] = found[:-1].to(gate.weight), found[-1].to(gate.bias)
+
+
+def check_linear(gates: Gates) -> None:
+    """Raises GateError if gates have no closed form: they are of another method or kind."""
+    if gates.config.settings.get("kind") != "linear":
+        raise GateError(
+            f"a closed form fits linear surrogates, not {gates.method} {gates.config.settings}; give --method kvzap "
+            "--kind linear"
+        )

@@ -1,4 +1,4 @@
-"""States to learn from: what a scorer sees at every event of a teacher-forced run, with the oracle's labels beside it.
+"""States to learn from: what a scorer sees at every event of a teacher-forced run, with the oracle's labels of it.
 
 The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the scorer itself
 does, so that the scorer also meets the states that its own mistakes lead to.
@@ -27,41 +27,48 @@ from learnevict.signals import Signals
 
 @dataclass
 class States:
-    """States of one layer, stacked over events and rows; M may be 0.
+    """The recorded states of one layer, in parts that belong to events; M states in all, maybe 0.
 
-    features float32 [M, H, N, in]; targets float32 [M, H, N], what the future pays at most; candidates bool [M, H, N];
-    moments int64 [M, 2], the row that each state is of, and the tokens it had seen.
+    Attributes:
+        features: float32 [m, H, N, in], inputs of the scorer.
+        targets: float32 [m, H, N], the largest label of a slot's token in the blocks after the event.
+        candidates: bool [m, H, N], slots that may be evicted.
+        events: int64 [m, 2], the row that each state is of, and the tokens it had seen.
     """
 
-    features: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-    candidates: list[Tensor] = field(default_factory=list)
-    moments: list[Tensor] = field(default_factory=list)
+    features: list[Tensor]
+    targets: list[Tensor]
+    candidates: list[Tensor]
+    events: list[Tensor]
 
     @classmethod
     def none(cls, heads: int, inputs: int, device: torch.device) -> States:
-        """Of a layer before its first event."""
+        """Returns the states of a layer before its first event."""
         nothing = torch.zeros(0, heads, 1, device=device)
         rows = torch.zeros(0, 2, dtype=torch.int64, device=device)
         return cls([nothing.new_zeros(0, heads, 1, inputs)], [nothing], [nothing.bool()], [rows])
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All states as three tensors; shorter ones are padded with slots that are no candidates."""
+        """Returns features, targets and candidates of all M states, padded to one N with slots that are no candidates."""
         width = max(part.shape[2] for part in self.targets)
 
         def padded(parts: list[Tensor]) -> Tensor:
-            full = [part.new_zeros(*part.shape[:2], width - part.shape[2], *part.shape[3:]) for part in parts]
-            return torch.cat([torch.cat(pair, dim=2) for pair in zip(parts, full, strict=True)])
+            sizes = [
+                [0, 0] * (part.ndim - 3) + [0, width - part.shape[2]] for part in parts
+            ]  # the last dimension first
+            return torch.cat([torch.nn.functional.pad(*pair) for pair in zip(parts, sizes, strict=True)])
 
         return padded(self.features), padded(self.targets), padded(self.candidates)
 
 
 @dataclass
 class Recorder:
-    """A governor that takes down states; `future` holds per layer the horizon maximum of labels, [B, H, T, M + 1].
+    """A policy that records states; a layer that evicts has states, if only none of them: processes count on it.
 
-    `length` is the number of tokens of every row: nothing is learned from events after its last one, which have no future.
-    All layers that have a future have states, if only none: processes count on it.
+    Attributes:
+        future: per layer the largest label of each block or a later one, [B, H, T, M + 1] (look_ahead); None: stock layer.
+        own: bool [B], rows that follow the scorer; the others follow the oracle.
+        length: int64 [B], tokens of every row: events after the last one have no future and are not recorded.
     """
 
     budget: Budget
@@ -83,23 +90,22 @@ class Recorder:
                 self.states[layer] = States.none(part.shape[1], self.scorer.num_features, part.device)
 
     def keep(self, signals: Signals) -> Tensor:
-        """Take down the rows whose event this is and evict by the oracle or by the scorer."""
-        scores, _ = self._take_down(signals)
+        """Records the rows whose event this is, and evicts by the oracle or by the scorer."""
+        scores, _ = self._scores(signals)
         return keep_top(scores, signals.position, signals.budget.view(-1, 1).expand(scores.shape[:2]))
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """The same where slots of all layers compete; their states then belong together, row by row."""
-        return keep_best(layers, [self._take_down(signals) for signals in layers], self.allocator, TopK())
+        """Does the same where slots of all layers compete; their states then belong together, row by row."""
+        return keep_best(layers, [self._scores(signals) for signals in layers], self.allocator, TopK())
 
-    def _take_down(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Scores that decide, as of Policy.rank, and what is protected."""
+    def _scores(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Records, and returns the scores that decide, as of Policy.rank, and what is protected."""
         future = self.future[signals.layer]
         assert future is not None
-        rows, occupied = signals.rows, signals.occupied
-        block = torch.div(rows.seen, self.schedule.period, rounding_mode="floor").clamp_max(future.shape[-1] - 1)
-        at = signals.position.clamp_min(0).long()
+        rows, period = signals.rows, self.schedule.period
+        block = torch.div(rows.seen, period, rounding_mode="floor").clamp_max(future.shape[-1] - 1)
         index = block.view(-1, 1, 1, 1).long().expand(*future.shape[:3], 1)
-        target = future.gather(-1, index).squeeze(-1).gather(-1, at)
+        target = future.gather(-1, index).squeeze(-1).gather(-1, signals.position.clamp_min(0).long())
         protected = self.guard.protect(signals)
         statistics = self.scorer.statistics(signals)
         parts = [
@@ -107,16 +113,15 @@ class Recorder:
         ]
         features = torch.cat(parts, dim=2)
         reads = (signals.query_position >= 0).any(-1)  # False where other rows of the batch go on alone
-        due = (rows.seen % self.schedule.period == 0) & (rows.seen > signals.budget) & (rows.seen < self.length)
+        due = (rows.seen % period == 0) & (rows.seen > signals.budget) & (rows.seen < self.length)
         pick = (reads & due).nonzero().flatten()
-        here = self.states[signals.layer]
-        here.features.append(features[pick])
-        here.targets.append(target[pick])
-        here.candidates.append((occupied & ~protected)[pick])
-        here.moments.append(torch.stack([pick, rows.seen[pick].long()], dim=-1))
-        own_score = self.scorer.score_features(signals.layer, features)
-        score = torch.where(self.own.view(-1, 1, 1), own_score, target).masked_fill(~occupied, -torch.inf)
-        return score.masked_fill(protected, torch.inf), protected
+        states = self.states[signals.layer]
+        states.features.append(features[pick])
+        states.targets.append(target[pick])
+        states.candidates.append((signals.occupied & ~protected)[pick])
+        states.events.append(torch.stack([pick, rows.seen[pick].long()], dim=-1))
+        scores = torch.where(self.own.view(-1, 1, 1), self.scorer.score_features(signals.layer, features), target)
+        return scores.masked_fill(~signals.occupied, -torch.inf).masked_fill(protected, torch.inf), protected
 
 
 @torch.no_grad()
@@ -133,7 +138,7 @@ def record_states(
     own: Tensor,
     scope: Literal["layer", "model"] = "layer",
 ) -> dict[int, States]:
-    """One teacher-forced run of a batch under eviction, with the states its events went through in every evicting layer.
+    """Returns the states of every evicting layer in one teacher-forced run of a batch under eviction.
 
     Where a scorer has learned how layers share a budget, and they do not compete anyway, they share it so.
 
@@ -167,5 +172,5 @@ def record_states(
 
 
 def look_ahead(labels: Tensor) -> Tensor:
-    """Most that any block m, m + 1, ... pays: [B, H, T, M + 1], zero behind the last block."""
+    """Returns the largest label of block m or a later one: [B, H, T, M + 1] for labels [B, H, T, M], 0 behind the last."""
     return torch.nn.functional.pad(labels.float().flip(-1).cummax(-1).values.flip(-1), (0, 1))

@@ -1,7 +1,7 @@
-"""Trainer for gates that weigh attention: end to end, through the frozen model.
+"""Mode "soft": gates that weigh attention learn end to end, through the frozen model.
 
 A batch is read twice: by the plain model, without gradient, and by the model whose attention the gate weighs. The gate learns
-to change nothing (distillation) while holding little (train.capacity); which losses and how much of each, it says itself.
+to change nothing (distillation) while holding little (losses.capacity); the gate names its losses and their weights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from learnevict.errors import UsageError
 from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.soft import layers_again
 from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
-from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import capacity, objectives
 from learnevict.train.trainer import GateTrainer
 
 
 @dataclass(frozen=True)
 class SoftConfig:
-    """What a soft gate learns from.
+    """The settings of mode "soft".
 
     Attributes:
         budgets: smallest and largest budget, drawn per batch log-uniformly; equal: one budget, as in the TRIM-KV papers.
@@ -62,19 +62,19 @@ class SoftConfig:
             )
 
     def target(self, progress: float) -> float:
-        """Share of tokens to evict at a point of the training, 0 to 1: 1 - 1 / ratio, the ratio rising linearly."""
+        """Returns the share of tokens to evict at a point of the training: 1 - 1 / ratio, the ratio rising linearly."""
         ratio = 1 + (self.compression - 1) * min(progress / self.ramp, 1.0) if self.ramp else self.compression
         return 1 - 1 / ratio
 
 
 @dataclass(frozen=True)
-class Run:
+class SoftBatch:
     """One batch as the losses see it.
 
     Attributes:
         tokens: int64 [B, T].
         valid: bool [B, T], real tokens.
-        scored: bool [B, T], positions whose prediction counts.
+        loss_mask: bool [B, T], positions whose prediction counts.
         teacher, student: outputs of the plain and of the weighed model: `.logits` [B, T, V], `.hidden_states` or None.
         decay_biases: of every layer.
         budget: slots per head.
@@ -84,7 +84,7 @@ class Run:
 
     tokens: Tensor
     valid: Tensor
-    scored: Tensor
+    loss_mask: Tensor
     teacher: Any
     student: Any
     decay_biases: list[DecayBias]
@@ -94,37 +94,41 @@ class Run:
 
     @property
     def log_retentions(self) -> list[Tensor]:
-        """Log retentions, or log gates, of each layer as they count, float32 [B, H, T]."""
+        """The log retentions, or log gates, of each layer as they count, float32 [B, H, T]."""
         return [decay.log_retention * self.power for decay in self.decay_biases]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss; `needs` is what it compares ("logits", "hidden_states"), or "" if it is about what is held."""
+    """A loss; `needs` names what it compares ("logits", "hidden_states"), "" if it is about what is held."""
 
-    value: Callable[[Run], Tensor]
+    value: Callable[[SoftBatch], Tensor]
     needs: str = ""
 
 
 LOSSES: dict[str, Loss] = {
-    "divergence": Loss(lambda run: objectives.divergence(run.teacher.logits, run.student.logits, run.scored), "logits"),
-    "student_divergence": Loss(
-        lambda run: objectives.divergence(run.student.logits, run.teacher.logits, run.scored), "logits"
+    "divergence": Loss(
+        lambda one: objectives.divergence(one.teacher.logits, one.student.logits, one.loss_mask), "logits"
     ),
-    "next_token": Loss(lambda run: objectives.next_token(run.student.logits, run.tokens, run.scored), "logits"),
+    "student_divergence": Loss(
+        lambda one: objectives.divergence(one.student.logits, one.teacher.logits, one.loss_mask), "logits"
+    ),
+    "next_token": Loss(lambda one: objectives.next_token(one.student.logits, one.tokens, one.loss_mask), "logits"),
     "hidden_error": Loss(
-        lambda run: objectives.hidden_error(run.teacher.hidden_states[-1], run.student.hidden_states[-1], run.scored),
+        lambda one: objectives.hidden_error(
+            one.teacher.hidden_states[-1], one.student.hidden_states[-1], one.loss_mask
+        ),
         "hidden_states",
     ),
-    "hinge": Loss(lambda run: capacity.hinge(run.log_retentions, run.valid, run.budget)),
-    "hinge_together": Loss(lambda run: capacity.hinge(run.log_retentions, run.valid, run.budget, together=True)),
-    "admitted": Loss(lambda run: capacity.admitted(run.log_retentions, run.valid, run.decay_biases[0].window or 0)),
-    "shortfall": Loss(lambda run: capacity.shortfall(run.log_retentions, run.valid, run.target)),
+    "hinge": Loss(lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget)),
+    "hinge_together": Loss(lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget, together=True)),
+    "admitted": Loss(lambda one: capacity.admitted(one.log_retentions, one.valid, one.decay_biases[0].window or 0)),
+    "shortfall": Loss(lambda one: capacity.shortfall(one.log_retentions, one.valid, one.target)),
 }
 
 
 class SoftTrainer(GateTrainer):
-    """Mode "soft": gates that weigh attention.
+    """The trainer of mode "soft": gates that weigh attention.
 
     Args:
         soft: what to learn from.
@@ -146,10 +150,8 @@ class SoftTrainer(GateTrainer):
                 "whose gate is below one half, whatever they weigh; leave power at 1"
             )
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Read the batch plainly and weighed, and add up the gate's losses."""
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Reads the batch with plain and with weighed attention, and returns the sum of the gate's losses."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         needs = {LOSSES[name].needs for name in self.gate.losses}
         text = {
@@ -162,16 +164,15 @@ class SoftTrainer(GateTrainer):
         }
         with torch.no_grad():
             teacher = self.base(**text)
-        draws = self.draws(len(ids))
-        lesson = partial(self._lesson, text=text, teacher=teacher, scored=self._scored(inputs), draws=draws)
-        loss = model(lesson)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        return model(partial(self._losses, text=text, teacher=teacher, loss_mask=self._loss_mask(inputs), draws=draws))
 
-    def _lesson(self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, scored: Tensor, draws: Draws) -> Tensor:
-        """The part with gradient: a weighed forward and its losses."""
+    def _losses(
+        self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, loss_mask: Tensor, draws: BatchRandom
+    ) -> Tensor:
+        """Runs the part with gradient: a weighed forward and its losses."""
         config = self.soft
-        gate.random_keys = draws.rows  # until the next lesson: the backward pass may compute layers again
-        policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; says who weighs
+        gate.random_keys = draws.rows  # until the next batch: the backward pass may compute layers again
+        policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; names the gate
         again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
         with attach(self.base, policy, soft=True) as soft, again:
             student = self.base(**text)
@@ -182,19 +183,21 @@ class SoftTrainer(GateTrainer):
         valid = text["attention_mask"].bool()
         target = config.target(self.state.global_step / max(self.state.max_steps, 1))
         budget = draws.budget(config.budgets)
-        run = Run(text["input_ids"], valid, scored, teacher, student, soft.decay_biases, budget, target, config.power)
+        batch = SoftBatch(
+            text["input_ids"], valid, loss_mask, teacher, student, soft.decay_biases, budget, target, config.power
+        )
         total = torch.zeros((), device=valid.device)
         for name, weight in gate.losses.items():
-            value = LOSSES[name].value(run)
-            self.note(**{name: value.detach()})
+            value = LOSSES[name].value(batch)
+            self.record(**{name: value.detach()})
             total = total + value * weight * (1.0 if LOSSES[name].needs else config.capacity)
         return total
 
-    def _scored(self, inputs: dict[str, Any]) -> Tensor:
-        """Positions whose next token is real and, if asked, part of the response: bool [B, T]."""
+    def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
+        """Returns the positions whose next token is real and, if asked, part of the response: bool [B, T]."""
         valid = inputs["attention_mask"].bool()
-        scored = valid & valid.roll(-1, -1)
-        scored[:, -1] = False
+        mask = valid & valid.roll(-1, -1)
+        mask[:, -1] = False
         if self.soft.answers_only:
-            scored = scored & (valid.cumsum(-1) >= inputs["prompt_length"].unsqueeze(-1))
-        return scored
+            mask = mask & (valid.cumsum(-1) >= inputs["prompt_length"].unsqueeze(-1))
+        return mask

@@ -1,4 +1,4 @@
-"""One batch on its way through the layers of the frozen base: what each receives, with the oracle's verdict beside it."""
+"""One batch on its way through the layers of the frozen base: what each layer receives, with the oracle's labels of it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,9 @@ from learnevict.oracle.reconstruct import target_inputs
 from learnevict.parts.learned import Learner
 from learnevict.policy import Guard
 from learnevict.signals import Trace
-from learnevict.train.batch_random import Draws, check_budgets
+from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives, regret
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "bce": objectives.cross_entropy,
@@ -45,13 +43,14 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "regret": regret.expected_regret,
     "rloo": regret.rloo,
 }
-"""By name: from scores, targets and candidates [B, H, N] to a loss. Those in SAMPLED take `pairs`."""
-SAMPLED = ("pairwise", "regret")
+"""Losses by name, of scores, targets and candidates [B, H, N]."""
+PAIRED = ("pairwise", "regret")
+"""Objectives that take `pairs`; these and "rloo" take `seeds`."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What a streamed gate learns from.
+    """The settings of mode "stream".
 
     Attributes:
         target: "reconstruction" (attention of the text's repetition, KVzip) or "future" (of the text's own later blocks); the
@@ -106,16 +105,16 @@ class StreamConfig:
 
     @property
     def guard(self) -> Guard:
-        """What is never evicted."""
+        """The tokens that are never evicted."""
         return Guard(self.sinks, self.recent)
 
     @property
     def repeating(self) -> Repeating:
-        """How texts are repeated."""
+        """The settings of a repetition."""
         return Repeating(self.chunk, self.sinks, self.repeat, self.tail)
 
     def reduce(self, gate: Learner) -> Reducers:
-        """The target's reducers: the gate's own, or golden's for the future of one whose own are those of a repetition.
+        """Returns the target's reducers: the gate's own, or golden's for the future of a gate whose own need a repetition.
 
         Raises:
             UsageError: a reconstruction for a gate whose oracle looks at the future.
@@ -125,101 +124,82 @@ class StreamConfig:
             raise UsageError(f"a gate of oracle {gate.oracle!r} learns from the future; give target='future'")
         return GOLDEN if own.needs_queries and self.target == "future" else own
 
-    def loss(self, gate: Learner, words: Tensor) -> Objective:
-        """The objective, with its options; `words` int64 [B] are what its draws come from."""
+    def loss(self, gate: Learner, seeds: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Returns the objective with its options; `seeds` int64 [B] are the random keys of its draws."""
         name = self.objective or gate.objective
-        options: dict[str, Any] = {"pairs": self.pairs} if self.pairs and name in SAMPLED else {}
-        if name in (*SAMPLED, "rloo"):
-            options["words"] = words
+        options: dict[str, Any] = {"pairs": self.pairs} if self.pairs and name in PAIRED else {}
+        if name in (*PAIRED, "rloo"):
+            options["seeds"] = seeds
         return partial(OBJECTIVES[name], **options)
 
 
 class TeacherPass:
-    """Reads a batch once, or as often as labels and states need.
+    """Reads a batch with the frozen base once, or as often as labels and states need.
 
     Args:
         config: what is learned from.
-        reduce: of the target, StreamConfig.reduce of the gate.
+        gate: that learns; its oracle says how labels are reduced.
         inputs: input_ids and attention_mask [B, T]; golden labels [L, B, H, T, M] of the period as "stored_labels", or None.
         draws: of the batch.
 
     Attributes:
-        times: where the real tokens stand.
+        positions: where the real tokens stand.
         budget: slots per head, drawn.
 
     Raises:
         UsageError: stored labels are not those of the target.
     """
 
-    def __init__(self, config: StreamConfig, reduce: Reducers, inputs: dict[str, Any], draws: Draws) -> None:
-        self.config, self.reduce, self.draws = config, reduce, draws
+    def __init__(self, config: StreamConfig, gate: Learner, inputs: dict[str, Any], draws: BatchRandom) -> None:
+        self.config, self.reduce = config, config.reduce(gate)
         self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
-        self.stored: Tensor | None = inputs.get("stored_labels")
+        self.stored: list[Tensor | None] | None = None
+        if inputs.get("stored_labels") is not None:
+            self.stored = list(inputs["stored_labels"])
+            if self.reduce != GOLDEN and config.along == "full":
+                raise UsageError("stored labels are golden ones, but this gate learns others; train it without them")
         self.valid = self.mask.bool()
-        self.times = UnpaddedPositions.of(self.ids, self.valid)
+        self.positions = UnpaddedPositions.of(self.ids, self.valid)
         longest = highest(self.ids.shape[1], self.ids.device) - config.period - 1
         self.budget = max(min(draws.budget(config.budgets), longest), config.budgets[0])
-        if self.stored is not None and reduce != GOLDEN and config.along == "full":
-            raise UsageError("stored labels are golden ones, but this gate learns others; train it without them")
 
     @torch.no_grad()
-    def read(self, base: PreTrainedModel, visit: Callable[[LayerBatch, Tensor], None]) -> None:
-        """Show every evicting layer.
-
-        Args:
-            base: the model.
-            visit: given what a layer received, in row time, and labels by columns: [B, H, T] of a repetition, or
-                [B, H, T, M], entry m being the target of an event before block m.
-        """
-        config, repeated = self.config, self.config.target == "reconstruction"
-        trace = full_trace(base, self.ids)
-        labels = list(self.stored) if self.stored is not None and self.reduce == GOLDEN else None
+    def read(self, base: PreTrainedModel, visit: Callable[[LayerBatch], None]) -> None:
+        """Calls `visit` with the batch of every evicting layer, in order."""
+        config = self.config
+        trace, labels = full_trace(base, self.ids), self.stored if self.reduce == GOLDEN else None
         if config.along == "golden":
-            trace, labels = self._under_eviction(base)
+            trace, labels = self._golden_trace(base)
 
         def show(layer: int, received: Received, found: Tensor) -> None:
-            if not repeated:
+            if config.target == "future":
                 found = target(found, self.reduce, received.key.shape[1], window=config.horizon)
             expiry = None if config.along == "full" else trace.expiry[layer]
-            visit(LayerBatch.of(layer, self.times, received, expiry), found)
+            visit(LayerBatch.of(layer, self.positions, received, found, expiry))
 
         def see(layer: int, received: Received) -> None:
-            known = self._label(base, layer, received) if labels is None else labels[layer]
-            assert known is not None
-            show(layer, received, known)
+            found = self._block_labels(base, layer, received) if labels is None else labels[layer]
+            assert found is not None
+            show(layer, received, found)
 
-        if repeated and labels is None:
+        if config.target == "reconstruction" and labels is None:
             reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce, visit=show)
         else:
             replay(base, self.ids, trace, self.mask, observe=receiving(see), logits_to_keep=1)
 
-    def of_tokens(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What a token is asked for when it is written: targets [B, H, T] and candidates bool [B, 1, T], in row time.
-
-        All tokens but sinks. Labels of blocks: what those after a token's own want, so the last block teaches nothing.
-        """
-        times, period = self.times, self.config.period
-        own, last = times.rank // period, (times.length.unsqueeze(-1) - 1) // period
-        there = (times.rank < times.length.unsqueeze(-1)) & (times.rank >= self.config.sinks)
-        if labels.ndim == 4:
-            there &= own < last
-        return times.verdict(labels, own + 1), there.unsqueeze(1)
-
-    def _under_eviction(self, base: PreTrainedModel) -> tuple[Trace, list[Tensor | None]]:
-        """A golden trace for the budget, and the full cache's labels of the target."""
+    def _golden_trace(self, base: PreTrainedModel) -> tuple[Trace, list[Tensor | None]]:
+        """Returns a golden trace for the budget, and the full cache's labels of the target."""
         config = self.config
-        wanted: list[Tensor | None] = [] if self.stored is None else list(self.stored)
-        if self.stored is None:
-            wanted = golden_labels(base, self.ids, self.mask, block=config.period)[0]
-        trace = golden(wanted, budget=self.budget, block=config.period, guard=config.guard, valid=self.valid)
+        labels = self.stored or golden_labels(base, self.ids, self.mask, block=config.period)[0]
+        trace = golden(labels, budget=self.budget, block=config.period, guard=config.guard, valid=self.valid)
         if config.target == "reconstruction":
-            return trace, reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce)
-        if self.reduce != GOLDEN:
-            wanted = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
-        return trace, wanted
+            labels = reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce)
+        elif self.reduce != GOLDEN:
+            labels = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
+        return trace, labels
 
-    def _label(self, base: PreTrainedModel, layer: int, received: Received) -> Tensor:
-        """Block labels of one layer, [B, heads, T, M]."""
+    def _block_labels(self, base: PreTrainedModel, layer: int, received: Received) -> Tensor:
+        """Returns the labels of one layer, [B, heads, T, M]."""
         inputs = target_inputs(base, self.reduce, layer, received)
         period, query, key = self.config.period, received.query, received.key
         return future_attention(query, key, block=period, valid=self.valid, reduce=self.reduce, **inputs)

@@ -10,7 +10,7 @@ import torch
 
 from learnevict.oracle.metrics import ranking_cost
 from learnevict.train.losses.objectives import LEAST, cross_entropy, log_error
-from learnevict.train.losses.regret import OUTSIDE, best_cost, expected_regret, log_chance, regret, rloo
+from learnevict.train.losses.regret import OUTSIDE, best_cost, expected_regret, log_probability, regret, rloo
 from tests.closeness import close
 
 N = 6
@@ -60,7 +60,7 @@ def test_closed_form_is_the_mean_over_all_permutations():
     unit = float(best_cost(targets, everyone(scores)))
     assert float(expected_regret(scores, targets, everyone(scores))) == pytest.approx(mean / unit, rel=1e-9)
     order = orders[100]
-    found = log_chance(scores[..., list(order)], everyone(scores))
+    found = log_probability(scores[..., list(order)], everyone(scores))
     assert float(found) == pytest.approx(math.log(chance(f, order)), rel=1e-9)
 
 
@@ -90,9 +90,9 @@ def test_sampled_gradients_have_the_closed_one_as_their_mean(hidden):
     many = (2000, 1, N)  # as many heads: their mean is one head's, averaged
     wide = [part.expand(many) for part in (scores, targets, candidates)]
     exact = gradient(expected_regret, scores, targets, candidates)
-    words = torch.arange(len(wide[0]))
+    seeds = torch.arange(len(wide[0]))
     for objective, options in ((rloo, {"samples": 8}), (expected_regret, {"pairs": 200})):
-        found = gradient(objective, *wide, words=words, **options).sum(0, keepdim=True)
+        found = gradient(objective, *wide, seeds=seeds, **options).sum(0, keepdim=True)
         close(found, exact, 0.05)
         assert not found[~candidates].any()
 
@@ -108,8 +108,8 @@ def test_what_is_no_candidate_changes_nothing():
     wild[..., 4:], odd[..., 4:] = 50.0, 9.0
     assert float(expected_regret(wild, odd, candidates)) == pytest.approx(float(expected_regret(*short)))
     ordered = torch.tensor([0.3, -0.2, OUTSIDE, OUTSIDE])
-    alone = log_chance(ordered[:2], torch.ones(2, dtype=torch.bool))
-    assert float(log_chance(ordered, ordered > OUTSIDE)) == pytest.approx(float(alone))
+    alone = log_probability(ordered[:2], torch.ones(2, dtype=torch.bool))
+    assert float(log_probability(ordered, ordered > OUTSIDE)) == pytest.approx(float(alone))
 
 
 def test_heads_without_a_choice_weigh_nothing():

@@ -23,7 +23,7 @@ from learnevict.train.memory.estimate import Figures, estimate, memory_of, repor
 from learnevict.train.memory.phases import LEARNING, RunPlan
 from learnevict.train.memory.saved_activations import kept
 from learnevict.train.trainers.pairwise import score_all
-from learnevict.train.trainers.regression import StreamConfig, study
+from learnevict.train.trainers.regression import StreamConfig, stream_loss
 from learnevict.train.trainers.replay_states import record_states
 
 ROOT = Path(__file__).parents[3]
@@ -98,7 +98,7 @@ def test_gates_hold_what_streaming_keeps(base, text, method, settings, rel):
     gates = Gates.make(method, model, **settings)
     inputs = {"input_ids": ids, "attention_mask": mask, "stored_labels": None}
     torch.manual_seed(0)
-    held = kept(gates.gate, lambda: study(gates.gate, model, inputs, StreamConfig(cuts=8)))
+    held = kept(gates.gate, lambda: stream_loss(gates.gate, model, inputs, StreamConfig(cuts=8)))
     parts = found.phases["reading"]
     assert parts["gates"] + parts["regret over all pairs"] == pytest.approx(held, rel=rel)
 

@@ -24,9 +24,17 @@ from learnevict.oracle import JUDGE_Q, LOOKAHEAD_KV
 from learnevict.parts.probes import LowRank, projections
 from learnevict.policy import Policy
 from learnevict.signals import NEVER
-from learnevict.train.batch_random import Draws
+from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses.objectives import attention_divergence, attention_error
-from learnevict.train.trainers.probe import AlignedTexts, Cut, ProbeConfig, ProbeTrainer, at_slots, draw_cuts, foresee
+from learnevict.train.trainers.probe import (
+    AlignedTexts,
+    Cut,
+    ProbeConfig,
+    ProbeTrainer,
+    at_slots,
+    draw_cuts,
+    response_attention,
+)
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.judge import position_ids
@@ -311,7 +319,7 @@ def test_cuts_are_moments_with_a_past_and_a_future():
     torch.manual_seed(0)
     texts = aligned([(20, 16), (9, 13), (14, 0)])
     config = ProbeConfig(period=4, response=8, cuts=6, horizon=3)
-    seen = [draw_cuts(texts, config, Draws.anew(3)) for _ in range(20)]
+    seen = [draw_cuts(texts, config, BatchRandom.anew(3)) for _ in range(20)]
     for cuts in seen:
         assert [cut.column for cut in cuts] == sorted({cut.column for cut in cuts})
         ends = next(cut for cut in cuts if cut.column == 20)
@@ -325,7 +333,7 @@ def test_cuts_are_moments_with_a_past_and_a_future():
     assert {cut.column for cuts in seen for cut in cuts} & set(range(20)), "never inside a prompt"
     assert {cut.column for cuts in seen for cut in cuts} & set(range(21, 40)), "never inside a response"
     with pytest.raises(DataError, match="goes on after 30 tokens"):
-        draw_cuts(texts, ProbeConfig(period=30, cuts=0), Draws.anew(3))
+        draw_cuts(texts, ProbeConfig(period=30, cuts=0), BatchRandom.anew(3))
 
 
 @pytest.mark.parametrize("reduce", [JUDGE_Q, LOOKAHEAD_KV])
@@ -334,7 +342,7 @@ def test_responses_are_the_mean_of_their_tokens(reduce):
     model, texts = tiny(), aligned([(12, 9), (7, 4)])
     everyone = torch.ones(2, dtype=torch.bool)
     cuts = [Cut(9, 5, everyone), Cut(12, 100, everyone)]
-    found = foresee(model, texts, cuts, reduce)
+    found = response_attention(model, texts, cuts, reduce)
     for row, (first, end) in enumerate(zip(texts.first, texts.end, strict=True)):
         ids = texts.ids[row : row + 1, first:end]
         attentions = model(ids, output_attentions=True).attentions

@@ -19,10 +19,9 @@ from learnevict.methods.golden import Hindsight
 from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, receiving, reconstruct
 from learnevict.policy import Gate, Guard, Policy, Schedule, Scorer
 from learnevict.signals import Signals, StateColumn
-from learnevict.train.trainers.closed_form import fit_linear
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 from learnevict.train.trainers.pairwise import RankingConfig
-from learnevict.train.trainers.regression import StreamConfig, StreamTrainer, study
+from learnevict.train.trainers.regression import StreamConfig, StreamTrainer, fit_linear, stream_loss
 from learnevict.train.trainers.teacher_pass import OBJECTIVES
 from tests.closeness import close
 from tests.laws import zoo
@@ -42,7 +41,7 @@ def text(pads: tuple[int, ...] = PADS) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Onlooker(Scorer):
-    """Evicts by hindsight, or nothing if there is no trace; keeps a ranker's notes, and takes down its scores of events."""
+    """Evicts by hindsight, or nothing if there is no trace; keeps a ranker's state, and takes down its scores of events."""
 
     gate: Gate
     hindsight: Hindsight | None
@@ -84,17 +83,17 @@ def test_a_cut_is_the_event_that_inference_meets(method):
     with torch.no_grad(), attach(model, policy, record=True) as cache:
         model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
     assert torch.equal(cache.trace().expiry, trace.expiry) and trace.evictions > 0
-    times, lessons = UnpaddedPositions.of(ids, mask.bool()), {}
+    positions, batches = UnpaddedPositions.of(ids, mask.bool()), {}
     with torch.no_grad():
-        see = receiving(lambda i, one: lessons.update({i: LayerBatch.of(i, times, one, trace.expiry[i])}))
+        see = receiving(lambda i, one: batches.update({i: LayerBatch.of(i, positions, one, expiry=trace.expiry[i])}))
         replay(model, ids, trace, mask, observe=see)
     met = 0
     for (layer, row, seen), (signals, scores, position) in onlooker.seen.items():
-        lesson = lessons[layer]
+        one_layer = batches[layer]
         with torch.no_grad():
-            notes = lesson.notes(gate.write(lesson.written(gate.columns)), gate.columns)
+            state = one_layer.state(gate.write(one_layer.written(gate.columns)), gate.columns)
             cuts = torch.tensor([min(seen, LENGTH - pad) // PERIOD * PERIOD for pad in PADS])
-            shown = lesson.cut(cuts, PERIOD, torch.full((3,), BUDGET, dtype=torch.int32), notes, window=5)
+            shown = one_layer.event(cuts, PERIOD, torch.full((3,), BUDGET, dtype=torch.int32), state, window=5)
             again = gate.score(shown)
         for one, other in zip(by_position(scores, position), by_position(again[row], shown.position[row]), strict=True):
             assert set(one) == set(other)
@@ -113,31 +112,31 @@ def test_a_cut_is_the_event_that_inference_meets(method):
 
 
 @pytest.mark.parametrize("method", ["kvzap", "fast_kvzip"])
-def test_what_a_surrogate_is_asked_is_what_it_notes(method):
+def test_what_a_surrogate_is_asked_is_what_it_state(method):
     """Regression 7: the estimate in training is the number that a slot keeps."""
     model, gates = zoo.build("qwen3"), random_gates(method, "qwen3")
     ids, mask = text()
     with torch.no_grad(), attach(model, gates.policy(4 * LENGTH, slack=PERIOD, sinks=2, recent=3)) as cache:
         model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
-    times, judged = UnpaddedPositions.of(ids, mask.bool()), {}
+    positions, judged = UnpaddedPositions.of(ids, mask.bool()), {}
 
     def see(layer, received):
-        lesson = LayerBatch.of(layer, times, received, None)
-        judged[layer] = gates.gate.predictions(lesson.written(gates.gate.columns))
+        one_layer = LayerBatch.of(layer, positions, received)
+        judged[layer] = gates.gate.predictions(one_layer.written(gates.gate.columns))
 
     with torch.no_grad():
         replay(model, ids, oracle.full_trace(model, ids), mask, observe=receiving(see))
     for layer, found in judged.items():
         store = cache.layers[layer].store
         noted = by_position(store.state.columns["estimate"].flatten(0, 1), store.position.flatten(0, 1))
-        asked = by_position(found.flatten(0, 1), times.column.repeat_interleave(2, 0))
+        asked = by_position(found.flatten(0, 1), positions.column.repeat_interleave(2, 0))
         for one, other in zip(noted, asked, strict=True):
             assert set(one) == set(other)
             close([one[p] for p in one], [other[p] for p in one])
 
 
 def spied(monkeypatch, gate, config: StreamConfig, inputs: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Scores, targets and candidates of every comparison in one study."""
+    """Scores, targets and candidates of every comparison in one call."""
     met = []
 
     def objective(scores, targets, candidates):
@@ -145,7 +144,7 @@ def spied(monkeypatch, gate, config: StreamConfig, inputs: dict) -> list[tuple[T
         return scores.sum() * 0
 
     monkeypatch.setitem(OBJECTIVES, "bce", objective)
-    study(gate, zoo.build("qwen3"), inputs, replace(config, objective="bce"))
+    stream_loss(gate, zoo.build("qwen3"), inputs, replace(config, objective="bce"))
     return met
 
 
@@ -239,12 +238,14 @@ def test_stored_labels_are_those_made_on_the_way():
     model, ids, mask = zoo.build("qwen3"), *text()
     labels, _ = golden_labels(model, ids, mask, block=PERIOD)
     gate = random_gates("kvzap", "qwen3").gate
-    made = study(gate, model, {"input_ids": ids, "attention_mask": mask}, CONFIG)
-    read = study(gate, model, {"input_ids": ids, "attention_mask": mask, "stored_labels": torch.stack(labels)}, CONFIG)
+    made = stream_loss(gate, model, {"input_ids": ids, "attention_mask": mask}, CONFIG)
+    read = stream_loss(
+        gate, model, {"input_ids": ids, "attention_mask": mask, "stored_labels": torch.stack(labels)}, CONFIG
+    )
     for one, other in zip(made, read, strict=True):
         close(one, other)
     with pytest.raises(UsageError, match="stored labels are golden"):
-        study(
+        stream_loss(
             random_gates("kvp", "qwen3").gate,
             model,
             {"input_ids": ids, "attention_mask": mask, "stored_labels": torch.stack(labels)},
@@ -262,18 +263,18 @@ def test_stored_labels_are_those_made_on_the_way():
     ],
 )
 def test_gradients_reach_every_parameter_and_nothing_else(method, changes):
-    """Also those of what a gate notes while tokens are written; the base gets none."""
+    """Also those of what a gate state while tokens are written; the base gets none."""
     model, gates = zoo.build("qwen3"), random_gates(method, "qwen3")
     ids, mask = text()
     gates.zero_grad()
-    loss, measured = gates(study, model, {"input_ids": ids, "attention_mask": mask}, replace(CONFIG, **changes))
+    loss, measured = gates(stream_loss, model, {"input_ids": ids, "attention_mask": mask}, replace(CONFIG, **changes))
     loss.backward()
     for name, parameter in gates.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.any()), name
     assert float(measured) >= 0.9
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():
-        assert not gates(study, model, {"input_ids": ids, "attention_mask": mask}, replace(CONFIG, **changes))[
+        assert not gates(stream_loss, model, {"input_ids": ids, "attention_mask": mask}, replace(CONFIG, **changes))[
             0
         ].requires_grad
     gates.zero_grad()
@@ -337,9 +338,9 @@ def test_the_linear_surrogate_in_closed_form():
         close(gates.gate.weight[layer], found[:-1].float())
         close(gates.gate.bias[layer], found[-1].float())
     with torch.no_grad():
-        fitted, _ = study(gates.gate, model, inputs, CONFIG)
+        fitted, _ = stream_loss(gates.gate, model, inputs, CONFIG)
         gates.gate.weight += 0.05 * torch.randn_like(gates.gate.weight)
-        assert fitted < study(gates.gate, model, inputs, CONFIG)[0]
+        assert fitted < stream_loss(gates.gate, model, inputs, CONFIG)[0]
     with pytest.raises(GateError, match="linear surrogates"):
         fit_linear(model, random_gates("kvzap", "qwen3"), [inputs], CONFIG)
     with pytest.raises(DataError, match="more than 6 tokens"):
@@ -355,9 +356,9 @@ def test_a_run_may_start_from_the_closed_form(tmp_path):
     alone = Gates.make("kvzap", zoo.build("qwen3"), kind="linear")
     inputs = Collator(0)(documents(8))
     with torch.no_grad():
-        plain, _ = study(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
+        plain, _ = stream_loss(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
         fit_linear(zoo.build("qwen3"), alone, [inputs], CONFIG)
-        best, _ = study(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
+        best, _ = stream_loss(alone.gate, zoo.build("qwen3"), inputs, CONFIG)
     assert abs(first - float(best)) < 0.2 * float(plain - best)
     with pytest.raises(GateError, match="--kind linear"):
         trainer("kvzap", tmp_path, 2, replace(CONFIG, closed_form=True))
@@ -398,7 +399,7 @@ def test_settings_of_a_ranking_that_make_no_sense_are_told(given, kind, message)
 def test_networks_are_calibrated_once():
     model, gates = zoo.build("qwen3"), Gates.make("kvp", zoo.build("qwen3"))
     ids, mask = text()
-    study(gates.gate, model, {"input_ids": ids, "attention_mask": mask}, CONFIG)
+    stream_loss(gates.gate, model, {"input_ids": ids, "attention_mask": mask}, CONFIG)
     network = gates.gate.network
     assert bool(network.calibrated.all())
     keys = []
@@ -409,8 +410,8 @@ def test_networks_are_calibrated_once():
         close(network.mean_key[layer, :, 0], real.mean(0))
         close(network.scale_key[layer, :, 0], real.std(0, unbiased=False), 1e-4)
     before = network.mean_key.clone()
-    study(gates.gate, model, {"input_ids": ids.flip(0), "attention_mask": mask.flip(0)}, CONFIG)
-    study(gates.gate, model, {"input_ids": ids[:1], "attention_mask": mask[:1]}, CONFIG)
+    stream_loss(gates.gate, model, {"input_ids": ids.flip(0), "attention_mask": mask.flip(0)}, CONFIG)
+    stream_loss(gates.gate, model, {"input_ids": ids[:1], "attention_mask": mask[:1]}, CONFIG)
     assert torch.equal(network.mean_key, before)
 
 
@@ -426,5 +427,5 @@ def test_errors_teach(tmp_path):
         trainer("kvp", tmp_path, 1, replace(CONFIG, target="reconstruction"))
     short = {"input_ids": zoo.tokens(zoo.build("qwen3"), 2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     with pytest.raises(DataError, match="leave out texts shorter than 14"):
-        study(random_gates("kvp", "qwen3").gate, zoo.build("qwen3"), short, CONFIG)
+        stream_loss(random_gates("kvp", "qwen3").gate, zoo.build("qwen3"), short, CONFIG)
     assert CONFIG.reduce(random_gates("kvzap", "qwen3").gate) == GOLDEN
