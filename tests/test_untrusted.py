@@ -77,7 +77,7 @@ def test_nothing_of_a_stranger_reaches_the_terminal_raw(capsys, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise GateError(CONTROL)
 
-    monkeypatch.setattr(console, "_invoke", fail)
+    monkeypatch.setattr(console, "app", fail)
     assert console.main(["--debug"]) == 1
     _show([evil_row()])
     tokenizer: Any = Gates  # only its `decode` is asked for
@@ -100,7 +100,7 @@ def test_one_place_writes_to_the_terminal():
     found = {
         f"{path.relative_to(PACKAGE)}: {line.strip()}"
         for path in (PACKAGE / "cli").glob("*.py")
-        if path.name != "results.py"
+        if path.name != "output.py"
         for line in path.read_text().splitlines()
         if wrong.search(line)
     }
@@ -158,5 +158,5 @@ def test_a_page_shows_no_reordered_text():
     shown = page(trace, [EVIL, CONTROL], EVIL, EVIL)
     data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', shown, re.DOTALL)[1])
     assert not [text for text in (*data["tokens"], data["title"], data["about"]) if CONTROLS.search(text)]
-    script = (PACKAGE / "infer" / "viz.js").read_text()
+    script = (PACKAGE / "evals" / "viz.js").read_text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)

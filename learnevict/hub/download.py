@@ -1,4 +1,4 @@
-"""Gates from the Hub: into the local cache, and from there into a folder of the user's."""
+"""Download of gates: from the Hub into the local cache, and from there into a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GRACE, SLOWEST, TRIES = 60.0, 2**14, 5
 AGAIN = "give the same command again, and tell the owner if it stays so"
 MODEL_TYPE = "learnevict-gates"
 ORIGIN = "origin.json"
-"""Where a pulled folder came from; stays on this machine."""
+"""The file that says where a pulled folder came from; it stays on this machine."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,21 @@ class Snapshot:
         return tuple(name for name in FILES if (self.folder / name).is_file())
 
 
-def fetch(source: Address) -> Snapshot:
-    """Bring gates into the local cache; files that are there already are not downloaded again.
+def fetch(source: Address, token: str | None = None) -> Snapshot:
+    """Fetches gates into the local cache; files that are there already are not downloaded again.
 
     Without a network, or when the Hub itself fails, what was downloaded earlier is taken, with a FromCacheWarning unless
     HF_HUB_OFFLINE asks for just that.
 
     Raises:
-        HubError: no such repository or revision, no access, or neither Hub nor cache can be asked.
-        GateError: something else than gates is there.
+        HubError: no such repository or revision, no access, neither Hub nor cache can be asked, or the Hub does not state
+            sizes and hashes.
+        GateError: something else than gates is there, or a file too large for them.
     """
     try:
         with asking(source):
             question: dict[str, Any] = {"revision": source.revision, "timeout": PATIENCE, "files_metadata": True}
-            info: Any = insist(HfApi().model_info, source.repo_id, **question)
+            info: Any = insist(HfApi(token=token).model_info, source.repo_id, **question)
     except HubError as error:
         return _cached(source, error)
     found: dict[str, Any] = {file.rfilename: file for file in info.siblings or []}
@@ -71,37 +72,26 @@ def fetch(source: Address) -> Snapshot:
         raise GateError(f"{source} does not hold gates: there is no {' and no '.join(missing)} in it")
     files = [found[name] for name in FILES if name in found]
     for file in files:
-        _check_size(source, file)
+        if file.size is None or _stated(file) is None:
+            raise HubError(
+                f"the Hub does not state size and hash of {file.rfilename} in {source}, so that what arrives cannot be "
+                "compared; unset HF_ENDPOINT if that is a mirror, or download the folder yourself"
+            )
+        if file.size > (limit := LARGEST[file.rfilename]):
+            raise GateError(
+                f"{file.rfilename} in {source} has {file.size} bytes, and gates at most {limit}; is it the right repository?"
+            )
     with asking(source):
-        check_kind(_download(source, info.sha, files[0]), str(source))
+        check_kind(_download(source, info.sha, files[0], token), str(source))
         for file in files[1:]:
-            _download(source, info.sha, file)
+            _download(source, info.sha, file, token)
         # By the branch's name, so that the cache remembers what it meant: without a network that is what one gets.
-        folder = Path(hf_hub_download(source.repo_id, CONFIG, revision=source.revision)).parent
+        folder = Path(hf_hub_download(source.repo_id, CONFIG, revision=source.revision, token=token)).parent
     return Snapshot(source, folder, info.sha)
 
 
-def _check_size(source: Address, file: Any) -> None:
-    """Look at what the Hub says of a file before anything of it is fetched.
-
-    Raises:
-        GateError: it is too large for gates.
-        HubError: the Hub does not say.
-    """
-    name, limit = file.rfilename, LARGEST[file.rfilename]
-    if file.size is None or _stated(file) is None:
-        raise HubError(
-            f"the Hub does not state size and hash of {name} in {source}, so that what arrives cannot be compared; unset "
-            "HF_ENDPOINT if that is a mirror, or download the folder yourself"
-        )
-    if file.size > limit:
-        raise GateError(
-            f"{name} in {source} has {file.size} bytes, and gates at most {limit}; is it the right repository?"
-        )
-
-
-def _download(source: Address, commit: str, file: Any) -> Path:
-    """One file of a commit in the cache of huggingface_hub, with the size and hash that the Hub states.
+def _download(source: Address, commit: str, file: Any, token: str | None) -> Path:
+    """Fetches one file of a commit into the cache of huggingface_hub, with the size and hash that the Hub states.
 
     It is read here, for huggingface_hub compares no hash, and its timeout counts from byte to byte.
 
@@ -117,7 +107,7 @@ def _download(source: Address, commit: str, file: Any) -> Path:
     try:
         for rest in reversed(range(TRIES)):
             try:
-                _read(source, commit, file, fresh)
+                _read(source, commit, file, fresh, token)
                 break
             except (HTTPError, ConnectionError, TimeoutError) as error:
                 if not rest or not unreachable(error):
@@ -131,14 +121,14 @@ def _download(source: Address, commit: str, file: Any) -> Path:
     return place
 
 
-def _read(source: Address, commit: str, file: Any, place: Path) -> None:
-    """Write what the Hub sends into a new file, as long as it is what was stated, and comes fast enough.
+def _read(source: Address, commit: str, file: Any, place: Path, token: str | None) -> None:
+    """Writes what the Hub sends into a new file, as long as it is what was stated, and comes fast enough.
 
     Raises:
         HubError: it is more, or too slow.
     """
     name, size, arrived, start = file.rfilename, file.size, 0, time.monotonic()
-    options: dict[str, Any] = {"headers": build_hf_headers(), "timeout": PATIENCE, "follow_redirects": True}
+    options: dict[str, Any] = {"headers": build_hf_headers(token=token), "timeout": PATIENCE, "follow_redirects": True}
     with (
         get_session().stream("GET", hf_hub_url(source.repo_id, name, revision=commit), **options) as answer,
         tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None if name == WEIGHTS else True) as bar,
@@ -160,17 +150,17 @@ def _read(source: Address, commit: str, file: Any, place: Path) -> None:
 
 
 def _stated(file: Any) -> str | None:
-    """The hash of a file that the Hub states: sha256 of large ones, git's of others."""
+    """Returns the hash of a file that the Hub states: sha256 of large ones, git's of others."""
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def _hash(path: Path, file: Any) -> str:
-    """The same hash of what is on this machine."""
+    """Returns the same hash of a file on this machine."""
     return digest(path, None if file.lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
 
 
 def _cached(source: Address, error: HubError) -> Snapshot:
-    """What an earlier download left, if it is the Hub that cannot be reached."""
+    """Returns what an earlier download left, if it is the Hub that cannot be reached."""
     cause = error.__cause__ or error
     if not unreachable(cause):
         raise error
@@ -191,7 +181,7 @@ def _cached(source: Address, error: HubError) -> Snapshot:
 
 
 def check_kind(config: Path, where: str) -> None:
-    """Look into a config.json before anything large is read or sent.
+    """Checks a config.json before anything large is read or sent.
 
     Raises:
         GateError: it is not that of gates.
@@ -207,9 +197,9 @@ def check_kind(config: Path, where: str) -> None:
 
 
 def install(snapshot: Snapshot, folder: Path) -> tuple[str, ...]:
-    """Copy a snapshot into a folder: a new or empty one, or one that was pulled from the same repository.
+    """Copies a snapshot into a folder: a new or empty one, or one that was pulled from the same repository.
 
-    A new folder appears as a whole. In an earlier one each file is replaced as a whole and the note in ORIGIN last, so
+    A new folder appears as a whole. In an earlier one each file is replaced as a whole and ORIGIN last, so
     that an interrupted pull is finished by the next.
 
     Returns:
@@ -222,7 +212,7 @@ def install(snapshot: Snapshot, folder: Path) -> tuple[str, ...]:
     try:
         digests = {name: digest(snapshot.folder / name) for name in snapshot.files}
         note = {"repo_id": snapshot.source.repo_id, "commit": snapshot.commit, "sha256": digests}
-        here, before = _held(folder, snapshot.source, digests)
+        here, before = _pulled_before(folder, snapshot.source, digests)
         if before == note and here == digests:
             return ()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -245,8 +235,8 @@ def install(snapshot: Snapshot, folder: Path) -> tuple[str, ...]:
     return tuple(name for name in digests if here.get(name) != digests[name])
 
 
-def _held(folder: Path, source: Address, digests: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """What an earlier pull left in the folder, by file, and its note; {} and {} where nothing is.
+def _pulled_before(folder: Path, source: Address, digests: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the digests of what an earlier pull left in the folder, and the content of ORIGIN; {} and {} where nothing is.
 
     Raises:
         DataError: something of the user's would be lost.
@@ -259,8 +249,8 @@ def _held(folder: Path, source: Address, digests: Mapping[str, str]) -> tuple[di
     except (OSError, ValueError, KeyError, TypeError):
         origin, note, pulled = "", {}, {}
     if origin != source.repo_id:
-        held = f"gates of {origin}" if origin else "something else"
-        raise DataError(f"{str(folder)!r} holds {held} already; choose another --out, so that nothing is lost")
+        content = f"gates of {origin}" if origin else "something else"
+        raise DataError(f"{str(folder)!r} holds {content} already; choose another --out, so that nothing is lost")
     names = [name for name in FILES if name in {*digests, *pulled}]
     here = {name: digest(folder / name) for name in names if (folder / name).is_file()}
     edited = [name for name, found in here.items() if found not in (pulled.get(name), digests.get(name))]

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from learnevict import methods
 from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
+from learnevict.hub.config import GatesConfig
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
@@ -32,51 +32,8 @@ Answer = TypeVar("Answer")
 PACKAGE = Path(__file__).parent.parent
 GATES_FOLDER = PACKAGE / "gates"
 TESTBED = "testbed"
-NOT_FOR_GATES = (
-    "attn_implementation", "experts_implementation", "quantization_config", "fusion_config", "auto_map",
-    "transformers_weights",
-)  # fmt: skip
-"""What a config.json may say to transformers about code to run and files to load; that of gates may not."""
-HUB = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Options of `from_pretrained` that say where on the Hub."""
-
-
-class GatesConfig(PreTrainedConfig):
-    """What a gate is and which base model it belongs to.
-
-    Args:
-        method: a name of learnevict.methods, or the import path of a module that is imported already.
-        layout: fields of learnevict.config.Layout.
-        settings: what the method's `build` needs besides the layout.
-        base_hash: fingerprint of the base model's weights (`weight_hash`).
-        base_name: where the base came from; only shown.
-        training: record of the run that made it.
-        base_revision: commit of the base on the Hub, empty if it did not come from there; only shown.
-    """
-
-    model_type = MODEL_TYPE
-
-    def __init__(
-        self,
-        method: str = "foresightkv",
-        layout: dict[str, int] | None = None,
-        settings: dict[str, Any] | None = None,
-        base_hash: str = "",
-        base_name: str = "",
-        training: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.method = method
-        self.layout = layout or {}
-        self.settings = settings or {}
-        self.base_hash = base_hash
-        self.base_name = base_name
-        self.base_revision = kwargs.pop("base_revision", "")
-        self.training = training or {}
-        for name in NOT_FOR_GATES:
-            kwargs.pop(name, None)
-        self.hidden_size = self.layout.get("hidden_size", 0)  # DeepSpeed's "auto" buckets read this name
-        super().__init__(**kwargs)
+NOT_FOR_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+"""Options of transformers' download, which gates do not take."""
 
 
 class Gates(PreTrainedModel):
@@ -91,7 +48,7 @@ class Gates(PreTrainedModel):
         self.post_init()
 
     def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
-        """task(gate, ...): what trainers call, so that DDP and ZeRO see the parameters used."""
+        """Returns task(gate, ...); trainers call it, so that DDP and ZeRO see the parameters used."""
         return self.gate(task, *args, **kwargs)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -99,7 +56,7 @@ class Gates(PreTrainedModel):
 
     @classmethod
     def make(cls, method: str, base: PreTrainedModel, **settings: Any) -> Gates:
-        """Fresh gates of a method for a base model.
+        """Returns fresh gates of a method for a base model.
 
         Raises:
             GateError: the method has no gate.
@@ -118,23 +75,31 @@ class Gates(PreTrainedModel):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any
     ) -> Any:
-        """As of any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
+        """Reads gates as any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
+
+        A Hub id is fetched as in `load`, with its limits and hash checks.
 
         Raises:
-            GateError: no such file, tensors that are missing, not this gate's or not finite, or a method of somebody's own
-                that nobody has imported.
-            UsageError: use_safetensors=False.
+            GateError: no such file, tensors that are missing, not this gate's or not finite, or a method of its owner's that
+                is not imported.
+            HubError: as in `load`.
+            UsageError: use_safetensors=False, or a Hub id with an option of transformers' own download.
         """
         source = pretrained_model_name_or_path
         if options.pop("use_safetensors", None) is False:
             raise UsageError("gates are read from safetensors only: pickles can run code; drop use_safetensors=False")
-        hub = {name: options[name] for name in HUB if name in options}
-        if source and not cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub):
+        if source is not None and not Path(source).is_dir():
+            if given := [name for name in NOT_FOR_FETCHING if options.get(name)]:
+                raise UsageError(
+                    f"gates are fetched without {', '.join(given)}; drop it, and set HF_HUB_CACHE or HF_HUB_OFFLINE instead"
+                )
+            source = str(folder_of(source, options.pop("revision", None), options.pop("token", None)))
+        if source is not None and not (Path(source) / (options.get("subfolder") or "") / WEIGHTS).is_file():
             raise GateError(
                 f"{str(source)!r} does not hold gates: there is no {WEIGHTS} in it, and nothing else is read, for pickles "
                 "can run code; save gates with save_pretrained"
             )
-        told = options.pop("output_loading_info", False)
+        wants_info = options.pop("output_loading_info", False)
         options |= {"use_safetensors": True, "output_loading_info": True}
         loaded: Any = super().from_pretrained(source, *arguments, **options)
         gates, found = loaded
@@ -145,7 +110,7 @@ class Gates(PreTrainedModel):
                 "them with save_pretrained, or download them again"
             )
         check_finite(gates.state_dict(), f"the gates in {str(source)!r}", "train them again, or download them again")
-        return loaded if told else gates
+        return loaded if wants_info else gates
 
     @classmethod
     def load(
@@ -156,7 +121,7 @@ class Gates(PreTrainedModel):
         revision: str | None = None,
         allow_other_base: bool = False,
     ) -> Gates:
-        """Gates from a folder or the Hub, checked against the base model they are going to serve.
+        """Returns gates from a folder or the Hub, checked against the base model they are going to serve.
 
         Args:
             source: a folder, the name of gates that ship with the package, "user/repo" or "user/repo@revision".
@@ -170,8 +135,7 @@ class Gates(PreTrainedModel):
             HubError: no such repository or revision, no access, or no network.
             UsageError: a revision of a folder.
         """
-        place = locate(source, revision)
-        folder = place if isinstance(place, Path) else fetch(place).folder
+        folder = folder_of(source, revision)
         try:
             with whole_weights():
                 gates: Gates = cls.from_pretrained(str(folder))
@@ -186,7 +150,7 @@ class Gates(PreTrainedModel):
         return gates
 
     def check(self, base: PreTrainedModel, *, allow_other_base: bool = False) -> None:
-        """Compare layout and weights with the base model.
+        """Compares layout and weights with those of the base model.
 
         Raises:
             GateError: other shape (always), or other weights (unless allowed).
@@ -199,7 +163,7 @@ class Gates(PreTrainedModel):
         return Base(Layout(**config.layout), config.base_hash, config.base_name, allow_other)
 
     def policy(self, budget: int | str | Budget, *, allow_other_base: bool = False, **options: Any) -> Policy:
-        """The policy that these gates score for; options as in the method's `policy`.
+        """Returns the policy that these gates score for; options as in the method's `policy`.
 
         `attach` compares the model with the one the gates were trained on, unless `allow_other_base`.
         """
@@ -209,7 +173,7 @@ class Gates(PreTrainedModel):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: Any, *, push_to_hub: bool = False, **options: Any
     ) -> None:
-        """As of any model of transformers, each file whole or not at all; not over another model, and not for sharing.
+        """Writes config.json and model.safetensors, each whole or not at all, and not over another model.
 
         Raises:
             GateError: a weight is NaN or infinite, or the folder holds another model.
@@ -242,7 +206,7 @@ class Gates(PreTrainedModel):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Share these gates: as `learnevict push` does from a folder, with the same card; `rows` as in `make_card`.
+        """Shares these gates: as `learnevict push` does from a folder, with the same card; `rows` as in `make_card`.
 
         Returns:
             Address of the commit.
@@ -262,8 +226,14 @@ class Gates(PreTrainedModel):
         return self.config.method
 
 
+def folder_of(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Returns the folder of gates; those of the Hub are fetched first. Errors as in `locate` and `fetch`."""
+    place = locate(source, revision)
+    return place if isinstance(place, Path) else fetch(place, token).folder
+
+
 def locate(source: str | Path, revision: str | None = None) -> Path | Address:
-    """Where gates are: a folder, or an address on the Hub; what looks like a path never becomes a download.
+    """Returns where gates are, a folder or an address on the Hub; what looks like a path never becomes a download.
 
     Raises:
         GateError: neither.
@@ -288,7 +258,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path | Address:
 
 
 def name_of(base: PreTrainedModel) -> str:
-    """What to call a base model: its Hub id, testbed, the name of its folder, or its type; never a path."""
+    """Returns what to call a base model: its Hub id, testbed, the name of its folder, or its type; never a path."""
     name = str(getattr(base, "name_or_path", "") or base.config.model_type)
     folder = Path(name)
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Talking to the Hub: addresses, one patient question, and what may go wrong as one line that says what to do."""
+"""Requests to the Hub: addresses, retries, and errors as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from learnevict.errors import HubError, LearnevictError, UsageError
 
 Answer = TypeVar("Answer")
 PATIENCE = 10.0
-"""Seconds that a question may take: without a network a person is told soon."""
+"""Seconds that a request may take."""
 PAUSE = 1.0
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -42,7 +42,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> Address:
-        """Read "user/repo" or "user/repo@revision".
+        """Reads "user/repo" or "user/repo@revision".
 
         Raises:
             UsageError: neither, or two revisions that differ.
@@ -64,7 +64,7 @@ class Address:
 
 @contextmanager
 def asking(where: Address, *, to_write: bool = False) -> Generator[None]:
-    """Around calls to the Hub: what it or the network refuses becomes a HubError.
+    """Turns errors of the Hub or the network in calls inside into a HubError.
 
     Raises:
         HubError: one line that says what to do.
@@ -78,7 +78,7 @@ def asking(where: Address, *, to_write: bool = False) -> Generator[None]:
 
 
 def insist(call: Callable[..., Answer], *args: object, **options: object) -> Answer:
-    """The call's answer; asked a second time if the Hub itself failed (status 5xx), as it does in passing."""
+    """Returns the call's answer; asks a second time if the Hub itself failed (status 5xx), as it does in passing."""
     try:
         return call(*args, **options)
     except HfHubHTTPError as error:
@@ -90,8 +90,8 @@ def insist(call: Callable[..., Answer], *args: object, **options: object) -> Ans
 
 def unreachable(error: BaseException) -> bool:
     """Whether it is the network or the Hub itself that failed, and not the question."""
-    told = any(_status(one) and _status(one) // 100 != 5 for one in _chain(error))
-    return not told and any(isinstance(one, (HTTPError, ConnectionError, TimeoutError)) for one in _chain(error))
+    answered = any(_status(one) and _status(one) // 100 != 5 for one in _chain(error))
+    return not answered and any(isinstance(one, (HTTPError, ConnectionError, TimeoutError)) for one in _chain(error))
 
 
 def offline(error: BaseException) -> bool:
@@ -100,7 +100,7 @@ def offline(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, where: Address, *, to_write: bool) -> str:
-    """What happened, and what to do about it."""
+    """Returns what happened, and what to do about it."""
     chain = list(_chain(error))
     status = next((code for one in chain if (code := _status(one))), 0)
     kinds = {kind for one in chain for kind in type(one).__mro__}
@@ -129,7 +129,7 @@ def explain(error: BaseException, where: Address, *, to_write: bool) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it."""
+    """Yields the error and what caused it."""
     one: BaseException | None = error
     while one is not None:
         yield one
@@ -137,7 +137,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int:
-    """HTTP status of an answer; 0 if there was none."""
+    """Returns the HTTP status of an answer; 0 if there was none."""
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 

@@ -548,7 +548,12 @@ def test_what_is_too_large_is_not_fetched(hub, client, tmp_path, name):
     before = len(hub.requests)
     told = (name, f"{len(large)} bytes", "gates at most", "is it the right repository?")
     is_told(client("pull", "me/large", "--out", tmp_path / "back"), 1, *told)
-    assert not any("resolve" in path for _, path in hub.requests[before:])
+    for call in ("Gates.from_pretrained",) + ("AutoModel.from_pretrained",) * (name != "config.json"):
+        code = f"from learnevict import Gates\nfrom transformers import AutoModel\nresult = {call}('me/large')"
+        with pytest.raises(AssertionError, match=rf"GateError.*{name} .*{len(large)} bytes.*gates at most"):
+            client.run(code)
+    fetched = {path.rpartition("/")[2] for _, path in hub.requests[before:] if "resolve" in path}
+    assert fetched <= {"config.json"} - {name}
 
 
 @pytest.mark.parametrize("kind", ["swap", "swell"])
