@@ -39,7 +39,7 @@ from learnevict.evals.teacher_forced import read
 from learnevict.hub import weight_hash
 from learnevict.oracle import horizon
 from learnevict.oracle.gradient import gradient_utility
-from learnevict.oracle.shared_traces import Share, profile, slots_of
+from learnevict.oracle.head_slots import Share, profile, slots_of
 from learnevict.signals import Trace
 from learnevict.train.run.flags import read_flags
 from tools.results.hindsight import Case, by_value, caote, contribution, distance, from_the_left, largest
@@ -111,7 +111,7 @@ def priced(case: Case, steps: int = 150) -> Tensor:
     length, blocks = gain.shape[-2:]
     own = torch.arange(length) // case.rules.block
     pays = (torch.arange(blocks) > own[:, None]) & (torch.arange(length) >= case.rules.guard.sinks)[:, None]
-    room = case.budget - case.roll().reserved
+    room = case.budget - case.reserved
     start = gain.masked_fill(~pays, 0).sort(-2, descending=True).values[..., room, :].mean(-1)[..., None, None]
     price, mean = torch.zeros(*gain.shape[:3], 1, blocks), 0.0
     for step in range(steps):
@@ -182,7 +182,7 @@ def searched(case: Case, hints: Hints) -> Trace:
 def static(case: Case, hints: Hints, change: Any = None, *, by_layer: bool = False) -> Trace:
     """Slots per head fixed by a profile of training texts."""
     free = hints.slots.mean(1, keepdim=True).expand_as(hints.slots) if by_layer else hints.slots
-    slots = slots_of(free, case.budget, case.roll().reserved)
+    slots = slots_of(free, case.budget, case.reserved)
     return case.follow(case.labels(change), share=Share("head", slots=slots))
 
 
@@ -272,8 +272,8 @@ def fitted(config: Config, subject: Any, share: str) -> Tensor:
     found: list[Tensor] = []
     for family in testbed.FAMILIES:
         case = opened(subject, (family, share), range(config.fitting), "train")
-        held = profile(case.follow(case.golden_labels, share=Share("model", 0.1)), case.valid)
-        found.append((held - case.roll().reserved) / (case.budget - case.roll().reserved))
+        held = profile(case.follow(case.golden_labels, share=Share("model", 0.1)), case.roll().position)
+        found.append((held - case.reserved) / (case.budget - case.reserved))
     return torch.stack(found).mean(0)
 
 

@@ -8,6 +8,7 @@ Every paper reduces attention in another order; `Reducers` spells the order out 
 
 from learnevict.oracle.collect import full_trace, golden_labels, golden_trace
 from learnevict.oracle.gradient import gradient_utility
+from learnevict.oracle.head_slots import Share
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
 from learnevict.oracle.reconstruct import Received, Repeating, receiving, reconstruct
 from learnevict.oracle.reducers import (
@@ -27,11 +28,11 @@ from learnevict.oracle.reducers import (
     pool_groups,
     target,
 )
-from learnevict.oracle.traces import Protection, RollRule, golden
+from learnevict.oracle.traces import golden
 
 __all__ = [
     "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "receiving",
     "gradient_utility", "horizon", "pool_groups", "target", "per_head_output_weight",
-    "Reducers", "LayerInputs", "Received", "Repeating", "RollRule", "Protection", "PRESETS",
+    "Reducers", "LayerInputs", "Received", "Repeating", "Share", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
 ]  # fmt: skip

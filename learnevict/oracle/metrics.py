@@ -28,6 +28,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops.select import eviction_order, highest
 from learnevict.oracle.reference import EventScores, Reference, losses, recording
+from learnevict.oracle.traces import evictable
 from learnevict.policy import Governor, Guard
 from learnevict.signals import NEVER, Trace
 
@@ -60,7 +61,7 @@ def ranking_cost(
 
 
 def kept_attention(
-    labels: Float[Tensor, "*L B H T M"], expiry: Int[Tensor, "*L B H T"], rank: Int[Tensor, "B T"], block: int
+    labels: Float[Tensor, "*L B H T M"], expiry: Int[Tensor, "*L B H T"], position: Int[Tensor, "B T"], block: int
 ) -> Float[Tensor, "*L B H M"]:
     """Share of the full-cache attention of every block of queries that falls on tokens still held.
 
@@ -69,13 +70,13 @@ def kept_attention(
     Args:
         labels: mean attention of each block's queries to each key.
         expiry: columns.
-        rank: each real token's number in its row, -1 for padding.
+        position: each real token's unpadded position, -1 for padding.
         block: queries per block.
 
     Returns:
         NaN for blocks without queries.
     """
-    seen = (rank >= 0).cumsum(-1).unsqueeze(1).expand(expiry.shape)
+    seen = (position >= 0).cumsum(-1).unsqueeze(1).expand(expiry.shape)
     before = seen.gather(-1, (expiry.clamp(1, expiry.shape[-1]) - 1).long())  # real tokens until it goes
     before = torch.where(before == seen[..., -1:], NEVER, before)
     start = torch.arange(labels.shape[-1], device=labels.device) * block
@@ -206,13 +207,13 @@ def guard_of(policy: Governor) -> Guard:
 
 def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard) -> tuple[Tensor, Tensor]:
     """Tokens that stay although they might have gone and the oracle would keep too, and all it would keep: [B] each."""
-    roll, rank = reference.roll(expiry, guard), reference.rank
-    hits, total = rank.new_zeros(len(rank)), rank.new_zeros(len(rank))
-    for m in range((int(rank.max()) + 1) // reference.block):
+    roll, position = reference.roll(expiry, guard), reference.position
+    hits, total = position.new_zeros(len(position)), position.new_zeros(len(position))
+    for m in range((int(position.max()) + 1) // reference.block):
         seen = (m + 1) * reference.block
-        end = ((rank == seen - 1).int().argmax(-1) + 1)[:, None, None]
-        there = (rank == seen - 1).any(-1)[:, None, None]
-        held = (expiry >= end) & roll.candidates(seen).unsqueeze(1) & there
+        end = ((position == seen - 1).int().argmax(-1) + 1)[:, None, None]
+        there = (position == seen - 1).any(-1)[:, None, None]
+        held = (expiry >= end) & roll.candidates(position.unsqueeze(1), m) & there
         goes = held & (expiry == end)
         count = (held & ~goes).sum(-1) * goes.any(-1)
         best = highest(reference.future[..., m + 1].masked_fill(~held, -torch.inf), count)
@@ -224,19 +225,17 @@ def ranked(
     reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[EventScores]
 ) -> tuple[Tensor, Tensor]:
     """Costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
-    batch = len(reference.rank)
+    batch = len(reference.position)
     if not notes:
         return torch.full((batch,), torch.nan).double(), torch.full((batch,), torch.nan).double()
     cost, least = torch.zeros(batch).double(), torch.zeros(batch).double()
     for note in notes:
         layer, where = reference.layers.index(note.layer), note.position.clamp_min(0).long()
         now = note.now.clamp_min(0).long()
-        seen = reference.rank.gather(1, now[:, None]) + 1
-        rank = reference.rank.unsqueeze(1).expand(-1, where.shape[1], -1).gather(-1, where)
-        free = (rank >= guard.sinks) & (rank < (seen - max(guard.recent, reference.block)).unsqueeze(-1))
-        if guard.prompt:
-            free &= rank >= reference.prompt.view(-1, 1, 1)
-        free &= note.position >= 0
+        seen = reference.position.gather(1, now[:, None]) + 1
+        position = reference.position.unsqueeze(1).expand(-1, where.shape[1], -1).gather(-1, where)
+        prompt = (reference.prompt * guard.prompt).view(-1, 1, 1)
+        free = evictable(position, seen.unsqueeze(-1), prompt, guard, reference.block) & (note.position >= 0)
         block = (-(-seen // reference.block)).clamp(max=reference.labels.shape[-1]).view(-1, 1, 1, 1)
         future = reference.future[layer]
         wanted = future.gather(-1, block.expand(*future.shape[:3], 1)).squeeze(-1).gather(-1, where)
@@ -248,11 +247,11 @@ def ranked(
 
 def attended(reference: Reference, expiry: Int[Tensor, "L B H T"]) -> tuple[Tensor, Tensor, Tensor]:
     """Attention kept summed over queries that come after a row's first eviction, their number, and the least: [B] each."""
-    share = kept_attention(reference.labels, expiry, reference.rank, reference.block)
+    share = kept_attention(reference.labels, expiry, reference.position, reference.block)
     blocks = torch.arange(share.shape[-1], device=share.device) * reference.block
-    queries = (reference.rank.amax(-1, keepdim=True) + 1 - blocks).clamp(0, reference.block)
+    queries = (reference.position.amax(-1, keepdim=True) + 1 - blocks).clamp(0, reference.block)
     first = expiry.amin((0, 2, 3))
-    seen = (reference.rank >= 0).cumsum(-1).gather(1, (first.clamp(1, expiry.shape[-1]) - 1).long()[:, None])
+    seen = (reference.position >= 0).cumsum(-1).gather(1, (first.clamp(1, expiry.shape[-1]) - 1).long()[:, None])
     queries = queries * ((first != NEVER).unsqueeze(-1) & (blocks >= seen))
     weight = queries[None, :, None].expand(share.shape)
     total = (share.nan_to_num() * weight).double().sum((0, 2, 3))

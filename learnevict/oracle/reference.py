@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.collect import golden_labels
+from learnevict.oracle.head_slots import held_after
 from learnevict.oracle.reducers import horizon
-from learnevict.oracle.shared_traces import Roll, held_after, ranks
+from learnevict.oracle.traces import Roll, unpadded_positions
 from learnevict.policy import Governor, Guard, Scorer
 from learnevict.signals import NEVER, Signals, Trace
 
@@ -76,9 +77,9 @@ class Reference:
         return cls(input_ids, mask, prompt, loss_mask, block, layers, labels, losses(logits, input_ids, loss_mask))
 
     @cached_property
-    def rank(self) -> Tensor:
-        """int64 [B, T], see `ranks`."""
-        return ranks(self.attention_mask.bool(), (self.input_ids.shape[0], self.input_ids.shape[1]))
+    def position(self) -> Tensor:
+        """Returns the unpadded position of each token, -1 for padding, int64 [B, T]."""
+        return unpadded_positions(self.attention_mask.bool())
 
     @cached_property
     def future(self) -> Tensor:
@@ -90,16 +91,16 @@ class Reference:
         """A fixed random number for every token of a layer and head, wherever padding puts it: [L, B, H, T]."""
         layers, _, heads, length, _ = self.labels.shape
         drawn = torch.rand(length, layers, heads, generator=torch.Generator().manual_seed(0)).to(self.labels.device)
-        where = self.rank.clamp_min(0).unsqueeze(1).expand(-1, heads, -1)
+        where = self.position.clamp_min(0).unsqueeze(1).expand(-1, heads, -1)
         return torch.stack([part.expand(len(where), -1, -1).gather(-1, where) for part in drawn.permute(1, 2, 0)])
 
     def roll(self, expiry: Int[Tensor, "L B H T"], guard: Guard) -> Roll:
         """Uniform eviction under these guards that holds as many slots, on average over heads, as a policy has held."""
         ends = [(m + 1) * self.block for m in range(self.labels.shape[-1])]
-        held = [held_after(expiry, self.rank, seen).double().mean((0, 2)).ceil().long() for seen in ends]
+        held = [held_after(expiry, self.position, seen).double().mean((0, 2)).ceil().long() for seen in ends]
         prompt = self.prompt if guard.prompt else torch.zeros_like(self.prompt)
         shape = (self.labels.shape[0], self.labels.shape[2])
-        return Roll(self.rank, torch.stack(held, -1), shape, self.block, guard, prompt)
+        return Roll(self.position, torch.stack(held, -1), shape, self.block, guard, prompt)
 
     def losses_between(self, model: PreTrainedModel, roll: Roll) -> tuple[Tensor, Tensor]:
         """Losses of each row under random and under golden eviction, float64 [B] each; remembered."""

@@ -1,66 +1,36 @@
-"""Golden eviction: roll block labels into a trace.
+"""Golden eviction: rolls block labels into a trace that keeps what the recorded future attends to most.
 
 After each complete block a head forgets the tokens whose largest future label is smallest, greedily, with labels of the
-full-attention map (attention is not renormalised over survivors): a strong reference, not a bound.
+full-attention map (attention is not renormalised over survivors): a strong reference, not a bound. By default all heads hold as
+many slots; `Share` lets them compete for a common total.
 
-Departures from ForesightKV's code (arXiv 2602.03203): budgets need not divide into blocks; guards are honoured; every
-row keeps its own time, so padding changes nothing; candidates are all tokens but guards and the fresh block, where the
-paper takes the oldest `budget` (an option; the two differ at the first event only, if the budget is no multiple of the
+Departures from ForesightKV's code (arXiv 2602.03203): budgets need not divide into blocks; guards are honoured; tokens are
+counted by their unpadded position, so padding changes nothing; candidates are all tokens but guards and the fresh block, where
+the paper takes the oldest `budget` (an option; the two differ at the first event only, if the budget is no multiple of the
 block); of equal scores the older token goes, where torch.topk leaves the choice open.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from typing_extensions import Unpack
 
 from learnevict.errors import BudgetError, LabelError, UsageError
-from learnevict.oracle.reducers import horizon
+from learnevict.ops.select import eviction_order, highest
+from learnevict.oracle.head_slots import EQUAL, Share
+from learnevict.oracle.reducers import horizon as reduce_horizon
+from learnevict.policy import Guard
 from learnevict.signals import NEVER, Trace
 
 Labels = Sequence[Float[Tensor, "B H T M"] | None] | Float[Tensor, "L B H T M"]
-
-
-@runtime_checkable
-class Protection(Protocol):
-    """What may never be evicted: `learnevict.policy.Guard`, or anything with these three attributes."""
-
-    @property
-    def sinks(self) -> int:
-        """First real tokens of a row."""
-        ...
-
-    @property
-    def recent(self) -> int:
-        """Last tokens read."""
-        ...
-
-    @property
-    def prompt(self) -> bool:
-        """Keep the whole prompt and count the budget on the rest."""
-        ...
-
-
-class RollRule(TypedDict, total=False):
-    """Optional arguments of `golden`.
-
-    Keys:
-        horizon: how labels of blocks after the event become one score: "max" (default), "sum" or "discounted".
-        discount: weight per block in (0, 1], for horizon="discounted".
-        candidates: "all" (default): every held token but guards and the fresh block; "oldest": the oldest `budget` held
-            tokens but guards, ForesightKV's form, which may reach into the fresh block.
-    """
-
-    horizon: Literal["max", "sum", "discounted"]
-    discount: float | None
-    candidates: Literal["all", "oldest"]
+Score = Callable[[int, Int[Tensor, "L B H T"]], Float[Tensor, "L B H T"]]
+"""What an event after block m scores tokens by, given expiries so far; the lowest go."""
 
 
 @torch.no_grad()
@@ -69,27 +39,33 @@ def golden(
     *,
     budget: int,
     block: int,
-    guard: Protection,
+    guard: Guard,
     valid: Bool[Tensor, "B T"] | None = None,
     prompt_length: int | Sequence[int] | Int[Tensor, "B"] | None = None,
-    **rule: Unpack[RollRule],
+    horizon: Literal["max", "sum", "discounted"] = "max",
+    discount: float | None = None,
+    candidates: Literal["all", "oldest"] = "all",
+    share: Share = EQUAL,
 ) -> Trace:
-    """Evict with hindsight: the history that keeps what the recorded future attends to most.
+    """Returns the history that keeps, with hindsight, what the recorded future attends to most.
 
-    In each row's own time (first real token = 0), after block m is complete: if more than `budget` slots are held, the
-    candidates with the lowest score over blocks m+1, m+2, ... go until `budget` are held. A partial last block has no
-    event. With block = 1 (slack 0) an event leaves budget - 1, because the victim's slot is overwritten before the next
-    token attends: never budget + 1 slots.
+    After block m of a row is complete: if more than `budget` slots are held, the candidates with the lowest score over
+    blocks m+1, m+2, ... go until `budget` are held. A partial last block has no event. With block = 1 (slack 0) an event
+    leaves budget - 1, because the victim's slot is overwritten before the next token attends: never budget + 1 slots.
 
     Args:
         labels: per layer [B, H, T, M] of `future_attention` with the same block and valid; None for a stock layer.
-        budget: slots per (layer, kv head) after an event, guards and fresh block included; with a protected prompt,
-            slots beside the prompt.
+        budget: slots per (layer, kv head) after an event, guards and fresh block included, on average over heads that
+            share; with a protected prompt, slots beside the prompt.
         block: tokens between events.
         guard: tokens that stay: first `sinks`, last `recent`, the prompt.
         valid: real tokens; default all.
         prompt_length: real prompt tokens, for all rows or each; used only if the guard protects the prompt.
-        **rule: see `RollRule`.
+        horizon: how labels of blocks after the event become one score.
+        discount: weight per block in (0, 1], for horizon="discounted".
+        candidates: "all": every held token but guards and the fresh block; "oldest": the oldest `budget` held tokens but
+            guards, ForesightKV's form, which may reach into the fresh block.
+        share: how slots are divided among heads.
 
     Returns:
         Trace with expiry [L, B, H, T] in columns of the padded input: one past the last query that attended; NEVER for
@@ -98,54 +74,183 @@ def golden(
     Raises:
         BudgetError: the budget cannot hold guards and a fresh block.
         LabelError: labels of another block or shape, or with NaN or infinity.
-        UsageError: a protected prompt of unknown length; an argument that would be ignored.
+        UsageError: a protected prompt of unknown length; an argument that would be ignored; slots to share among layers of
+            which some stay stock.
 
-    Source: section 3.1 of arXiv:2602.03203; horizon and candidates are options here.
+    Source: section 3.1 of arXiv:2602.03203; horizon, candidates and share are options here.
     """
     layers = list(labels)
     like = _check_labels(layers, block)
-    rows = _rows(like, valid, prompt_length if guard.prompt else 0)
-    _check_grid(like, rows, block)
-    plan = _plan(budget, block, guard, rows, rule)
-    kind, discount = rule.get("horizon", "max"), rule.get("discount")
-    if kind not in ("max", "sum", "discounted"):
-        raise UsageError(f"golden scores the future by max, sum or discounted, not {kind!r}")
-    expiry = torch.full((len(layers), *like.shape[:3]), NEVER, dtype=torch.int32, device=like.device)
-    for index, layer in enumerate(layers):
-        if layer is not None:
-            _roll(horizon(layer.to(like.device), kind, discount=discount), rows, plan, expiry[index])
-    return Trace(expiry, source="golden", budget=budget, period=block, guard=(guard.sinks, guard.recent, guard.prompt))
+    if horizon not in ("max", "sum", "discounted"):
+        raise UsageError(f"golden scores the future by max, sum or discounted, not {horizon!r}")
+    if candidates not in ("all", "oldest"):
+        raise UsageError(f"candidates {candidates!r} is unknown; choose all or oldest")
+    batch, heads, length, _ = like.shape
+    valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
+    shape = (len(layers), heads)
+    roll = roll_of(
+        valid.to(like.device), shape, share, budget=budget, block=block, guard=guard, prompt_length=prompt_length
+    )
+    _check_grid(like, valid[0], block)
+    evicting = [index for index, layer in enumerate(layers) if layer is not None]
+    together = share.scope == "model" or share.slots is not None
+    if together and len(evicting) < len(layers):
+        raise UsageError(
+            "the slots of all layers are divided, but some stay stock and have no labels; use scope='layer'"
+        )
+    expiry = torch.full((len(layers), batch, heads, length), NEVER, dtype=torch.int32, device=like.device)
+    for group in [evicting] if together else [[index] for index in evicting]:
+        given = torch.stack([layer.to(like.device) for index in group if (layer := layers[index]) is not None])
+        future = torch.nn.functional.pad(reduce_horizon(given, horizon, discount=discount), (0, 1))
+        part = replace(roll, shape=(len(group), heads), oldest=candidates == "oldest")
+        expiry[group] = part.trace(lambda m, _, future=future: future[..., m + 1]).expiry
+    source = "golden" if share.scope == "head" else f"golden by {share.scope}"
+    return Trace(expiry, source, budget, block, guard.terms)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The batch in row time: columns int64 [B, T + 1] by rank (real tokens first, then padding, then T: nothing)."""
-
-    columns: Tensor
-    lengths: list[int]
-    prompts: list[int]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How many tokens go at each event, the same for all heads of a row.
+class Roll:
+    """Texts on their event grid, and how many tokens may stay.
 
     Attributes:
-        evictions: [m][b], tokens of row b that go after block m.
-        widths: [m], most slots a row that goes on holds after block m, prompt included.
+        position: int64 [B, T], each real token's unpadded position; -1 for padding.
+        limit: int64 [B, M], mean slots per head right after the event that follows block m, everything included.
+        shape: layers and heads.
+        block: tokens between events.
+        guard: tokens that stay.
+        prompt: int64 [B], tokens of prompts that the guard protects; zeros if it does not.
+        share: who competes with whom.
+        oldest: only the oldest tokens that fit into the limit may go.
     """
 
+    position: Tensor
+    limit: Tensor
+    shape: tuple[int, int]
     block: int
-    target: int
-    sinks: int
-    recent: int
-    oldest: bool
-    evictions: list[list[int]]
-    widths: list[int]
+    guard: Guard
+    prompt: Tensor
+    share: Share = EQUAL
+    oldest: bool = False
+
+    def candidates(self, position: Int[Tensor, "*L B H N"], m: int) -> Bool[Tensor, "*L B H N"]:
+        """Returns which tokens, given by their unpadded positions, may go after block m."""
+        prompt, seen = self.prompt.view(-1, 1, 1), (m + 1) * self.block
+        if not self.oldest:
+            return evictable(position, seen, prompt, self.guard, self.block)
+        beside = ((position >= prompt) & (position < seen)).cumsum(-1)
+        fits = beside <= self.limit[:, m].view(-1, 1, 1) - prompt.clamp(max=seen)
+        return fits & evictable(position, seen, prompt, self.guard, block=0)
+
+    def trace(self, score: Score, source: str = "", budget: int | None = None) -> Trace:
+        """Returns the trace of evicting after every block whatever scores lowest; all heads step together.
+
+        What is held is int64 [L, B, H, N], ascending unpadded positions, with T (an empty place) where a head holds fewer.
+        """
+        (layers, heads), (rows, num), device = self.shape, self.position.shape, self.position.device
+        length = self.position.amax(-1).view(-1, 1, 1) + 1
+        columns = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)  # real tokens first, then padding
+        columns = torch.nn.functional.pad(columns, (0, 1), value=num)
+        column_of = columns[:, None].expand(layers, -1, heads, -1)
+        held = torch.empty(layers, rows, heads, 0, dtype=torch.int64, device=device)
+        expiry = torch.full((layers, rows, heads, num + 1), NEVER, dtype=torch.int32, device=device)
+        for m in range(int(length.max()) // self.block):
+            seen = (m + 1) * self.block
+            fresh = torch.arange(m * self.block, seen, device=device).where(length >= seen, num)
+            held = torch.cat([held, fresh.expand(layers, -1, heads, -1)], -1)
+            excess = self._excess((held < num).sum(-1), m) * (length[..., 0] >= seen)
+            if bool(excess.any()):
+                where = column_of.gather(-1, held)
+                scores = score(m, expiry[..., :num]).gather(-1, where.clamp(max=num - 1))
+                victim = self._victims(scores, self.candidates(held, m), excess, m)
+                end = (columns[:, seen - 1].to(torch.int32) + 1).view(-1, 1, 1)
+                expiry.scatter_(-1, where.where(victim, num), end.expand_as(where).contiguous())
+                held = held.masked_fill(victim, num)
+            held = held.sort(-1).values[..., : int((held < num).sum(-1).max())]
+        return Trace(expiry[..., :num], source, budget, self.block, self.guard.terms)
+
+    def _excess(self, held: Tensor, m: int) -> Tensor:
+        """Returns how many tokens must go, [L, B, H], [L, B, 1] or [1, B, 1], of tokens held [L, B, H]."""
+        limit = self.limit[:, m, None]
+        if self.share.slots is not None:  # more or fewer than the mean
+            slots = self.share.slots.to(held.device)[:, None]
+            limit = limit + slots - slots.sum() // slots.numel()
+        over = held - limit
+        if self.share.scope != "head":
+            over = over.sum(-1, keepdim=True)
+        if self.share.scope == "model":
+            over = over.sum(0, keepdim=True)
+        return over.clamp_min(0)
+
+    def _victims(self, scores: Tensor, candidate: Tensor, excess: Tensor, m: int) -> Tensor:
+        """Returns the lowest scores of each contest, bool [L, B, H, N]; of equal scores of a head the older goes."""
+        contest = scores.masked_fill(~candidate, torch.inf)
+        if self.share.scope == "head":
+            return (eviction_order(contest) < excess.unsqueeze(-1)) & candidate
+        reserved = self.guard.reserved(self.block)
+        floor = (self.share.floor * (self.limit[:, m] - reserved - self.prompt)).long()
+        contest = contest.masked_fill(highest(scores.masked_fill(~candidate, -torch.inf), floor.view(-1, 1)), torch.inf)
+        if self.share.scope == "layer":
+            goes = eviction_order(contest.flatten(2)) < excess
+            return goes.view_as(scores) & candidate
+        goes = eviction_order(contest.transpose(0, 1).flatten(1)) < excess[0]
+        return goes.unflatten(-1, (*self.shape, -1)).transpose(0, 1) & candidate
+
+
+def roll_of(
+    valid: Bool[Tensor, "B T"],
+    shape: tuple[int, int],
+    share: Share = EQUAL,
+    *,
+    budget: int,
+    block: int,
+    guard: Guard,
+    prompt_length: int | Sequence[int] | Int[Tensor, "B"] | None = None,
+) -> Roll:
+    """Returns the event grid of texts under a budget, for labels of `shape` layers and heads; arguments as of `golden`.
+
+    Raises:
+        BudgetError: a head cannot hold guards and a fresh block.
+        UsageError: a protected prompt of unknown length; slots per head of another mean than the budget.
+    """
+    position = unpadded_positions(valid)
+    if guard.prompt and prompt_length is None:
+        raise UsageError("the guard protects the prompt, but its length is unknown: give prompt_length")
+    prompt = torch.as_tensor(prompt_length if guard.prompt else 0, device=position.device).long().expand(len(position))
+    lengths = position.amax(-1) + 1
+    if bool((prompt < 0).any()) or bool((prompt > lengths).any()):
+        raise UsageError(f"prompt_length {prompt.tolist()} must lie within the rows' real tokens {lengths.tolist()}")
+    slots = share.slots
+    if slots is not None and (slots.shape != shape or int(slots.sum()) != budget * slots.numel()):
+        raise UsageError(
+            f"slots of shape {tuple(slots.shape)} with sum {int(slots.sum())} do not share out {budget} slots on average over "
+            f"{shape[0]} layers of {shape[1]} heads; make them with slots_of"
+        )
+    least = budget if slots is None else int(slots.min())
+    smallest = int((guard.sinks - prompt).clamp_min(0).max()) + max(guard.recent, block) + (block == 1)
+    if least < smallest:
+        raise BudgetError(
+            f"budget {least} cannot hold {guard.sinks} sinks, {guard.recent} recent tokens and a fresh block of {block}; the "
+            f"smallest that works is {smallest}"
+        )
+    seen = torch.arange(1, -(-position.shape[1] // block) + 1, device=position.device) * block
+    limit = budget - (block == 1) + prompt.unsqueeze(-1).minimum(seen)
+    return Roll(position, limit, shape, block, guard, prompt, share)
+
+
+def unpadded_positions(valid: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Returns each real token's number in its row, -1 for padding."""
+    return torch.where(valid, valid.long().cumsum(-1) - 1, -1)
+
+
+def evictable(
+    position: Int[Tensor, "*L B H N"], seen: int | Tensor, prompt: Int[Tensor, "B 1 1"], guard: Guard, block: int
+) -> Bool[Tensor, "*L B H N"]:
+    """Returns which tokens may go once `seen` are read: all but sinks, recent tokens, fresh block and `prompt` first tokens."""
+    return (position >= prompt.clamp_min(guard.sinks)) & (position < seen - max(guard.recent, block))
 
 
 def _check_labels(layers: list[Tensor | None], block: int) -> Tensor:
-    """One of the layers, after all were found to agree."""
+    """Returns one of the layers, after all were found to agree."""
     given = [layer for layer in layers if layer is not None]
     if not given or block < 1:
         raise UsageError(f"golden needs labels of at least one layer and a block of at least 1 token, not {block}")
@@ -166,12 +271,12 @@ def _check_labels(layers: list[Tensor | None], block: int) -> Tensor:
     return given[0]
 
 
-def _check_grid(like: Tensor, rows: _Rows, block: int) -> None:
-    """Labels of another block can have the right shape. But attention is causal, which shows what they were made for."""
-    length, num_blocks = rows.lengths[0], like.shape[-1]
-    part = like[0].index_select(1, rows.columns[0, :length].to(like.device)).amax(0)
+def _check_grid(like: Tensor, real: Tensor, block: int) -> None:
+    """Raises if labels of the right shape are of another block: attention is causal, which shows what they were made for."""
+    num_blocks = like.shape[-1]
+    part = like[0][:, real.to(like.device)].amax(0)
     seen = part > (-torch.inf if bool((like == -torch.inf).any()) else 0.0)
-    if _made_for(seen, block) or length * num_blocks < 64:  # a few labels can look like anything
+    if _made_for(seen, block) or seen.numel() < 64:  # a few labels can look like anything
         return
     others = [other for other in range(1, 2 * block) if other != block and -(-like.shape[2] // other) == num_blocks]
     other = next((other for other in others if _made_for(seen, other)), None)
@@ -180,96 +285,10 @@ def _check_grid(like: Tensor, rows: _Rows, block: int) -> None:
 
 
 def _made_for(seen: Tensor, block: int) -> bool:
-    """Whether no key is seen before its own block, and keys are seen in it: bool [T, M] in row time."""
+    """Returns whether no key is seen before its own block, and keys are seen in it: bool [T, M] of real tokens."""
     own = torch.arange(seen.shape[0], device=seen.device) // block
     if not len(own):
         return True
     early = torch.arange(seen.shape[1], device=seen.device) < own.unsqueeze(-1)
     ends = torch.arange(min(block, seen.shape[0]), seen.shape[0] + 1, block, device=seen.device) - 1
     return not bool((early & seen).any()) and bool(seen[ends, own[ends]].any())
-
-
-def _rows(like: Tensor, valid: Tensor | None, prompt_length: int | Sequence[int] | Tensor | None) -> _Rows:
-    batch, _, num, _ = like.shape
-    real = torch.ones(batch, num, dtype=torch.bool) if valid is None else valid.cpu()
-    if prompt_length is None:
-        raise UsageError("the guard protects the prompt, but its length is unknown: give prompt_length")
-    lengths = real.sum(-1)
-    prompts = torch.as_tensor(prompt_length).cpu().expand(batch)
-    if bool((prompts < 0).any()) or bool((prompts > lengths).any()):
-        raise UsageError(f"prompt_length {prompts.tolist()} must lie within the rows' real tokens {lengths.tolist()}")
-    columns = torch.cat([(~real).to(torch.int8).argsort(dim=-1, stable=True), torch.full((batch, 1), num)], -1)
-    return _Rows(columns.to(like.device), lengths.tolist(), prompts.tolist())
-
-
-def _plan(budget: int, block: int, guard: Protection, rows: _Rows, rule: RollRule) -> _Plan:
-    """Count evictions per event, having checked that there will always be enough candidates."""
-    reserve = 1 if block == 1 else 0
-    smallest = max(max(guard.sinks - prompt, 0) for prompt in rows.prompts) + max(guard.recent, block) + reserve
-    if budget < smallest:
-        raise BudgetError(
-            f"budget {budget} cannot hold {guard.sinks} sinks, {guard.recent} recent tokens and a fresh block of "
-            f"{block}; the smallest that works is {smallest}"
-        )
-    candidates = rule.get("candidates", "all")
-    if candidates not in ("all", "oldest"):
-        raise UsageError(f"candidates {candidates!r} is unknown; choose all or oldest")
-    target = budget - reserve
-    held, evictions, widths = [0] * len(rows.lengths), list[list[int]](), list[int]()
-    for seen in range(block, max(rows.lengths) + 1, block):
-        excess, width = [0] * len(held), 0
-        for row, (length, prompt) in enumerate(zip(rows.lengths, rows.prompts, strict=True)):
-            if seen <= length:
-                held[row] += min(block, max(seen - prompt, 0))
-                excess[row] = max(held[row] - target, 0)
-                held[row] -= excess[row]
-                width = max(width, held[row] + min(prompt, seen))
-        evictions.append(excess)
-        widths.append(width)
-    return _Plan(block, target, guard.sinks, guard.recent, candidates == "oldest", evictions, widths)
-
-
-def _roll(future: Tensor, rows: _Rows, plan: _Plan, expiry: Tensor) -> None:
-    """Fill expiry [B, H, T] of one layer. future [B, H, T, M]: entry m is the score over blocks m, m+1, ...
-
-    Survivors are ranks in ascending order, with T (an empty place) where a head holds fewer; all heads step together.
-    """
-    batch, heads, num, num_blocks = future.shape
-    columns = rows.columns.unsqueeze(1).expand(-1, heads, -1)
-    prompts = torch.tensor(rows.prompts, device=future.device).view(-1, 1, 1)
-    held = torch.empty(batch, heads, 0, dtype=torch.int64, device=future.device)
-    ends = torch.full((batch, heads, num + 1), NEVER, dtype=torch.int32, device=future.device)
-    for m, counts in enumerate(plan.evictions):
-        fresh = torch.arange(m * plan.block, (m + 1) * plan.block, device=future.device)
-        held = torch.cat([held, fresh.expand(batch, heads, -1)], -1)
-        if not any(counts):
-            continue
-        candidate = _candidates(held, m, num, prompts, plan)
-        wanted = (
-            _scores(future, held, columns, m + 1) if m + 1 < num_blocks else torch.zeros_like(held, dtype=future.dtype)
-        )
-        order = wanted.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)
-        goes = torch.arange(held.shape[-1], device=future.device) < torch.tensor(counts, device=future.device).view(
-            -1, 1, 1
-        )
-        victim = torch.zeros_like(candidate).scatter_(-1, order, goes.expand_as(order))
-        end = columns[:, :, (m + 1) * plan.block - 1, None].to(torch.int32) + 1
-        ends.scatter_(-1, held.where(victim, num), end.expand_as(held).contiguous())
-        held = held.masked_fill(victim, num).sort(-1).values[..., : plan.widths[m]]
-    expiry.scatter_(-1, columns[..., :num], ends[..., :num])
-
-
-def _scores(future: Tensor, held: Tensor, columns: Tensor, m: int) -> Tensor:
-    """Future score of held ranks [B, H, N] from block m on; anything for empty places."""
-    where = columns.gather(-1, held).clamp(max=future.shape[2] - 1)
-    return future[..., m].gather(-1, where)
-
-
-def _candidates(held: Tensor, m: int, num: int, prompts: Tensor, plan: _Plan) -> Tensor:
-    """Which held ranks [B, H, N] may go after block m, bool; `num` marks an empty place."""
-    seen = (m + 1) * plan.block
-    counted = (held >= prompts) & (held < num)
-    free = counted & (held >= plan.sinks) & (held < seen - plan.recent)
-    if plan.oldest:
-        return free & (counted.cumsum(-1) <= plan.target)
-    return free & (held < m * plan.block)

@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,15 +34,6 @@ from tests.closeness import close
 
 BATCH, QUERY_HEADS, HEADS, SIZE, WIDTH = 2, 4, 2, 4, 6
 GROUP = QUERY_HEADS // HEADS
-
-
-@dataclass(frozen=True)
-class Wall:
-    """A guard of our own: golden asks for three attributes, not for a class."""
-
-    sinks: int = 0
-    recent: int = 0
-    prompt: bool = False
 
 
 def mask(kind: str, length: int) -> torch.Tensor | None:
@@ -309,7 +300,7 @@ def naive_row(labels, guard, prompt, case):
 def rolls(draw):
     """A small batch with labels of few values, so that ties are common and sums exact."""
     block, length = draw(st.integers(1, 5)), draw(st.integers(1, 24))
-    guard = Wall(draw(st.integers(0, 4)), draw(st.integers(0, 7)), draw(st.booleans()))
+    guard = Guard(draw(st.integers(0, 4)), draw(st.integers(0, 7)), draw(st.booleans()))
     valid = torch.tensor([[draw(st.integers(0, 4)) > 0 for _ in range(length)] for _ in range(BATCH)])
     smallest = guard.sinks + max(guard.recent, block) + (block == 1)
     shape = (draw(st.integers(1, 2)), BATCH, HEADS, length, math.ceil(length / block))
@@ -360,7 +351,7 @@ def test_golden_is_the_papers_loop():
     budget, block, length = 12, 4, 41
     labels = torch.rand(1, 2, length, math.ceil(length / block))
     for candidates in ("oldest", "all"):
-        trace = golden([labels], budget=budget, block=block, guard=Wall(), candidates=candidates)
+        trace = golden([labels], budget=budget, block=block, guard=Guard(0, 0), candidates=candidates)
         for head in range(2):
             remaining, step, expected = list(range(length)), 0, {}
             while len(remaining) > budget + block:

@@ -18,6 +18,7 @@ from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, golden, h2o, keydiff, random, snapkv
 from learnevict.oracle import Received, Reducers, future_attention, golden_labels, golden_trace, horizon
 from learnevict.oracle import golden as roll_golden
+from learnevict.oracle.head_slots import Share, profile, slots_of
 from learnevict.oracle.metrics import (
     kept_attention,
     measure,
@@ -27,7 +28,7 @@ from learnevict.oracle.metrics import (
     top_recall,
 )
 from learnevict.oracle.reference import Reference, align, recording
-from learnevict.oracle.shared_traces import Share, golden_shared, profile, ranks, slots_of
+from learnevict.oracle.traces import unpadded_positions
 from learnevict.parts.rule import Rule
 from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
@@ -112,7 +113,7 @@ def test_the_cost_of_a_ranking_is_what_all_budgets_lose_together():
 def test_kept_attention_is_that_of_every_query():
     torch.manual_seed(3)
     query, key, valid = torch.randn(3, 4, 41, 8).double(), torch.randn(3, 2, 41, 8).double(), valid_rows()
-    rank = ranks(valid, (3, 41))
+    rank = unpadded_positions(valid)
     ends = torch.randint(1, 10, (3, 2, 41)) * BLOCK + (41 - valid.sum(-1)).view(-1, 1, 1)
     expiry = torch.where(torch.rand(3, 2, 41) < 0.5, ends, NEVER).to(torch.int32)
     born = expiry > torch.arange(41)
@@ -256,19 +257,10 @@ def test_events_of_padded_rows_fall_together(batch):
 # --- golden with a shared total ---
 
 
-def test_heads_that_share_nothing_are_golden():
-    labels, valid = labels_like(), valid_rows()
-    for budget in (8, 12, 17):
-        terms = {"budget": budget, "block": BLOCK, "guard": GUARD, "valid": valid}
-        assert torch.equal(golden_shared(labels, Share("head"), **terms).expiry, roll_golden(labels, **terms).expiry)
-    terms |= {"guard": Guard(1, 2, prompt=True), "prompt_length": [9, 8, 7], "budget": 8}
-    assert torch.equal(golden_shared(labels, Share("head"), **terms).expiry, roll_golden(labels, **terms).expiry)
-
-
 @pytest.mark.parametrize("share", [Share("layer", 0.0), Share("layer", 0.5), Share("model", 0.0), Share("model", 0.5)])
 def test_shared_golden_is_that_of_plain_loops(share):
     labels, valid, budget = labels_like(), valid_rows(), 12
-    found = golden_shared(labels, share, budget=budget, block=BLOCK, guard=GUARD, valid=valid).expiry
+    found = roll_golden(labels, share=share, budget=budget, block=BLOCK, guard=GUARD, valid=valid).expiry
     future = horizon(labels)
     for row in range(3):
         first = 41 - int(valid[row].sum())
@@ -300,20 +292,20 @@ def test_shared_golden_is_that_of_plain_loops(share):
 def test_fixed_slots_are_held():
     labels, valid = labels_like(), valid_rows()
     slots = torch.tensor([[8, 10], [20, 10]])
-    found = golden_shared(labels, Share("head", slots=slots), budget=12, block=BLOCK, guard=GUARD, valid=valid)
+    found = roll_golden(labels, share=Share("head", slots=slots), budget=12, block=BLOCK, guard=GUARD, valid=valid)
     assert torch.equal(found.held(40)[:, 2] - 1, slots), "40 tokens and one more"
     with pytest.raises(UsageError, match="slots_of"):
-        golden_shared(labels, Share("head", slots=slots + 1), budget=12, block=BLOCK, guard=GUARD, valid=valid)
+        roll_golden(labels, share=Share("head", slots=slots + 1), budget=12, block=BLOCK, guard=GUARD, valid=valid)
     with pytest.raises(UsageError, match="scope"):
         Share("model", slots=slots)
     with pytest.raises(BudgetError, match="smallest that works is 5"):
-        golden_shared(labels, budget=4, block=BLOCK, guard=GUARD, valid=valid)
+        roll_golden(labels, share=Share("model"), budget=4, block=BLOCK, guard=GUARD, valid=valid)
 
 
 def test_a_profile_is_what_heads_hold_and_makes_whole_slots():
     labels, valid = labels_like(), valid_rows()
-    trace = golden_shared(labels, Share("model", 0.0), budget=12, block=BLOCK, guard=GUARD, valid=valid)
-    found = profile(trace, valid)
+    trace = roll_golden(labels, share=Share("model", 0.0), budget=12, block=BLOCK, guard=GUARD, valid=valid)
+    found = profile(trace, unpadded_positions(valid))
     assert float(found.mean()) == pytest.approx(12.0) and float(found.std()) > 0
     held = []
     for row, length in enumerate((37, 30, 41)):
@@ -328,13 +320,13 @@ def test_a_profile_is_what_heads_hold_and_makes_whole_slots():
     assert int(slots.sum()) == 48 and bool(((slots - found).abs() < 1).all()) and int(slots.min()) >= 5
     assert slots_of(torch.tensor([[0.0, 3.0]]), 9, 5).tolist() == [[5, 13]]
     with pytest.raises(UsageError, match="nothing was evicted"):
-        profile(Trace(torch.full((1, 1, 1, 8), NEVER, dtype=torch.int32), budget=12, period=4))
+        profile(Trace(torch.full((1, 1, 1, 8), NEVER, dtype=torch.int32), budget=12, period=4), torch.arange(8)[None])
 
 
 def test_a_shared_trace_replays_under_its_total(model, batch):
     reference = Reference.of(model, *batch, block=BLOCK)
     ids, mask = reference.input_ids, reference.attention_mask
-    trace = golden_shared(list(reference.labels), budget=12, block=BLOCK, guard=GUARD, valid=mask.bool())
+    trace = roll_golden(reference.labels, share=Share("model"), budget=12, block=BLOCK, guard=GUARD, valid=mask.bool())
     assert trace.evictions > 100 and replay(model, ids, trace, mask).logits.isfinite().all()
     assert int(trace.held(40)[:, 2].sum()) <= 12 * 4 + 4
     kept, wanted = recalled(reference, trace.expiry, GUARD)

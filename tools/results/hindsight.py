@@ -16,12 +16,11 @@ from learnevict.evals.methods import EvaluationSettings
 from learnevict.evals.teacher_forced import Scores, TextBatch, score
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import full_trace
+from learnevict.oracle.head_slots import EQUAL, Share
 from learnevict.oracle.reconstruct import Received
 from learnevict.oracle.reference import token_losses
-from learnevict.oracle.shared_traces import GoldenOptions, Roll, Share, golden_shared, roll_of
+from learnevict.oracle.traces import Roll, golden, roll_of
 from learnevict.signals import Trace
-
-UNIFORM = Share("head")
 
 
 class Case:
@@ -98,18 +97,24 @@ class Case:
         """Uniform golden eviction."""
         return self.follow(self.golden_labels)
 
-    def roll(self, share: Share = UNIFORM) -> Roll:
-        """How traces are made here."""
-        return roll_of(self.golden_labels, share, **self.terms)
+    def roll(self) -> Roll:
+        """Returns how traces are made here."""
+        shape = (len(self.received), self.received[0].key.shape[1])
+        return roll_of(self.valid, shape, **self.terms)
 
     @property
-    def terms(self) -> GoldenOptions:
-        """Of every trace."""
-        return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard, "valid": self.valid}
+    def reserved(self) -> int:
+        """Returns the slots of guards and a fresh block."""
+        return self.rules.guard.reserved(self.rules.block)
 
-    def follow(self, labels: Tensor, kind: Any = "max", share: Share = UNIFORM) -> Trace:
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Returns what all traces are made under."""
+        return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard}
+
+    def follow(self, labels: Tensor, kind: Any = "max", share: Share = EQUAL) -> Trace:
         """Golden eviction by these labels."""
-        return golden_shared(list(labels), share, kind, **self.terms)
+        return golden(list(labels), share=share, horizon=kind, valid=self.valid, **self.terms)
 
     def follow_future(self, future: Tensor) -> Trace:
         """The same for scores that are already reduced over the future: entry m is over blocks m, m + 1, ..."""
