@@ -1,19 +1,19 @@
 """Gates from weights that the authors of a method published, in the formats of their own code.
 
-A method file knows the names of its authors' tensors (`PUBLISHED`) and what ours are made of (`convert`). Published are
-safetensors (KVzap: nvidia/KVzap-*) and pickles (Fast KVzip: Jang-Hyun/Fast-KVzip/*/*.pt; TRIM-KV and DBTrimKV:
-ngocbh/*/trimkv_weights.pth). A pickle is read with torch's `weights_only`, which makes tensors and plain data but runs nothing,
-and only if the user allows it.
+FORMATS says how each method's authors name their tensors and which of ours they become. Published are safetensors (KVzap:
+nvidia/KVzap-*) and pickles (Fast KVzip: Jang-Hyun/Fast-KVzip/*/*.pt; TRIM-KV and DBTrimKV: ngocbh/*/trimkv_weights.pth). A
+pickle is read with torch's `weights_only`, which makes tensors and plain data but runs nothing, and only if the user allows it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict import methods
 from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub.gates import Gates, name_of
+from learnevict.parts.retention import ACTIVATIONS
 
 PICKLES = (".pt", ".pth", ".bin")
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]
@@ -33,6 +33,79 @@ ARRAYS: list[Any] = [
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"), (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
 ]  # fmt: skip
 """What a pickle may hold beside tensors: arrays of numbers, as Fast KVzip keeps its losses in."""
+
+
+@dataclass(frozen=True)
+class PublishedFormat:
+    """How the authors of a method name the tensors of one kind of its gates.
+
+    Attributes:
+        method: a name of learnevict.methods.
+        pattern: what each name in the file matches; its groups are the layer and the name within it.
+        names: our tensors and theirs, within a layer.
+        finish: takes our tensors, stacked over layers, and the activation of the base model, and returns the settings of the
+            gate and its tensors.
+    """
+
+    method: str
+    pattern: str
+    names: dict[str, str]
+    finish: Callable[[dict[str, Tensor], str], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def _kvzap(state: dict[str, Tensor], _: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return {"kind": "mlp", "hidden": state["bias_in"].shape[-1]} if "bias_in" in state else {"kind": "linear"}, state
+
+
+def _fast_kvzip(state: dict[str, Tensor], _: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    state |= {name: state[name].squeeze(2) for name in ("sinks", "bias")}  # [L, H, 1, ...]
+    return {"rank": state["norm_query"].shape[-1], "num_sinks": state["sinks"].shape[2]}, state
+
+
+def _trimkv(state: dict[str, Tensor], activation: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if activation not in ACTIVATIONS:
+        raise GateError(
+            f"activation {activation!r} of the base model is unknown here; known are {', '.join(ACTIVATIONS)}"
+        )
+    return {"hidden": state["bias_in"].shape[-1], "activation": activation}, state
+
+
+def _dbtrimkv(state: dict[str, Tensor], activation: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    output = {name: state[name][:1] for name in ("weight_out", "bias_out")}
+    shared = all(bool((state[name] == one).all()) for name, one in output.items())
+    settings, state = _trimkv(state | output if shared else state, activation)
+    return settings | {"shared_output": shared}, state
+
+
+_KVZAP = r"(?:layers|module_list)\.(\d+)\.((?:[02]\.)?(?:weight|bias))"
+_RETENTION = r"(?:.*\.)?layers\.(\d+)\.self_attn\.retention_gate\.(linear[123]\.(?:weight|bias)|bias)"
+_FIRST = {"weight_in": "linear1.weight", "bias_in": "linear1.bias"}
+FORMATS = (
+    PublishedFormat("kvzap", _KVZAP, {"weight": "weight", "bias": "bias"}, _kvzap),
+    PublishedFormat(
+        "kvzap",
+        _KVZAP,
+        {"weight_in": "0.weight", "bias_in": "0.bias", "weight": "2.weight", "bias": "2.bias"},
+        _kvzap,
+    ),
+    PublishedFormat(
+        "fast_kvzip",
+        r"(\d+)\.([qk]_proj\.weight|q_proj\.bias|[qk]_norm\.weight|k_base|b)",
+        {
+            "weight_query": "q_proj.weight", "bias_query": "q_proj.bias", "weight_key": "k_proj.weight",
+            "norm_query": "q_norm.weight", "norm_key": "k_norm.weight", "sinks": "k_base", "bias": "b",
+        },
+        _fast_kvzip,
+    ),
+    PublishedFormat("trimkv", _RETENTION, _FIRST | {"weight_out": "linear2.weight", "bias_out": "bias"}, _trimkv),
+    PublishedFormat(
+        "dbtrimkv",
+        _RETENTION,
+        _FIRST
+        | {"weight_mid": "linear2.weight", "bias_mid": "linear2.bias", "weight_out": "linear3.weight", "bias_out": "bias"},
+        _dbtrimkv,
+    ),
+)  # fmt: skip
 
 
 def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: bool = False) -> Gates:
@@ -59,11 +132,11 @@ def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: boo
             TrainedOtherwiseWarning,
             stacklevel=2,
         )
-    name, module, layers = recognised(weights, file)
+    kind, layers = recognised(weights, file)
     text = base.config.get_text_config(decoder=True)
     activation = config.get("text_config", config).get("hidden_act") or getattr(text, "hidden_act", "")
-    settings, state = module.convert(layers, activation)
-    gates = Gates.make(name, base, **settings)
+    settings, state = kind.finish({own: stacked(layers, theirs) for own, theirs in kind.names.items()}, activation)
+    gates = Gates.make(kind.method, base, **settings)
     fill(gates.gate, state, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     gates.config.training = {"program": "learnevict import", "weights": file.name, "sha256": digest}
@@ -133,27 +206,48 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def recognised(weights: Mapping[str, Tensor], file: Path) -> tuple[str, ModuleType, list[dict[str, Tensor]]]:
-    """The method whose authors name their tensors so: its name, its module, and tensors by name for every layer.
+def recognised(weights: Mapping[str, Tensor], file: Path) -> tuple[PublishedFormat, list[dict[str, Tensor]]]:
+    """The format of a file, and its tensors by name for every layer.
 
     Raises:
-        GateError: there is none, or layers are missing.
+        GateError: there is none, or tensors are missing.
     """
-    known = {name: module for name in methods.METHODS if "PUBLISHED" in vars(module := methods.load(name))}
-    for name, module in known.items():
-        found = [module.PUBLISHED.fullmatch(tensor) for tensor in weights]
-        if found and all(found):
-            layers: dict[int, dict[str, Tensor]] = {}
-            for match, tensor in zip(found, weights.values(), strict=True):
-                layers.setdefault(int(match[1]), {})[match[2]] = tensor.float()
-            same = {frozenset(layer) for layer in layers.values()}
-            if len(same) > 1 or sorted(layers) != list(range(len(layers))):
-                raise GateError(f"{str(file)!r} lacks tensors of some of its layers; download it again")
-            return name, module, [layers[number] for number in range(len(layers))]
+    methods = sorted({kind.method for kind in FORMATS})
+    for pattern in dict.fromkeys(kind.pattern for kind in FORMATS):
+        found = [match for tensor in weights if (match := re.fullmatch(pattern, tensor))]
+        if not found or len(found) < len(weights):
+            continue
+        layers: dict[int, dict[str, Tensor]] = {}
+        for match, tensor in zip(found, weights.values(), strict=True):
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor.float()
+        names = {frozenset(layer) for layer in layers.values()}
+        if len(names) > 1 or sorted(layers) != list(range(len(layers))):
+            raise GateError(f"{str(file)!r} lacks tensors of some of its layers; download it again")
+        known = [kind for kind in FORMATS if kind.pattern == pattern]
+        for kind in known:
+            if names == {frozenset(kind.names.values())}:
+                return kind, [layers[number] for number in range(len(layers))]
+        wanted = " or ".join(f"{kind.method} ({', '.join(kind.names.values())})" for kind in known)
+        raise GateError(
+            f"{str(file)!r} lacks tensors: its layers have {', '.join(sorted(layers[0]))}, but should be {wanted}; download it "
+            "again"
+        )
     raise GateError(
-        f"{str(file)!r} holds the published weights of no method known here ({', '.join(known)}); its first tensors are "
+        f"{str(file)!r} holds the published weights of no method known here ({', '.join(methods)}); its first tensors are "
         f"{', '.join(sorted(weights)[:3]) or 'none'}"
     )
+
+
+def stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    """Returns a tensor of all layers [L, ...]; matrices of torch's Linear [out, in] are turned to [in, out].
+
+    Raises:
+        GateError: its shapes differ between layers.
+    """
+    parts = [layer[name] for layer in layers]
+    if len({part.shape for part in parts}) > 1:
+        raise GateError(f"{name} has another shape in every layer: {', '.join(str(list(p.shape)) for p in parts[:3])}")
+    return torch.stack([part.T.contiguous() if part.dim() == 2 else part for part in parts])
 
 
 def fill(gate: torch.nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

@@ -32,6 +32,7 @@ METHODS: tuple[str, ...] = (
     "golden",
     "foresightkv",
     "trimkv",
+    "dbtrimkv",
     "wg_kv",
     "dms",
     "kvzap",

@@ -18,8 +18,6 @@ cannot repeat a text, as the testbed's cannot, s* is the largest attention of th
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,18 +26,16 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
-from learnevict.errors import GateError, UsageError
+from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
-from learnevict.parts.learned import Surrogate, expect, hidden_of, stacked
+from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.parts.selection import Above
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction", "2601.17668", 2026, "learned")
-PUBLISHED = re.compile(r"(\d+)\.([qk]_proj\.weight|q_proj\.bias|[qk]_norm\.weight|k_base|b)")
-"""Names of the authors' tensors (Jang-Hyun/Fast-KVzip): layer, and name within it."""
 TRAINING: dict[str, Any] = {
     "target": "future",  # reconstruction
     "learning_rate": 5e-3,  # SGD of 0.2 with momentum 0.9
@@ -92,28 +88,6 @@ class FastKVzipGate(Surrogate):
         rivals = torch.einsum("bshgr,hnr->bshgn", query, self.sinks[layer]) / math.sqrt(self.rank)
         share = torch.sigmoid(own - rivals.logsumexp(-1)) if self.num_sinks else torch.sigmoid(own)
         return share.mean(-1).transpose(1, 2)
-
-
-def convert(layers: Sequence[Mapping[str, Tensor]], _: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of the gate that the authors' weights are; b is added once, as in their inference.
-
-    Args:
-        layers: tensors of each, by the names of PUBLISHED.
-
-    Raises:
-        GateError: other tensors than theirs.
-    """
-    names = {
-        "weight_query": "q_proj.weight", "bias_query": "q_proj.bias", "weight_key": "k_proj.weight",
-        "norm_query": "q_norm.weight", "norm_key": "k_norm.weight", "sinks": "k_base", "bias": "b",
-    }  # fmt: skip
-    if not expect(layers, *names.values()):
-        raise GateError(
-            f"fast_kvzip gates have {', '.join(names.values())}, but a layer has {', '.join(sorted(layers[0]))}"
-        )
-    state = {own: stacked(layers, theirs) for own, theirs in names.items()}
-    state |= {name: state[name].squeeze(2) for name in ("sinks", "bias")}  # [L, H, 1, ...]
-    return {"rank": state["norm_query"].shape[-1], "num_sinks": state["sinks"].shape[2]}, state
 
 
 def rms_norm(values: Tensor, weight: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ the testbed's cannot, the target is the largest attention of the text's own late
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,17 +24,15 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
-from learnevict.errors import GateError, UsageError
+from learnevict.errors import UsageError
 from learnevict.methods import Paper
-from learnevict.parts.learned import Surrogate, expect, hidden_of, stacked
+from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.parts.selection import Above
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", "2601.07891", 2026, "learned")
-PUBLISHED = re.compile(r"(?:layers|module_list)\.(\d+)\.((?:[02]\.)?(?:weight|bias))")
-"""Names of the authors' tensors (nvidia/KVzap-mlp-*, nvidia/KVzap-linear-*): layer, and name within it."""
 TRAINING: dict[str, Any] = {
     "target": "future",  # reconstruction
     "learning_rate": 5e-3,  # 5e-3, the default of its code
@@ -83,24 +79,6 @@ class KVzapGate(Surrogate):
         if self.kind == "mlp":
             inner = nn.functional.gelu(inner @ self.weight_in[layer] + self.bias_in[layer])
         return (inner @ self.weight[layer] + self.bias[layer]).transpose(1, 2)
-
-
-def convert(layers: Sequence[Mapping[str, Tensor]], _: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of the gate that the authors' weights are.
-
-    Args:
-        layers: tensors of each, by the names of PUBLISHED.
-
-    Raises:
-        GateError: other tensors than theirs.
-    """
-    if expect(layers, "weight", "bias"):
-        return {"kind": "linear"}, {name: stacked(layers, name) for name in ("weight", "bias")}
-    if not expect(layers, "0.weight", "0.bias", "2.weight", "2.bias"):
-        raise GateError(f"a kvzap surrogate is two maps or one, but a layer has {', '.join(sorted(layers[0]))}")
-    names = {"weight_in": "0.weight", "bias_in": "0.bias", "weight": "2.weight", "bias": "2.bias"}
-    state = {own: stacked(layers, theirs) for own, theirs in names.items()}
-    return {"kind": "mlp", "hidden": state["bias_in"].shape[-1]}, state
 
 
 def build(layout: Layout, **settings: Any) -> KVzapGate:

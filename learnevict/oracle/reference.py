@@ -17,7 +17,7 @@ from learnevict.oracle.collect import golden_labels
 from learnevict.oracle.head_slots import held_after
 from learnevict.oracle.reducers import horizon
 from learnevict.oracle.traces import Roll, unpadded_positions
-from learnevict.policy import Governor, Guard, Scorer
+from learnevict.policy import Governor, Guard, WrappedScorer
 from learnevict.signals import NEVER, Signals, Trace
 
 
@@ -161,31 +161,10 @@ class EventScores:
 
 
 @dataclass(frozen=True)
-class RecordingScorer(Scorer):
-    """A scorer whose scores are noted down."""
+class RecordingScorer(WrappedScorer):
+    """A scorer whose scores are written down."""
 
-    scorer: Scorer
     notes: list[EventScores] = field(default_factory=list)
-
-    @property
-    def columns(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See Scorer."""
-        return self.scorer.columns
-
-    @property
-    def window(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See Scorer."""
-        return self.scorer.window
-
-    @property
-    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See Scorer."""
-        return self.scorer.observes
-
-    @property
-    def refreshes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See Scorer."""
-        return self.scorer.refreshes
 
     def score(self, signals: Signals) -> Tensor:
         """See Scorer."""
@@ -194,23 +173,6 @@ class RecordingScorer(Scorer):
             EventScores(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now)
         )
         return scores
-
-    def write(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
-        return self.scorer.write(signals)
-
-    def observe(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
-        return self.scorer.observe(signals)
-
-    def refresh(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
-        return self.scorer.refresh(signals)
-
-    def to(self, device: torch.device) -> Scorer:
-        """See Scorer."""
-        self.scorer.to(device)
-        return self
 
 
 def recording(policy: Governor) -> tuple[Governor, list[EventScores]]:

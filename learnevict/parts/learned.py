@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ from learnevict.config import Budget
 from learnevict.errors import GateError, UsageError
 from learnevict.parts.layer_allocation import LayerAllocation
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Gate, Policy, Scorer
+from learnevict.policy import Gate, Policy, WrappedScorer
 from learnevict.signals import Signals, StateColumn
 
 
@@ -117,23 +116,6 @@ class Ranker(Learner):
         return self.score(signals)
 
 
-def stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """A tensor of all layers [L, ...]; matrices of torch's Linear [out, in] are turned to [in, out].
-
-    Raises:
-        GateError: its shapes differ between layers.
-    """
-    parts = [layer[name] for layer in layers]
-    if len({part.shape for part in parts}) > 1:
-        raise GateError(f"{name} has another shape in every layer: {', '.join(str(list(p.shape)) for p in parts[:3])}")
-    return torch.stack([part.T.contiguous() if part.dim() == 2 else part for part in parts])
-
-
-def expect(layers: Sequence[Mapping[str, Tensor]], *names: str) -> bool:
-    """Whether every layer has exactly these tensors."""
-    return all(set(layer) == set(names) for layer in layers)
-
-
 def hidden_of(signals: Signals, method: str) -> Tensor:
     """Inputs of the attention module for fresh tokens, float32 [B, S, E].
 
@@ -169,27 +151,14 @@ class Table(Gate):
 
 
 @dataclass(frozen=True)
-class OtherBonus(Scorer):
-    """The same table under another bonus for recency than the one it was saved with."""
+class OtherBonus(WrappedScorer):
+    """The same table under another recency bonus than the one it was saved with."""
 
-    gate: Table
     bonus: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", self.gate.columns)
-
-    def write(self, signals: Signals) -> dict[str, Tensor]:
-        """As the gate."""
-        return self.gate.write(signals)
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
         return aged(signals, self.bonus)
-
-    def to(self, device: torch.device) -> Scorer:
-        """Moves the table."""
-        self.gate.to(device)
-        return self
 
 
 def aged(signals: Signals, bonus: Tensor | float) -> Tensor:

@@ -8,9 +8,9 @@ offer; the library of words is `learnevict.parts`.
 
 from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
 from learnevict.policy.policy import Assembly, Governor, Policy, keep_best
-from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate
+from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, WrappedScorer
 
 __all__ = [
-    "Policy", "Governor", "Assembly", "keep_best", "Scorer", "Gate", "SoftGate", "DecayBias", "Probe",
+    "Policy", "Governor", "Assembly", "keep_best", "Scorer", "WrappedScorer", "Gate", "SoftGate", "DecayBias", "Probe",
     "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
 ]  # fmt: skip

@@ -58,6 +58,47 @@ class Scorer(ABC):
         return self
 
 
+@dataclass(frozen=True)
+class WrappedScorer(Scorer):
+    """A scorer in front of another one: all but its scores is that one's.
+
+    Args:
+        scorer: the other.
+    """
+
+    scorer: Scorer
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "window", "observes", "refreshes"):
+            object.__setattr__(self, name, getattr(self.scorer, name))
+
+    def score(self, signals: Signals) -> Tensor:
+        """See Scorer."""
+        return self.scorer.score(signals)
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.write(signals)
+
+    def observe(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.observe(signals)
+
+    def refresh(self, signals: Signals) -> dict[str, Tensor]:
+        """See Scorer."""
+        return self.scorer.refresh(signals)
+
+    @property
+    def soft(self) -> SoftGate | None:
+        """See Scorer."""
+        return self.scorer.soft
+
+    def to(self, device: torch.device) -> Scorer:
+        """Moves the other scorer."""
+        self.scorer.to(device)
+        return self
+
+
 class Gate(nn.Module, Scorer):
     """A Scorer with parameters, for all layers of one base model; trained with the base frozen.
 

@@ -127,8 +127,8 @@ KINDS = {
     "kvzap mlp": (lambda folder: kvzap(folder, "mlp"), kvzap_formula, "estimate"),
     "fast_kvzip": (fast_kvzip, fast_kvzip_formula, "estimate"),
     "trimkv": (lambda folder: trimkv(folder, "one hidden layer"), trimkv_formula, "retention"),
-    "trimkv db": (lambda folder: trimkv(folder, "own output"), trimkv_formula, "retention"),
-    "trimkv db shared": (lambda folder: trimkv(folder, "shared output"), trimkv_formula, "retention"),
+    "dbtrimkv": (lambda folder: trimkv(folder, "own output"), trimkv_formula, "retention"),
+    "dbtrimkv shared": (lambda folder: trimkv(folder, "shared output"), trimkv_formula, "retention"),
 }
 
 
@@ -157,7 +157,7 @@ def test_imported_gates_score_as_the_papers_say(tmp_path, base, kind):
 
 
 def base_act(kind: str) -> str:
-    return "gelu" if kind == "trimkv db shared" else "silu"  # of the authors' config.json, or of the base's
+    return "gelu" if kind == "dbtrimkv shared" else "silu"  # of the authors' config.json, or of the base's
 
 
 class Runs:
@@ -184,7 +184,7 @@ class Runs:
         ),
         (
             lambda folder: save_file({"layers.0.weight": torch.ones(2, 2)}, folder / "w.safetensors"),
-            "a kvzap surrogate is two maps or one, but a layer has weight",
+            "its layers have weight, but should be kvzap",
         ),
     ],
 )

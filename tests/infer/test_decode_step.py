@@ -44,7 +44,7 @@ AT_EVENTS = {
         for name, (_, options) in VARIANTS.items()
         if "together" in options and name != "foresightkv/together"  # its inputs are as many as slots: which is joined?
     },
-    "trimkv/tied": TOGETHER,
+    "dbtrimkv": TOGETHER,
 }
 
 

@@ -265,14 +265,14 @@ def test_only_the_gate_learns():
     assert all(weights.grad is None for weights in model.parameters())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_policy_whose_layers_compete_is_weighed_by_its_gate(tied):
+@pytest.mark.parametrize("method", ["trimkv", "dbtrimkv"])
+def test_a_policy_whose_layers_compete_is_weighed_by_its_gate(method):
     """Whoever ranks by a gate that can weigh, also where it is not the scorer itself."""
     model = zoo.build("llama")
     ids, mask = batch(zoo.tokens(model, 2, 12), (0, 3))
-    gates = Gates.make("trimkv", model, hidden=8, tied=tied, bias=1.0)
+    gates = Gates.make(method, model, hidden=8, bias=1.0)
     policy = gates.policy(30, slack=4)
-    assert policy.scope == ("model" if tied else "layer")
+    assert policy.scope == ("model" if method == "dbtrimkv" else "layer")
     logits = []
     for one in (policy, weighing(gates.gate)):
         with torch.no_grad(), attach(model, one, soft=True) as soft:

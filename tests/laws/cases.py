@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "foresightkv/together": ("foresightkv", {"together": 0.2}),
     "foresightkv/shares": ("foresightkv", {"made": {"demand": ()}}),
     "foresightkv/prefill_end": ("foresightkv", {"schedule": "prefill_end"}),
-    "trimkv/tied": ("trimkv", {"made": {"tied": True, "hidden": 16}}),
+    "dbtrimkv": ("dbtrimkv", {"made": {"hidden": 16}}),
 }
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)

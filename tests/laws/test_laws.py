@@ -259,7 +259,7 @@ def check(law_matrix, law: str, method: str, model: str) -> None:
     law_matrix.record(law, method, model, LAWS[law](Case(method, model)))
 
 
-QUICK = ("snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", "trimkv/tied", "lookahead_kv")
+QUICK = ("snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", "dbtrimkv", "lookahead_kv")
 """Methods that between them go all ways through the core: `scripts/check` asks these."""
 
 

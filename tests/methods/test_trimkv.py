@@ -1,4 +1,4 @@
-"""Retention gates against formulas written anew: notes, whole eviction histories, DBTrimKV's worths, ties, round trips."""
+"""Retention gates against formulas written anew: state, whole eviction histories, DBTrimKV's sums, ties, round trips."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from learnevict import Gates, attach, methods
 from learnevict.errors import CacheError, GateError, TrainedOtherwiseWarning, UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.soft import Sequence
-from learnevict.methods.trimkv import TrimGate, log_geometric
+from learnevict.methods.dbtrimkv import DBTrimGate
+from learnevict.methods.trimkv import TrimGate
+from learnevict.parts.retention import RetentionGate, log_geometric
 from learnevict.signals import NEVER, Attention, Rows, Signals
 from tests.closeness import SUMS, close
 from tests.event_loop import Loop, stream
@@ -24,28 +26,28 @@ from tests.laws.run import PADS, Run, batch, read
 BUDGET, SLACK, SINKS, RECENT, LENGTH = 20, 4, 2, 3, 49
 
 
-def gate_for(model, **settings) -> TrimGate:
+def gate_for(model, kind: type[RetentionGate] = TrimGate, **settings) -> RetentionGate:
     torch.manual_seed(4)
-    gate = TrimGate(layout_of(model.config), **{"hidden": 8, "bias": 2.0} | settings).eval()
+    gate = kind(layout_of(model.config), **{"hidden": 8, "bias": 2.0} | settings).eval()
     with torch.no_grad():
         for weights in gate.parameters():
             weights += 0.5 * torch.randn_like(weights)
     return gate
 
 
-def run(model, gate: TrimGate, **options) -> Run:
+def run(model, gate: RetentionGate, **options) -> Run:
     ids, mask = batch(zoo.distinct_tokens(model, len(PADS), LENGTH))
     policy = methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK, sinks=SINKS, recent=RECENT, **options)
     return read(model, policy, ids, mask)
 
 
-def notes_of_first_layer(model, gate: TrimGate, ids: Tensor) -> Tensor:
+def retention_of_first_layer(model, gate: RetentionGate, ids: Tensor) -> Tensor:
     """float64 [B, H, T], from embeddings and weights; eviction cannot change what the first layer reads."""
     hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).double()
     weights = {name: part.detach().double() for name, part in gate.named_parameters()}
     gelu = torch.nn.functional.gelu
     x = gelu(hidden @ weights["weight_in"][0] + weights["bias_in"][0])
-    if gate.tied:
+    if "weight_mid" in weights:
         x = gelu(x @ weights["weight_mid"][0] + weights["bias_mid"][0])
     z = x @ weights["weight_out"][0] + weights["bias_out"][0]
     return -torch.log1p(torch.exp(-z)).transpose(1, 2)
@@ -75,12 +77,12 @@ def still(rate: float, t: int, i: int) -> float:
     return rate
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_first_layers_history_is_that_of_the_formulas(tied):
+@pytest.mark.parametrize("kind", [TrimGate, DBTrimGate])
+def test_the_first_layers_history_is_that_of_the_formulas(kind):
     model = zoo.build("llama")
-    gate = gate_for(model, tied=tied)
+    gate = gate_for(model, kind)
     done = run(model, gate, scope="layer")
-    notes = notes_of_first_layer(model, gate, done.ids)
+    notes = retention_of_first_layer(model, gate, done.ids)
     for head in range(2):
         for row, pad in enumerate(PADS):
             expected = expected_expiry(notes[row, head], pad, fading)
@@ -88,7 +90,7 @@ def test_the_first_layers_history_is_that_of_the_formulas(tied):
             assert expected != expected_expiry(notes[row, head], pad, still)  # it matters that retention ages
 
 
-def test_notes_are_those_of_the_formulas_after_another_precision():
+def test_retentions_are_those_of_the_formulas_after_another_precision():
     model = zoo.build("llama")
     gate = gate_for(model)
     ids, mask = batch(zoo.distinct_tokens(model, len(PADS), LENGTH))
@@ -99,7 +101,7 @@ def test_notes_are_those_of_the_formulas_after_another_precision():
             model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
         found = soft.notes[0]["retention"]
         assert found.dtype == torch.float32
-        close(found, notes_of_first_layer(model, gate, ids), rounding)
+        close(found, retention_of_first_layer(model, gate, ids), rounding)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
@@ -124,7 +126,7 @@ def test_an_untrained_gate_ranks_by_what_it_says_and_then_by_age(kind):
         assert done.trace.expiry[0, row, 0].tolist()[pad:] == oldest[pad:]
 
 
-def test_worth_is_the_sum_over_the_horizon():
+def test_the_score_is_the_sum_over_the_horizon():
     rates = torch.tensor([-1e-12, -1e-8, -1e-3, -0.1, -2.0, -50.0, -1e4, 0.0])
     for terms in (1, 7, 128):
         expected = [math.log(sum(math.exp(float(r) * n) for n in range(terms))) for r in rates]
@@ -132,10 +134,10 @@ def test_worth_is_the_sum_over_the_horizon():
 
 
 def test_db_trimkv_ranks_layers_together():
-    """Scores are worths; layers hold what they win, in all no more than the budget; and eviction equals masking."""
+    """Layers hold what they win, in all no more than the budget; and eviction equals masking."""
     model = zoo.build("qwen3")
-    gate = gate_for(model, tied=True)
-    done = run(model, gate, floor=0.1, horizon=16)  # a tied gate is made for that
+    gate = gate_for(model, DBTrimGate)
+    done = run(model, gate, floor=0.1, horizon=16)
     expiry = done.trace.expiry
     close(done.logits, judge(model, done.ids, done.mask, expiry), 1e-4, done.mask)
     held = torch.stack([(done.cache.positions(layer) >= 0).sum(-1) for layer in range(2)])  # [L, B, H]
@@ -146,8 +148,8 @@ def test_db_trimkv_ranks_layers_together():
     assert (uniform.trace.expiry != expiry).any()
 
 
-def test_the_score_of_worth_by_brute_force():
-    gate = TrimGate(layout_of(zoo.build("llama").config), tied=True)
+def test_the_sum_by_brute_force():
+    gate = DBTrimGate(layout_of(zoo.build("llama").config))
     policy = methods.trimkv.policy(BUDGET, gate=gate, scope="model", horizon=9, slack=SLACK)
     generator = torch.Generator().manual_seed(0)
     rate = -torch.rand(3, 2, 11, generator=generator).pow(4)
@@ -176,11 +178,11 @@ def test_what_trimkv_refuses():
     with pytest.raises(UsageError, match="scope"):
         methods.trimkv.policy(BUDGET, gate=gate, scope="head", slack=SLACK)
     with pytest.raises(UsageError, match="floor"):
-        methods.trimkv.policy(BUDGET, gate=TrimGate(gate_layout(), tied=True), scope="model", floor=2.0, slack=SLACK)
+        methods.trimkv.policy(BUDGET, gate=DBTrimGate(gate_layout()), scope="model", floor=2.0, slack=SLACK)
     for horizon in (0, -3):
         with pytest.raises(UsageError, match="a horizon of at least 1"):
-            methods.trimkv.policy(BUDGET, gate=TrimGate(gate_layout(), tied=True), horizon=horizon, slack=SLACK)
-    with pytest.warns(TrainedOtherwiseWarning, match="tied"):
+            methods.trimkv.policy(BUDGET, gate=DBTrimGate(gate_layout()), horizon=horizon, slack=SLACK)
+    with pytest.warns(TrainedOtherwiseWarning, match="one of trimkv"):
         methods.trimkv.policy(BUDGET, gate=gate, scope="model", slack=SLACK)
     loop = Loop(methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK), stream())
     with pytest.raises(GateError, match="hidden states"):
@@ -196,7 +198,7 @@ def gate_layout():
 def test_a_score_that_is_no_number_is_told(scope, worst):
     """Regression: slots without a finite score passed for empty ones, and the cache was emptied without a word."""
     model = zoo.build("llama")
-    gate = gate_for(model, tied=scope == "model")
+    gate = gate_for(model, DBTrimGate if scope == "model" else TrimGate)
     with torch.no_grad():
         gate.bias_out[0, 1] = math.nan if math.isnan(worst) else 0.0
     if not math.isnan(worst):
@@ -209,14 +211,26 @@ def test_a_score_that_is_no_number_is_told(scope, worst):
         read(model, policy, ids, mask)
 
 
-@pytest.mark.parametrize("settings", [{}, {"hidden": 6, "bias": 5.0, "tied": True, "dropout": 0.0}])
-def test_settings_and_weights_survive_a_round_trip(tmp_path, settings):
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("trimkv", {}),
+        ("trimkv", {"tied": False, "shared_output": True}),  # settings that older gates have
+        ("trimkv", {"hidden": 6, "bias": 5.0, "tied": True, "dropout": 0.0}),
+        ("dbtrimkv", {"hidden": 6, "bias": 5.0, "dropout": 0.0}),
+    ],
+)
+def test_settings_and_weights_survive_a_round_trip(tmp_path, method, settings):
+    """Gates of dbtrimkv were once stored as a kind of trimkv: they still load, and are the same."""
     model = zoo.build("llama")
-    gates = Gates.make("trimkv", model, **settings)
+    gates = Gates.make(method, model, **settings)
     gates.save_pretrained(tmp_path)
     again = Gates.load(tmp_path, model)
     assert again.gate.settings() == gates.gate.settings()
     assert all(torch.equal(one, other) for one, other in zip(gates.parameters(), again.parameters(), strict=True))
-    assert set(again.gate.losses) == {"divergence", "next_token", "hinge_together" if settings else "hinge"}
-    assert again.policy(BUDGET, slack=SLACK, scope="layer").scorer is again.gate
-    assert again.policy(BUDGET, slack=SLACK).scope == ("model" if settings else "layer")
+    together = method == "dbtrimkv" or settings.get("tied", False)
+    assert isinstance(again.gate, DBTrimGate if together else TrimGate)
+    assert set(again.gate.losses) == {"divergence", "next_token", "hinge_together" if together else "hinge"}
+    assert again.policy(BUDGET, slack=SLACK).scope == ("model" if together else "layer")
+    if method == "trimkv":
+        assert again.policy(BUDGET, slack=SLACK, scope="layer").scorer is again.gate

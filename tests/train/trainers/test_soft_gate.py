@@ -144,7 +144,7 @@ def test_what_the_trainer_refuses(tmp_path):
 def test_every_gate_of_this_kind_asks_for_losses_that_exist():
     layout = layout_of(zoo.build("llama").config)
     gates = [methods.load(name).build(layout) for name in SETTINGS]
-    gates.append(methods.trimkv.build(layout, tied=True))
+    gates.append(methods.dbtrimkv.build(layout))
     for gate in gates:
         assert gate.mode == "soft"
         assert set(gate.losses) <= set(LOSSES)
