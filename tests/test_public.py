@@ -1,4 +1,4 @@
-"""What other people's code stands on: public names, the cost of an import, what a wheel holds, what the README says."""
+"""What other people's code stands on: public names, the cost of an import, what a wheel holds, what README and docs say."""
 
 from __future__ import annotations
 
@@ -128,3 +128,46 @@ def test_readme_shows_commands_that_exist():
 def test_readme_python_compiles():
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL):
         compile(block, "README.md", "exec")
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+MADE = re.compile(r"(?:/|~/|runs/|site/|user/|path/|\.venv|application/|my_|x/|kernels/__init__)")
+"""How paths begin that are made at run time, belong to a reader, or must not be there."""
+
+
+def named_paths(page: str) -> set[str]:
+    """What a page says in backticks and means as a file or folder of this repository."""
+    spans = set(re.findall(r"`([^`\s]+)`", re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)))
+    shape = re.compile(r"[\w.<>*-]+(?:/[\w.<>*-]*)+|[\w<>*-]+\.(?:py|md|ipynb|toml|yaml|txt)")
+    return {span for span in spans if shape.fullmatch(span) and not MADE.match(span) and not re.match(r"\d+/\d+", span)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_that_pages_name_exist(page):
+    """A path counts from the root, the package or docs/; `<name>` and `NAME` stand for anything."""
+    homes = (ROOT, ROOT / "learnevict", ROOT / "docs")
+    wrong = [
+        path
+        for path in sorted(named_paths(page))
+        if not any(any(home.glob(re.sub(r"<\w+>|[A-Z]{4,}(?!\w*\.md)", "*", path.rstrip("/")))) for home in homes)
+    ]
+    assert not wrong, f"{page} names {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_pages_name_exist(page):
+    """`learnevict.a.b` is a module, or a name that the text of its module has."""
+    for name in sorted(set(re.findall(r"\blearnevict(?:\.\w+)+", (ROOT / page).read_text()))):
+        parts = name.split(".")
+        while parts and not (module := ROOT.joinpath(*parts).with_suffix(".py")).exists():
+            if (module := ROOT.joinpath(*parts, "__init__.py")).exists():
+                break
+            parts.pop()
+        rest = name.split(".")[len(parts) :]
+        assert all(re.search(rf"\b{word}\b", module.read_text()) for word in rest[:1]), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}"
