@@ -816,7 +816,7 @@ def test_the_pooled_gap_says_what_it_pools():
             place = {"method": method, "family": family, "budget": 9, "budget_share": "1/4", "kind": kind}
             rows.append(place | {"seed": 0, "samples": 3})
     accuracy = {family: {"1/4": {"random": 0.5}} for family in right}
-    text = "\n".join(sections.gap_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
+    text = "\n".join(sections.recovery_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
     assert "| foresightkv | 0.500 [0.500, 0.500] (2) |" in text
     assert "Left out: 1/4: procedure (not run), recall (gap 0.000), dialogue (not run)." in text
     assert "as its gap is wide" in text and "weigh the same" not in text
@@ -846,7 +846,7 @@ def test_refinement_is_tested_against_its_start():
 
 def test_the_method_table_stands_between_its_markers(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{tables.START}\nstale words\n{tables.STOP}\nafter\n")
+    page.write_text(f"before\n{tables.FIRST}\nstale words\n{tables.LAST}\nafter\n")
     assert tables.write_method_table(page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text

@@ -46,24 +46,24 @@ def everywhere(**right: int) -> dict[tuple[str, str, str], int]:
     }
 
 
-def test_gap_goals_are_met_missed_unscored_or_unmeasured():
+def test_recovery_goals_are_met_missed_unscored_or_unmeasured():
     main = results(everywhere(keydiff=4, golden=9, foresightkv_sl=8))
     seen = Evidence(main, None, tuned(*testbed.FAMILIES))
-    line = seen.gap_closed("foresightkv-sl", "program", "1/8", 0.75)
-    assert (line.found, line.verdict) == ("0.800 [0.800, 0.800]", MET)
-    assert seen.gap_closed("foresightkv-sl", "all families", "1/8", 0.85).verdict == MISSED
+    line = seen.recovery("foresightkv-sl", "program", "1/8", 0.75)
+    assert (line.found, line.status) == ("0.800 [0.800, 0.800]", MET)
+    assert seen.recovery("foresightkv-sl", "all families", "1/8", 0.85).status == MISSED
     narrow = Evidence(results(everywhere(keydiff=9, golden=9, foresightkv_sl=8)), None, tuned(*testbed.FAMILIES))
-    assert narrow.gap_closed("foresightkv-sl", "all families", "1/8", 0.75).verdict == UNSCORED
+    assert narrow.recovery("foresightkv-sl", "all families", "1/8", 0.75).status == UNSCORED
     for place, evidence in (
         ("program", Evidence(main, None, None)),
         ("all families", Evidence(main, None, tuned("program"))),
     ):
-        line = evidence.gap_closed("foresightkv-sl", place, "1/8", 0.75)
-        assert line.verdict == UNMEASURED and "not tuned" in line.found
-    assert seen.gap_closed("foresightkv", "program", "1/8", 0.75).found == "– (program not run)"
+        line = evidence.recovery("foresightkv-sl", place, "1/8", 0.75)
+        assert line.status == UNMEASURED and "not tuned" in line.found
+    assert seen.recovery("foresightkv", "program", "1/8", 0.75).found == "– (program not run)"
 
 
-def test_differences_are_judged_by_interval_or_by_p():
+def test_goals_of_differences_are_met_by_interval_or_by_p():
     right = everywhere(golden=9, foresightkv_sl=8, foresightkv=9)
     exact = {("foresightkv", family, "1/6"): 1.0 for family in testbed.FAMILIES}
     exact |= {("foresightkv-sl", family, "1/6"): float(family != "program") for family in testbed.FAMILIES}
@@ -71,14 +71,14 @@ def test_differences_are_judged_by_interval_or_by_p():
     seen = Evidence(main, main, None)
     pair = ("foresightkv", "foresightkv-sl")
     line = seen.difference(pair, "program", "1/6", "teacher", "tested")
-    assert (line.found, line.verdict) == ("+0.100 [+0.100, +0.100], p = 0.0001", MET)
+    assert (line.found, line.status) == ("+0.100 [+0.100, +0.100], p = 0.0001", MET)
     line = seen.difference(pair, "all families", "1/6", "free", "tested")
-    assert (line.found.split(" ")[0], line.verdict) == ("+0.200", MET)
-    assert seen.difference(pair, "program", "1/12", "teacher", "tested").verdict == UNMEASURED
-    assert Evidence(main, None, None).difference(pair, "program", "1/6", "free", "tested").verdict == UNMEASURED
-    assert seen.difference(("foresightkv", "golden"), "program", "1/6", "teacher", "reached").verdict == MET
-    assert seen.difference(("foresightkv", "golden"), "program", "1/6", "teacher", "above").verdict == MISSED
-    assert seen.difference(("foresightkv-sl", "golden"), "program", "1/6", "teacher", "reached").verdict == MISSED
+    assert (line.found.split(" ")[0], line.status) == ("+0.200", MET)
+    assert seen.difference(pair, "program", "1/12", "teacher", "tested").status == UNMEASURED
+    assert Evidence(main, None, None).difference(pair, "program", "1/6", "free", "tested").status == UNMEASURED
+    assert seen.difference(("foresightkv", "golden"), "program", "1/6", "teacher", "reached").status == MET
+    assert seen.difference(("foresightkv", "golden"), "program", "1/6", "teacher", "above").status == MISSED
+    assert seen.difference(("foresightkv-sl", "golden"), "program", "1/6", "teacher", "reached").status == MISSED
 
 
 def test_the_best_supervised_method_is_named_with_what_the_choice_rests_on():
@@ -87,7 +87,7 @@ def test_the_best_supervised_method_is_named_with_what_the_choice_rests_on():
     assert "Supervised is dbtrimkv: of 2 learned methods" in page and "next is foresightkv-sl with 0.7000" in page
     assert (
         "test rows" in page
-        and "| dbtrimkv: gap closed, program, 1/8 | at least 75 % | 0.800 [0.800, 0.800] | met |" in page
+        and "| dbtrimkv: recovery, program, 1/8 | at least 75 % | 0.800 [0.800, 0.800] | met |" in page
     )
     assert "| dbtrimkv minus lexical: step accuracy, all families, 1/8 | interval above 0 | -0.100" in page
     assert "foresightkv minus foresightkv-sl: exact match in free generation, program, 1/12" in page
@@ -110,7 +110,7 @@ def test_the_page_says_who_is_who(settings, said, tmp_path):
     names = {"foresightkv", "foresightkv-sl", "foresightkv-equal", "dbtrimkv", "lexical"}
     refined, start, equal, other = tables.who_is_who(names, tmp_path)
     assert said in refined and "refined by reinforcement" in refined
-    assert "supervised judge" in start and equal == "foresightkv-equal was refined with equal shares."
+    assert "supervised scorer" in start and equal == "foresightkv-equal was refined with equal shares."
     assert other == "dbtrimkv are gates of trimkv."
     assert tables.who_is_who({"lexical"}, tmp_path) == []
 

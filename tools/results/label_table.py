@@ -32,7 +32,7 @@ class Tried:
     seconds: float = 0.0
 
     def add(self, scores: Scores, full: Sequence[float], seconds: float) -> None:
-        """Another batch: under the label's trace, and the losses with the full cache."""
+        """Adds a batch: scores under the label's trace, and the losses with the full cache."""
         self.right += scores.right
         self.seen += scores.seen
         self.loss += sum(scores.loss)
@@ -52,7 +52,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class TriedLabels:
-    """A file of them."""
+    """A file of labels that were tried."""
 
     path: Path
     origin: dict[str, Any]
@@ -60,7 +60,7 @@ class TriedLabels:
 
     @classmethod
     def open(cls, path: Path, origin: Mapping[str, Any] | None = None) -> TriedLabels:
-        """What a file holds; nothing if it is not there.
+        """Reads what a file holds; nothing if it is not there.
 
         Raises:
             DataError: something else is in it.
@@ -78,11 +78,11 @@ class TriedLabels:
         return found
 
     def has(self, family: str, share: str, name: str) -> bool:
-        """Whether a label was tried there."""
+        """Returns whether a label was tried there."""
         return any((one.family, one.share, one.name) == (family, share, name) for one in self.tried)
 
     def add(self, one: Tried) -> None:
-        """Write one more, at once."""
+        """Writes one more, at once."""
         self.tried.append(one)
         content = {"origin": self.origin, "tried": [asdict(one) for one in self.tried]}
         lines = json.dumps(content).replace('{"family"', '\n{"family"')
@@ -91,31 +91,30 @@ class TriedLabels:
 
 
 def label_tables(found: TriedLabels) -> list[str]:
-    """A table: labels down, families and budgets across."""
+    """Returns a table: labels down, families and budgets across."""
     families = list(dict.fromkeys(one.family for one in found.tried))
     largest = sorted(found.tried, key=lambda one: (families.index(one.family), -one.slots))
     cells = list(dict.fromkeys((one.family, one.share) for one in largest))
     places = {(one.family, one.share, one.name): one for one in found.tried}
-    lines: list[list[str]] = []
-    for name in dict.fromkeys(one.name for one in found.tried):
-        lines.append([name.replace("|", "\\|"), *(_shown(places, family, share, name) for family, share in cells)])
-    header = ["label", *(f"{family} {share}" for family, share in cells)]
-    where = f"{found.origin['samples']} {found.origin['split']} samples each"
+
+    def shown(name: str, family: str, share: str) -> str:
+        one, base = places.get((family, share, name)), places.get((family, share, REFERENCE))
+        if one is None:
+            return "–"
+        sign = ""
+        if base is not None:
+            apart = metrics.paired_difference(one.right, base.right, one.seen)
+            sign = " +" if apart.low > 0 else " -" if apart.high < 0 else ""
+        return f"{one.accuracy:.3f}{sign} ({one.loss_ratio:.3g})"
+
+    names = dict.fromkeys(one.name for one in found.tried)
     return [
         "## Labels",
-        f"Step accuracy of traces made with hindsight, {where}, and the loss over that with the full cache; all hold as many "
-        "slots in all. + or -: the paired 95 % interval of the difference from golden lies above or below zero. "
-        "recipes/compare_labels.py says what the names mean.",
-        table(header, lines),
+        f"Step accuracy of traces made with hindsight, {found.origin['samples']} {found.origin['split']} samples each, and the "
+        "loss over that with the full cache; all hold as many slots in all. + or -: the paired 95 % interval of the difference "
+        "from golden lies above or below zero. recipes/compare_labels.py says what the names mean.",
+        table(
+            ["label", *(f"{family} {share}" for family, share in cells)],
+            [[name.replace("|", "\\|"), *(shown(name, *cell) for cell in cells)] for name in names],
+        ),
     ]
-
-
-def _shown(places: Mapping[tuple[str, str, str], Tried], family: str, share: str, name: str) -> str:
-    one, base = places.get((family, share, name)), places.get((family, share, REFERENCE))
-    if one is None:
-        return "–"
-    sign = ""
-    if base is not None:
-        apart = metrics.paired_difference(one.right, base.right, one.seen)
-        sign = " +" if apart.low > 0 else " -" if apart.high < 0 else ""
-    return f"{one.accuracy:.3f}{sign} ({one.loss_ratio:.3g})"

@@ -1,4 +1,4 @@
-"""docs/results.md, its plots and the README's method table, from JSON rows: no number in the docs is typed by hand."""
+"""Writes docs/results.md, its plots and the README's method table from JSON rows: no number there is typed by hand."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from tools.results.ablations import ablation_table, plot_curves, plot_training, read_variants
 from tools.results.benchmarks import benchmark_tables
-from tools.results.goals import EQUAL, REFINED, SUPERVISED, goal_tables
+from tools.results.goals import EQUAL, goal_tables
 from tools.results.label_table import TriedLabels, label_tables
 from tools.results.sections import (
+    START,
     agreement_line,
     family_parts,
     folded,
     full_cache_table,
-    gap_tables,
     overview,
     recall_line,
+    recovery_tables,
+    refined_pairs,
     refined_tables,
+    short_table,
 )
 
-START, STOP = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
+FIRST, LAST = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
 LEGEND = (
     "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README, learned "
@@ -48,18 +51,18 @@ TITLES = {
         "The prompt stays and budgets count the rest. Answers of recall and dialogue are too short to evict from.",
     ),
     "long": ("Longer than trained", "Texts longer than any that the base model or a gate has seen."),
-    "free": ("Free generation", "The model reads its own words."),
+    "free": ("Free generation", "The model reads the text it generates."),
 }
 
 
 def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tuned | None = None) -> list[Path]:
-    """Write docs/results.md and one plot per table.
+    """Writes docs/results.md and one plot per table, and returns their paths.
 
     Args:
         results: a folder per table (see TITLES) with JSONL rows; labels.json and ablations.json if they were made.
         docs: where results.md goes.
         benchmarks: JSON files of benchmarks; may be missing.
-        tuned: names the best heuristic of every cell; without it no gap is shown.
+        tuned: names the best heuristic of every cell; without it no recovery is shown.
 
     Raises:
         DataError: nothing to show, files that cannot be read, or results of different weights, tasks or gates.
@@ -69,30 +72,31 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
         raise DataError(f"no results in {str(results)!r}: run recipes/evaluate.py first")
     check_same_origin([*found.values()], tuned)
     names = {name for part in found.values() for name in part.methods("learned")}
-    parts: list[str] = [HEADER, "# Records", " ".join([LEGEND, *who_is_who(names)])]
-    written: list[Path] = []
-    if "main" in found:
-        parts += goal_tables(found["main"], found.get("free"), tuned)
-    parts.append(full_cache_table(found))
+    plots = {
+        name: plot(part.rows, docs / f"results-{name}.png")
+        for name, part in found.items()
+        if any(row["budget"] is not None for row in part.rows)
+    }
+    images = {name: f"![accuracy against budget]({path.name})" for name, path in plots.items()}
+    written, main = [*plots.values()], found.get("main")
+    parts: list[str] = [HEADER, "# Results", images.pop("main", "")]
+    parts += short_table(main) if main else []
+    parts += [" ".join([LEGEND, *who_is_who(names)]), full_cache_table(found)]
+    parts += goal_tables(main, found.get("free"), tuned) if main else []
     for name, part in found.items():
-        parts += section(name, part, tuned)
-        if any(row["budget"] is not None for row in part.rows):
-            written.append(plot(part.rows, docs / f"results-{name}.png"))
-            parts.append(f"![accuracy against budget](results-{name}.png)")
+        parts += [*section(name, part, tuned), images.get(name, "")]
         if name == "main":
             parts += refined_tables(part, found.get("free"))
-            curve = plot_training(GATES_FOLDER / f"testbed-{REFINED}" / "run.json", docs / "training.png")
-            if curve is not None and REFINED in names:
-                written.append(curve)
-                parts.append("![cost and entropy against steps](training.png)")
+            for refined, _ in refined_pairs(part):
+                curve = plot_training(GATES_FOLDER / f"testbed-{refined}" / "run.json", docs / "training.png")
+                if curve is not None:
+                    written.append(curve)
+                    parts.append(f"![cost and entropy against steps]({curve.name})")
     if (ablations := results / "ablations.json").exists():
         variants = read_variants(ablations)
         written.append(plot_curves(variants, docs / "ablations.png"))
-        parts += [
-            "## What each part of refinement buys",
-            ablation_table(variants),
-            "![cost against steps](ablations.png)",
-        ]
+        parts += ["## What each part of refinement buys", ablation_table(variants)]
+        parts.append("![cost against steps](ablations.png)")
     if (labels := results / "labels.json").exists():
         parts += label_tables(TriedLabels.open(labels))
     parts += benchmark_tables(benchmarks)
@@ -102,29 +106,32 @@ def write_results(results: Path, docs: Path, benchmarks: Path, tuned: tuning.Tun
 
 
 def who_is_who(names: Collection[str], gates: Path = GATES_FOLDER) -> list[str]:
-    """What stands behind names that are no method's, or not only; shares of layers as the gates' settings have them."""
+    """Says what stands behind names that are no method's, or not only; layer budgets as the gates' settings have them."""
     said: list[str] = []
-    if REFINED in names:
-        learned = "share the budget as learned in refinement (gates setting `demand`)"
-        shares = learned if gates_config(gates, REFINED).get("settings", {}).get("demand") else "have equal shares"
-        said.append(f"{REFINED} is the judge refined by reinforcement, and its layers {shares}.")
-    if SUPERVISED in names:
-        said.append(f"{SUPERVISED} is the supervised judge that refinement started from, with equal shares.")
-    if EQUAL in names:
-        said.append(f"{EQUAL} was refined with equal shares.")
-    for name in sorted(set(names) - {*methods.METHODS, REFINED, SUPERVISED, EQUAL}):
+    known = set(methods.METHODS)
+    for name in sorted(name for name in names if name + START in names):
+        learned = gates_config(gates, name).get("settings", {}).get("demand")
+        shares = (
+            "share the budget as learned in refinement (gates setting `demand`)" if learned else "have equal shares"
+        )
+        said.append(f"{name} is the scorer refined by reinforcement, and its layers {shares}.")
+        said.append(f"{name + START} is the supervised scorer that refinement started from, with equal shares.")
+        if name + EQUAL in names:
+            said.append(f"{name + EQUAL} was refined with equal shares.")
+        known |= {name, name + START, name + EQUAL}
+    for name in sorted(set(names) - known):
         said.append(f"{name} are gates of {gates_config(gates, name).get('method', 'a method unknown here')}.")
     return said
 
 
 def gates_config(gates: Path, name: str) -> dict[str, Any]:
-    """What a shipped checkpoint says of itself; nothing if there is none of that name."""
+    """Returns the config.json of gates that ship; nothing if there are none of that name."""
     config = gates / f"testbed-{name}" / "config.json"
     return json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
 
 
 def check_same_origin(found: list[Records], tuned: tuning.Tuned | None) -> None:
-    """All numbers of the page belong to the same weights and tasks, and all of one name to the same gates.
+    """Checks that all numbers belong to the same weights and tasks, and all of one name to the same gates.
 
     Raises:
         DataError: some are stale.
@@ -134,12 +141,9 @@ def check_same_origin(found: list[Records], tuned: tuning.Tuned | None) -> None:
         values = {record[name] for record in records}
         if len(values) > 1:
             raise DataError(f"results of different {name} ({', '.join(sorted(values))}); run recipes/evaluate.py anew")
-    gates: dict[str, set[str]] = {}
-    for name, one in (tuned.record.get("gates", {}) if tuned else {}).items():
-        gates.setdefault(name, set()).add(one)
-    for results in found:
-        for name, hashes in results.gates.items():
-            gates.setdefault(name, set()).update(hashes)
+    gates = {name: {one} for name, one in (tuned.record.get("gates", {}) if tuned else {}).items()}
+    for name, hashes in (item for results in found for item in results.gates.items()):
+        gates.setdefault(name, set()).update(hashes)
     if mixed := {name: hashes for name, hashes in gates.items() if len(hashes) > 1}:
         said = "; ".join(f"{name}: {', '.join(sorted(hashes))}" for name, hashes in mixed.items())
         raise DataError(
@@ -148,7 +152,7 @@ def check_same_origin(found: list[Records], tuned: tuning.Tuned | None) -> None:
 
 
 def check_bundled(results: Path) -> None:
-    """The page is about the model and the gates that ship: rows of earlier ones are stale.
+    """Checks that rows belong to the model and the gates that ship; rows of earlier ones are stale.
 
     Raises:
         DataError: some rows belong to other weights, tasks or gates.
@@ -170,19 +174,19 @@ def check_bundled(results: Path) -> None:
 
 
 def sorted_rows(folder: Path) -> list[Path]:
-    """Row files of one table, families in their usual order."""
+    """Returns the row files of one table, families in their usual order."""
     order = {family: index for index, family in enumerate(testbed.FAMILIES)}
     files = [path for path in folder.glob("*.jsonl") if not path.name.endswith(".samples.jsonl")]
     return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.name))
 
 
 def section(name: str, results: Records, tuned: tuning.Tuned | None) -> list[str]:
-    """One table of comparisons with what follows from it."""
+    """Returns one table of comparisons with what follows from it."""
     title, rules = TITLES[name]
     mode = "free" if name == "free" else "teacher"
     parts = [f"## {title}", rules, *overview(results, mode)]
     if name == "main":
-        parts += gap_tables(results, tuned)
+        parts += recovery_tables(results, tuned)
     if name == "free":
         parts += [recall_line(results), agreement_line(results)]
     best = tuned.known_best if tuned is not None and name == "main" else None
@@ -190,7 +194,7 @@ def section(name: str, results: Records, tuned: tuning.Tuned | None) -> list[str
 
 
 def method_table() -> str:
-    """The registered methods as a Markdown table."""
+    """Returns the registered methods as a Markdown table."""
     lines: list[list[str]] = []
     for name in methods.METHODS:
         module = methods.load(name)
@@ -203,24 +207,24 @@ def method_table() -> str:
 
 
 def write_method_table(readme: Path) -> bool:
-    """Replace what stands between the markers; False if the page has none.
+    """Replaces what stands between the markers; returns False if the page has none.
 
     Raises:
         DataError: the page cannot be read or written.
     """
     try:
         text = readme.read_text(encoding="utf-8")
-        if START not in text or STOP not in text:
+        if FIRST not in text or LAST not in text:
             return False
-        before, after = text.split(START)[0], text.split(STOP)[1]
+        before, after = text.split(FIRST)[0], text.split(LAST)[1]
     except OSError as error:
         raise DataError(f"cannot read {str(readme)!r}: {error.strerror}") from error
-    write(readme, f"{before}{START}\n{method_table()}\n{STOP}{after}", START.encode())
+    write(readme, f"{before}{FIRST}\n{method_table()}\n{LAST}{after}", FIRST.encode())
     return True
 
 
 def main() -> None:
-    """Regenerate everything, from the repository's root."""
+    """Regenerates everything, from the repository's root."""
     root = Path(__file__).resolve().parents[2]
     readme = root / "README.md"
     changed = write_method_table(readme)
