@@ -74,7 +74,7 @@ class Cell:
         self.cpu: list[list[float]] = []
 
     def begin(self) -> None:
-        """Start a repetition."""
+        """Starts a repetition."""
         self.wall.append([])
         self.cpu.append([])
         if self.renew is not None:
@@ -82,7 +82,7 @@ class Cell:
 
     @torch.no_grad()
     def steps(self, ids: Tensor, device: str) -> None:
-        """One forward per column of ids [1, n], each timed."""
+        """Runs one forward per column of ids [1, n], each timed."""
         for token in ids.split(1, dim=1):
             synchronize(device)
             cpu, wall = time.process_time(), time.perf_counter()
@@ -92,15 +92,15 @@ class Cell:
             self.cpu[-1].append(time.process_time() - cpu)
 
     def amortised(self, kind: str = "wall") -> list[float]:
-        """Milliseconds per step, one figure a repetition."""
+        """Returns milliseconds per step, one figure a repetition."""
         return [1e3 * statistics.mean(period) for period in vars(self)[kind]]
 
     def plain(self, kind: str = "wall") -> list[float]:
-        """Median milliseconds of the steps without an event, one figure a repetition."""
+        """Returns median milliseconds of the steps without an event, one figure a repetition."""
         return [1e3 * statistics.median(period[:-1]) for period in vars(self)[kind]]
 
     def row(self) -> dict[str, Any]:
-        """Its figures, in milliseconds; the last step of a period is the event step."""
+        """Returns its figures, in milliseconds; the last step of a period is the event step."""
         return {
             "cache": self.name,
             "tokens_seen": self.context,
@@ -112,7 +112,7 @@ class Cell:
 
 
 def filled(cache: Any, model: PreTrainedModel, length: int) -> Any:
-    """The stock cache with random keys and values of `length` tokens in every layer."""
+    """Returns the stock cache with random keys and values of `length` tokens in every layer."""
     config = model.config
     shape = (1, config.num_key_value_heads, length, config.head_dim)
     part = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(model.device)
@@ -122,7 +122,7 @@ def filled(cache: Any, model: PreTrainedModel, length: int) -> Any:
 
 
 def make_policy(name: str, config: Config, model: PreTrainedModel) -> Policy:
-    """The policy with its published defaults; a learned method gets untrained gates, which cost the same."""
+    """Returns the policy with its published defaults; a learned method gets untrained gates, which cost the same."""
     options: dict[str, Any] = {"budget": config.budget, "slack": config.period}
     if config.budget < CONFIG.budget:
         options["recent"] = 2  # published windows do not fit the smoke run
@@ -134,7 +134,7 @@ def make_policy(name: str, config: Config, model: PreTrainedModel) -> Policy:
 
 
 def make_cells(config: Config, device: str, console: Console) -> tuple[list[Cell], list[dict[str, Any]]]:
-    """Every cell, its prompt read; and how long the prompts took."""
+    """Returns every cell, its prompt read; and how long the prompts took."""
     model, stock = config.shape.model(device), config.shape.model(device)
     stock.load_state_dict(model.state_dict(), assign=True)  # one set of weights: equal luck in the processor's caches
     attach(model)
@@ -156,7 +156,7 @@ def make_cells(config: Config, device: str, console: Console) -> tuple[list[Cell
 
 
 def stock_cells(config: Config, stock: PreTrainedModel) -> list[Cell]:
-    """Stock caches: from the budget to one period more, growing or static, and all that was ever read."""
+    """Returns cells of stock caches: from the budget to one period more, growing or static, and all that was ever read."""
     small, longest = config.budget, max(config.contexts)
 
     def dynamic() -> Any:
@@ -174,7 +174,7 @@ def stock_cells(config: Config, stock: PreTrainedModel) -> list[Cell]:
 
 
 def measure(cells: list[Cell], config: Config, device: str, results: Results, console: Console) -> None:
-    """All repetitions, interleaved; figures are saved after each."""
+    """Runs all repetitions, interleaved; figures are saved after each."""
     turns = -(-config.period // config.turn)
     for repetition in range(config.warmup + config.repetitions):
         ids = config.shape.tokens(config.period, device, seed=repetition + 1)
@@ -194,12 +194,12 @@ def measure(cells: list[Cell], config: Config, device: str, results: Results, co
 
 
 def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Quartiles of the quotient, repetition by repetition."""
+    """Returns quartiles of the quotient, repetition by repetition."""
     return quartiles([a / b for a, b in zip(over, under, strict=True)], 4)
 
 
 def compare(cells: list[Cell], config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Ratios of latencies, and the two goals for every policy."""
+    """Returns ratios of latencies, and the two goals for every policy."""
     found = {(cell.name, cell.context): cell for cell in cells}
     shortest, longest = min(config.contexts), max(config.contexts)
     dynamic, static = found["stock dynamic", config.budget], found["stock static", config.budget]
@@ -228,7 +228,7 @@ def compare(cells: list[Cell], config: Config) -> tuple[list[dict[str, Any]], li
 
 
 def profiled(cells: list[Cell], goals: list[dict[str, Any]], config: Config, device: str) -> dict[str, Any]:
-    """Where one period goes, for the stock cache of the budget and every policy that missed a goal."""
+    """Returns where one period goes, for the stock cache of the budget and every policy that missed a goal."""
     missed = {line["goal"].partition(":")[0] for line in goals if not line["met"]}
     chosen = [c for c in cells if (c.name in missed and c.context == min(config.contexts)) or c.renew is not None]
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
@@ -252,7 +252,7 @@ def profiled(cells: list[Cell], goals: list[dict[str, Any]], config: Config, dev
 
 
 def show(results: Results, console: Console) -> None:
-    """Tables for the terminal."""
+    """Prints tables for the terminal."""
     content = results.content
 
     def cell(figures: dict[str, float]) -> str:
@@ -273,7 +273,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def main() -> None:
-    """Run, show, save."""
+    """Runs, shows, saves."""
     options = parser(__doc__)
     options.add_argument("--profile", action="store_true", help="profile the policies that miss a goal")
     options.add_argument("--repetitions", type=int, help="timed periods of every cell")

@@ -42,13 +42,13 @@ TOTAL = 295
 
 
 def card(device: str) -> str:
-    """The device's name as part of a file name."""
+    """Returns the device's name as part of a file name."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def run_part(part: Part, device: str, smoke: bool, seconds: float, out: Path) -> dict[str, Any]:
-    """Run one part; its own results file, as far as it got."""
+    """Runs one part and returns its own results file, as far as it got."""
     command = [sys.executable, str(ROOT / "benchmarks" / part.program), "--device", device, "--out", str(out)]
     out.unlink(missing_ok=True)
     started = time.perf_counter()
@@ -64,7 +64,7 @@ def run_part(part: Part, device: str, smoke: bool, seconds: float, out: Path) ->
 
 
 def chosen_parts(names: str) -> list[str]:
-    """The parts asked for, in the order they run."""
+    """Returns the parts asked for, in the order they run."""
     asked = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in asked if name not in PARTS]
     if unknown or not asked:
@@ -74,7 +74,7 @@ def chosen_parts(names: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the parts; exit code 1 if one of them failed."""
+    """Runs the parts; exit code 1 if one of them failed."""
     options = argparse.ArgumentParser(
         prog="scripts/gpu", description="Laws and benchmarks on a CUDA card, in 5 minutes."
     )

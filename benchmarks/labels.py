@@ -2,7 +2,7 @@
 
     python benchmarks/labels.py [--device cuda] [--smoke] [--out FILE]
 
-One layer of 8 query and 2 kv heads, head size 64, in float32. The rival is the obvious program, which is also the published
+One layer of 8 query and 2 kv heads, head size 64, in float32. The baseline is the obvious program, which is also the published
 one (ForesightKV): softmax of all scores, then means over blocks of queries; all heads at once where that fits (T < 6,000),
 one head at a time above. On a CPU every run is a process of its own; the two take turns. Memory is the peak above what was
 resident (on a card: allocated) once the inputs existed: labels included.
@@ -10,7 +10,6 @@ resident (on a card: allocated) once the inputs existed: labels included.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ SAME = 1e-5  # of checksums that lie between -1 and 1: float32 sums in another o
 
 
 def square(query: Tensor, key: Tensor, config: Config) -> Tensor:
-    """Block labels [B, H, T, M] from [.., T, T] probabilities; mean over the queries of a block, then over the group."""
+    """Returns labels [B, H, T, M] from [.., T, T] probabilities; mean over the queries of a block, then over the group."""
     length, group = query.shape[2], query.shape[1] // key.shape[1]
     hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
     step = query.shape[1] if length < config.at_once_below else 1
@@ -62,7 +61,7 @@ def square(query: Tensor, key: Tensor, config: Config) -> Tensor:
 
 
 def streaming(query: Tensor, key: Tensor, config: Config) -> Tensor:
-    """What learnevict does."""
+    """Returns what learnevict computes."""
     return future_attention(query, key, block=config.block)
 
 
@@ -70,7 +69,7 @@ PROGRAMS: dict[str, Callable[[Tensor, Tensor, Config], Tensor]] = {"streaming": 
 
 
 def inputs(length: int, config: Config, device: str) -> tuple[Tensor, Tensor]:
-    """Random queries [1, Hq, T, d] and keys [1, H, T, d]."""
+    """Returns random queries [1, Hq, T, d] and keys [1, H, T, d]."""
     generator = torch.Generator().manual_seed(length)
     shapes = [(1, heads, length, config.head_dim) for heads in (config.query_heads, config.kv_heads)]
     query, key = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
@@ -78,7 +77,7 @@ def inputs(length: int, config: Config, device: str) -> tuple[Tensor, Tensor]:
 
 
 def one_run(name: str, length: int, config: Config, device: str) -> dict[str, float]:
-    """Seconds, peak bytes and a checksum of the labels of one run in this process, which lies between -1 and 1."""
+    """Returns seconds, peak bytes and a checksum of the labels of one run in this process, which lies between -1 and 1."""
     program = PROGRAMS[name]
     program(*inputs(config.warmup, config, device), config)
     query, key = inputs(length, config, device)
@@ -93,13 +92,13 @@ def one_run(name: str, length: int, config: Config, device: str) -> dict[str, fl
 
 
 def row(name: str, length: int, runs: list[dict[str, float]]) -> dict[str, Any]:
-    """Quartiles over the runs of one program at one length."""
+    """Returns quartiles over the runs of one program at one length."""
     figures = {kind: quartiles([run[kind] for run in runs]) for kind in ("seconds", "cpu_seconds", "peak_bytes")}
     return {"program": name, "tokens": length, **figures, "checksum": runs[-1]["checksum"]}
 
 
 def compare(runs: dict[tuple[str, int], list[dict[str, float]]], config: Config) -> list[dict[str, Any]]:
-    """The two goals at every length that both programs have run at."""
+    """Returns the two goals at every length that both programs have run at."""
     goals = []
     for length in config.lengths:
         ours, theirs = runs.get(("streaming", length), []), runs.get(("square", length), [])
@@ -113,7 +112,7 @@ def compare(runs: dict[tuple[str, int], list[dict[str, float]]], config: Config)
 
 
 def show(results: Results, console: Console) -> None:
-    """Tables for the terminal."""
+    """Prints tables for the terminal."""
 
     def cell(figures: dict[str, float], unit: float) -> str:
         return f"{figures['median'] / unit:.3f} ({figures['q1'] / unit:.3f}-{figures['q3'] / unit:.3f})"
@@ -127,27 +126,20 @@ def show(results: Results, console: Console) -> None:
 
 
 def main() -> None:
-    """Run, show, save."""
+    """Runs, shows, saves."""
     options = parser(__doc__)
-    options.add_argument("--child", nargs=2, metavar=("PROGRAM", "TOKENS"), help="one run in this process")
     options.add_argument("--repetitions", type=int, help="runs of every program at every length")
     options = options.parse_args()
     begin(options)
     config = SMOKE if options.smoke else CONFIG
-    if options.child:
-        print(json.dumps(one_run(options.child[0], int(options.child[1]), config, options.device)))
-        return
     console = Console()
     results = Results("labels", options, config)
-    common = ["--device", options.device, "--threads", str(options.threads), *["--smoke"] * options.smoke]
     runs: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
     for repetition in range(options.repetitions or config.repetitions):
         for length in config.lengths:
             for name in sorted(PROGRAMS, reverse=repetition % 2 == 0):
-                if options.device == "cpu":
-                    runs[name, length].append(in_child(__file__, [name, str(length), *common]))
-                else:
-                    runs[name, length].append(one_run(name, length, config, options.device))
+                case = (name, length, config, options.device)
+                runs[name, length].append(in_child(one_run, *case) if options.device == "cpu" else one_run(*case))
                 console.print(f"{repetition + 1}: {name} at {length}: {runs[name, length][-1]['seconds']:.2f} s")
                 results.save(rows=[row(*key, found) for key, found in runs.items()], goals=compare(runs, config))
     show(results, console)

@@ -2,7 +2,7 @@
 
     python benchmarks/laws.py [--device cuda] [--seconds 60] [--smoke] [--out FILE]
 
-The same methods, tiny random models and naive judge as the tests (tests/laws), plus the trained testbed model.
+The same methods, tiny random models and naive reference as the tests (tests/laws), plus the trained testbed model.
 
 float32    identity    a budget that holds everything changes no logit of the eager model
            masking     the logits of a stock model told what each head may see, and of the replayed trace
@@ -48,8 +48,8 @@ SMOKE = Config(models=("qwen3",), methods=("snapkv", "adakv"))
 
 
 @dataclass
-class Verdict:
-    """How one law fared in one cell: a distance and what it may be at most."""
+class Outcome:
+    """The outcome of one law in one cell: a distance and what it may be at most."""
 
     error: float
     limit: float
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Within the limit, unless told otherwise."""
+        """Whether it is within the limit, unless told otherwise."""
         return self.error <= self.limit if self.holds is None else self.holds
 
 
@@ -82,36 +82,36 @@ class Bench:
                 for index, method in enumerate(methods):
                     yield method, models[(index + turn) % len(models)], dtype
 
-    def laws(self, dtype: str, device: str) -> dict[str, Callable[[Any], Verdict]]:
-        """The laws of a type of number."""
+    def laws(self, dtype: str, device: str) -> dict[str, Callable[[Any], Outcome]]:
+        """Returns the laws that are checked in a dtype."""
         if dtype == "bfloat16":
             return {"replay": self.replay_in_bfloat16, "bounded": self.bounded_in_bfloat16}
         found = {"identity": self.identity, "masking": self.masking, "padding": self.padding, "bounded": self.bounded}
         return found | ({"no sync": self.no_sync} if device.startswith("cuda") else {})
 
-    def _verdict(self, one: Tensor, other: Tensor, mask: Tensor, limit: float, **rest: Any) -> Verdict:
+    def _distance(self, one: Tensor, other: Tensor, mask: Tensor, limit: float, **rest: Any) -> Outcome:
         real = mask.bool()
-        return Verdict(relative_error(one[real], other[real]), limit, **rest)
+        return Outcome(relative_error(one[real], other[real]), limit, **rest)
 
-    def identity(self, case: Any) -> Verdict:
-        """A budget that holds everything."""
+    def identity(self, case: Any) -> Outcome:
+        """Compares a budget that holds everything with the stock model."""
         run = case.fresh_run(budget=self.cases.AMPLE)
-        return self._verdict(run.logits, self.judge.stock(case.model, run.ids, run.mask), run.mask, self.config.same)
+        return self._distance(run.logits, self.judge.stock(case.model, run.ids, run.mask), run.mask, self.config.same)
 
-    def masking(self, case: Any) -> Verdict:
-        """Against the judge, and against replay."""
+    def masking(self, case: Any) -> Outcome:
+        """Compares with a model told what each head may see, and with replay."""
         run = case.run
         expiry = run.trace.expiry
         told = self.judge.judge(case.model, run.ids, run.mask, expiry)
         with torch.no_grad():
             again = self.replay(case.model, run.ids, run.trace, run.mask).logits
-        judged = self._verdict(run.logits, told, run.mask, self.config.close)
-        replayed = self._verdict(run.logits, again, run.mask, self.config.close)
+        judged = self._distance(run.logits, told, run.mask, self.config.close)
+        replayed = self._distance(run.logits, again, run.mask, self.config.close)
         evicted = f"{case.count} evictions"
-        return Verdict(max(judged.error, replayed.error), self.config.close, note=evicted)
+        return Outcome(max(judged.error, replayed.error), self.config.close, note=evicted)
 
-    def padding(self, case: Any) -> Verdict:
-        """Row by row; on a card sums of another order may break a near tie, so traces are compared as shares."""
+    def padding(self, case: Any) -> Outcome:
+        """Compares row by row; on a card sums of another order may break a near tie, so traces are compared as shares."""
         run, worst, equal, count = case.run, 0.0, 0, 0
         for row, pad in enumerate(self.run.PADS):
             ids = run.ids[row : row + 1, pad:]
@@ -124,16 +124,16 @@ class Bench:
             count += shifted.numel()
             with torch.no_grad():
                 forced = self.replay(case.model, ids, self.trace(shifted)).logits
-            worst = max(worst, self._verdict(run.logits[row : row + 1, pad:], forced, mask, self.config.close).error)
+            worst = max(worst, self._distance(run.logits[row : row + 1, pad:], forced, mask, self.config.close).error)
         share = equal / count
         holds = worst <= self.config.close and share >= self.config.agree
-        return Verdict(worst, self.config.close, holds, f"traces agree {share:.1%}")
+        return Outcome(worst, self.config.close, holds, f"traces agree {share:.1%}")
 
-    def bounded(self, case: Any, run: Any = None) -> Verdict:
-        """The largest share of budget + slack ever held; ragged storage may take 5 % more in bytes."""
+    def bounded(self, case: Any, run: Any = None) -> Outcome:
+        """Returns the largest share of budget + slack ever held; ragged storage may take 5 % more in bytes."""
         run = run or case.run
         if (case.method, "bounded") in self.cases.EXEMPT:
-            return Verdict(0.0, 1.0, note="exempt: " + self.cases.EXEMPT[case.method, "bounded"])
+            return Outcome(0.0, 1.0, note="exempt: " + self.cases.EXEMPT[case.method, "bounded"])
         peak = self.cases.BUDGET + case.slack
         share = 0.0
         for moment in run.moments:
@@ -144,31 +144,31 @@ class Bench:
         one = sum(part.shape[-1] * part.element_size() for part in (layers[0].store.keys, layers[0].store.values))
         heads = layers[0].store.position.shape[1]
         slots = held / (len(layers) * len(self.run.PADS) * heads * one * peak)
-        return Verdict(max(share, slots / (1.05 if run.policy.allocator.ragged else 1.0)), 1.0)
+        return Outcome(max(share, slots / (1.05 if run.policy.allocator.ragged else 1.0)), 1.0)
 
     def _bfloat16(self, case: Any) -> tuple[Any, Any]:
         model = self.zoo.fresh(case.model_name).to(torch.bfloat16)
         ids, mask = case.text()
         return model, self.run.read(model, case.policy(ids, mask), ids, mask)
 
-    def replay_in_bfloat16(self, case: Any) -> Verdict:
-        """Forced trace; the yardstick is how far the stock model moves when rounded to bfloat16."""
+    def replay_in_bfloat16(self, case: Any) -> Outcome:
+        """Forces the trace; the yardstick is how far the stock model moves when rounded to bfloat16."""
         model, run = self._bfloat16(case)
         with torch.no_grad():
             again = self.replay(model, run.ids, run.trace, run.mask).logits.float()
         rounded = self.judge.stock(model, run.ids, run.mask).float()
         exact = self.judge.stock(case.model, run.ids, run.mask)
-        noise = max(self._verdict(rounded, exact, run.mask, 1.0).error, torch.finfo(torch.bfloat16).eps)
+        noise = max(self._distance(rounded, exact, run.mask, 1.0).error, torch.finfo(torch.bfloat16).eps)
         agree = (run.trace.expiry == case.run.trace.expiry).float().mean().item()
         note = f"free traces agree {agree:.1%} with float32"
-        return self._verdict(run.logits.float(), again, run.mask, self.config.noise * noise, note=note)
+        return self._distance(run.logits.float(), again, run.mask, self.config.noise * noise, note=note)
 
-    def bounded_in_bfloat16(self, case: Any) -> Verdict:
-        """As in float32."""
+    def bounded_in_bfloat16(self, case: Any) -> Outcome:
+        """Checks as in float32."""
         return self.bounded(case, self._bfloat16(case)[1])
 
-    def no_sync(self, case: Any) -> Verdict:
-        """Places in learnevict that wait for the card in the second decode step and the event steps after it.
+    def no_sync(self, case: Any) -> Outcome:
+        """Counts the places in learnevict that wait for the card in the second decode step and the event steps after it.
 
         Events of scope "model" may: how much each layer holds is read by the host (tests/infer/test_decode_step.py).
         """
@@ -185,12 +185,12 @@ class Bench:
                 event = any((step + 1 - pad) % max(case.slack, 1) == 0 for pad in self.run.PADS)
                 places |= set() if event and policy.scope == "model" else found
         ours = sorted(place for place in places if place.startswith("learnevict/"))
-        return Verdict(float(len(ours)), 0.0, note="; ".join(ours))
+        return Outcome(float(len(ours)), 0.0, note="; ".join(ours))
 
 
 @torch.no_grad()
 def waits(model: Any, cache: Any, ids: Tensor, mask: Tensor) -> set[str]:
-    """Where one forward synchronises with the card: file:line."""
+    """Returns where one forward synchronises with the card: file:line."""
     positions = mask.long().sum(-1, keepdim=True) - 1
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -210,12 +210,12 @@ def waits(model: Any, cache: Any, ids: Tensor, mask: Tensor) -> set[str]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest magnitude expected: float32 rounds in proportion to what it adds."""
+    """Returns the largest difference, in units of the largest magnitude expected, as float32 rounds in proportion."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def kernel_rows(device: str) -> list[dict[str, Any]]:
-    """The Triton decode kernel against the float64 reference at odd sizes; nothing without CUDA and Triton."""
+    """Compares the Triton decode kernel with the float64 reference at odd sizes; nothing without CUDA and Triton."""
     if not device.startswith("cuda"):
         return []
     from learnevict.errors import LearnevictError
@@ -224,7 +224,7 @@ def kernel_rows(device: str) -> list[dict[str, Any]]:
     try:
         use_kernels()
     except LearnevictError as error:
-        return [cell_row("kernel", "slot_attention", "-", "-", Verdict(0.0, 0.0, note=f"not run: {error}"))]
+        return [cell_row("kernel", "slot_attention", "-", "-", Outcome(0.0, 0.0, note=f"not run: {error}"))]
     rows = []
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         for batch, heads, group, num, width in ((1, 2, 4, 63, 64), (3, 2, 1, 640, 64), (2, 8, 5, 1000, 128)):
@@ -236,41 +236,41 @@ def kernel_rows(device: str) -> list[dict[str, Any]]:
             exact = slot_attention_reference(*(part.double() for part in (query, keys, values, bias)), width**-0.5)
             error = relative_error(slot_attention(query, keys, values, bias, width**-0.5), exact)
             name = f"slot_attention B{batch} H{heads} G{group} N{num} d{width}"
-            rows.append(cell_row("kernel", name, "-", str(dtype).removeprefix("torch."), Verdict(error, limit)))
+            rows.append(cell_row("kernel", name, "-", str(dtype).removeprefix("torch."), Outcome(error, limit)))
     return rows
 
 
-def cell_row(law: str, method: str, model: str, dtype: str, verdict: Verdict) -> dict[str, Any]:
-    """One line of the results file."""
+def cell_row(law: str, method: str, model: str, dtype: str, outcome: Outcome) -> dict[str, Any]:
+    """Returns one line of the results file."""
     return {
         "law": law,
         "method": method,
         "model": model,
         "dtype": dtype,
-        "ok": verdict.ok,
-        "error": verdict.error,
-        "at_most": verdict.limit,
-        "note": verdict.note,
+        "ok": outcome.ok,
+        "error": outcome.error,
+        "at_most": outcome.limit,
+        "note": outcome.note,
     }
 
 
 def check(bench: Bench, cell: tuple[str, str, str], device: str) -> list[dict[str, Any]]:
-    """Every law of one cell; what is raised is that law's verdict, and the others go on."""
+    """Checks every law of one cell; an exception is that law's outcome, and the others go on."""
     method, model, dtype = cell
     case = bench.cases.Case(method, model)
     rows = []
-    for law, judge in bench.laws(dtype, device).items():
+    for law, holds in bench.laws(dtype, device).items():
         try:
-            verdict = judge(case)
+            outcome = holds(case)
         except Exception as error:  # noqa: BLE001 - one broken cell must not cost the others
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            verdict = Verdict(float("inf"), 0.0, False, said)
-        rows.append(cell_row(law, method, model, dtype, verdict))
+            outcome = Outcome(float("inf"), 0.0, False, said)
+        rows.append(cell_row(law, method, model, dtype, outcome))
     return rows
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """A line for every law and type, and one for every failure."""
+    """Prints a line for every law and type, and one for every failure."""
     lines = []
     for law, dtype in sorted({(row["law"], row["dtype"]) for row in rows}):
         cells = [row for row in rows if (row["law"], row["dtype"]) == (law, dtype)]
@@ -285,7 +285,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    """Run, show, save; exit code 1 if a law is broken."""
+    """Runs, shows, saves; exit code 1 if a law is broken."""
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=3600, help="stop starting new cells after this long")
     options = options.parse_args()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the model, the clock, the machine, and a results file that survives an interruption."""
+"""Shared by all benchmarks: the model, the clock, the machine, and a results file that survives an interruption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Shape:
     vocabulary: int = 1024
 
     def model(self, device: str, attention: str = "sdpa") -> PreTrainedModel:
-        """The model in float32, in eval mode; the same weights at every call."""
+        """Returns the model in float32, in eval mode; the same weights at every call."""
         config = Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -58,7 +60,7 @@ class Shape:
         return model.to(device).eval().requires_grad_(False)
 
     def tokens(self, count: int, device: str, seed: int = 0) -> Tensor:
-        """Random token ids, int64 [1, count]."""
+        """Returns random token ids, int64 [1, count]."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self.vocabulary, (1, count), generator=generator).to(device)
 
@@ -70,19 +72,19 @@ class Shape:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tensor, cache: Any, chunk: int) -> None:
-    """Chunked prefill: feeds ids [1, T] to the model, `chunk` tokens a forward."""
+    """Feeds ids [1, T] to the model, `chunk` tokens a forward: chunked prefill."""
     for part in ids.split(chunk, dim=1):
         model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def synchronize(device: str) -> None:
-    """Wait for the card; nothing to wait for on a CPU."""
+    """Waits for the card; there is nothing to wait for on a CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds by the wall clock and by the process clock (all threads; what a busy machine does not distort)."""
+    """Returns seconds by the wall clock and by the process clock (all threads; what a busy machine does not distort)."""
     synchronize(device)
     cpu, wall = time.process_time(), time.perf_counter()
     function()
@@ -125,7 +127,7 @@ class Watermark:
 
 
 def quartiles(values: Sequence[float], digits: int = 6) -> dict[str, float]:
-    """Median, quartiles and number of values."""
+    """Returns median, quartiles and number of values."""
     if len(values) < 2:
         only = round(values[0], digits)
         return {"median": only, "q1": only, "q3": only, "n": len(values)}
@@ -134,7 +136,7 @@ def quartiles(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" if its code has changed since; LEARNEVICT_COMMIT wins; "unknown" without git."""
+    """Returns the checkout's short hash, "-dirty" if its code has changed; LEARNEVICT_COMMIT wins; "unknown" without git."""
     if "LEARNEVICT_COMMIT" in os.environ:
         return os.environ["LEARNEVICT_COMMIT"]
     try:
@@ -154,7 +156,7 @@ def commit() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Returns what the figures were measured on."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -189,13 +191,13 @@ class Results:
         }
 
     def save(self, **parts: Any) -> None:
-        """Replace parts of the content and write the file."""
+        """Replaces parts of the content and writes the file."""
         self.content |= parts
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write(self.path, json.dumps(self.content, indent=1) + "\n", b'"smoke": ')
 
     def finish(self, console: Console) -> None:
-        """Mark the file complete, print the goals and where the figures are."""
+        """Marks the file complete, prints the goals and where the figures are."""
         self.save(finished=True)
         if self.content["goals"]:
             console.print(goal_table(self.content["goals"]))
@@ -203,18 +205,18 @@ class Results:
 
 
 def goal(name: str, measured: float, limit: float) -> dict[str, Any]:
-    """One line of the goals table: `measured` is to be at most `limit`."""
+    """Returns one line of the goals table: `measured` is to be at most `limit`."""
     return {"goal": name, "measured": round(measured, 4), "at_most": limit, "met": measured <= limit}
 
 
 def goal_table(goals: list[dict[str, Any]]) -> Table:
-    """Goals, what was measured, and whether that meets them."""
+    """Returns goals, what was measured, and whether that meets them."""
     rows = [[g["goal"], f"{g['measured']:.3f}", f"{g['at_most']:.3f}", "yes" if g["met"] else "MISSED"] for g in goals]
     return table("goals", ["goal", "measured", "at most", "met"], rows)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal; the first column is text, the others figures."""
+    """Returns a table for the terminal; the first column is text, the others figures."""
     out = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
         out.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
@@ -224,7 +226,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+    """Returns the options that every benchmark takes."""
     out = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     out.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     out.add_argument(
@@ -236,7 +238,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Apply the common options; a card that is not there is an error, not a fallback."""
+    """Applies the common options; a card that is not there is an error, not a fallback."""
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"--device {options.device}: torch sees no CUDA device here; use --device cpu", file=sys.stderr)
         sys.exit(2)
@@ -246,16 +248,7 @@ def begin(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def in_child(program: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run `program --child ARGUMENTS` in a process of its own; the last line it prints is a JSON object.
-
-    Raises:
-        RuntimeError: the child failed; its last line of error output is shown.
-    """
-    done = subprocess.run(
-        [sys.executable, program, "--child", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{Path(program).name} --child {' '.join(arguments)} exited with {done.returncode}: {said}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a forked process, so that its memory is its own, and returns what it returns."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -9,7 +9,6 @@ model was loaded and warm.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +35,16 @@ class Config:
 
 CONFIG = Config(Shape())
 SMOKE = Config(
-    Shape(hidden=64, layers=2, intermediate=64, head_dim=16, vocabulary=64), tokens=768, chunk=256, budget=64, period=16
+    Shape(hidden=64, query_heads=4, kv_heads=4, intermediate=64, vocabulary=64),  # keys and values outweigh work memory
+    tokens=2048,
+    chunk=256,
+    budget=96,
+    period=32,
 )
 
 
 def one_run(name: str, config: Config, device: str) -> dict[str, Any]:
-    """Bytes and seconds of one prompt in this process."""
+    """Returns bytes and seconds of one prompt in this process."""
     model = config.shape.model(device)
     ids = config.shape.tokens(config.tokens, device)
     if name == "full":
@@ -69,7 +72,7 @@ def one_run(name: str, config: Config, device: str) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
-    """Goals that the rows at hand can answer."""
+    """Returns the goals that the rows at hand can answer."""
     found = {row["cache"]: row for row in rows}
     allowed = (config.budget + config.period) * config.shape.kv_heads * config.shape.slot_bytes
     goals = []
@@ -91,26 +94,19 @@ def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run, show, save."""
+    """Runs, shows, saves."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, help="a shorter prompt")
-    options.add_argument("--child", metavar="CACHE", help="one prompt in this process")
     options = options.parse_args()
     begin(options)
     config = SMOKE if options.smoke else CONFIG
     config = replace(config, tokens=options.tokens or config.tokens)
-    if options.child:
-        print(json.dumps(one_run(options.child, config, options.device)))
-        return
     console = Console()
     results = Results("memory", options, config)
-    common = ["--device", options.device, "--threads", str(options.threads), *["--smoke"] * options.smoke]
-    common += ["--tokens", str(config.tokens)]
     rows: list[dict[str, Any]] = []
     for name in (*config.policies, "full"):
-        rows.append(
-            in_child(__file__, [name, *common]) if options.device == "cpu" else one_run(name, config, options.device)
-        )
+        case = (name, config, options.device)
+        rows.append(in_child(one_run, *case) if options.device == "cpu" else one_run(*case))
         results.save(rows=rows, goals=compare(rows, config))
         console.print(f"{name}: {config.tokens} tokens in {rows[-1]['seconds']:.1f} s")
     kinds = [kind for kind in rows[0] if kind.endswith("bytes") or "kv_bytes" in kind]
