@@ -1,4 +1,4 @@
-"""Documents to learn from: what a user names becomes rows, rows become token ids, ids become batches.
+"""Documents for training: a source becomes rows, rows become token ids, ids become batches.
 
     Source("texts.jsonl")  Source("folder")  Source("user/data", split="train")     text, prompt + completion, or chats
 
@@ -26,12 +26,12 @@ from learnevict.infer.prompts.text_files import checked, parse_row
 RESPONSES = ("completion", "response")
 KNOWN = "text", *CHATS[:2], "prompt", "or prompt and completion"
 MOST_BAD = 1000
-"""Rows in a row at the beginning that may be bad before we give up on a source."""
+"""So many bad rows at the beginning of a source, and no good one, end the reading."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows as token ids.
+    """Turns rows into token ids.
 
     Attributes:
         tokenizer: of the base model.
@@ -45,11 +45,11 @@ class Encoder:
     column: str | None = None
 
     def encode(self, row: Any, where: str) -> tuple[list[int], int]:
-        """Token ids and the length of the prompt, 0 where there is none.
+        """Returns token ids and the length of the prompt, 0 where there is none.
 
         Args:
             row: of the source, or a line of JSON.
-            where: it stands, for errors.
+            where: where it stands, for errors.
 
         Raises:
             DataError: the row has no text, or a chat that the template refuses.
@@ -86,81 +86,89 @@ class Encoder:
         raise DataError(f"has no {wanted}; its columns are {', '.join(map(str, row))}; name one with --column")
 
     def _text(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer adds, as in inference."""
+        """Returns ids with the special tokens that the tokenizer adds, as in inference."""
         return list(self.tokenizer(checked(text), verbose=False)["input_ids"])[: self.max_length]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(checked(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _chat(self, messages: list[dict[str, Any]], *, answered: bool = True) -> tuple[list[int], int]:
-        """Up to its last answer; without one, or if it is not `answered`, all of it is a prompt."""
+        """Reads a chat up to its last answer; without one, or if it is not `answered`, all of it is a prompt."""
         if not self.tokenizer.chat_template:
             raise DataError("is a chat, but this model's tokenizer has no chat template; give plain text")
         warn_of_tools(messages, self.tokenizer)
         answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"] if answered else []
+        template = self.tokenizer.apply_chat_template
+        before = messages[: answers[-1]] if answers else messages
         try:
-            asked = self._prompt(messages[: answers[-1]] if answers else messages)
-            full = self.tokenizer.apply_chat_template(messages[: answers[-1] + 1], tokenize=False) if answers else asked
+            prompt = template(before, tokenize=False, add_generation_prompt=True) if before else ""
+            full = template(messages[: answers[-1] + 1], tokenize=False) if answers else prompt
         except Exception as error:  # templates raise what they like
             raise DataError(f"is a chat that the chat template refuses: {error}") from error
-        ids = self._ids(full)
-        prompt = _shared(ids, self._ids(asked))
-        return ids[: self.max_length], min(prompt, self.max_length)
-
-    def _prompt(self, messages: list[dict[str, Any]]) -> str:
-        return (
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if messages else ""
-        )
+        ids, prompt_ids = self._ids(full), self._ids(prompt)
+        common = (i for i, (a, b) in enumerate(zip(ids, prompt_ids, strict=False)) if a != b)
+        length = next(common, min(len(ids), len(prompt_ids)))
+        return ids[: self.max_length], min(length, self.max_length)
 
 
 class Cutter:
-    """Rows become documents: one each, or, packed, pieces of `max_length` from all of them in a row.
+    """Reads a source once: each row becomes a document or, packed, all of them in a row pieces of `max_length`.
 
     Attributes:
-        left: ids not cut yet; the state of a packed stream.
+        rows: of the source, whose position can be saved; None: not opened yet.
+        number: rows read so far.
+        left: ids not cut yet, of a packed source.
         num_good: rows that could be read so far.
-        num_bad: rows left out, because they could not be.
+        num_bad: rows left out, because they could not be read.
         problem: of the first of these.
     """
 
     def __init__(self, source: Source, tokenizer: Any) -> None:
         self.encoder = Encoder(tokenizer, 10**12 if source.packed else source.max_length, source.column)
-        self.source, self.left = source, list[int]()
+        self.source, self.rows, self.number, self.left = source, None, 0, list[int]()
         self.num_good, self.num_bad, self.problem = 0, 0, ""
         end = getattr(tokenizer, "eos_token_id", None)
         self.end = [] if end is None else [end]
 
-    def feed(self, row: Any, number: int) -> Iterator[Document]:
-        """Documents that are ready once this row is known; `number` counts rows from 1. A bad row is left out and counted.
+    def __iter__(self) -> Iterator[Document]:
+        """Yields the documents behind the position; bad rows are left out and counted.
 
         Raises:
             DataError: nothing but bad rows so far, and too many of them.
         """
-        if isinstance(row, str) and not row.strip():
-            return  # an empty line is no row
-        try:
-            ids, prompt = self.encoder.encode(row, f"row {number} of {self.source.name!r}")
-        except DataError as error:
-            self.num_bad, self.problem = self.num_bad + 1, self.problem or str(error)
-            if self.num_bad >= MOST_BAD:
-                self.check()
-            return
-        self.num_good += 1
-        if not self.source.packed:
-            yield Document(ids, prompt, Path(self.source.name).name, number - 1)
-            return
-        self.left += ids if ids[-1:] == self.end else ids + self.end
-        yield from self.drain(number)
+        yield from self._pieces()
+        if self.rows is None:
+            self.rows = open_rows(self.source)
+        for row in self.rows:
+            self.number += 1
+            if isinstance(row, str) and not row.strip():
+                continue  # an empty line is no row
+            try:
+                ids, prompt = self.encoder.encode(row, f"row {self.number} of {self.source.name!r}")
+            except DataError as error:
+                self.num_bad, self.problem = self.num_bad + 1, self.problem or str(error)
+                if self.num_bad >= MOST_BAD:
+                    self.check()
+                continue
+            self.num_good += 1
+            if self.source.packed:
+                self.left += ids if ids[-1:] == self.end else ids + self.end
+                yield from self._pieces()
+            else:
+                yield self._document(ids, prompt)
 
-    def drain(self, number: int) -> Iterator[Document]:
-        """Packed documents that are ready already."""
+    def _pieces(self) -> Iterator[Document]:
+        """Yields the packed documents that are ready."""
         size = self.source.max_length
         while self.source.packed and len(self.left) >= size:
             piece, self.left = self.left[:size], self.left[size:]
-            yield Document(piece, 0, Path(self.source.name).name, number - 1)
+            yield self._document(piece, 0)
+
+    def _document(self, ids: list[int], prompt: int) -> Document:
+        return Document(ids, prompt, Path(self.source.name).name, self.number - 1)
 
     def check(self) -> None:
-        """See that some rows could be read.
+        """Checks that some rows could be read.
 
         Raises:
             DataError: all of them were bad.
@@ -171,24 +179,23 @@ class Cutter:
 
 
 def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) -> tuple[list[Document], list[Document]]:
-    """Up to `limit` documents, and the `skip` before them, held out.
+    """Returns up to `limit` documents, and the `skip` before them, which are held out.
 
     Raises:
         DataError: the source cannot be read, holds no text, or fewer documents than are to be held out.
     """
     cutter = Cutter(source, tokenizer)
-    made = (one for number, row in enumerate(open_rows(source), 1) for one in cutter.feed(row, number))
-    found = list(islice(made, skip + limit))
+    found = list(islice(cutter, skip + limit))
     cutter.check()
     if cutter.num_bad:
         total = cutter.num_bad + cutter.num_good
-        said = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
-        warnings.warn(said, LearnevictWarning, stacklevel=2)
+        message = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
+        warnings.warn(message, LearnevictWarning, stacklevel=2)
     if len(found) <= skip:
         packed = f" of {source.max_length} tokens" if source.packed else ""
-        held = f", and {skip} are held out for evaluation" if skip else ""
+        held_out = f", and {skip} are held out for evaluation" if skip else ""
         raise DataError(
-            f"{source.name!r} holds {'no text' if not found else f'only {len(found)} documents'}{packed}{held}; give more "
+            f"{source.name!r} holds {'no text' if not found else f'only {len(found)} documents'}{packed}{held_out}; give more "
             "text, or a smaller --max_length or --eval_documents"
         )
     return found[skip:], found[:skip]
@@ -201,7 +208,7 @@ class Collator:
         self.pad = pad
 
     def __call__(self, documents: list[Document]) -> dict[str, Any]:
-        """input_ids and attention_mask [B, T], prompt_length [B], stored_labels [L, B, H, T, M] or None."""
+        """Returns input_ids and attention_mask [B, T], prompt_length [B], stored_labels [L, B, H, T, M] or None."""
         width = max(len(d.input_ids) for d in documents)
         ids = torch.full((len(documents), width), self.pad)
         mask = torch.zeros(len(documents), width, dtype=torch.long)
@@ -219,7 +226,7 @@ class Collator:
 
 
 def long_enough(documents: list[Document], shortest: int) -> list[Document]:
-    """Documents of at least so many tokens.
+    """Returns the documents of at least so many tokens.
 
     Raises:
         DataError: there is none.
@@ -230,8 +237,3 @@ def long_enough(documents: list[Document], shortest: int) -> list[Document]:
             f"no text has the {shortest} tokens that the smallest training budget and the period ask for; lower them"
         )
     return kept
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""The label store: golden labels of many documents as sharded Parquet, with a manifest that refuses to mix runs.
+"""The label store: golden labels of many documents as sharded Parquet, with a manifest so that runs are not mixed.
 
     folder/manifest.json            what the labels are: base, data, block, reducer, layout; hashes
     folder/data/train-00003-of-00010.parquet
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from learnevict.errors import LabelError
 from learnevict.files import replacing, write
 
 MARK = b'"base_hash": '
-"""What every manifest has near its beginning."""
+"""What shows that a file is a manifest."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Document:
 
 
 def hash_documents(documents: list[Document]) -> str:
-    """sha256 over token ids."""
+    """Returns the sha256 over the token ids of documents."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(torch.tensor(document.input_ids, dtype=torch.int32).numpy().tobytes())
@@ -102,20 +101,20 @@ class LabelStore:
             write(path, json.dumps(asdict(self.manifest), indent=1), MARK)  # processes of one run all write the same
 
     def path(self, shard: int) -> Path:
-        """File of a shard."""
+        """Returns the file of a shard."""
         return self.folder / "data" / f"train-{shard:05d}-of-{self.manifest.num_shards:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """Shards not written yet."""
+        """Returns the shards that are not written yet."""
         return [shard for shard in range(self.manifest.num_shards) if not self.path(shard).exists()]
 
     def span(self, shard: int) -> range:
-        """Documents of a shard."""
+        """Returns the indices of the documents of a shard."""
         per = self.manifest.documents_per_shard
         return range(shard * per, min((shard + 1) * per, self.manifest.num_documents))
 
     def write(self, shard: int, documents: list[Document]) -> None:
-        """Write one shard, whole or not at all."""
+        """Writes one shard, whole or not at all."""
         import pyarrow.parquet as parquet
         from datasets import Dataset, Features, List, Value
 
@@ -141,12 +140,12 @@ class LabelStore:
             parquet.write_table(table, fresh, compression="zstd")
 
     def clean(self) -> None:
-        """Remove what killed runs had begun to write; when nothing is missing, nobody writes."""
+        """Removes what killed runs had begun to write; call it when no shard is missing."""
         for path in (self.folder / "data").glob(".train-*.part"):
             path.unlink(missing_ok=True)
 
     def documents(self) -> list[Document]:
-        """All documents of the shards written so far.
+        """Returns the documents of the shards written so far.
 
         Raises:
             LabelError: no shard is there yet.
@@ -159,13 +158,11 @@ class LabelStore:
     def _read(self, files: list[str]) -> Iterator[Document]:
         import pyarrow.parquet as parquet
 
+        heads = (self.manifest.num_layers, self.manifest.num_heads)
         for file in files:
             table = parquet.read_table(file)
-            for row in range(table.num_rows):
-                get: Callable[[str], Any] = lambda name, row=row, table=table: table.column(name)[row]  # noqa: E731
-                ids = get("input_ids").as_py()
-                flat = torch.from_numpy(get("labels").values.to_numpy(zero_copy_only=False).copy())
-                shape = (self.manifest.num_layers, self.manifest.num_heads, len(ids), get("num_blocks").as_py())
-                yield Document(
-                    ids, get("prompt_length").as_py(), get("family").as_py(), get("seed").as_py(), flat.view(shape)
-                )
+            rows = table.drop_columns(["labels"]).to_pylist()
+            for row, labels in zip(rows, table.column("labels"), strict=True):
+                flat = torch.from_numpy(labels.values.to_numpy(zero_copy_only=False).copy())
+                shape = (*heads, len(row["input_ids"]), row.pop("num_blocks"))
+                yield Document(**row, labels=flat.view(shape))

@@ -1,7 +1,7 @@
-"""Fill a label store: by one process, or by many that share the missing shards between them.
+"""Writing of labels into a store, by one process or by many that share the missing shards.
 
 Under `accelerate launch` or `torchrun` all processes look which shards are missing, wait for each other, and take every n-th:
-no two write the same one. A run that was killed is simply started again, with as many processes as one likes.
+no two write the same one. A run that was killed is started again, with any number of processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learnevict.oracle import golden_labels
 
 @dataclass(frozen=True)
 class Labelling:
-    """How labels are made and kept.
+    """Settings of labels and of the files that hold them.
 
     Attributes:
         data: what the documents are called.
@@ -51,7 +51,7 @@ class Labelling:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a run did, all processes together.
+    """The work of a run, all processes together.
 
     Attributes:
         num_shards: of the whole store.
@@ -87,7 +87,7 @@ def fill_store(
     config: Any = None,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Labelled:
-    """Label what is missing in a folder; processes of one launch share the work.
+    """Writes the labels that are missing in a folder; processes of one launch share the work.
 
     Args:
         folder: of the store; made if there is none.
@@ -139,7 +139,7 @@ def fill_store(
 
 @contextmanager
 def threads(number: int) -> Generator[None]:
-    """So many threads of torch inside."""
+    """Sets the number of torch's threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -149,12 +149,12 @@ def threads(number: int) -> Generator[None]:
 
 
 def processes() -> PartialState:
-    """Those of this launch; without an accelerator they meet over gloo, which accelerate does not do unasked."""
+    """Returns the processes of this launch; without an accelerator they use gloo, which is not accelerate's default."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def describe(model: PreTrainedModel, documents: list[Document], labelling: Labelling) -> Manifest:
-    """What the store will hold."""
+    """Returns the manifest of the store."""
     text = model.config.get_text_config(decoder=True)
     return Manifest(
         base_hash=weight_hash(model),
@@ -170,7 +170,7 @@ def describe(model: PreTrainedModel, documents: list[Document], labelling: Label
 
 
 def label(model: PreTrainedModel, documents: list[Document], labelling: Labelling) -> list[Document]:
-    """The same documents with golden labels float16 [L, H, T, M], on the host."""
+    """Returns the same documents with golden labels float16 [L, H, T, M], on the host."""
     done: list[Document] = []
     collate = Collator(labelling.pad)
     for start in range(0, len(documents), labelling.batch_size):

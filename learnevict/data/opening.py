@@ -1,4 +1,4 @@
-"""What recipes ask for by name: the bundled model or any other, its training samples or the user's texts."""
+"""Base models and documents by name: the bundled model and its samples, or any other model and source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TESTBED = "testbed"
 
 
 def load_base(name: str, device: str = "auto", *, allow_pickle: bool = False) -> tuple[PreTrainedModel, Any]:
-    """The bundled model ("testbed", float32), a local folder or a Hub id, with its tokenizer."""
+    """Loads the bundled model ("testbed", float32), a local folder or a Hub id, and its tokenizer."""
     if name != TESTBED:
         return load(name, device=device, allow_pickle=allow_pickle)
     model, tokenizer = testbed.load()
@@ -27,12 +27,12 @@ def load_base(name: str, device: str = "auto", *, allow_pickle: bool = False) ->
 
 
 def describe_base(name: str) -> tuple[PreTrainedConfig, torch.dtype | None]:
-    """The configuration of a base that `load_base` would load, and its precision, None if as stored; no weight is read."""
+    """Returns the configuration of a base and its precision (None: as stored); no weight is read."""
     return (load_config(str(testbed.path())), torch.float32) if name == TESTBED else (load_config(name), None)
 
 
 def longest_text(source: str, max_length: int) -> int:
-    """Tokens of the longest text to expect: of "testbed", from a few samples; of others, `max_length`."""
+    """Returns the tokens of the longest text to expect: of "testbed", from a few samples; of others, `max_length`."""
     if source != TESTBED:
         return max_length
     samples = (testbed.generate(name, seed, split="train") for name in testbed.FAMILIES for seed in range(8))
@@ -49,10 +49,10 @@ def read_source(
     families: tuple[str, ...] = testbed.FAMILIES,
     split: str = "train",
 ) -> list[Document]:
-    """Up to `limit` documents: of "testbed", families in turn and seeds from `first_seed`, or of what the user named.
+    """Returns up to `limit` documents: of "testbed", families in turn and seeds from `first_seed`, or of what the user named.
 
     Args:
-        source: "testbed", a file, folder or dataset, as train.sources.Source has it.
+        source: "testbed", a file, folder or dataset, as data.sources.Source has it.
         tokenizer: of the base model.
         limit: documents at most.
         max_length: tokens of a document at most, where `source` is a name.
@@ -76,7 +76,7 @@ def read_source(
 def read_for_learning(
     source: Source, tokenizer: Any, limit: int, held_out: int, families: tuple[str, ...] = testbed.FAMILIES
 ) -> tuple[list[Document], list[Document]]:
-    """Documents to learn from, and others to judge by: the source's first, or the testbed's validation samples.
+    """Returns documents for training and others for validation: the source's first, or the testbed's validation samples.
 
     Raises:
         DataError: the source cannot be read or holds too little.
@@ -88,7 +88,7 @@ def read_for_learning(
 
 
 def families_of(text: str) -> tuple[str, ...]:
-    """Families of the testbed between commas, as often as each is named; all, if none is.
+    """Returns families of the testbed named between commas, as often as each is named; all, if none is.
 
     Raises:
         UsageError: an unknown one.

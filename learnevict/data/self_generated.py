@@ -1,4 +1,4 @@
-"""The model's own words in place of the answers of the data: what it says to each prompt, greedily and with a full cache.
+"""Self-generated data: the model's own answers in place of those of the data, greedy and with a full cache.
 
 Judge Q (arXiv 2509.10798) and LookaheadKV (arXiv 2603.10899) learn from such answers; any mode can.
 """
@@ -21,83 +21,87 @@ from learnevict.infer.generate import generate
 
 @dataclass(frozen=True)
 class SelfGeneration:
-    """How answers are written.
+    """Settings of self-generated answers.
 
     Attributes:
-        most: tokens of an answer at most; 0: as many as the longest given one.
+        max_tokens: of an answer; 0: as many as the longest given one.
         max_length: tokens of a prompt and its answer at most.
         batch_size: prompts at a time, padded on the left.
         rank, num_ranks: which process this is, of how many that share the prompts.
-        shown: whether the first one shows a bar.
+        progress: whether the first one shows a bar.
     """
 
-    most: int = 0
+    max_tokens: int = 0
     max_length: int = 4096
     batch_size: int = 8
     rank: int = 0
     num_ranks: int = 1
-    shown: bool = False
+    progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.most < 0 or self.batch_size < 1:
+        if self.max_tokens < 0 or self.batch_size < 1:
             raise UsageError(
-                f"answers of at most {self.most} tokens, {self.batch_size} at a time: give 0 tokens or more, and at least 1"
+                f"answers of at most {self.max_tokens} tokens, {self.batch_size} at a time: give 0 tokens or more, at least 1"
             )
 
     def longest(self, documents: list[Document]) -> int:
-        """Tokens of an answer at most; 0 where nothing says so."""
+        """Returns the limit of an answer, in tokens; 0 where nothing gives one."""
         given = (len(one.input_ids) - one.prompt_length for one in documents if one.prompt_length)
-        return self.most or max(given, default=0)
+        return self.max_tokens or max(given, default=0)
 
 
-def answer(base: PreTrainedModel, tokenizer: Any, documents: list[Document], how: SelfGeneration) -> list[Document]:
-    """The same prompts with the model's answers, in order; who shares the work does not matter.
+def generate_answers(
+    base: PreTrainedModel, tokenizer: Any, documents: list[Document], settings: SelfGeneration
+) -> list[Document]:
+    """Returns the same prompts with the model's answers, in order, whatever the number of processes.
 
     Args:
         base: the model; it ends an answer as it does in `learnevict infer`.
         tokenizer: its own.
         documents: a prompt may be all there is; those without one, or with one that leaves no room, are left out.
-        how: long, and how many at a time.
+        settings: how long, and how many at a time.
 
     Raises:
         DataError: no document has a prompt.
-        UsageError: nothing says how long an answer may get.
+        UsageError: no limit of the answers is given.
     """
-    asked = [one for one in documents if 0 < one.prompt_length < how.max_length]
-    if not asked:
+    prompted = [one for one in documents if 0 < one.prompt_length < settings.max_length]
+    if not prompted:
         raise DataError(
-            f"no document has a prompt of fewer than {how.max_length} tokens to answer: give chats, or a column prompt, "
+            f"no document has a prompt of fewer than {settings.max_length} tokens to answer: give chats, or a column prompt, "
             "without --packed"
         )
-    if len(asked) < len(documents):
-        left = len(documents) - len(asked)
+    if len(prompted) < len(documents):
+        left = len(documents) - len(prompted)
         warnings.warn(f"{left} of {len(documents)} texts have no prompt to answer: left out", LearnevictWarning, 2)
-    most = how.longest(asked)
-    if not most:
+    max_tokens = settings.longest(prompted)
+    if not max_tokens:
         raise UsageError(
             "the data hold prompts alone, so nothing says how long an answer may get; give --answer_tokens, 512 for instance"
         )
-    mine = [pair for part in _share(asked, how) for pair in _answer(base, tokenizer, asked, part, most)]
-    said: dict[int, list[int]] = dict(gather_object(mine) if how.num_ranks > 1 else mine)
-    return [_continued(one, said[index], how.max_length) for index, one in enumerate(asked)]
+    mine = [
+        pair for part in _share(prompted, settings) for pair in _answer(base, tokenizer, prompted, part, max_tokens)
+    ]
+    answers: dict[int, list[int]] = dict(gather_object(mine) if settings.num_ranks > 1 else mine)
+    return [_continued(one, answers[index], settings.max_length) for index, one in enumerate(prompted)]
 
 
-def _share(documents: list[Document], how: SelfGeneration) -> Iterator[list[int]]:
-    """Indices of the batches that fall to this process; prompts of like lengths go together."""
+def _share(documents: list[Document], settings: SelfGeneration) -> Iterator[list[int]]:
+    """Yields the indices of the batches of this process; prompts of like lengths go together."""
     order = sorted(range(len(documents)), key=lambda index: documents[index].prompt_length)
-    batches = [order[start : start + how.batch_size] for start in range(0, len(order), how.batch_size)]
-    mine = batches[how.rank :: how.num_ranks]
-    yield from track(mine, "answering", disable=not how.shown or how.rank > 0)
+    batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    mine = batches[settings.rank :: settings.num_ranks]
+    yield from track(mine, "answering", disable=not settings.progress or settings.rank > 0)
 
 
 def _answer(
-    base: PreTrainedModel, tokenizer: Any, documents: list[Document], part: list[int], most: int
+    base: PreTrainedModel, tokenizer: Any, documents: list[Document], part: list[int], max_tokens: int
 ) -> list[tuple[int, list[int]]]:
     prompts: list[str | list[int]] = [documents[index].input_ids[: documents[index].prompt_length] for index in part]
-    found = generate(base, tokenizer, None, prompts, batch_size=len(part), max_new_tokens=most)
+    found = generate(base, tokenizer, None, prompts, batch_size=len(part), max_new_tokens=max_tokens)
     return [(index, one.tokens) for index, one in zip(part, found, strict=True)]
 
 
-def _continued(document: Document, said: list[int], max_length: int) -> Document:
-    ids = document.input_ids[: document.prompt_length] + said
+def _continued(document: Document, answer: list[int], max_length: int) -> Document:
+    ids = document.input_ids[: document.prompt_length] + answer
     return replace(document, input_ids=ids[:max_length], labels=None)

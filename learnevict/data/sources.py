@@ -1,4 +1,4 @@
-"""Where documents come from: a file, a folder, or a dataset of the Hub, opened as rows."""
+"""Sources of documents: a file, a folder, or a dataset of the Hub, opened as rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Texts by name, and how they are cut.
+    """The name of a source of texts, and how they are cut.
 
     Attributes:
         name: a .txt, .jsonl or .parquet file, a folder of such files or of `save_to_disk`, or a dataset of the Hub.
@@ -55,11 +55,11 @@ class TextRows:
             yield row
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rows have been read."""
+        """Returns how many rows have been read."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind that row."""
+        """Goes on behind that row."""
         self.position = state["position"]
 
 
@@ -77,12 +77,12 @@ def _rows_of(path: Path) -> Iterator[Any]:
 
 
 def kind_of(path: Path) -> str:
-    """The format of a file by the end of its name, in capitals or not; "" for others."""
+    """Returns the format of a file by the end of its name, in capitals or not; "" for others."""
     return FORMATS.get(path.suffix.lower(), "")
 
 
 def open_rows(source: Source) -> Any:
-    """Rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved.
+    """Returns rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved.
 
     Raises:
         DataError: there is nothing of that name, or it cannot be read.
@@ -99,7 +99,12 @@ def open_rows(source: Source) -> Any:
     try:
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             saved: Any = datasets.load_from_disk(str(path))
-            return _split(saved, source).to_iterable_dataset()
+            if isinstance(saved, datasets.DatasetDict):
+                if source.split not in saved:
+                    splits = ", ".join(map(str, saved))
+                    raise DataError(f"{source.name!r} has no split {source.split!r}; it has {splits}")
+                saved = saved[source.split]
+            return saved.to_iterable_dataset()
         if path.exists():
             return _local(path, source)
         if kind_of(path) or HUB_ID.fullmatch(source.name) is None or source.name.startswith("."):
@@ -113,7 +118,7 @@ def open_rows(source: Source) -> Any:
 
 
 def _local(path: Path, source: Source) -> Any:
-    """A file, or a folder of files of one format."""
+    """Opens a file, or a folder of files of one format."""
     import datasets
 
     files = sorted(one for one in path.rglob("*") if kind_of(one)) if path.is_dir() else [path]
@@ -127,14 +132,3 @@ def _local(path: Path, source: Source) -> Any:
         return TextRows(files)
     names = [str(one) for one in files]
     return datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=True)
-
-
-def _split(saved: Any, source: Source) -> Any:
-    """One split of what `save_to_disk` wrote."""
-    import datasets
-
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if source.split not in saved:
-        raise DataError(f"{source.name!r} has no split {source.split!r}; it has {', '.join(map(str, saved))}")
-    return saved[source.split]

@@ -1,4 +1,4 @@
-"""Documents without end, read as they are needed, from a position that a checkpoint holds."""
+"""An endless stream of documents, read as they are needed, whose position a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class Stream(IterableDataset):
 
     Attributes:
         digest: sha256 over the token ids of all documents dealt so far, as hexadecimal.
-        num_bad: rows that could not be read and were left out, in all passes.
     """
 
     def __init__(
@@ -39,8 +38,13 @@ class Stream(IterableDataset):
     ) -> None:
         self.source, self.tokenizer, self.skip, self.shortest = source, tokenizer, skip, shortest
         self.rank, self.num_ranks = rank, num_ranks
-        self.digest, self.num_bad, self.told = "", 0, False
-        self._begin(None, Cutter(source, tokenizer), number=0, index=0)
+        self.digest, self.index, self.bad_before, self.warned = "", 0, 0, False
+        self.cutter = Cutter(source, tokenizer)
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that could not be read and were left out, in all passes."""
+        return self.bad_before + self.cutter.num_bad
 
     def __iter__(self) -> Iterator[Document]:
         documents = self._documents()
@@ -52,60 +56,43 @@ class Stream(IterableDataset):
             yield group[self.rank]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last document, as JSON."""
-        rows = None if self.rows is None else self.rows.state_dict()
-        return {
-            "rows": rows,
-            "left": self.cutter.left,
-            "number": self.number,
-            "index": self.index,
-            "digest": self.digest,
-            "num_bad": self.num_bad,
-        }
+        """Returns the position behind the last document, as JSON."""
+        rows = None if self.cutter.rows is None else self.cutter.rows.state_dict()
+        position = {"rows": rows, "left": self.cutter.left, "number": self.cutter.number, "index": self.index}
+        return {**position, "digest": self.digest, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind that document."""
-        rows = None if state["rows"] is None else open_rows(self.source)
-        if rows is not None:
-            rows.load_state_dict(state["rows"])
-        cutter = Cutter(self.source, self.tokenizer)
-        cutter.left = list(state["left"])
+        """Goes on behind that document."""
+        cutter = self.cutter = Cutter(self.source, self.tokenizer)
+        if state["rows"] is not None:
+            cutter.rows = open_rows(self.source)
+            cutter.rows.load_state_dict(state["rows"])
+        cutter.left, cutter.number = list(state["left"]), state["number"]
         cutter.num_good = state["index"] + len(cutter.left)
-        self.digest, self.num_bad = state["digest"], state["num_bad"]
-        self._begin(rows, cutter, state["number"], state["index"])
-
-    def _begin(self, rows: Any, cutter: Cutter, number: int, index: int) -> None:
-        """Rows of this pass (None: not opened yet), what is left of them, rows read and documents cut so far."""
-        self.rows, self.cutter, self.number, self.index = rows, cutter, number, index
+        self.index, self.digest, self.bad_before = state["index"], state["digest"], state["num_bad"]
 
     def _documents(self) -> Iterator[Document]:
-        """Pass after pass."""
-        dealt = self.index > self.skip
+        """Yields the documents of all passes that are neither held out nor too short."""
+        any_found = self.index > self.skip
         while True:
-            for document in self._one_pass():
+            for document in self.cutter:
+                self._warn()
                 self.index += 1
                 if self.index > self.skip and len(document.input_ids) >= self.shortest:
-                    dealt = True
+                    any_found = True
                     yield document
             self.cutter.check()
-            if not dealt:
+            self._warn()
+            if not any_found:
                 raise DataError(
                     f"{self.source.name!r} has no document of at least {self.shortest} tokens behind the {self.skip} that "
                     "are held out; lower --eval_documents, the period or the smallest budget"
                 )
-            self._begin(None, Cutter(self.source, self.tokenizer), number=0, index=0)
+            self.bad_before, self.index = self.num_bad, 0
+            self.cutter = Cutter(self.source, self.tokenizer)
 
-    def _one_pass(self) -> Iterator[Document]:
-        """The rest of the rows."""
-        yield from self.cutter.drain(self.number)
-        if self.rows is None:
-            self.rows = open_rows(self.source)
-        for row in self.rows:
-            self.number += 1
-            before = self.cutter.num_bad
-            yield from self.cutter.feed(row, self.number)
-            self.num_bad += self.cutter.num_bad - before
-            if self.cutter.num_bad and self.cutter.num_good and not self.told:
-                self.told = True
-                said = f"rows that cannot be read are left out, such as this: {self.cutter.problem}"
-                warnings.warn(said, LearnevictWarning, stacklevel=2)
+    def _warn(self) -> None:
+        if self.cutter.num_bad and not self.warned:
+            self.warned = True
+            message = f"rows that cannot be read are left out, such as this: {self.cutter.problem}"
+            warnings.warn(message, LearnevictWarning, stacklevel=3)

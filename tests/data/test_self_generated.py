@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.data.label_store import Document, hash_documents
-from learnevict.data.self_generated import SelfGeneration, answer
+from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.errors import DataError, LearnevictWarning, UsageError
 from learnevict.hub.run_record import read_record
 
@@ -66,22 +66,24 @@ def test_answers_are_what_the_model_says_alone():
     given = documents([12, 5, 20, 7, 9], [6, 3, MOST, 0, 4])
     word = said_alone(model, given[1].input_ids[:5], 4)[-1]
     model = eager(model, word)
-    found = answer(model, TOKENIZER, given, SelfGeneration(batch_size=2))
+    found = generate_answers(model, TOKENIZER, given, SelfGeneration(batch_size=2))
     for before, after in zip(given, found, strict=True):
         prompt = before.input_ids[: before.prompt_length]
         assert after.input_ids == said_alone(model, prompt, MOST)
         assert (after.prompt_length, after.seed) == (before.prompt_length, before.seed)
     lengths = {len(one.input_ids) - one.prompt_length for one in found}
     assert len(lengths) > 1, "no answer ended early, so nothing shows where one ends"
-    assert hash_documents(found) == hash_documents(answer(model, TOKENIZER, given, SelfGeneration(batch_size=2)))
-    short = answer(model, TOKENIZER, given, SelfGeneration(most=2, max_length=21))
+    assert hash_documents(found) == hash_documents(
+        generate_answers(model, TOKENIZER, given, SelfGeneration(batch_size=2))
+    )
+    short = generate_answers(model, TOKENIZER, given, SelfGeneration(max_tokens=2, max_length=21))
     assert [len(one.input_ids) - one.prompt_length for one in short] == [2, 2, 1, 2, 2]
 
 
 def test_processes_share_the_prompts(monkeypatch):
     """Each answers its own batches; together they have what one alone would have."""
     model, given = tiny(), documents([12, 5, 20, 7, 9], [6, 3, MOST, 0, 4])
-    alone = answer(model, TOKENIZER, given, SelfGeneration(batch_size=2))
+    alone = generate_answers(model, TOKENIZER, given, SelfGeneration(batch_size=2))
     parts: list[list[tuple[int, list[int]]]] = []
 
     def gather(mine: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
@@ -90,22 +92,22 @@ def test_processes_share_the_prompts(monkeypatch):
 
     monkeypatch.setattr("learnevict.data.self_generated.gather_object", gather)
     with pytest.raises(KeyError):  # what the second process has not answered yet
-        answer(model, TOKENIZER, given, SelfGeneration(batch_size=2, rank=0, num_ranks=2))
-    assert answer(model, TOKENIZER, given, SelfGeneration(batch_size=2, rank=1, num_ranks=2)) == alone
+        generate_answers(model, TOKENIZER, given, SelfGeneration(batch_size=2, rank=0, num_ranks=2))
+    assert generate_answers(model, TOKENIZER, given, SelfGeneration(batch_size=2, rank=1, num_ranks=2)) == alone
     assert [len(part) for part in parts] == [3, 2]
 
 
 def test_what_cannot_be_answered_is_told():
     model, given = tiny(), documents([0, 5, 20], [9, 3, 2])
     with pytest.warns(LearnevictWarning, match="2 of 3 texts have no prompt to answer"):
-        assert len(answer(model, TOKENIZER, given, SelfGeneration(max_length=20))) == 1
+        assert len(generate_answers(model, TOKENIZER, given, SelfGeneration(max_length=20))) == 1
     with pytest.raises(DataError, match="no document has a prompt"):
-        answer(model, TOKENIZER, given[:1], SelfGeneration())
+        generate_answers(model, TOKENIZER, given[:1], SelfGeneration())
     assert SelfGeneration().longest(given) == 3, "a text without a prompt is no answer"
     with pytest.raises(UsageError, match="give --answer_tokens"):
-        answer(model, TOKENIZER, documents([5, 6], [0, 0]), SelfGeneration())
+        generate_answers(model, TOKENIZER, documents([5, 6], [0, 0]), SelfGeneration())
     with pytest.raises(UsageError, match="0 tokens or more"):
-        SelfGeneration(most=-1)
+        SelfGeneration(max_tokens=-1)
 
 
 @pytest.fixture(scope="module")

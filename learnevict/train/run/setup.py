@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document, LabelStore, hash_documents
-from learnevict.data.self_generated import SelfGeneration, answer
+from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
@@ -159,10 +159,11 @@ def _own_answers(
     common, training = flags.common, flags.training
     how = SelfGeneration(
         common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
-        training.world_size, shown=not training.disable_tqdm,
+        training.world_size, progress=not training.disable_tqdm,
     )  # fmt: skip
-    how = replace(how, most=how.longest(found + held_out))
-    return answer(base, tokenizer, found, how), answer(base, tokenizer, held_out, how) if held_out else []
+    how = replace(how, max_tokens=how.longest(found + held_out))
+    answers = generate_answers(base, tokenizer, found, how)
+    return answers, generate_answers(base, tokenizer, held_out, how) if held_out else []
 
 
 def _suitable(documents: list[Document], flags: Arguments) -> list[Document]:
