@@ -26,7 +26,6 @@ from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from learnevict.data.documents import Collator
 from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageError
 from learnevict.hub import Gates
 from learnevict.infer.model.supported import evicting_layers
@@ -35,12 +34,11 @@ from learnevict.parts.learned import SlotScorer
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.rollout import PromptAnswer, SampledTraces, Verifier, log_probabilities, sample_answers, sample_group
 from learnevict.rl.trajectory import Trajectory
-from learnevict.train.gathered import GatheredGates
-from learnevict.train.pushing import PushingTrainer
-from learnevict.train.validation import Validation, summarise, validate
+from learnevict.train.base_trainer import BaseTrainer
+from learnevict.train.validation import Validation
 
 
-class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Refines a slot scorer by GRPO over its own evictions.
 
     Args:
@@ -73,8 +71,7 @@ class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
             )
         if refine.free_every and verifier is None:
             raise UsageError("free answers need a verifier that marks them; drop --free_every for data without one")
-        self.base = base.eval().requires_grad_(False)
-        self.refine, self.verifier, self.validation = refine, verifier, validation
+        self.refine, self.verifier = refine, verifier
         self.rows: list[dict[str, Any]] = []
         self.batch = (0, 0)
         self.trajectory: Trajectory | None = None
@@ -84,8 +81,9 @@ class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         prepare(gates.gate, refine, len(evicting_layers(DynamicCache(config=base.config).layers)))
         scorer: Any = gates.gate
         gates.config.settings = scorer.settings()
-        super().__init__(model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, **kwargs)  # pyright: ignore[reportArgumentType]
-        self.whole = GatheredGates(self)
+        super().__init__(
+            model=gates, reward_funcs=[language_model_reward], rollout_func=rollout, base=base, validation=validation, **kwargs
+        )  # fmt: skip
         options: Any = self.args
         self.group = int(options.num_generations)
         local = options.per_device_train_batch_size * options.steps_per_generation
@@ -103,7 +101,7 @@ class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
     @property
     def scorer(self) -> SlotScorer:
         """The scorer that is refined, with gathered weights; all processes ask together."""
-        gate: Any = self.whole.now().gate
+        gate: Any = self.gathered_gates().gate
         return gate
 
     def next_batch(self) -> int:
@@ -128,34 +126,10 @@ class EvictionTrainer(PushingTrainer, GRPOTrainer):  # pyright: ignore[reportInc
         log_probs, entropies = model(log_probabilities, self.trajectory, rows)
         return log_probs, entropies, None
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Compares the gates with the oracle, as learnevict.train.validation does.
-
-        Raises:
-            UsageError: the trainer has no validation.
-        """
-        if self.validation is None:
-            raise UsageError("nothing to evaluate on: give the trainer a validation, or the recipe --eval_documents")
-        gates = self.whole.now()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            sums = validate(gates, self.base, self.validation, Collator(0))
-        metrics = summarise(sums, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def create_model_card(self, *_: Any, rows: Any = (), **__: Any) -> None:
         """Writes a card only for what is shared, where TRL asks for one at every checkpoint."""
         if self.args.push_to_hub:
             super().create_model_card(rows)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves the gates only, as config.json + model.safetensors; no pickled arguments."""
-        folder = output_dir or self.args.output_dir
-        gates: Any = self.accelerator.unwrap_model(self.model)
-        if self.args.should_save:
-            gates.save_pretrained(folder, state_dict=state_dict)
 
 
 def refuse_unused(args: GRPOConfig) -> None:

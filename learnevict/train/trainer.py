@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
@@ -15,20 +14,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from learnevict.errors import UsageError
 from learnevict.ops.random import hashed
+from learnevict.train.base_trainer import BaseTrainer
 from learnevict.train.batch_random import BatchRandom
-from learnevict.train.gathered import GatheredGates
-from learnevict.train.pushing import PushingTrainer
-from learnevict.train.validation import Validation, summarise, validate
+from learnevict.train.validation import Validation
 
 PROGRESS = "progress_{rank}.json"
 
 
-class GateTrainer(PushingTrainer):
+class GateTrainer(BaseTrainer):
     """transformers.Trainer for gates; a mode overrides `batch_loss`.
 
     Parameters may be used with gradient inside `model(task, ...)` only, which calls task(gate, ...): DDP and ZeRO watch
-    for that call; without gradient outside of it, as `whole`. Whatever is random is hashed from `draws`, or comes from torch's
-    global generator, whose state checkpoints hold; what else a trainer needs to go on, `progress` and `restore` carry.
+    for that call; without gradient outside of it, as `gathered_gates()`. Whatever is random is hashed from `draws`, or comes
+    from torch's global generator, whose state checkpoints hold; what else a trainer needs to go on, `progress` and `restore`
+    carry.
 
     Args:
         base: the model whose cache is governed; never trained, never saved.
@@ -39,21 +38,13 @@ class GateTrainer(PushingTrainer):
 
     def __init__(self, *args: Any, base: PreTrainedModel, validation: Validation | None = None, **kwargs: Any) -> None:
         documents = None if validation is None else validation.documents
-        super().__init__(*args, **{"eval_dataset": documents, **kwargs})
+        super().__init__(*args, base=base, validation=validation, **{"eval_dataset": documents, **kwargs})
         self.model_accepts_loss_kwargs = False
-        self.base = base.eval().requires_grad_(False)
-        self.validation = validation
         if validation is not None:
             validation.policies(self.gates)  # budgets that cannot be held are told before the first step
         self.figures: dict[str, list[float]] = {}
-        self.whole = GatheredGates(self)
         self.batch = (-1, 0)
         torch.manual_seed(self.args.seed + self.args.process_index)  # dropout of gates: each process its own
-
-    @property
-    def gates(self) -> Any:
-        """The model without what DDP or DeepSpeed put around it."""
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def gate(self) -> Any:
@@ -104,33 +95,6 @@ class GateTrainer(PushingTrainer):
             self.figures.clear()
         super().log({**logs, **means}, *args, **kwargs)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluates the gates against the oracle (train.validation) and logs it; training goes on as if nothing had been.
-
-        Raises:
-            UsageError: there is no validation.
-        """
-        if self.validation is None:
-            raise UsageError("nothing to evaluate by: give the trainer a validation, or the recipe --eval_documents")
-        rank, world = self.args.process_index, self.args.world_size
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            found = validate(
-                self.whole.now(),
-                self.base,
-                self.validation,
-                self.data_collator,
-                slice(rank, None, world),
-            )
-        parts: Any = gather_object([found]) if world > 1 else [found]
-        pooled = {budget: [one for part in parts for one in part[budget]] for budget in found}
-        metrics = summarise(pooled, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def progress(self) -> dict[str, Any]:
         """Returns what a checkpoint holds beside what Trainer puts there, as JSON; a mode with more state adds to it."""
         streamed = isinstance(self.train_dataset, IterableDataset)
@@ -152,7 +116,7 @@ class GateTrainer(PushingTrainer):
             data.load_state_dict(progress["stream"])
 
     def log_end(self, checkpoint: Path) -> None:
-        """Logs the last line of a run, see PushingTrainer."""
+        """Logs the last line of a run, see BaseTrainer."""
         self.restore(self._progress_in(checkpoint))
         self._total_loss_scalar += float(self._tr_loss)
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
@@ -179,12 +143,6 @@ class GateTrainer(PushingTrainer):
 
     def _progress_in(self, checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / PROGRESS.format(rank=self.args.process_index)).read_text())
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves gates only, as config.json + model.safetensors, by one process; no pickled arguments."""
-        folder, gates = output_dir or self.args.output_dir, self.gates
-        if self.args.should_save:
-            gates.save_pretrained(folder, state_dict=state_dict)
 
 
 def last_checkpoint(folder: str | Path, world_size: int) -> str | None:

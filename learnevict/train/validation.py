@@ -1,9 +1,9 @@
-"""Judging gates while they learn: how much of the way from random eviction to the oracle's they have come."""
+"""Evaluation of gates while they learn: how much of the way from random eviction to the oracle's they have come."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from learnevict import methods
 from learnevict.config import Budget
+from learnevict.data.documents import Collator
 from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
 from learnevict.hub import Gates
@@ -20,22 +21,20 @@ from learnevict.oracle.metrics import PolicyMetrics, measure
 from learnevict.oracle.reference import Reference
 from learnevict.policy import Policy
 
-Collate = Callable[[list[Document]], dict[str, Any]]
-"""Documents to a batch."""
 BEST = "eval_oracle_gap_closed"
-"""What early stopping and the choice of the best checkpoint look at; higher is better."""
+"""The figure of early stopping and of the best checkpoint; higher is better."""
 
 
 @dataclass
 class Validation:
-    """What gates are judged by.
+    """The texts and budgets of evaluations.
 
     Attributes:
-        documents: that nobody trains on.
+        documents: not trained on.
         budgets: tokens, "25%" or "64MiB"; figures are means over them, and given for each if there are several.
         batch_size: documents at a time.
         terms: of the eviction: sinks, recent, slack; options that a method does not have are left out.
-        memory: bytes of the full cache's labels that are kept between evaluations; the rest is made anew.
+        memory: bytes of the full cache's labels that are kept between evaluations; others are computed again.
     """
 
     documents: Sequence[Document]
@@ -46,13 +45,13 @@ class Validation:
     kept: dict[int, Reference] = field(default_factory=dict, repr=False)
 
     def policies(self, gates: Gates) -> dict[str, Policy]:
-        """The gates under every budget.
+        """Returns the policy of the gates under every budget.
 
         Raises:
             BudgetError: there is none, or one that cannot be held.
         """
         if not self.budgets:
-            raise BudgetError("nothing to judge under: give --eval_budgets, for instance 25%")
+            raise BudgetError("nothing to evaluate under: give --eval_budgets, for instance 25%")
         taken = inspect.signature(methods.load(gates.method).policy).parameters
         free = any(one.kind is one.VAR_KEYWORD for one in taken.values())
         terms = {name: value for name, value in self.terms.items() if free or name in taken}
@@ -60,9 +59,9 @@ class Validation:
             str(budget): gates.policy(Budget.parse(budget), allow_other_base=True, **terms) for budget in self.budgets
         }
 
-    def references(self, base: PreTrainedModel, collate: Collate, block: int, share: slice) -> Iterator[Reference]:
-        """What the full cache makes of this process's share, batch after batch."""
-        mine = list(self.documents[share])
+    def references(self, base: PreTrainedModel, block: int, share: slice) -> Iterator[Reference]:
+        """Yields what the full cache makes of this process's share of the documents, batch after batch."""
+        collate, mine = Collator(0), list(self.documents[share])
         for start in range(0, len(mine), self.batch_size):
             reference = self.kept.get(start)
             if reference is None:
@@ -78,34 +77,33 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    gates: Gates, base: PreTrainedModel, validation: Validation, collate: Collate, share: slice = slice(None)
+    gates: Gates, base: PreTrainedModel, validation: Validation, share: slice = slice(None)
 ) -> dict[str, list[PolicyMetrics]]:
-    """Judge gates under every budget, on a share of the documents.
+    """Evaluates gates under every budget, on a share of the documents.
 
     Args:
         gates: being trained.
         base: the frozen model, on its device.
-        validation: what to judge by.
-        collate: documents to a batch.
+        validation: texts and budgets.
         share: of the documents, for this process.
 
     Returns:
-        What every batch of texts has come to, by budget; `summarise` makes figures of it.
+        The metrics of every batch of texts, by budget; `summarise` makes figures of them.
     """
     policies = validation.policies(gates)
     found: dict[str, list[PolicyMetrics]] = {budget: [] for budget in policies}
     block = next(iter(policies.values())).schedule.period
-    for reference in validation.references(base, collate, block, share):
+    for reference in validation.references(base, block, share):
         for budget, policy in policies.items():
             found[budget].append(measure(base, policy, reference))
     return found
 
 
 def summarise(found: dict[str, list[PolicyMetrics]], prefix: str) -> dict[str, float]:
-    """Figures of learnevict.oracle.metrics: {"eval_NAME": mean over budgets, "eval_NAME_25%": if there are several}.
+    """Returns figures of learnevict.oracle.metrics: {"eval_NAME": mean over budgets, "eval_NAME_25%": if there are several}.
 
     Raises:
-        UsageError: nothing was evicted, so there is nothing to judge.
+        UsageError: nothing was evicted, so nothing can be compared.
     """
     by_budget: dict[str, dict[str, float]] = {}
     for budget, parts in found.items():
@@ -124,7 +122,7 @@ def summarise(found: dict[str, list[PolicyMetrics]], prefix: str) -> dict[str, f
 
 
 def pool(parts: list[PolicyMetrics]) -> PolicyMetrics:
-    """Several batches as one, on the host: what they hold per text, one after the other."""
+    """Returns several batches as one, on the host: what they hold per text, one after the other."""
 
     def joined(found: list[Any]) -> Any:
         if isinstance(found[0], Tensor):
@@ -136,7 +134,7 @@ def pool(parts: list[PolicyMetrics]) -> PolicyMetrics:
 
 
 class Patience(TrainerCallback):
-    """Stops when so many evaluations in a row have not been better than the best before them.
+    """Stops training when so many evaluations in a row have not been better than the best before them.
 
     It reads the log and keeps no state of its own, so a resumed run stops where the other one would have.
     """
@@ -147,14 +145,14 @@ class Patience(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A run that had stopped already stays stopped."""
-        control.should_training_stop = self.lost(state)
+        """Keeps a run stopped that had stopped already."""
+        control.should_training_stop = self.exhausted(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After every evaluation."""
-        control.should_training_stop = control.should_training_stop or self.lost(state)
+        """Stops where patience is exhausted."""
+        control.should_training_stop = control.should_training_stop or self.exhausted(state)
 
-    def lost(self, state: TrainerState) -> bool:
-        """Whether patience is at its end."""
+    def exhausted(self, state: TrainerState) -> bool:
+        """Returns whether so many evaluations in a row were no better."""
         values = [line[BEST] for line in state.log_history if BEST in line]
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.evaluations

@@ -114,7 +114,7 @@ class RankingTrainer(GateTrainer):
                 f"a batch of texts of at most {width} tokens: nothing would be evicted from them even at the smallest "
                 f"budget ({config.floor}); leave out texts shorter than {config.floor + config.period + 1} tokens"
             )
-        gate: Any = self.whole.now().gate
+        gate: Any = self.gathered_gates().gate
         return record_states(
             self.base,
             gate,

@@ -1,4 +1,4 @@
-"""Fit a table baseline: the mean golden label of each entry, per layer and head (methods lexical and clausal).
+"""Table baselines are fitted to the mean golden label of each entry, per layer and head (methods lexical and clausal).
 
 A policy that only learned "digits stay, filler goes" is not learned eviction; every learned method must beat these.
 """
@@ -21,7 +21,7 @@ from learnevict.train.trainers.replay_states import look_ahead
 def fit_tables(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], gates: list[Gates], block: int
 ) -> None:
-    """Average, over a training set, what the future beyond its own block pays to each entry of the gates' tables.
+    """Sets each entry of the gates' tables to the mean, over a training set, of the largest label after a token's own block.
 
     Args:
         model: the base.
@@ -34,7 +34,7 @@ def fit_tables(
     counts = [torch.zeros(table.shape[-1]) for table in tables]
     for input_ids, mask in batches:
         labels, _ = golden_labels(model, input_ids, mask, block=block)
-        row_time = (mask.cumsum(-1) - 1).clamp_min(0)
+        unpadded = (mask.cumsum(-1) - 1).clamp_min(0)
         real = mask.bool()
         entries = [one.entries(input_ids, mask)[real] for one in fitted]
         for entry, count in zip(entries, counts, strict=True):
@@ -43,10 +43,10 @@ def fit_tables(
             if part is None:
                 continue
             ahead = look_ahead(part)
-            index = (row_time // block + 1).clamp_max(ahead.shape[-1] - 1)
-            worth = ahead.gather(-1, index[:, None, :, None].expand(*ahead.shape[:3], 1)).squeeze(-1)
-            for head in range(worth.shape[1]):
+            index = (unpadded // block + 1).clamp_max(ahead.shape[-1] - 1)
+            target = ahead.gather(-1, index[:, None, :, None].expand(*ahead.shape[:3], 1)).squeeze(-1)
+            for head in range(target.shape[1]):
                 for entry, table in zip(entries, tables, strict=True):
-                    table[layer, head].index_add_(0, entry, worth[:, head][real])
+                    table[layer, head].index_add_(0, entry, target[:, head][real])
     for one, table, count in zip(fitted, tables, counts, strict=True):
         one.table.copy_(table / count.clamp_min(1))

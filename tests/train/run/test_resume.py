@@ -133,9 +133,9 @@ def test_what_could_not_be_sent_is_whole_at_home(run, tmp_path, monkeypatch):
     def refused(*_: object, **__: object) -> None:
         raise OSError("403")
 
-    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer.init_hf_repo", lambda *_, **__: None)
-    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer._push_from_checkpoint", lambda *_, **__: None)
-    monkeypatch.setattr("learnevict.train.pushing.SharingTrainer.push_to_hub", refused)
+    monkeypatch.setattr("learnevict.train.base_trainer.BaseTrainer.init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.base_trainer.BaseTrainer._push_from_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("learnevict.train.base_trainer.BaseTrainer.push_to_hub", refused)
     with pytest.raises(OSError, match="403"):
         run(tmp_path, "--push_to_hub", "--hub_model_id", "me/gates")
     record = json.loads((tmp_path / "run.json").read_text())
