@@ -29,10 +29,10 @@ from learnevict.config import Budget
 from learnevict.data.documents import Collator
 from learnevict.data.opening import describe_base, families_of, load_base, longest_text, read_for_learning
 from learnevict.errors import told_in_one_line
-from learnevict.hub import weight_hash
+from learnevict.hub import Gates, weight_hash
 from learnevict.hub.run_record import Record, changed
-from learnevict.train.memory.estimate import estimate, memory_of, report
-from learnevict.train.memory.plans import plan_distilling
+from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
+from learnevict.train.memory.phases import RunPlan
 from learnevict.train.run.arguments import Arguments
 from learnevict.train.run.arguments import parse as parse_flags
 from learnevict.train.run.launch import find_tools, launch_defaults
@@ -136,7 +136,18 @@ def main(flags: Arguments) -> None:
     config, course, training = flags.common, flags.trainable_method, flags.training
     if config.dry_run:
         described, dtype = describe_base(config.model)
-        plan = plan_distilling(flags, longest_text(config.data, config.max_length), dtype)
+        mode, tokens = vars(flags.mode), longest_text(config.data, config.max_length)
+        shared = {
+            name: mode[name]
+            for name in ("period", "budgets", "cuts", "along", "objective", "pairs", "recompute")
+            if name in mode
+        }
+        before = Gates.load(config.start_from).config.settings if config.start_from else {}
+        plan = RunPlan(
+            course.mode.name, tokens, training.per_device_train_batch_size, stored_labels=config.labels is not None,
+            settings={**flags.settings, **before}, dtype=dtype, **shared,
+            **length_of(training, config.gpus, config.documents),
+        )  # fmt: skip
         print(report(estimate(described, config.method, plan), config.gpu_memory))
         return
     set_seed(training.seed)

@@ -43,8 +43,8 @@ from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import Record, changed
 from learnevict.rl.config import RefineConfig
 from learnevict.testbed import generate, verify
-from learnevict.train.memory.estimate import estimate, memory_of, report
-from learnevict.train.memory.plans import plan_refining
+from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
+from learnevict.train.memory.phases import RunPlan
 from learnevict.train.run.arguments import parse_parts
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
 from learnevict.train.run.ranges import check_numbers
@@ -127,8 +127,13 @@ def main(config: Config, refine: RefineConfig, training: GRPOConfig) -> None:
         raise UsageError("an evaluation needs --eval_documents of at least 1")
     if config.dry_run:
         described, dtype = describe_base(config.model)
-        plan = plan_refining(config, refine, training, longest_text(config.data, config.max_length), dtype)
-        print(report(estimate(described, Gates.load(config.start_from).method, plan), config.gpu_memory))
+        gates = Gates.load(config.start_from)
+        plan = RunPlan(
+            "grpo", longest_text(config.data, config.max_length), training.per_device_train_batch_size, period=refine.period,
+            budgets=(refine.min_budget, refine.max_budget), group=training.num_generations,
+            settings=dict(gates.config.settings), dtype=dtype, **length_of(training, config.gpus, config.documents),
+        )  # fmt: skip
+        print(report(estimate(described, gates.method, plan), config.gpu_memory))
         return
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)

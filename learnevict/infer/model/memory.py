@@ -1,4 +1,4 @@
-"""How many bytes a model, its full cache and an evicting cache take, from the configuration alone."""
+"""Estimates how many bytes a model, its full cache and an evicting cache take, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from learnevict.policy import Guard, Schedule
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """Bytes on the device, all rows of the batch together.
+    """The bytes of a model and its caches on the device, all rows of the batch together.
 
     Attributes:
         parameters: number of weights.
@@ -45,7 +45,7 @@ def estimate(
     schedule: Schedule | None = None,
     guard: Guard | None = None,
 ) -> CacheMemory:
-    """Bytes of weights and caches, without loading a weight.
+    """Estimates the bytes of weights and caches, without loading a weight.
 
     Args:
         config: of the model.
@@ -93,7 +93,16 @@ def estimate(
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
-    """Weights of the model, tied ones once; nothing is allocated."""
+    """Returns the number of weights of the model, tied ones once; nothing is allocated."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def readable(num_bytes: float) -> str:
+    """Returns bytes for reading: 512 B, 640.0 KiB, 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
