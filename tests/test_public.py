@@ -131,7 +131,7 @@ def test_readme_python_compiles():
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
-MADE = re.compile(r"(?:/|~/|runs/|site/|user/|path/|\.venv|application/|my_|x/|kernels/__init__)")
+MADE = re.compile(r"(?:/|~/|runs/|site/|user/|path/|\.venv|application/|my_|linear_future|x/|kernels/__init__)")
 """How paths begin that are made at run time, belong to a reader, or must not be there."""
 
 
