@@ -87,13 +87,14 @@ class Attention:
     """How logits become probabilities in this layer: scaling, optional softcap, optional attention sinks [Hq].
 
     `frequencies` [r]: radians per position by which RoPE rotates dimensions f and f + r of queries and keys (f < r; the rest
-    stays); None if the model has no such embedding.
+    stays); None if the model has no such embedding. `window`: tokens that a layer with a sliding window sees; None elsewhere.
     """
 
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
     frequencies: Tensor | None = None
+    window: int | None = None
 
     def scores(self, logits: Tensor) -> Tensor:
         """What the softmax sees: scaled, capped, float32."""

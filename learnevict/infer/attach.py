@@ -1,8 +1,8 @@
 """Hooks that let a model read and write an EvictingCache; everything is undone on exit.
 
 Four pieces, none of them on the model's classes: an attention function and a mask function registered with transformers
-under the name "learnevict", hooks on the decoder that open and close each forward (infer.forward), a hook on every attention
-module that hands it its cache layer (or, in a replay, its expiries), and a generate() of this one model that looks at the
+under the name "learnevict", hooks on the decoder that open and close each forward, a hook on every attention
+module that hands it to the active run (infer.run), and a generate() of this one model that looks at the
 prompt first.
 """
 
@@ -12,20 +12,18 @@ import inspect
 import threading
 import warnings
 import weakref
-from contextvars import ContextVar, Token
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, update_wrapper
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from learnevict.errors import CacheError, UnusedCacheWarning, UsageError
-from learnevict.infer import forward
-from learnevict.infer.attention import plain_attention, replay_attention
+from learnevict.infer.attention import plain_attention
 from learnevict.infer.cache import EvictingCache
-from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.fingerprint import check_base, device_for
 from learnevict.infer.model.modules import (
     Rotation,
@@ -36,44 +34,13 @@ from learnevict.infer.model.modules import (
     rotation_of,
 )
 from learnevict.infer.model.supported import check_governor, evicting_layers
-from learnevict.infer.probe import QUESTION, Question
-from learnevict.infer.soft import SOFT, Soft, soft_gate
-from learnevict.infer.store.recording import ordinary_tensors
+from learnevict.infer.run import RUN, Step, running
+from learnevict.infer.serve import Serve, checked_generate
+from learnevict.infer.soft import Soft, soft_gate
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
 NAME = "learnevict"
-
-
-class Observer(Protocol):
-    """Called once per evicting layer of a replayed forward, with what its attention function received."""
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a replayed forward sees: expiry int32 [B, H, T] by layer index, and bool [B, T] real tokens (None: all)."""
-
-    expiry: dict[int, Tensor]
-    valid: Tensor | None
-    observe: Observer | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one attention module is given for one forward."""
-
-    layer: EvictingLayer | None
-    hidden: Tensor | None
-    expiry: Tensor | None = None
-    valid: Tensor | None = None
-    observe: Observer | None = None
-    frequencies: Tensor | None = None
-    soft: Soft | None = None
-    question: Question | None = None
 
 
 @dataclass
@@ -86,7 +53,6 @@ class Hooks:
     count: int = 1
 
 
-REPLAY: ContextVar[Replay | None] = ContextVar("learnevict_replay", default=None)
 _lock = threading.Lock()
 _hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()
 
@@ -102,7 +68,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, cache: EvictingCache | None, soft: Soft | None = None) -> None:
         self.model, self.cache, self.soft = model, cache, soft
-        self.tokens: list[Token[Soft | None]] = []
+        self.entered: list[AbstractContextManager[None]] = []
         hook(model)
         self.active = True
 
@@ -115,12 +81,13 @@ class Attachment:
     def __enter__(self) -> Any:
         if self.soft is None:
             return self.cache
-        self.tokens.append(SOFT.set(self.soft))
+        self.entered.append(running(self.soft))
+        self.entered[-1].__enter__()
         return self.soft
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.tokens:
-            SOFT.reset(self.tokens.pop())
+        if self.entered:
+            self.entered.pop().__exit__(None, None, None)
         self.detach()
         if kind is None and self.cache is not None and not self.cache.used:
             text = "the cache of attach(model, policy) has read nothing, so nothing was evicted: pass past_key_values=cache"
@@ -184,7 +151,7 @@ def hook(model: PreTrainedModel) -> None:
         opening = partial(_open_forward, inspect.signature(front.forward), decoder, weakref.ref(model))
         handles = [
             front.register_forward_pre_hook(opening, with_kwargs=True),
-            front.register_forward_hook(partial(forward.close_forward, decoder), with_kwargs=True, always_call=True),
+            front.register_forward_hook(_close_forward, with_kwargs=True, always_call=True),
             *(
                 module.register_forward_pre_hook(partial(_hand_over, rotation_of(decoder, module)), with_kwargs=True)
                 for module in modules.values()
@@ -192,7 +159,7 @@ def hook(model: PreTrainedModel) -> None:
         ]
         _hooked[model] = Hooks(handles, previous, vars(model).get("generate"))
         if callable(generate := getattr(model, "generate", None)):
-            vars(model)["generate"] = update_wrapper(partial(forward.checked_generate, generate), generate)
+            vars(model)["generate"] = update_wrapper(partial(checked_generate, generate), generate)
 
 
 def unhook(model: PreTrainedModel) -> None:
@@ -213,37 +180,39 @@ def unhook(model: PreTrainedModel) -> None:
 
 
 def _open_forward(
-    signature: inspect.Signature, decoder: nn.Module, model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
+    signature: inspect.Signature, decoder: Any, model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given.pop("kwargs", {}), **given}
-    cache = forward.cache_among(given, model())
-    if cache is not None or any(one.get() is not None for one in (SOFT, REPLAY, QUESTION)):
-        forward.check_attention(decoder, NAME)
-    if (soft := SOFT.get()) is not None and REPLAY.get() is None:
-        soft.begin(given)
-    last = None if cache is None else forward.open_forward(module, decoder, cache, given)
-    return None if last is None else ((), last)
+    if isinstance(RUN.get(), Serve):  # left by a forward that was interrupted
+        RUN.set(None)
+    cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
+    run = RUN.get()
+    if run is None and cache is not None:
+        run = Serve(cache, module, decoder, model())
+    if run is None:
+        return None
+    if (found := decoder.config._attn_implementation) != NAME:
+        raise UsageError(
+            f"set_attn_implementation({found!r}) was called after attach(), which took learnevict's attention away; call it "
+            "before attach(), or not at all"
+        )
+    changed = run.begin(given)
+    return None if changed is None else ((), changed)
+
+
+def _close_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    run = RUN.get()
+    return None if run is None else run.end(output)
 
 
 def _hand_over(rotation: Rotation | None, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    run = RUN.get()
+    if run is None or not run.takes(module.layer_idx):  # pyright: ignore[reportArgumentType]
+        return None
     hidden = kwargs.get("hidden_states", args[0] if args else None)
-    cache, replay = forward.SERVING.get(), REPLAY.get()
-    index: Any = module.layer_idx
     frequencies = None if rotation is None else rotation.frequencies(kwargs)
-    if (question := QUESTION.get()) is not None:
-        return args, {**kwargs, NAME: Step(None, hidden, frequencies=frequencies, question=question)}
-    if replay is not None and index in replay.expiry:
-        return args, {
-            **kwargs,
-            NAME: Step(None, hidden, replay.expiry[index], replay.valid, replay.observe, frequencies),
-        }
-    if (soft := SOFT.get()) is not None and replay is None and index in soft.layers:
-        return args, {**kwargs, NAME: Step(None, hidden, frequencies=frequencies, soft=soft)}
-    if cache is not None and isinstance(layer := cache.layers[index], EvictingLayer):
-        layer.expecting = True
-        return args, {**kwargs, NAME: Step(layer, hidden, frequencies=frequencies)}
-    return None
+    return args, {**kwargs, NAME: Step(run, hidden, frequencies)}
 
 
 def attention_function(
@@ -259,7 +228,7 @@ def attention_function(
     learnevict: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered with transformers: event loop, replay, or plain attention for stock layers.
+    """The attention function registered with transformers: that of the active run, or plain attention for stock layers.
 
     Args:
         query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv]; post-RoPE.
@@ -272,29 +241,19 @@ def attention_function(
         raise CacheError(
             "continuous batching (PagedAttentionCache) shares blocks between heads, so heads cannot evict apart"
         )
-    frequencies = None if learnevict is None else learnevict.frequencies
-    attention = Attention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, frequencies)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if learnevict is None:
-        out = plain_attention(query, key, value, attention_mask, attention)
-    elif learnevict.question is not None:
-        index: Any = module.layer_idx
-        out = learnevict.question.attend(index, (query, key, value), attention, kwargs.get("sliding_window"))
-    elif learnevict.layer is not None:
-        with ordinary_tensors():
-            out = learnevict.layer.attend(query, key, value, learnevict.hidden, attention)
-    elif learnevict.soft is not None:
-        out = learnevict.soft.attend(module.layer_idx, query, key, value, learnevict.hidden, attention)  # pyright: ignore[reportArgumentType]
+        out = plain_attention(query, key, value, attention_mask, Attention(scale, softcap, s_aux))
     else:
-        assert learnevict.expiry is not None
-        if learnevict.observe is not None:
-            learnevict.observe(module.layer_idx, query, key, value, learnevict.hidden, attention)  # pyright: ignore[reportArgumentType]
-        out = replay_attention(query, key, value, learnevict.expiry, learnevict.valid, attention)
+        attention = Attention(scale, softcap, s_aux, learnevict.frequencies, kwargs.get("sliding_window"))
+        index: Any = module.layer_idx
+        out = learnevict.run.attend(index, query, key, value, learnevict.hidden, attention)
     return out.transpose(1, 2).contiguous(), None
 
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """Masks for stock layers; none for layers whose visibility comes from slot positions or a trace."""
-    decided = forward.SERVING.get() is not None or REPLAY.get() is not None or SOFT.get() is not None
-    if QUESTION.get() is not None or (decided and kwargs.get("local_size") is None):
+    run = RUN.get()
+    if run is not None and run.masks(kwargs.get("local_size")):
         return None
     return eager_mask(*args, **kwargs)

@@ -85,7 +85,7 @@ class Clock:
     Args:
         schedule: when events fall.
         prompt_length: real tokens of each row's prompt; None: what is read before the first single step.
-        deferred: events are held after the forward, so one that would read beyond an event comes in pieces (infer.forward).
+        deferred: events are held after the forward, so one that would read beyond an event comes in pieces (infer.serve).
     """
 
     def __init__(self, schedule: Schedule, prompt_length: list[int] | None = None, deferred: bool = False) -> None:

@@ -7,7 +7,6 @@ layers the window they keep. Its positions are those of the tokens that would co
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from learnevict.infer.attention import plain_attention
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import decoder_of, device_of
+from learnevict.infer.run import Run, running
 from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.slots import SlotPool
 from learnevict.policy import Probe
@@ -47,7 +47,7 @@ class Questioned(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Run):
     """A probe on its way through the layers.
 
     Attributes:
@@ -59,32 +59,41 @@ class Question:
     receive: Receive
 
     @property
-    def end(self) -> int:
+    def columns_read(self) -> int:
         """Columns read, those of a forward that is just ending included."""
         return self.cache.clock.length + self.cache.clock.pending
 
+    def takes(self, layer: int) -> bool:
+        """True: no layer attends as it always does."""
+        return True
+
+    def masks(self, window: int | None) -> bool:
+        """True."""
+        return True
+
     def attend(
-        self, index: int, states: tuple[Tensor, Tensor, Tensor], attention: Attention, window: int | None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """The probe's attention in one layer: query [B, Hq, P, d], key and value [B, H, P, d] -> [B, Hq, P, dv]."""
-        layer = self.cache.layers[index]
-        if isinstance(layer, EvictingLayer):
-            assert layer.store is not None
-            store = still(layer.store) if torch.is_grad_enabled() else layer.store
-            out, asked = probe_attention(store, *states, attention)
-            self.receive(index, asked)
+        """Returns the probe's attention in one layer: query [B, Hq, P, d], key and value [B, H, P, d] -> [B, Hq, P, dv]."""
+        held = self.cache.layers[layer]
+        if isinstance(held, EvictingLayer):
+            assert held.store is not None
+            store = still(held.store) if torch.is_grad_enabled() else held.store
+            out, asked = probe_attention(store, query, key, value, attention)
+            self.receive(layer, asked)
             return out
-        if window is None or window != layer.sliding_window:
+        window = attention.window
+        if window is None or window != held.sliding_window:
             raise ModelError(
-                f"layer {index} keeps a window of {layer.sliding_window} tokens, but its attention names {window}; learnevict "
+                f"layer {layer} keeps a window of {held.sliding_window} tokens, but its attention names {window}; learnevict "
                 "cannot run a probe through this model"
             )
-        held = layer.keys.shape[2]
-        column = torch.arange(self.end - held, self.end + states[0].shape[2], device=states[0].device)
-        now = column[held:].view(-1, 1)
+        width = held.keys.shape[2]
+        column = torch.arange(self.columns_read - width, self.columns_read + query.shape[2], device=query.device)
+        now = column[width:].view(-1, 1)
         seen = (column <= now) & (now - column < window) & self._real(column).unsqueeze(1)
-        keys, values = (torch.cat(pair, 2) for pair in ((layer.keys, states[1]), (layer.values, states[2])))
-        return plain_attention(states[0], keys, values, seen.unsqueeze(1).to(torch.int8) - 1, attention)
+        keys, values = (torch.cat(pair, 2) for pair in ((held.keys, key), (held.values, value)))
+        return plain_attention(query, keys, values, seen.unsqueeze(1).to(torch.int8) - 1, attention)
 
     def _real(self, column: Tensor) -> Tensor:
         """Which columns hold tokens, bool [B, n]."""
@@ -92,11 +101,8 @@ class Question:
         real = column >= first.unsqueeze(-1)
         if self.cache.mask is None:
             return real
-        padded = self.cache.mask.bool()[:, column.clamp_max(self.end - 1)]
-        return real & (padded | (column >= self.end))
-
-
-QUESTION: ContextVar[Question | None] = ContextVar("learnevict_question", default=None)
+        padded = self.cache.mask.bool()[:, column.clamp_max(self.columns_read - 1)]
+        return real & (padded | (column >= self.columns_read))
 
 
 def ask(model: PreTrainedModel, cache: Questioned, probe: Probe) -> dict[int, Tensor]:
@@ -133,18 +139,14 @@ def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Recei
     batch, num = len(cache.clock.seen), len(tokens)
     asking = Question(cache, receive)
     ahead = torch.arange(num, device=place)
-    places = (ahead + asking.end).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
-    token = QUESTION.set(asking)
-    try:
-        with probe.adapted(decoder):
-            decoder(
-                inputs_embeds=tokens.expand(batch, -1, -1),
-                attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
-                position_ids=places,
-                use_cache=False,
-            )
-    finally:
-        QUESTION.reset(token)
+    places = (ahead + asking.columns_read).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
+    with running(asking), probe.adapted(decoder):
+        decoder(
+            inputs_embeds=tokens.expand(batch, -1, -1),
+            attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
+            position_ids=places,
+            use_cache=False,
+        )
 
 
 def check_questioned(layers: list[Any]) -> None:

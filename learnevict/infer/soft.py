@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learnevict.errors import CacheError, ModelError, UsageError
+from learnevict.infer.run import RUN, Run
 from learnevict.policy import DecayBias, Scorer, SoftGate
 from learnevict.signals import EMPTY, Attention, Rows, Signals
 
@@ -90,7 +90,7 @@ class TextInput:
 
 
 @dataclass
-class Soft:
+class Soft(Run):
     """What `with attach(model, policy, soft=True) as soft:` yields.
 
     Attributes:
@@ -111,13 +111,17 @@ class Soft:
         return [self.gate.decay_bias(self.notes[layer]) for layer in sorted(self.notes)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        """A forward of the decoder starts; `given` are its arguments."""
+        """See Run."""
         self.text, self.notes = TextInput.of(given), {}
+
+    def takes(self, layer: int) -> bool:
+        """See Run."""
+        return layer in self.layers
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """Attention of one layer, weighed: query [B, Hq, T, d], key [B, H, T, d], value [B, H, T, dv] -> [B, Hq, T, dv]."""
+        """Returns the attention of one layer, weighed by the gate; see Run."""
         text = self.text
         assert text is not None
         slots = Sequence(key, value, text.position.unsqueeze(1).expand(-1, key.shape[1], -1))
@@ -137,9 +141,6 @@ class Soft:
         )
         self.notes[layer] = self.gate.write(signals)
         return soft_attention(query, key, value, self.gate.decay_bias(self.notes[layer]), text.valid, attention)
-
-
-SOFT: ContextVar[Soft | None] = ContextVar("learnevict_soft", default=None)
 
 
 def soft_gate(scorer: Scorer) -> SoftGate:
@@ -233,9 +234,16 @@ def layers_again(model: nn.Module, attached: Callable[[Soft], AbstractContextMan
         ModelError: the model has no layers that can be computed again.
     """
 
+    @contextmanager
+    def again(soft: Soft) -> Generator[None]:
+        with attached(
+            replace(soft, notes={})
+        ):  # made when entered: a layer that no gradient reaches is not computed again
+            yield
+
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        soft = SOFT.get()
-        return nullcontext(), nullcontext() if soft is None else attached(replace(soft, notes={}))
+        run = RUN.get()
+        return nullcontext(), again(run) if isinstance(run, Soft) else nullcontext()
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

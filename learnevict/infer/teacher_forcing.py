@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from learnevict.errors import TraceError
-from learnevict.infer.attach import REPLAY, Attachment, Observer, Replay
+from learnevict.infer.attach import Attachment
+from learnevict.infer.attention import replay_attention
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.signals import Trace
+from learnevict.infer.run import Run, running
+from learnevict.signals import Attention, Trace
+
+
+class Observer(Protocol):
+    """Called once per evicting layer of a replayed forward, with what its attention function received."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Replay(Run):
+    """A forward along a trace: expiry int32 [B, H, T] by layer index, and bool [B, T] real tokens (None: all)."""
+
+    expiry: dict[int, Tensor]
+    valid: Tensor | None
+    observe: Observer | None = None
+
+    def takes(self, layer: int) -> bool:
+        """See Run."""
+        return layer in self.expiry
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> Tensor:
+        """See Run."""
+        if self.observe is not None:
+            self.observe(layer, query, key, value, hidden, attention)
+        return replay_attention(query, key, value, self.expiry[layer], self.valid, attention)
 
 
 def prefill(
@@ -108,9 +140,6 @@ def replay(
     valid = None if attention_mask is None else attention_mask.bool()
     if attention_mask is not None and "position_ids" not in kwargs:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    token = REPLAY.set(Replay({index: expiry[index] for index in evicting_layers(layers)}, valid, observe))
-    try:
-        with Attachment(model, None):
-            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-    finally:
-        REPLAY.reset(token)
+    run = Replay({index: expiry[index] for index in evicting_layers(layers)}, valid, observe)
+    with running(run), Attachment(model, None):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

@@ -25,10 +25,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from learnevict.errors import ModelError, UsageError
-from learnevict.infer.attach import Observer
 from learnevict.infer.model.modules import attention_modules
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.infer.teacher_forcing import replay
+from learnevict.infer.teacher_forcing import Observer, replay
 from learnevict.oracle.collect import full_trace
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
 from learnevict.oracle.reducers import KVZIP, Reducers

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from learnevict import EvictingCache, attach, replay
 from learnevict.errors import TraceError
-from learnevict.infer.attach import REPLAY
 from learnevict.infer.attention import replay_attention
+from learnevict.infer.run import RUN
 from learnevict.signals import NEVER, Attention, Trace
 from tests.closeness import close
 from tests.laws import zoo
@@ -149,7 +149,7 @@ def test_a_failed_replay_leaves_nothing_behind():
     ids, mask = batch(zoo.tokens(model, len(PADS), LENGTH))
     with pytest.raises(IndexError), torch.no_grad():
         replay(model, ids + 10**6, made_up(model), mask)
-    assert REPLAY.get() is None
+    assert RUN.get() is None
     assert model.config._attn_implementation == "eager"
     assert not model.model._forward_pre_hooks
 

@@ -13,7 +13,8 @@ from learnevict import Gates, attach, methods, replay
 from learnevict.config import Budget
 from learnevict.errors import CacheError, ModelError, UsageError
 from learnevict.infer.attach import Attachment
-from learnevict.infer.soft import SOFT, layers_again, soft_attention
+from learnevict.infer.run import RUN
+from learnevict.infer.soft import layers_again, soft_attention
 from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.signals import NEVER, Attention, Signals, Trace
 from tests.closeness import close
@@ -252,7 +253,8 @@ def test_layers_computed_again_give_the_same_gradients(name):
         assert one.abs().max() > 0
         close(one, other)
     assert not model.training
-    assert SOFT.get() is None
+    assert model.config._attn_implementation == "eager"
+    assert RUN.get() is None
 
 
 def test_only_the_gate_learns():
@@ -300,7 +302,7 @@ def test_what_soft_refuses():
         attach(model, soft=True)
     with pytest.raises(ModelError, match="checkpoint"), layers_again(nn.Linear(1, 1), replace):
         pass
-    assert SOFT.get() is None
+    assert RUN.get() is None
     assert model.config._attn_implementation == "eager"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict import EvictingCache, attach
-from learnevict.infer.forward import cuts
+from learnevict.infer.serve import cuts
 from learnevict.policy import Policy
 from learnevict.signals import Trace
 from tests.laws.judge import position_ids

@@ -7,7 +7,6 @@ such an event is cut there, and every piece runs through the decoder by itself; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -19,15 +18,13 @@ from learnevict.errors import CacheError, UsageError
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.clock import Clock
 from learnevict.infer.eviction_after_forward import hold_events
+from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.supported import check_text
 from learnevict.infer.rows.ends import Ends
+from learnevict.infer.run import RUN, Arguments, Run, running
 from learnevict.infer.store.recording import ordinary_tensors
-
-SERVING: ContextVar[EvictingCache | None] = ContextVar("learnevict_serving", default=None)
-_read: ContextVar[tuple[Any, ...]] = ContextVar("learnevict_read", default=())
-
-Arguments = dict[str, Any]
+from learnevict.signals import Attention
 
 
 def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -49,70 +46,79 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
         cache.clock.ends = None
 
 
-def cache_among(given: Mapping[str, Any], model: object) -> EvictingCache | None:
-    """The EvictingCache that the forward of a model's decoder was given, in use from now on; None if there is none.
+class Serve(Run):
+    """A forward into an EvictingCache.
 
-    No cache is served until `open_forward`.
+    Args:
+        cache: what is read into.
+        front: the module that runs: the decoder, or what wraps it.
+        decoder: holds the text's layers.
+        model: what both belong to; its generation_config tells how rows end, unless generate() has.
     """
-    SERVING.set(None)
-    cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)
-    if cache is not None:
+
+    def __init__(self, cache: EvictingCache, front: nn.Module, decoder: nn.Module, model: Any) -> None:
+        self.cache, self.front, self.decoder = cache, front, decoder
+        self.read: list[Any] = []
         cache.used = True
         cache.clock.ends = cache.clock.ends or Ends.of(getattr(model, "generation_config", None))
-    return cache
 
+    def begin(self, given: Arguments) -> Arguments | None:
+        """Begins a forward, and reads all of its pieces but the last; returns the arguments of that one, if there are several.
 
-def open_forward(front: nn.Module, decoder: nn.Module, cache: EvictingCache, given: Arguments) -> Arguments | None:
-    """Begin a forward into a cache, and read all of its pieces but the last.
+        Raises:
+            UsageError: the decoder is set up, or called, in a way that cannot work with this cache.
+            CacheError: the forward does not go on from where the cache stands; see EvictingCache.admit.
+        """
+        cache = self.cache
+        check_arguments(self.decoder, cache, given)
+        source, tokens, mask, places = inputs(given)
+        batch, size = source.shape[:2]
+        with ordinary_tensors():
+            cache.admit(source, tokens, mask, places)
+        flags = None if mask is None or not cache.clock.deferred else mask[:, -size:].bool().tolist()
+        *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
+        for part in first:
+            self._begin(part)
+            with running(self):
+                self.read.append(self.front.forward(**part))
+                self._end()
+        self._begin(last)
+        RUN.set(self)
+        return last if first else None
 
-    Args:
-        front: the module that is about to run: the decoder, or what wraps it.
-        decoder: holds the text's layers.
-        given: its arguments by name.
+    def end(self, output: Any) -> Any:
+        """Holds the events of a forward that has run; returns what all of its pieces did, if there are several."""
+        RUN.set(None)
+        if output is None:
+            return None
+        self._end()
+        self.cache.conversation.open = 0
+        return joined([*self.read, output]) if self.read else None
 
-    Returns:
-        The arguments of the last piece, which is still to be read; None if that is the whole forward.
+    def _begin(self, given: Arguments) -> None:
+        with ordinary_tensors():
+            self.cache.begin(*inputs(given))
 
-    Raises:
-        UsageError: the decoder is set up, or called, in a way that cannot work with this cache.
-        CacheError: the forward does not go on from where the cache stands; see EvictingCache.admit.
-    """
-    check_arguments(decoder, cache, given)
-    source, tokens, mask, places = inputs(given)
-    batch, size = source.shape[:2]
-    with ordinary_tensors():
-        cache.admit(source, tokens, mask, places)
-    flags = None if mask is None or not cache.clock.deferred else mask[:, -size:].bool().tolist()
-    *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
-    read = []
-    for part in first:
-        _begin(cache, part)
-        SERVING.set(cache)
-        try:
-            read.append(front.forward(**part))
-            _end(decoder, cache)
-        finally:
-            SERVING.set(None)
-    _begin(cache, last)
-    _read.set(tuple(read))
-    SERVING.set(cache)
-    return last if first else None
+    def _end(self) -> None:
+        self.cache.check_served()
+        with ordinary_tensors():
+            hold_events(self.cache, self.decoder)
+            self.cache.end()
 
+    def takes(self, layer: int) -> bool:
+        """See Run."""
+        found = self.cache.layers[layer]
+        if isinstance(found, EvictingLayer):
+            found.expecting = True
+            return True
+        return False
 
-def close_forward(decoder: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """A hook: a forward has run, and its events are held; what it returns, if that differs from `output`.
-
-    Args:
-        output: what it returned; None after an exception.
-    """
-    cache, read = SERVING.get(), _read.get()
-    SERVING.set(None)
-    _read.set(())
-    if cache is None or output is None:
-        return None
-    _end(decoder, cache)
-    cache.conversation.open = 0
-    return joined([*read, output]) if read else None
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> Tensor:
+        """See Run."""
+        with ordinary_tensors():
+            return self.cache.layers[layer].attend(query, key, value, hidden, attention)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -120,18 +126,6 @@ def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | No
     tokens = given.get("input_ids")
     source = tokens if tokens is not None else given["inputs_embeds"]
     return source, tokens, given.get("attention_mask"), given.get("position_ids")
-
-
-def _begin(cache: EvictingCache, given: Arguments) -> None:
-    with ordinary_tensors():
-        cache.begin(*inputs(given))
-
-
-def _end(decoder: nn.Module, cache: EvictingCache) -> None:
-    cache.check_served()
-    with ordinary_tensors():
-        hold_events(cache, decoder)
-        cache.end()
 
 
 def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str, Any]) -> None:
@@ -168,19 +162,6 @@ def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise CacheError(
             "an EvictingCache needs a 2D attention mask [batch, tokens]; 4D and per-type masks are not supported"
-        )
-
-
-def check_attention(decoder: Any, name: str) -> None:
-    """Refuse a decoder whose attention function is no longer ours.
-
-    Raises:
-        UsageError: it was replaced.
-    """
-    if (found := decoder.config._attn_implementation) != name:
-        raise UsageError(
-            f"set_attn_implementation({found!r}) was called after attach(), which took learnevict's attention away; call it "
-            "before attach(), or not at all"
         )
 
 
