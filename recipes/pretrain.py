@@ -145,7 +145,7 @@ def train_step(
     rng = Random(f"{config.seed}/{step}/{rank()}")
     drawn: list[Sample] = []
     at_top: set[int] = set()
-    while sum(len(sample.checked) for sample in drawn) < config.tokens_per_step / num_ranks():
+    while sum(len(sample.answer_mask) for sample in drawn) < config.tokens_per_step / num_ranks():
         family, level = curriculum.draw(rng, config.evenness)
         seed = rng.getrandbits(48)
         drawn.append(testbed.generate(family, seed, split="train", level=None if level == TOP else level))

@@ -87,7 +87,7 @@ def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Text
     answer_mask, loss_mask = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     prompts = [len(sample.prompt.split()) for sample in samples]
     for row, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-        marks = torch.tensor(sample.checked)
+        marks = torch.tensor(sample.answer_mask)
         assert int(mask[row].sum()) == len(marks), "the tokenizer does not make one token a word"
         answer_mask[row, -len(marks) :] = marks
         loss_mask[row, prompt - len(marks) :] = True

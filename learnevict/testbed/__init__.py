@@ -1,4 +1,4 @@
-"""The testbed: five seeded task families and a small reasoning model trained on them: eviction can be judged anywhere.
+"""The testbed: five seeded task families and a small reasoning model trained on them, for measuring eviction.
 
 Every family mixes true statements with decoys that use the same words and contradict them; only the first word of a
 statement tells them apart. A policy that knows words but not their context keeps the wrong half.
@@ -38,7 +38,7 @@ NUM_LEVELS = 5
 def generate(
     family: str, seed: int, *, split: str = "test", length: str = "normal", level: int | None = None
 ) -> Sample:
-    """The sample of this family, seed and split; `length="long"` extrapolates, `level` 0 to 4 is the curriculum.
+    """Returns the sample of this family, seed and split; `length="long"` extrapolates, `level` 0 to 4 is the curriculum.
 
     Splits are disjoint because the split's name is part of what seeds the random numbers.
     Raises UsageError for a family, split, length or level that does not exist.
@@ -61,29 +61,29 @@ def generate(
 
 
 def verify(sample: Sample, text: str) -> bool:
-    """Whether the text, a generated response with or without its prompt, ends with the sample's answer."""
+    """Returns whether the text, a generated response with or without its prompt, ends with the sample's answer."""
     return final_answer(text.removeprefix(sample.prompt)) == sample.answer
 
 
 def fingerprint() -> str:
-    """sha256 over fixed samples of every family, split and length: changes whenever a generator or a word changes."""
+    """Returns a sha256 of fixed samples of every family, split and length; it changes whenever a generator or a word does."""
     digest = hashlib.sha256()
     for family in FAMILIES:
         for split in SPLITS:
             for seed in range(4):
                 for length in ("normal", "long"):
                     sample = generate(family, seed, split=split, length=length)
-                    digest.update(json.dumps([sample.text, sample.checked, sample.weights]).encode())
+                    digest.update(json.dumps([sample.text, sample.answer_mask, sample.weights]).encode())
     return digest.hexdigest()
 
 
 def path() -> Path:
-    """Folder of the bundled model, tokenizer and training record: a valid `from_pretrained` argument."""
+    """Returns the folder of the bundled model, tokenizer and training record: a valid `from_pretrained` argument."""
     return Path(__file__).parent / "data"
 
 
 def load(dtype: Any = None, device: Any = None) -> tuple[Any, Any]:
-    """The bundled model in eval mode (float32 unless told otherwise; stored as bfloat16) and its tokenizer."""
+    """Returns the bundled model in eval mode (float32 unless told otherwise; stored as bfloat16) and its tokenizer."""
     from learnevict.infer.load import load as load_model
 
     model: Any

@@ -1,4 +1,4 @@
-"""What all families share: samples, difficulty levels, filler and the shuffling of true statements among decoys.
+"""Shared by all families: samples, difficulty levels, filler and the shuffling of true statements among decoys.
 
 In a generator's text a word that starts with "?" is checked by the verifier (it needs memory or arithmetic); the mark
 is removed when the sample is assembled.
@@ -17,7 +17,7 @@ CHECKED = "?"
 
 @dataclass(frozen=True)
 class Sample:
-    """One task with its reasoning. `checked` and `weights` run over the tokens of prompt + response, one per word."""
+    """One task with its reasoning. `answer_mask` and loss `weights` have an entry per word of prompt + response."""
 
     family: str
     seed: int
@@ -26,18 +26,18 @@ class Sample:
     response: str
     answer: str
     messages: list[dict[str, str]]
-    checked: tuple[bool, ...]
+    answer_mask: tuple[bool, ...]
     weights: tuple[float, ...]
 
     @property
     def text(self) -> str:
-        """Prompt and response, as the model reads them."""
+        """The prompt and the response, as the model reads them."""
         return f"{self.prompt} {self.response}"
 
 
 @dataclass(frozen=True)
 class Level:
-    """How hard a sample is: ranges of true statements and filler words, decoys per statement, remarks in the reply."""
+    """The difficulty of a sample: ranges of true statements and filler words, decoys per statement, remarks in the reply."""
 
     items: tuple[int, int]
     decoys: float
@@ -48,13 +48,13 @@ class Level:
         return rng.randint(*self.items)
 
     def num_decoys(self, rng: Random, items: int) -> int:
-        """Decoys for so many true statements; the fraction is drawn."""
+        """Returns the number of decoys for so many true statements; the fraction is drawn."""
         wanted = self.decoys * items
         return int(wanted) + (rng.random() < wanted - int(wanted))
 
 
 def assemble(family: str, seed: int, split: str, turns: Sequence[tuple[str, str]]) -> Sample:
-    """Turn (role, marked text) pairs, the last by the assistant, into a Sample."""
+    """Turns (role, marked text) pairs, the last by the assistant, into a Sample."""
     tokens, checked, weights = [BOS], [False], [0.0]
     prompt_length = 0
     for role, marked in turns:
@@ -71,12 +71,12 @@ def assemble(family: str, seed: int, split: str, turns: Sequence[tuple[str, str]
     response = " ".join(tokens[prompt_length:])
     return Sample(
         family=family, seed=seed, split=split, prompt=" ".join(tokens[:prompt_length]), response=response,
-        answer=final_answer(response) or "", messages=messages[:-1], checked=tuple(checked), weights=tuple(weights),
+        answer=final_answer(response) or "", messages=messages[:-1], answer_mask=tuple(checked), weights=tuple(weights),
     )  # fmt: skip
 
 
 def final_answer(text: str) -> str | None:
-    """The words between the last "answer" and the end of the turn, or None if the text never answers or never ends."""
+    """Returns the words between the last "answer" and the end of the turn, or None if the text never answers or never ends."""
     _, found, after = text.rpartition("answer ")
     if not found or END not in after.split():
         return None
@@ -104,7 +104,7 @@ _SLOTS = {"#": DIGITS, "@": VARIABLES, "!": LABELS, "%": NAMES, "&": PLACES, "$"
 def filler(
     rng: Random, kinds: Sequence[str], num_words: int, pools: dict[str, Sequence[str]] | None = None
 ) -> list[str]:
-    """Clauses of about so many words that mean nothing but reuse the words that matter; pools narrow a slot's words."""
+    """Returns clauses of about so many words that mean nothing but reuse the words that matter; pools narrow a slot's words."""
     slots = {**_SLOTS, **(pools or {})}
     clauses: list[str] = []
     while num_words > 0:
@@ -117,7 +117,7 @@ def filler(
 
 
 def scatter(rng: Random, statements: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Put the others at random places between the statements, which keep their order."""
+    """Puts the others at random places between the statements, which keep their order."""
     places = sorted(rng.randint(0, len(statements)) for _ in others)
     mixed: list[str] = []
     waiting = list(others)
@@ -131,5 +131,5 @@ def scatter(rng: Random, statements: Sequence[str], others: Sequence[str]) -> li
 
 
 def another(rng: Random, pool: Sequence[str], *not_these: str) -> str:
-    """A word of the pool that differs from the given ones."""
+    """Returns a word of the pool that differs from the given ones."""
     return rng.choice([word for word in pool if word not in not_these])

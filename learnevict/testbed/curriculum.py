@@ -1,4 +1,4 @@
-"""What training the bundled model needs beside a loop: a curriculum that climbs by accuracy, Muon, sums over processes."""
+"""Parts of the bundled model's training beside its loop: a curriculum that climbs by accuracy, Muon, sums over processes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Curriculum:
             self.level, self.accuracy, self.promoted = state["level"], state["accuracy"], state["promoted"]
 
     def draw(self, rng: Random, evenness: float) -> tuple[str, int]:
-        """A family, the lagging ones more often, and a level, mostly its highest."""
+        """Draws a family, the lagging ones more often, and a level, mostly its highest."""
         lag = [evenness + (1 - self.accuracy[name]) + 0.15 * (TOP - self.level[name]) for name in testbed.FAMILIES]
         family = rng.choices(testbed.FAMILIES, lag)[0]
         level = self.level[family]
         return family, level if rng.random() < 0.8 else rng.randint(0, level)
 
     def update(self, step: int, counts: list[list[float]], promote_at: float) -> None:
-        """Take in a step's right and seen checked tokens at each family's highest level; promote who passes."""
+        """Records a step's right and seen checked tokens at each family's highest level; promotes families that pass."""
         for family, (right, seen) in zip(testbed.FAMILIES, counts, strict=True):
             keep = 0.98 ** (seen / 40)
             self.accuracy[family] = keep * self.accuracy[family] + (1 - keep) * right / max(1.0, seen)
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every matrix."""
+        """Updates every matrix once."""
         group, shapes = self.param_groups[0], {}
         for parameter in group["params"]:
             shapes.setdefault(parameter.shape, []).append(parameter)
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push all singular values towards 1 by five quintic Newton-Schulz steps, [N, rows, columns]."""
+    """Pushes all singular values towards 1 by five quintic Newton-Schulz steps, [N, rows, columns]."""
     tall = matrices.shape[1] > matrices.shape[2]
     matrices = matrices.mT if tall else matrices
     matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -80,17 +80,17 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def rank() -> int:
-    """This process among those of torchrun."""
+    """Returns the number of this process among those of torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
-    """How many processes train."""
+    """Returns how many processes train."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
-    """Add up gradients (in place) and counts in one message. One meeting per step keeps busy cores from waiting."""
+    """Adds up gradients (in place) and counts in one message. One meeting per step keeps busy cores from waiting."""
     if not dist.is_initialized():
         return counts
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [counts.to(gradients[0].device)])

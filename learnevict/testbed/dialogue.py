@@ -23,7 +23,7 @@ LONG = Level((8, 10), 2.4, (210, 270))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """One conversation as chat turns; checked words carry a mark. Items count tellings, renewals included."""
+    """Returns one conversation as chat turns; checked words carry a mark. Items count tellings, renewals included."""
     num_told = level.num_items(rng)
     num_renewed = rng.randint(1, 2) if num_told > 4 else 1
     num_turns = rng.randint(3, 4) if num_told > 4 else 2
@@ -51,12 +51,12 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
 
 
 def _num_asked(rng: Random, num_known: int, last: bool) -> int:
-    """Up to four names at the end, one or none before."""
+    """Returns up to four names at the end, one or none before."""
     return min(num_known, rng.randint(3, 4)) if last else rng.randint(0, 1)
 
 
 def _turn(rng: Random, facts: list[tuple[str, str]], num_decoys: int, names: list[str], num_filler: int) -> list[str]:
-    """One user turn: facts in their order, jokes about the same people and filler between."""
+    """Returns one user turn: facts in their order, jokes about the same people and filler between."""
     told = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in facts]
     jokes = [f"{rng.choice(FALSE_FACT)} {rng.choice(names)} {tastes(rng, 1)[0]} ;" for _ in range(num_decoys)]
     mixed = scatter(rng, told, jokes)

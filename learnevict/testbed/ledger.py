@@ -23,7 +23,7 @@ LONG = Level((11, 12), 1.2, (120, 160))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """One ledger as chat turns; checked words carry a mark. Balances stay between 0 and 9."""
+    """Returns one ledger as chat turns; checked words carry a mark. Balances stay between 0 and 9."""
     num_postings = level.num_items(rng)
     names = rng.sample(NAMES, rng.randint(4, 5) if num_postings > 5 else rng.randint(2, 3))
     balances = {name: rng.randint(0, 9) for name in names}
@@ -48,7 +48,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
 
 
 def _prompt(rng: Random, level: Level, opening: dict[str, int], postings: dict[str, str]) -> str:
-    """Openings in any order, then the stream in its order, with void postings and filler between."""
+    """Returns openings in any order, then the stream in its order, with void postings and filler between."""
     names = list(opening)
     openings = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in opening.items()]
     for _ in range(level.num_decoys(rng, len(names))):

@@ -22,7 +22,7 @@ LONG = Level((15, 16), 1.2, (150, 190))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """One walk as chat turns; checked words carry a mark. At most one open road lies off the path."""
+    """Returns one walk as chat turns; checked words carry a mark. At most one open road lies off the path."""
     num_hops = level.num_items(rng)
     places = rng.sample(PLACES, min(len(PLACES), num_hops + 2))
     stops = places[:num_hops]
@@ -44,7 +44,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
 
 
 def _remark(here: str, there: str, item: str) -> str:
-    """A remark that depends on the step only: on the place left behind."""
+    """Returns a remark that depends on the step only: on the place left behind."""
     kind = PLACES.index(here) % 6
     remarks = {1: f" rest near {there} with the {item} ;", 3: f" see {here} again ;", 4: f" the {item} was at {here} ;"}
     return remarks.get(kind, "")

@@ -36,12 +36,12 @@ class Instruction:
 
 
 def compute(left: int, sign: str, right: int) -> int:
-    """Sum or difference modulo 10."""
+    """Returns the sum or difference modulo 10."""
     return (left + right if sign == "+" else left - right) % 10
 
 
 def chatter(digit: int, *names: str) -> str:
-    """A remark that depends on nothing but the step before it, so that greedy text is the reference text."""
+    """Returns a remark that depends on nothing but the step before it, so that greedy text is the reference text."""
     first, last = names[0], names[-1]
     remarks = {
         1: f" so {first} and {last} look fine ;",
@@ -55,7 +55,7 @@ def chatter(digit: int, *names: str) -> str:
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """One program as chat turns; checked words carry a mark."""
+    """Returns one program as chat turns; checked words carry a mark."""
     num_lines = level.num_items(rng)
     pool = rng.sample(VARIABLES, 12)
     start = {name: rng.randint(0, 9) for name in pool[: max(2, num_lines - rng.randint(1, 2))]}
@@ -76,7 +76,7 @@ def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
 
 
 def _write_lines(rng: Random, num_lines: int, known: list[str], pool: list[str]) -> list[Instruction]:
-    """Lines that use most variables: those not read yet are preferred as operands, half of the targets overwrite."""
+    """Returns lines that use most variables: those not read yet are preferred as operands, half of the targets overwrite."""
     unread, lines = list(known), []
     for _ in range(num_lines):
         operands: list[str] = []
@@ -94,13 +94,13 @@ def _write_lines(rng: Random, num_lines: int, known: list[str], pool: list[str])
 
 
 def _choose_asked(rng: Random, lines: list[Instruction]) -> list[str]:
-    """Two computed variables if there are two, among the later ones."""
+    """Returns two computed variables if there are two, among the later ones."""
     computed = list(dict.fromkeys(line.target for line in reversed(lines)))[:4]
     return rng.sample(computed, min(2, len(computed)))
 
 
 def _prompt(rng: Random, level: Level, start: dict[str, int], lines: dict[str, Instruction], pool: list[str]) -> str:
-    """Settings, then lines, each among conflicting decoys, with filler everywhere."""
+    """Returns settings, then lines, each among conflicting decoys, with filler everywhere."""
     settings = [f"{rng.choice(TRUE_FACT)} {name} {value} ;" for name, value in start.items()]
     conflicting = rng.sample(list(start), min(len(start), level.num_decoys(rng, len(start))))
     for name in conflicting:

@@ -22,18 +22,18 @@ LONG = Level((6, 7), 3.4, (280, 340))
 
 
 def tastes(rng: Random, num: int) -> list[str]:
-    """So many values of two words, no word twice: else the second word would not follow from the first."""
+    """Returns so many values of two words, no word twice: else the second word would not follow from the first."""
     drawn = rng.sample(VALUES, 2 * num)
     return [f"{first} {second}" for first, second in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
 def marked(value: str) -> str:
-    """The value with both words marked as checked."""
+    """Returns the value with both words marked as checked."""
     return " ".join(f"?{word}" for word in value.split())
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Facts, rumours and questions as chat turns; checked words carry a mark. One fact may stay unasked."""
+    """Returns facts, rumours and questions as chat turns; checked words carry a mark. One fact may stay unasked."""
     num_facts = level.num_items(rng)
     names = rng.sample(NAMES, num_facts + 1)
     facts = dict(zip(names, tastes(rng, num_facts), strict=False))

@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 
 
 def words() -> list[str]:
-    """All words in the order of their token ids."""
+    """Returns all words in the order of their token ids."""
     groups = (SPECIAL, DIGITS, VARIABLES, LABELS, NAMES, PLACES, VALUES, TRUE_FACT, FALSE_FACT, TRUE_LINE, FALSE_LINE)
     groups += (TRUE_ROAD, FALSE_ROAD, STRUCTURE, CHATTER)
     listed = [word for group in groups for word in group]
@@ -58,13 +58,13 @@ def words() -> list[str]:
 
 
 def unknown_words(text: str) -> list[str]:
-    """Words of the text that the tokenizer would turn into <unk>, each once, in order of appearance."""
+    """Returns words of the text that the tokenizer would turn into <unk>, each once, in order of appearance."""
     known = set(words()) - {UNKNOWN}
     return [word for word in dict.fromkeys(text.split()) if word not in known]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer with its chat template; it adds no special tokens, since the template writes them."""
+    """Returns the word-level tokenizer with its chat template; it adds no special tokens, since the template writes them."""
     core = Tokenizer(WordLevel({word: index for index, word in enumerate(words())}, unk_token=UNKNOWN))
     core.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     settings: dict[str, Any] = dict(

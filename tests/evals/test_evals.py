@@ -256,7 +256,7 @@ def test_reading_marks_checked_and_spoken_words(subject):
         said = [word for word, mark in zip(words, given.loss_mask[row], strict=True) if mark]
         assert " ".join(said) == sample.response
         checked = [word for word, mark in zip(words, given.answer_mask[row], strict=True) if mark]
-        assert checked == [w for w, mark in zip(sample.text.split(), sample.checked, strict=True) if mark]
+        assert checked == [w for w, mark in zip(sample.text.split(), sample.answer_mask, strict=True) if mark]
         assert given.prompt_length[row] + len(said) == int(given.attention_mask[row].sum())
 
 
@@ -518,7 +518,7 @@ def test_methods_need_parts_that_fit():
 
 
 def test_budgets_are_shares_of_the_mean_length():
-    lengths = [len(testbed.generate("recall", seed, split="validation").checked) for seed in range(200)]
+    lengths = [len(testbed.generate("recall", seed, split="validation").answer_mask) for seed in range(200)]
     assert mean_length("recall") == pytest.approx(sum(lengths) / 200)
     assert resolve("1/4", "recall") == round(sum(lengths) / 800)
     assert resolve("64", "recall") == 64 and resolve("25%", "recall") == "25%"

@@ -142,11 +142,11 @@ def test_template_tokenizer_and_marks_agree_with_the_text(family: str) -> None:
         ids = tokenizer(sample.text).input_ids
         assert tokenizer.decode(ids) == sample.text
         assert tokenizer.unk_token_id not in ids
-        assert len(ids) == len(sample.checked) == len(sample.weights) == len(sample.text.split())
+        assert len(ids) == len(sample.answer_mask) == len(sample.weights) == len(sample.text.split())
         words = sample.text.split()
-        chosen = [word for word, checked in zip(words, sample.checked, strict=True) if checked]
+        chosen = [word for word, checked in zip(words, sample.answer_mask, strict=True) if checked]
         assert chosen
-        assert all(weight for weight, checked in zip(sample.weights, sample.checked, strict=True) if checked)
+        assert all(weight for weight, checked in zip(sample.weights, sample.answer_mask, strict=True) if checked)
         assert set(sample.answer.split()) & set(chosen)
         assert testbed.verify(sample, sample.response)
         assert testbed.verify(sample, sample.text)
@@ -157,8 +157,8 @@ def test_template_tokenizer_and_marks_agree_with_the_text(family: str) -> None:
 
 def test_lengths_are_what_the_budgets_assume() -> None:
     for family in FAMILIES:
-        normal = [len(generate(family, seed).checked) for seed in range(50)]
-        long = [len(generate(family, seed, length="long").checked) for seed in range(50)]
+        normal = [len(generate(family, seed).answer_mask) for seed in range(50)]
+        long = [len(generate(family, seed, length="long").answer_mask) for seed in range(50)]
         assert 310 <= sum(normal) / 50 <= 390
         assert 1.3 <= sum(long) / sum(normal) <= 1.7
 
@@ -207,7 +207,7 @@ def test_the_weights_reach_the_recorded_accuracy(family: str) -> None:
         for sample in samples[:8]:
             ids = tokenizer(sample.text, return_tensors="pt").input_ids
             guesses = model(ids).logits[0, :-1].argmax(-1)
-            hits += (guesses == ids[0, 1:])[torch.tensor(sample.checked[1:])].tolist()
+            hits += (guesses == ids[0, 1:])[torch.tensor(sample.answer_mask[1:])].tolist()
     assert sum(hits) / len(hits) >= record()["accuracy"][family]["step_accuracy"] - 0.04
     # 16 samples: three standard errors of a share of 0.95 are 0.16
     assert sum(answers(model, tokenizer, samples)) / 16 >= record()["exact_match"][family] - 0.17

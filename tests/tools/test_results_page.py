@@ -103,15 +103,18 @@ def test_the_best_supervised_method_is_named_with_what_the_choice_rests_on():
     ("settings", "said"), [({"demand": [4, 1, 43]}, "as learned in refinement"), ({}, "equal shares")]
 )
 def test_the_page_says_who_is_who(settings, said, tmp_path):
-    for name, config in (("foresightkv", {"settings": settings}), ("dbtrimkv", {"method": "trimkv", "settings": {}})):
+    for name, config in (
+        ("foresightkv", {"settings": settings}),
+        ("trimkv-long", {"method": "trimkv", "settings": {}}),
+    ):
         folder = tmp_path / f"testbed-{name}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"method": "foresightkv", **config}))
-    names = {"foresightkv", "foresightkv-sl", "foresightkv-equal", "dbtrimkv", "lexical"}
+    names = {"foresightkv", "foresightkv-sl", "foresightkv-equal", "trimkv-long", "lexical"}
     refined, start, equal, other = tables.who_is_who(names, tmp_path)
     assert said in refined and "refined by reinforcement" in refined
     assert "supervised scorer" in start and equal == "foresightkv-equal was refined with equal shares."
-    assert other == "dbtrimkv are gates of trimkv."
+    assert other == "trimkv-long are gates of trimkv."
     assert tables.who_is_who({"lexical"}, tmp_path) == []
 
 

@@ -1,4 +1,4 @@
-"""Refinement in figures: what each correction buys (recipes/ablate.py), and the training of the judge that ships."""
+"""Refinement in figures: what each correction buys (recipes/ablate.py), and the training of the gates that ship."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMON = ("rows", "samples", "start")
 
 
 def read_variants(path: Path) -> list[Variant]:
-    """Variants in the order they were run; the first is the start.
+    """Reads variants in the order they were run; the first is the start.
 
     Raises:
         DataError: the file is not one of recipes/ablate.py.
@@ -34,7 +34,7 @@ def read_variants(path: Path) -> list[Variant]:
 
 
 def check_same(done: Sequence[Variant], wanted: Sequence[Variant], path: Path) -> None:
-    """Refuse to go on with a file whose variants were run on other terms than those that are wanted now.
+    """Refuses to go on with a file whose variants were run on other terms than those that are wanted now.
 
     Args:
         done: what the file holds.
@@ -60,7 +60,7 @@ def check_same(done: Sequence[Variant], wanted: Sequence[Variant], path: Path) -
 
 
 def ablation_table(variants: Sequence[Variant]) -> str:
-    """Step accuracy of every variant, and what it gains over the start, paired by sample."""
+    """Returns the step accuracy of every variant, and what it gains over the start, paired by sample."""
     start, shares = variants[0], list(variants[0]["counts"])
     lines: list[list[str]] = []
     for one in variants:
@@ -78,7 +78,7 @@ def ablation_table(variants: Sequence[Variant]) -> str:
 
 
 def plot_curves(variants: Sequence[Variant], path: Path) -> Path:
-    """Cost of the sampled traces against steps, one line a variant, averaged over SMOOTHED steps."""
+    """Plots the cost of the sampled traces against steps, one line a variant, averaged over SMOOTHED steps."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -94,7 +94,7 @@ def plot_curves(variants: Sequence[Variant], path: Path) -> Path:
 
 
 def plot_training(record: Path, path: Path) -> Path | None:
-    """Cost and entropy of the draws against steps, from the record of a refinement; None if it has no log of that.
+    """Plots cost and entropy of the evictions against steps, from the record of a refinement; None if it has no log of that.
 
     Args:
         record: a run.json of recipes/grpo.py.
@@ -111,8 +111,8 @@ def plot_training(record: Path, path: Path) -> Path | None:
     steps = [line["step"] for line in lines]
     left.plot(steps, [line["cost"] for line in lines], color="C0")
     right.plot(steps, [line["entropy"] for line in lines], color="C1")
-    left.set(xlabel="step", yscale="log", title="Refinement of the judge that ships")
+    left.set(xlabel="step", yscale="log", title="Refinement of the gates that ship")
     left.set_ylabel("cost of a trace, nats per token", color="C0")
-    right.set_ylabel("entropy of the first draw, nats", color="C1")
+    right.set_ylabel("entropy of the first eviction, nats", color="C1")
     figure.tight_layout()
     return save_figure(figure, path)

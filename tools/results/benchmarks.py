@@ -25,7 +25,7 @@ MEASURED = {"labels": ORACLE, "labelling": (*ORACLE, "learnevict/train", "recipe
 
 
 def benchmark_tables(folder: Path) -> list[str]:
-    """Every JSON file of a folder; [] if there is none.
+    """Returns the tables of every JSON file of a folder; [] if there is none.
 
     Raises:
         DataError: a file that no benchmark has written.
@@ -37,7 +37,7 @@ def benchmark_tables(folder: Path) -> list[str]:
 
 
 def file_tables(path: Path) -> list[str]:
-    """What one file holds.
+    """Returns the tables of one file.
 
     Raises:
         DataError: no benchmark has written it.
@@ -53,7 +53,7 @@ def file_tables(path: Path) -> list[str]:
 
 
 def results_in(name: str, content: Content) -> Iterator[tuple[str, str, Content | None]]:
-    """Title, what went wrong if anything did, and content of each benchmark in a file; scripts/gpu writes several."""
+    """Yields title, what went wrong if anything did, and content of each benchmark in a file; scripts/gpu writes several."""
     if "parts" not in content:
         yield name, "", content
         return
@@ -63,11 +63,11 @@ def results_in(name: str, content: Content) -> Iterator[tuple[str, str, Content 
 
 
 def section(content: Content) -> list[str]:
-    """Caption, warning and tables of one benchmark."""
+    """Returns caption, warning and tables of one benchmark."""
     parts = [caption(content), *age(content)]
     rows = content["rows"]
     if rows and "ok" in rows[0]:
-        parts.append(verdicts(rows))
+        parts.append(law_table(rows))
     elif rows:
         parts.append(rows_table(rows))
     if prompts := content.get("prompts"):
@@ -80,7 +80,7 @@ def section(content: Content) -> list[str]:
 
 
 def caption(content: Content) -> str:
-    """Machine, commit and configuration in words."""
+    """Returns machine, commit and configuration in words."""
     machine = content["machine"]
     threads = f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
     where = f"{machine['gpu']} (host: {machine['cpu']})" if machine["gpu"] else f"{machine['cpu']}, {threads}"
@@ -97,7 +97,7 @@ def caption(content: Content) -> str:
 
 
 def age(content: Content) -> list[str]:
-    """A warning if the code that was measured has changed since, or if nobody can tell."""
+    """Returns a warning if the code that was measured has changed since, or if that cannot be known."""
     commit, name = content["commit"], content.get("benchmark", "")
     measured = (*MEASURED.get(name, CACHE), f"benchmarks/{name}.py", *(["kernels"] if content.get("kernels") else []))
     changed = changed_since(commit, measured)
@@ -109,7 +109,7 @@ def age(content: Content) -> list[str]:
 
 
 def changed_since(commit: str, paths: tuple[str, ...]) -> list[str] | None:
-    """Those of some paths in the repository that differ from a commit; None without the commit."""
+    """Returns those of some paths in the repository that differ from a commit; None without the commit."""
     known = re.match(r"[0-9a-f]{7,40}\b", commit)
     if known is None:
         return None
@@ -123,7 +123,7 @@ def changed_since(commit: str, paths: tuple[str, ...]) -> list[str] | None:
 
 
 def words(config: Content) -> str:
-    """Settings as prose: "budget 512, contexts 1024 8192"; what a nested one holds stands beside the rest."""
+    """Returns settings as prose: "budget 512, contexts 1024 8192"; what a nested one holds stands beside the rest."""
     said: list[str] = []
     for name, value in config.items():
         if isinstance(value, dict):
@@ -134,13 +134,13 @@ def words(config: Content) -> str:
 
 
 def rows_table(rows: list[Content]) -> str:
-    """Objects as a Markdown table, a column per key."""
+    """Returns objects as a Markdown table, a column per key."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return table([key.replace("_", " ") for key in keys], [[cell(row.get(key)) for key in keys] for row in rows])
 
 
 def transposed(rows: list[Content]) -> str:
-    """The same with a column per object, named by its first key: for keys that are sentences."""
+    """Returns the same with a column per object, named by its first key: for keys that are sentences."""
     first = next(iter(rows[0]))
     keys = list(dict.fromkeys(key for row in rows for key in row if key != first))
     return table(
@@ -149,13 +149,13 @@ def transposed(rows: list[Content]) -> str:
 
 
 def goals_table(goals: list[Content]) -> str:
-    """What was to be reached, what was measured, and whether that meets it."""
+    """Returns what was to be reached, what was measured, and whether that meets it."""
     lines = [[g["goal"], cell(g["measured"]), cell(g["at_most"]), "yes" if g["met"] else "**missed**"] for g in goals]
     return table(["goal", "measured", "at most", "met"], lines)
 
 
-def verdicts(rows: list[Content]) -> str:
-    """Laws: how many cells hold, and every one that does not."""
+def law_table(rows: list[Content]) -> str:
+    """Returns, of each law, how many cells hold, and every one that does not."""
     lines: list[list[str]] = []
     for law, dtype in dict.fromkeys((row["law"], row["dtype"]) for row in rows):
         mine = [row for row in rows if (row["law"], row["dtype"]) == (law, dtype)]
@@ -167,7 +167,7 @@ def verdicts(rows: list[Content]) -> str:
 
 
 def cell(value: Any) -> str:
-    """One figure: "1.25 (1.2–1.31)" where quartiles are known."""
+    """Returns one figure: "1.25 (1.2–1.31)" where quartiles are known."""
     if value is None:
         return "–"
     if isinstance(value, dict) and set(value) == QUARTILES:

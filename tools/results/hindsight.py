@@ -1,4 +1,4 @@
-"""Traces made with hindsight, tried on a batch of texts: what any label would have kept, and what that costs.
+"""Traces made with hindsight, replayed on a batch of texts: what any label would have kept, and what that costs.
 
 TextBatch are short and padded on the right, so attention is held as [T, T] and columns are ranks.
 """
@@ -40,7 +40,7 @@ class Case:
 
     @torch.no_grad()
     def run(self, trace: Trace) -> tuple[Tensor, list[Received]]:
-        """Logits under a trace, and what each layer's attention was given."""
+        """Returns logits under a trace, and what each layer's attention was given."""
         seen: list[Received] = []
 
         def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Any, attention: Any) -> None:
@@ -50,11 +50,11 @@ class Case:
         return replay(self.model, ids, trace, mask, observe=observe).logits, seen
 
     def losses(self, logits: Tensor) -> Tensor:
-        """Loss of every response token at the query that predicts it, [B, T]."""
+        """Returns the loss of every response token at the query that predicts it, [B, T]."""
         return token_losses(logits, self.texts.input_ids) * torch.nn.functional.pad(self.texts.loss_mask[:, 1:], (0, 1))
 
     def attention(self, received: list[Received], trace: Trace | None = None) -> Iterator[Tensor]:
-        """Attention [B, H, G, T, T] of every layer; with a trace, what a token gets or would get beside what is left."""
+        """Yields attention [B, H, G, T, T] of every layer; with a trace, what a token gets or would get beside what is left."""
         column = torch.arange(self.valid.shape[1])
         for layer, one in enumerate(received):
             query = one.query.unflatten(1, (-1, self.group))
@@ -68,7 +68,7 @@ class Case:
             yield (scores - torch.where(left, total, torch.logaddexp(total, scores))).exp()
 
     def pooled(self, attention: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean over the real queries of every block and over the group: [B, H, T, M]."""
+        """Returns the mean over the real queries of every block and over the group: [B, H, T, M]."""
         real = self.valid.float()
         parts = (
             torch.arange(real.shape[1]) // self.rules.block
@@ -81,7 +81,7 @@ class Case:
         return attention.mean(2).mT @ share.unsqueeze(1)
 
     def labels(self, change: Callable[[Tensor, Received, int], Tensor] | None = None, **how: Any) -> Tensor:
-        """Block labels [L, B, H, T, M]; `how`: received, trace (see attention), weight of queries [B, T]."""
+        """Returns block labels [L, B, H, T, M]; `how`: received, trace (see attention), weight of queries [B, T]."""
         received, weight = how.get("received", self.received), how.get("weight")
         maps = enumerate(zip(self.attention(received, how.get("trace")), received, strict=True))
         found = [self.pooled(p if change is None else change(p, one, layer), weight) for layer, (p, one) in maps]
@@ -89,7 +89,7 @@ class Case:
 
     @cached_property
     def golden_labels(self) -> Tensor:
-        """ForesightKV's, [L, B, H, T, M]."""
+        """ForesightKV's labels, [L, B, H, T, M]."""
         return self.labels()
 
     @cached_property
@@ -113,21 +113,21 @@ class Case:
         return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard}
 
     def follow(self, labels: Tensor, kind: Any = "max", share: Share = EQUAL) -> Trace:
-        """Golden eviction by these labels."""
+        """Returns golden eviction by these labels."""
         return golden(list(labels), share=share, horizon=kind, valid=self.valid, **self.terms)
 
     def follow_future(self, future: Tensor) -> Trace:
-        """The same for scores that are already reduced over the future: entry m is over blocks m, m + 1, ..."""
+        """Returns the same for scores that are already reduced over the future: entry m is over blocks m, m + 1, ..."""
         future = torch.nn.functional.pad(future, (0, 1))
         return self.roll().trace(lambda m, _: future[..., m + 1])
 
     def measure(self, trace: Trace) -> Scores:
-        """What the texts cost under a trace."""
+        """Returns what the texts cost under a trace."""
         return score(self.texts, self.run(trace)[0], None)
 
 
 def from_the_left(texts: TextBatch) -> TextBatch:
-    """The same texts, padded on the right."""
+    """Returns the same texts, padded on the right."""
     length = texts.input_ids.shape[1]
     pad = length - texts.attention_mask.sum(-1, keepdim=True)
     column = (torch.arange(length, device=pad.device) + pad) % length
@@ -140,7 +140,7 @@ def from_the_left(texts: TextBatch) -> TextBatch:
 
 
 def distance(p: Tensor, one: Received, layer: int) -> Tensor:
-    """|v - o| for every query and key, [B, H, G, T, T]."""
+    """Returns |v - o| for every query and key, [B, H, G, T, T]."""
     value = one.value.unsqueeze(2)
     output = p @ value
     square = value.square().sum(-1).unsqueeze(-2) + output.square().sum(-1, keepdim=True) - 2 * output @ value.mT
@@ -148,22 +148,22 @@ def distance(p: Tensor, one: Received, layer: int) -> Tensor:
 
 
 def caote(p: Tensor, one: Received, layer: int) -> Tensor:
-    """The change of the output if the key goes."""
+    """Returns the change of the output if the key goes."""
     return p / (1 - p).clamp_min(1e-3) * distance(p, one, layer)
 
 
 def contribution(case: Case, p: Tensor, one: Received, layer: int) -> Tensor:
-    """Attention x |W_O v|."""
+    """Returns attention x |W_O v|."""
     weight = case.model.model.layers[layer].self_attn.o_proj.weight.detach()
     heads = weight.unflatten(1, (one.key.shape[1], case.group, -1))
     return p * torch.einsum("ehgd,bhtd->bhget", heads, one.value).norm(dim=3).unsqueeze(3)
 
 
 def by_value(p: Tensor, one: Received, layer: int) -> Tensor:
-    """Attention x |v|."""
+    """Returns attention x |v|."""
     return p * one.value.norm(dim=-1)[:, :, None, None]
 
 
 def largest(p: Tensor, one: Received, layer: int) -> Tensor:
-    """The query head of the group that attends most."""
+    """Returns the attention of the query head of the group that attends most."""
     return p.amax(2, keepdim=True)
