@@ -94,7 +94,7 @@ def compare(
         )
 
 
-def verdict(journal: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
+def verdict(log: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
     """The judge minus every baseline in step accuracy, on the same samples, with paired intervals.
 
     True if all intervals over both families are above 0. Families weigh the same there. Each is shown by itself too: where a
@@ -110,7 +110,7 @@ def verdict(journal: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table
         cells = []
         for families, budget in columns:
             right, other, seen = (
-                [value for family in families for value in shares(journal, plan, method, family, budget, what)]
+                [value for family in families for value in shares(log, plan, method, family, budget, what)]
                 for method, what in ((JUDGE, "right"), (name, "right"), (JUDGE, "seen"))
             )
             gain = metrics.paired_difference(right, other, seen)
@@ -120,10 +120,10 @@ def verdict(journal: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table
     return table, better
 
 
-def shares(journal: SampleLog, plan: Plan, method: str, family: str, budget: str, what: str) -> list[float]:
+def shares(log: SampleLog, plan: Plan, method: str, family: str, budget: str, what: str) -> list[float]:
     """One number per sample, as a share of the tokens that the family checks."""
     found, seen = (
-        journal.column(Key(one, family, budget, "teacher"), plan.seeds, kind)
+        log.column(Key(one, family, budget, "teacher"), plan.seeds, kind)
         for one, kind in ((method, what), (JUDGE, "seen"))
     )
     assert found is not None, f"{method} was not run on {family} at {budget}"
@@ -156,12 +156,12 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     evaluated_methods = [evaluated_method(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
     plan = Plan(FAMILIES, BUDGETS, samples, free="all")
     mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
-    rows, journal = compare(plan, evaluated_methods, EvaluatedModel(model, tokenizer), mine)
+    rows, log = compare(plan, evaluated_methods, EvaluatedModel(model, tokenizer), mine)
     write(out / "report.json", json.dumps({"rows": rows}, indent=1), MARK)
     write_report(rows, out)
     console.rule("4. what came out")
     console.print(show(rows))
-    table, better = verdict(journal, plan, BASELINES)
+    table, better = verdict(log, plan, BASELINES)
     console.print(table)
     console.print(f"{out}/report.json, table.md, accuracy.png; {time.monotonic() - began:.0f} s")
     said = "beats" if better else "does NOT beat"

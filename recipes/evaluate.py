@@ -33,7 +33,7 @@ from learnevict.evals import tuning
 from learnevict.evals.methods import EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, check_families, count
 from learnevict.evals.sample_log import forget
-from learnevict.evals.suite import journal_path, run
+from learnevict.evals.suite import log_path, run
 from learnevict.evals.summaries import forget_rows
 from learnevict.evals.tuning import Tuned
 from learnevict.files import locked
@@ -111,7 +111,7 @@ def drop(config: Config, stage: str, family: str) -> None:
     out = rows_path(config, stage, family)
     with locked(out if out.parent.exists() else None):
         for name in listed(config.replace):
-            batches, rows = forget(journal_path(out), name), forget_rows(out, name)
+            batches, rows = forget(log_path(out), name), forget_rows(out, name)
             print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
 
 

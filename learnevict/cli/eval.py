@@ -74,7 +74,7 @@ def run(
     golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
     from learnevict.cli.evaluation import Evaluation
-    from learnevict.evals.suite import journal_path
+    from learnevict.evals.suite import log_path
     from learnevict.evals.summaries import read_rows
 
     given = samples.given
@@ -92,7 +92,7 @@ def run(
     else:
         _refuse({"text": text, "max_tokens": max_tokens}, "--task perplexity")
         plan = evaluation.plan(names(families), free={None: "full", True: "all", False: "none"}[free], **given)
-        with _told(out, out and journal_path(out), "the same command with --resume goes on"):
+        with _told(out, out and log_path(out), "the same command with --resume goes on"):
             rows = evaluation.testbed(plan, out, resume)
     if as_json:
         for row in rows:

@@ -13,29 +13,29 @@ NUM_MEASURED = 200
 
 @cache
 def lengths(family: str, length: str = "normal") -> list[tuple[int, int]]:
-    """Tokens of prompt and of response of the first 200 validation samples: what shares are shares of."""
+    """Returns tokens of prompt and of response of the first 200 validation samples: what shares are shares of."""
     samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(NUM_MEASURED)]
     return [(len(sample.prompt.split()), len(sample.response.split())) for sample in samples]
 
 
 def mean_length(family: str, length: str = "normal", *, prompt: bool = True) -> float:
-    """Mean tokens of a sample; without its prompt if that is protected and the budget counts the rest."""
+    """Returns mean tokens of a sample; without its prompt if that is protected and the budget counts the rest."""
     found = lengths(family, length)
     return sum(prompt * one + other for one, other in found) / len(found)
 
 
 def longest_response(family: str, length: str = "normal") -> int:
-    """Tokens of the longest reference answer among them."""
+    """Returns tokens of the longest reference answer among them."""
     return max(response for _, response in lengths(family, length))
 
 
 def is_share(text: str) -> bool:
-    """Whether a budget is a share such as "1/4"."""
+    """Returns whether a budget is a share such as "1/4"."""
     return "/" in text
 
 
 def resolve(text: str, family: str, length: str = "normal", *, prompt: bool = True) -> int | str:
-    """Tokens for "1/4" (of the family's mean length) and "64"; per cent and bytes are left to the cache.
+    """Returns tokens for "1/4" (of the family's mean length) and "64"; per cent and bytes are left to the cache.
 
     Raises:
         BudgetError: not understood, or a share above 1.
@@ -44,7 +44,7 @@ def resolve(text: str, family: str, length: str = "normal", *, prompt: bool = Tr
 
 
 def resolved(text: str, whole: Callable[[], float]) -> int | str:
-    """The same for a share of whatever `whole` says."""
+    """Returns the same for a share of what `whole` returns."""
     budget = Budget.parse(text)
     if not is_share(text):
         return int(budget.amount) if budget.unit == "tokens" else text

@@ -48,7 +48,7 @@ class Answers:
 def answer(
     model: Any, tokenizer: Any, samples: Sequence[Sample], policy: Governor | None, decoding: Decoding
 ) -> Answers:
-    """Let the model answer every prompt, in one batch, under the policy (None: the stock cache)."""
+    """Generates an answer to every prompt, in one batch, under the policy (None: the stock cache)."""
     prompts = [read_text(tokenizer, sample.prompt) for sample in samples for _ in range(decoding.tries)]
     return _marked(tokenizer, samples, _generate(model, tokenizer, policy, prompts, decoding), decoding.tries)
 
@@ -56,7 +56,7 @@ def answer(
 def answer_golden(
     model: Any, tokenizer: Any, samples: Sequence[Sample], budget: int, rules: EvaluationSettings, decoding: Decoding
 ) -> Answers:
-    """Golden in free generation takes two runs, and is a ceiling only while their texts agree.
+    """Generates answers under golden eviction, in two runs: a ceiling only while their texts agree.
 
     The first run has the full cache; its text gives the labels. The second follows their trace while it writes the same
     text, and falls back on recency behind the guards from a row's first divergence on.
@@ -75,7 +75,7 @@ def answer_golden(
 
 
 def padded(answers: Sequence[Completion], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Prompts and answers as generation laid them out: prompts end in one column, answers begin in the next."""
+    """Returns prompts and answers as generation laid them out: prompts end in one column, answers begin in the next."""
     left = max(len(one.prompt) for one in answers)
     width = left + max(len(one.tokens) for one in answers)
     ids, mask = torch.full((len(answers), width), pad), torch.zeros(len(answers), width, dtype=torch.int64)
@@ -86,7 +86,7 @@ def padded(answers: Sequence[Completion], pad: int) -> tuple[Int[Tensor, "B T"],
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> float:
-    """Share of the second text before it leaves the first."""
+    """Returns share of the second text before it leaves the first."""
     pairs = enumerate(zip(first, second, strict=False))
     apart = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
     return apart / len(second)

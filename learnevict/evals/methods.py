@@ -33,19 +33,19 @@ class EvaluationSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As arguments of a method's `policy`."""
+        """Returns as arguments of a method's `policy`."""
         given = {"slack": self.slack, "sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def guard(self) -> Guard:
-        """The same for the oracle."""
+        """Returns the guard of these settings, for the oracle."""
         free = {name: value for name, value in self.options.items() if name != "slack"}
         return Guard(**free)
 
     @property
     def block(self) -> int:
-        """Tokens between events, at least 1."""
+        """Returns tokens between events, at least 1."""
         return max(self.slack, 1)
 
 
@@ -75,20 +75,20 @@ class EvaluatedMethod:
 
     @property
     def kind(self) -> str:
-        """reference, heuristic or learned."""
+        """Returns "reference", "heuristic" or "learned"."""
         return methods.load(self.method).PAPER.kind
 
     def options(self, family: str, budget: str) -> dict[str, Any]:
-        """Hyperparameters for one cell."""
+        """Returns hyperparameters for one cell."""
         return {**self.settings, **self.tuned.get((family, budget), {})}
 
     def identity(self, family: str, budget: str) -> dict[str, Any]:
-        """What makes its numbers in one cell what they are: method, hyperparameters, hash of the gates."""
+        """Returns what makes its numbers in one cell what they are: method, hyperparameters, hash of the gates."""
         parts = {"method": self.method, **self.options(family, budget)}
         return parts if self.gates is None else {**parts, "gates": weight_hash(self.gates)}
 
     def policy(self, budget: int | str, rules: EvaluationSettings, options: Mapping[str, Any] | None = None) -> Policy:
-        """The policy for a resolved budget.
+        """Returns the policy for a resolved budget.
 
         Raises:
             UsageError: the method does not know an option.
@@ -112,7 +112,7 @@ def evaluated_method(
     name: str = "",
     allow_other_base: bool = False,
 ) -> EvaluatedMethod:
-    """A method whose parts fit together.
+    """Returns a method whose parts fit together.
 
     Raises:
         UsageError: no such method.

@@ -1,7 +1,7 @@
 """Numbers from per-sample counts, each with an interval over samples.
 
 Nearly every figure of a table is a ratio of two sums over samples, so one bootstrap serves them: step accuracy is tokens
-right over tokens checked, a paired difference is (a - b) over tokens checked, the gap closed is (method - best) over
+right over tokens checked, a paired difference is (a - b) over tokens checked, recovery is (method - best) over
 (golden - best). Exact match is a share of samples that are right or wrong as a whole. Of 200 right ones every resample
 says 1, so a bootstrap would promise [1, 1]; a share has Wilson's interval instead, and so has the mean of several.
 """
@@ -50,22 +50,22 @@ class RecoveryCell:
 
     @property
     def gap(self) -> float:
-        """Step accuracy of golden minus that of the best heuristic."""
+        """Returns step accuracy of golden minus that of the best heuristic."""
         return (sum(self.golden) - sum(self.best)) / sum(self.seen)
 
     @property
     def scored(self) -> bool:
-        """Whether the gap is wide enough to divide by."""
+        """Returns whether the gap is wide enough to divide by."""
         return self.gap >= SMALLEST_GAP
 
 
 def resamples(num_samples: int, draws: int, seed: int, stratum: int = 0) -> np.ndarray:
-    """Indices of bootstrap draws, int64 [draws, num_samples]; same arguments, same draws, so figures stay paired."""
+    """Returns indices of bootstrap draws, int64 [draws, num_samples]; same arguments, same draws, so figures stay paired."""
     return np.random.default_rng([seed, stratum]).integers(0, num_samples, (draws, num_samples))
 
 
 def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """sum(above) / sum(below), samples resampled in pairs.
+    """Returns sum(above) / sum(below), samples resampled in pairs.
 
     Draws whose denominator is not positive are left out of the interval. NaN where nothing can be divided.
     """
@@ -79,22 +79,22 @@ def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draw
 
 
 def step_accuracy(right: Sequence[float], seen: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Share of checked tokens predicted right (micro-average)."""
+    """Returns share of checked tokens predicted right (micro-average)."""
     return ratio(right, seen, seed=seed)
 
 
 def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The plain mean over samples."""
+    """Returns the plain mean over samples."""
     return ratio(values, [1.0] * len(values), seed=seed)
 
 
 def share(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean over samples that are right (1) or wrong (0), with Wilson's interval; see `mean_of_shares`."""
+    """Returns the mean over samples that are right (1) or wrong (0), with Wilson's interval; see `mean_of_shares`."""
     return mean_of_shares([values], seed=seed) if values else mean(values, seed=seed)
 
 
 def mean_of_shares(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
-    """Mean over families of the share of samples that are right (1), families counting alike, with Wilson's interval.
+    """Returns the mean over families of the share of right samples (1), families counting alike, with Wilson's interval.
 
     The interval is that of one share of as many samples as the families would have together if all were of the smallest
     size, K * min(n). It is no narrower than it should be: the variance of the mean, sum p_k (1 - p_k) / n_k / K^2, is at most
@@ -108,7 +108,7 @@ def mean_of_shares(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estim
 
 
 def wilson(value: float, num: int) -> Estimate:
-    """A share of `num` samples with its score interval, which is never of no width.
+    """Returns a share of `num` samples with its score interval, which is never of no width.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
@@ -119,7 +119,7 @@ def wilson(value: float, num: int) -> Estimate:
 
 
 def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Estimate:
-    """Mean over families of sum(right) / sum(seen), families counting alike; samples are resampled within their family."""
+    """Returns the mean over families of sum(right) / sum(seen), families counting alike; samples are resampled within each."""
     sums = np.zeros(DRAWS + 1)
     for stratum, (right, seen) in enumerate(strata):
         index = resamples(len(seen), DRAWS, seed, stratum)
@@ -133,7 +133,7 @@ def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]], *, see
 def paired_difference(
     one: Sequence[float], other: Sequence[float], seen: Sequence[float], *, seed: int = 0
 ) -> Estimate:
-    """Step accuracy of `one` minus that of `other` on the same samples; an interval above zero means really better."""
+    """Returns step accuracy of `one` minus that of `other` on the same samples; an interval above zero: really better."""
     return ratio(np.subtract(one, other).tolist(), seen, seed=seed)
 
 
@@ -144,7 +144,7 @@ Pairs = tuple[Sequence[float], Sequence[float], Sequence[float]]
 def paired_test(
     strata: Sequence[Pairs], *, pooled: bool = False, seed: int = 0, draws: int = TEST_DRAWS
 ) -> tuple[Estimate, float]:
-    """How much better a method is than another on the same samples, and the chance of seeing that if it were not.
+    """Returns how much better a method is than another on the same samples, and the chance of seeing that if it were not.
 
     Of one family: sum(one - other) / sum(seen). Of several: the mean of their differences, families counting alike; `pooled`:
     both sums run over the samples of all, tokens counting alike. Samples are resampled in pairs within their family.
@@ -163,8 +163,8 @@ def paired_test(
     return estimate, float(((found[1:] <= 1e-12).sum() + 1) / (draws + 1))
 
 
-def gap_closed(cells: Sequence[RecoveryCell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """How much of the way from the best heuristic to golden a method goes: 0 is the heuristic, 1 is golden.
+def recovery(cells: Sequence[RecoveryCell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Returns the recovery from the best training-free method (0) to golden (1).
 
     Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over
     the cells' accuracy differences: how many tokens a family checks does not matter, but one with a wide gap weighs

@@ -29,7 +29,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text cost.
+    """The loss of a text under a cache, and the cache's bytes.
 
     Attributes:
         loss: negative log-likelihood, summed over `num_tokens` predicted tokens.
@@ -44,12 +44,12 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp of the mean loss."""
+        """Returns exp of the mean loss."""
         return math.exp(self.loss / self.num_tokens)
 
 
 def read_text(path: Path) -> str:
-    """The user's file.
+    """Returns the text of the user's file.
 
     Raises:
         DataError: no such file, not UTF-8, or empty.
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = None) -> Int[Tensor, "1 T"]:
-    """Token ids of the text, or of its beginning.
+    """Returns token ids of the text, or of its beginning.
 
     Raises:
         DataError: fewer than two tokens, or words that the vocabulary lacks.
@@ -93,7 +93,7 @@ def perplexity(
     chunk: int = CHUNK,
     advance: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Read the text once, chunk by chunk, each token predicted from what the cache still holds.
+    """Reads the text once, chunk by chunk, each token predicted from what the cache still holds.
 
     Args:
         policy: governs the cache; None: the model's own stock cache, the reference.
@@ -122,7 +122,7 @@ def perplexity(
 
 
 def resolve(text: str, num_tokens: int) -> int | str:
-    """Tokens for "1/4" (of this text) and "64"; per cent and bytes are left to the cache.
+    """Returns tokens for "1/4" (of this text) and "64"; per cent and bytes are left to the cache.
 
     Raises:
         BudgetError: not understood.
@@ -133,7 +133,7 @@ def resolve(text: str, num_tokens: int) -> int | str:
 def policy_for(
     one: EvaluatedMethod, budget: int | str, rules: EvaluationSettings, model: Any, ids: Int[Tensor, "1 T"]
 ) -> Governor:
-    """The method's policy for this text; golden reads it beforehand.
+    """Returns the method's policy for this text; golden reads it beforehand.
 
     Raises:
         UsageError: golden with a budget that is no number of slots.

@@ -25,7 +25,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class Plan:
-    """One comparison.
+    """The settings of one comparison.
 
     Attributes:
         families, budgets: what every method is run on; budgets as "1/4" (of the family's mean length), "64" or "25%".
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def seeds(self) -> range:
-        """Seeds of the samples."""
+        """Returns seeds of the samples."""
         return range(self.seed, self.seed + self.num_samples)
 
 
@@ -76,7 +76,7 @@ class Cell:
     impossible: str | None = None
 
     def key(self, mode: str) -> Key:
-        """Where the journal keeps its numbers."""
+        """Returns where the log keeps its numbers."""
         return Key(self.evaluated_method.name, self.family, self.asked, mode)
 
     @property
@@ -86,12 +86,12 @@ class Cell:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Hyperparameters of the method in this cell."""
+        """Returns hyperparameters of the method in this cell."""
         return self.evaluated_method.options(self.family, self.asked)
 
 
 def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], family: str) -> Iterator[Cell]:
-    """Cells of one family. The full cache comes first, asked for or not: losses are ratios to it."""
+    """Yields cells of one family. The full cache comes first, asked for or not: losses are ratios to it."""
     asked = next((one for one in evaluated_methods if one.method == FULL), None)
     teacher = ("teacher",) if plan.teacher else ()
     free = ("free",) if plan.free == "all" else ()
@@ -105,7 +105,7 @@ def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], family: str)
 
 
 def _possible(plan: Plan, cell: Cell) -> Cell:
-    """The cell, or one without modes if the plan is lenient and the budget too small."""
+    """Returns the cell, or one without modes if the plan is lenient and the budget too small."""
     if not plan.lenient:
         return cell
     try:
@@ -116,7 +116,7 @@ def _possible(plan: Plan, cell: Cell) -> Cell:
 
 
 def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
-    """Refuse what cannot work, before hours are spent.
+    """Raises an error for what cannot work, before hours are spent.
 
     Raises:
         BudgetError: a budget that some method cannot be held to, unless the plan is lenient.
@@ -144,7 +144,7 @@ def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
 
 
 def check_families(families: Sequence[str]) -> None:
-    """Refuse families that do not exist, or are named twice.
+    """Raises an error for families that do not exist, or are named twice.
 
     Raises:
         UsageError: naming those that do exist.
@@ -175,7 +175,7 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
 
 
 def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
-    """All that would make old numbers wrong if it changed; more methods, budgets, families or samples do not."""
+    """Returns all that would make old numbers wrong if it changed; more methods, budgets, families or samples do not."""
     sampled = plan.temperature > 0
     return {
         "model": subject.name,
@@ -190,6 +190,6 @@ def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
 
 
 def count(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> int:
-    """Samples that a run goes through in all, for a progress bar."""
+    """Returns samples that a run goes through in all, for a progress bar."""
     modes = sum(len(cell.modes) for family in plan.families for cell in cells(plan, evaluated_methods, family))
     return modes * plan.num_samples

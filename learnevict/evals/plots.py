@@ -22,7 +22,7 @@ NAMED = 1.1
 
 
 def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | None = None) -> Path:
-    """Draw step accuracy (or exact match where there is none) against slots kept, with intervals.
+    """Draws step accuracy (or exact match where there is none) against slots kept, with intervals.
 
     Golden is the dashed reference, the full cache a dotted line, the best learned methods are coloured, the best heuristics
     brown, the others thin and muted; of many only the former, random and lexical are named.
@@ -54,7 +54,7 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | 
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 120, overwrite: bool | None = None) -> Path:
-    """Write a figure of pyplot as PNG and close it.
+    """Writes a figure of pyplot as PNG and close it.
 
     Raises:
         DataError: the file cannot be written, or is somebody else's.
@@ -70,7 +70,7 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 120, overwrite: bool | No
 
 
 def _measure(rows: Sequence[Row]) -> tuple[str, str, str]:
-    """What is drawn, and its interval."""
+    """Returns what is drawn, and its interval."""
     if all(row.get("step_accuracy") is None for row in rows):
         return "exact_match", "exact_low", "exact_high"
     return "step_accuracy", "ci_low", "ci_high"
@@ -102,7 +102,7 @@ def _panel(axis: Any, family: str, rows: Sequence[Row], looks: dict[str, dict[st
 
 
 def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn, the important ones last, on top; lines thinner than NAMED have no name."""
+    """Returns how each method is drawn, the important ones last, on top; lines thinner than NAMED have no name."""
     ranking = _ranking(rows)
     learned = {row["method"] for row in rows if row.get("kind") == "learned"}
     few = len(ranking) <= FEW
@@ -125,7 +125,7 @@ def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _ranking(rows: Sequence[Row]) -> list[str]:
-    """Methods by their mean accuracy under budgets, the best first."""
+    """Returns methods by their mean accuracy under budgets, the best first."""
     measure = _measure(rows)[0]
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -153,12 +153,12 @@ def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
 
 
 def _label(text: str) -> str:
-    """Text that matplotlib does not take for a formula, no longer than a panel."""
+    """Returns text that matplotlib does not take for a formula, no longer than a panel."""
     return one_line(text)[:60].replace("$", r"\$")
 
 
 def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Write each name beside the end of its line, moved apart where they would overlap."""
+    """Writes each name beside the end of its line, moved apart where they would overlap."""
     if not ends:
         return
     low, high = axis.get_ylim()

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.evals import metrics
-from learnevict.evals import sample_log as journals
 from learnevict.evals.methods import FULL, GOLDEN
 from learnevict.evals.metrics import Estimate, RecoveryCell
-from learnevict.evals.sample_log import Key, SampleLog
-from learnevict.evals.suite import journal_path
+from learnevict.evals.sample_log import Key, SampleLog, read_log
+from learnevict.evals.suite import log_path
 from learnevict.evals.summaries import Row, read_rows
 
 Share = tuple[list[float], list[float]]
@@ -20,26 +19,26 @@ Share = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Records:
-    """Rows of one table, and a journal per family.
+    """Rows of one table, and a log per family.
 
     Attributes:
         seeds: of the samples, by family.
-        configurations: model, tasks and rules that the journals were written under.
+        configurations: model, tasks and rules that the logs were written under.
     """
 
     rows: list[Row] = field(default_factory=list)
-    journals: dict[str, SampleLog] = field(default_factory=dict)
+    logs: dict[str, SampleLog] = field(default_factory=dict)
     seeds: dict[str, range] = field(default_factory=dict)
     configurations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def families(self) -> list[str]:
-        """In order of appearance."""
+        """Returns the families in order of appearance."""
         return list(dict.fromkeys(row["family"] for row in self.rows))
 
     @property
     def budgets(self) -> list[str]:
-        """As asked for ("1/4"), the largest first; in order of appearance where they are no numbers of slots."""
+        """Returns budgets as asked for ("1/4"), the largest first; in order of appearance if they are no numbers of slots."""
         found: dict[str, Any] = {}
         for row in self.rows:
             if row["budget"] is not None:
@@ -49,11 +48,11 @@ class Records:
         return list(found)
 
     def methods(self, kind: str | None = None) -> list[str]:
-        """In order of appearance, of one kind or all."""
+        """Returns the methods in order of appearance, of one kind or all."""
         return list(dict.fromkeys(row["method"] for row in self.rows if kind in (None, row.get("kind"))))
 
     def row(self, method: str, family: str, budget: str | None) -> Row | None:
-        """The row of a cell; budget None: the full cache."""
+        """Returns the row of a cell; budget None: the full cache."""
         for row in self.rows:
             asked = None if row["budget"] is None else row.get("budget_share") or str(row["budget"])
             if (row["method"], row["family"], asked) == (method, family, budget):
@@ -63,13 +62,13 @@ class Records:
     def counts(
         self, method: str, family: str, budget: str | None, name: str = "right", mode: str = "teacher"
     ) -> list[float] | None:
-        """Per-sample numbers of a cell; None where not run. Budget None: the full cache."""
-        if family not in self.journals:
+        """Returns per-sample numbers of a cell; None where not run. Budget None: the full cache."""
+        if family not in self.logs:
             return None
-        return self.journals[family].column(Key(method, family, budget or FULL, mode), self.seeds[family], name)
+        return self.logs[family].column(Key(method, family, budget or FULL, mode), self.seeds[family], name)
 
     def shares(self, method: str, family: str, budget: str | None, mode: str) -> Share | None:
-        """What was right and of how many, by sample: checked tokens ("teacher") or whole answers ("free")."""
+        """Returns what was right and of how many, by sample: checked tokens ("teacher") or whole answers ("free")."""
         if mode == "free":
             exact = self.counts(method, family, budget, "exact", mode)
             return None if exact is None else (exact, [1.0] * len(exact))
@@ -77,7 +76,7 @@ class Records:
         return None if right is None or seen is None else (right, seen)
 
     def mean(self, method: str, budget: str | None, mode: str) -> Estimate | None:
-        """Mean over all families; None unless all were run."""
+        """Returns mean over all families; None unless all were run."""
         found = [self.shares(method, family, budget, mode) for family in self.families]
         whole = [part for part in found if part is not None]
         if not found or len(whole) < len(found):
@@ -87,7 +86,7 @@ class Records:
     def test(
         self, method: str, other: str, families: Sequence[str], budget: str, mode: str, *, pooled: bool = False
     ) -> tuple[Estimate, float] | None:
-        """How much better a method is than another on the same samples, with p; None where one was not run.
+        """Returns how much better a method is than another on the same samples, with p; None where one was not run.
 
         `pooled`: see metrics.paired_test.
         """
@@ -100,7 +99,7 @@ class Records:
         return metrics.paired_test(pairs, pooled=pooled) if pairs else None
 
     def cell(self, method: str, best: str, family: str, budget: str) -> RecoveryCell | None:
-        """A method between `best` and golden; None where one of them was not run."""
+        """Returns a method between `best` and golden; None where one of them was not run."""
         parts = [self.counts(one, family, budget) for one in (method, best, GOLDEN)]
         seen = self.counts(GOLDEN, family, budget, "seen")
         if seen is None or any(part is None for part in parts):
@@ -109,35 +108,33 @@ class Records:
 
     @property
     def batch(self) -> int:
-        """Samples answered together, at most."""
-        free = [
-            journal.entries[key] for journal in self.journals.values() for key in journal.entries if key.mode == "free"
-        ]
+        """Returns the largest number of samples that were answered together."""
+        free = [log.entries[key] for log in self.logs.values() for key in log.entries if key.mode == "free"]
         return max((int(entry["batch"]) for cell in free for entry in cell.values()), default=0)
 
     @property
     def gates(self) -> dict[str, set[str]]:
-        """Hashes of the gates behind each method's numbers: one each, unless some are stale."""
+        """Returns hashes of the gates behind each method's numbers: one each, unless some are stale."""
         found: dict[str, set[str]] = {}
-        for journal in self.journals.values():
-            for key, identity in journal.identity.items():
+        for log in self.logs.values():
+            for key, identity in log.identity.items():
                 if identity and "gates" in identity:
                     found.setdefault(key.method, set()).add(identity["gates"])
         return found
 
-    def gap_closed(self, method: str, best: dict[str, str], budget: str) -> Estimate:
-        """Pooled over the families of `best`, which names what the gap is measured from in each."""
+    def recovery(self, method: str, best: dict[str, str], budget: str) -> Estimate:
+        """Returns recovery pooled over the families of `best`, which names the method it is measured from in each."""
         found = [self.cell(method, base, family, budget) for family, base in best.items()]
-        return metrics.gap_closed([cell for cell in found if cell is not None])
+        return metrics.recovery([cell for cell in found if cell is not None])
 
     def left_out(self, method: str, best: dict[str, str], budget: str) -> dict[str, str]:
-        """Families of `best` that the pooled gap does not hold, each with the reason."""
+        """Returns families of `best` that the pooled recovery leaves out, each with the reason."""
         found = {family: self.cell(method, base, family, budget) for family, base in best.items()}
         reasons = {family: "not run" if one is None else f"gap {one.gap:.3f}" for family, one in found.items()}
         return {family: reasons[family] for family, one in found.items() if one is None or not one.scored}
 
     def difference(self, method: str, other: str, family: str, budget: str) -> Estimate | None:
-        """Step accuracy of a method minus another's, on the same samples."""
+        """Returns step accuracy of a method minus another's, on the same samples."""
         one, two = self.counts(method, family, budget), self.counts(other, family, budget)
         seen = self.counts(method, family, budget, "seen")
         if one is None or two is None or seen is None:
@@ -146,7 +143,7 @@ class Records:
 
 
 def read_results(files: Sequence[Path]) -> Records:
-    """Rows of several files, one or more families each, and their journals where those are kept.
+    """Returns rows of several files, one or more families each, and their sample logs where those are kept.
 
     Raises:
         DataError: a file is no result of an evaluation.
@@ -155,19 +152,19 @@ def read_results(files: Sequence[Path]) -> Records:
     for path in files:
         rows = read_rows(path)
         results.rows.extend(rows)
-        if journal_path(path).exists():
-            configuration, journal = journals.load(journal_path(path))
+        if log_path(path).exists():
+            configuration, log = read_log(log_path(path))
             results.configurations.append(configuration)
             for row in rows:
-                results.journals[row["family"]] = journal
+                results.logs[row["family"]] = log
                 results.seeds[row["family"]] = range(row.get("seed", 0), row.get("seed", 0) + row["samples"])
     return results
 
 
-def of_run(rows: list[Row], journal: SampleLog) -> Records:
-    """The same for a run that has just ended."""
+def of_run(rows: list[Row], log: SampleLog) -> Records:
+    """Returns the records of a run that has just ended."""
     results = Records(rows)
     for row in rows:
-        results.journals[row["family"]] = journal
+        results.logs[row["family"]] = log
         results.seeds[row["family"]] = range(row["seed"], row["seed"] + row["samples"])
     return results

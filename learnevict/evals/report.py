@@ -17,7 +17,7 @@ LEARNED, REFERENCE = "learned", "reference"
 
 
 def write_report(rows: Sequence[Row], folder: Path, *, overwrite: bool | None = None) -> list[Path]:
-    """Write table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
+    """Writes table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
 
     Args:
         rows: of evaluations.
@@ -43,7 +43,7 @@ def write_report(rows: Sequence[Row], folder: Path, *, overwrite: bool | None = 
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """All rows with the common keys, and those of the oracle and of texts if there are any; an empty field is null."""
+    """Returns all rows as CSV: the common keys, and those of the oracle and of texts if any; an empty field is null."""
     text = io.StringIO()
     columns: list[str] = [*KEYS, *(key for key in (*ORACLE_KEYS, *TEXT_KEYS) if any(_has(row, key) for row in rows))]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -57,7 +57,7 @@ def _has(row: Row, key: str) -> bool:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table per family and measure: methods down, budgets across."""
+    """Returns a table per family and measure: methods down, budgets across."""
     parts: list[str] = []
     for family in in_order(rows, "family"):
         mine = [row for row in rows if row["family"] == family]
@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """One line: model, samples and split or the length of the text, budgets in tokens."""
+    """Returns one line: model, samples and split or the length of the text, budgets in tokens."""
     first = rows[0]
     tokens = {budget_label(row): row["budget"] for row in rows if row.get("budget") is not None}
     budgets = ", ".join(one_line(f"{label} = {value} slots") for label, value in tokens.items() if str(value) != label)
@@ -80,7 +80,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 
 def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
-    """A Markdown table of one family: methods down, budgets across, the full cache in a row of its own."""
+    """Returns a Markdown table of one family: methods down, budgets across, the full cache in a row of its own."""
     budgets = in_order([row for row in rows if row.get("budget") is not None], budget_label)
     lines: list[list[str]] = []
     for method in in_order(rows, "method"):
@@ -95,31 +95,31 @@ def grid(rows: Sequence[Row], measure: Callable[[Row], str]) -> str:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Returns a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
 def in_order(rows: Sequence[Row], key: str | Callable[[Row], Any]) -> list[Any]:
-    """Distinct values in order of appearance."""
+    """Returns distinct values in order of appearance."""
     return list(dict.fromkeys(key(row) if callable(key) else row[key] for row in rows))
 
 
 def budget_label(row: Row) -> str | None:
-    """A budget as it was asked for: "1/4", "64" or "25%"; None for the full cache."""
+    """Returns a budget as it was asked for: "1/4", "64" or "25%"; None for the full cache."""
     if row.get("budget") is None:
         return None
     return row.get("budget_share") or str(row["budget"])
 
 
 def show_accuracy(row: Row) -> str:
-    """Step accuracy with its interval."""
+    """Returns step accuracy with its interval."""
     if row.get("step_accuracy") is None:
         return ""
     return f"{row['step_accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
 
 
 def show_exact(row: Row) -> str:
-    """Exact match with its interval, and tokens generated."""
+    """Returns exact match with its interval, and tokens generated."""
     if row.get("exact_match") is None:
         return ""
     text = f"{row['exact_match']:.3f}"
@@ -129,19 +129,19 @@ def show_exact(row: Row) -> str:
 
 
 def show_perplexity(row: Row) -> str:
-    """Perplexity of a text, and its ratio to the full cache's."""
+    """Returns perplexity of a text, and its ratio to the full cache's."""
     if row.get("perplexity") is None:
         return ""
     return f"{row['perplexity']:.3f} ({row['perplexity_ratio']:.3f})"
 
 
 def show_loss(row: Row) -> str:
-    """Loss ratio to the full cache."""
+    """Returns loss ratio to the full cache."""
     return "" if row.get("loss_ratio") is None else f"{row['loss_ratio']:.3g}"
 
 
 def show_oracle(row: Row) -> str:
-    """Recall, regret and attention kept."""
+    """Returns recall, regret and attention kept."""
     if row.get("top_recall") is None:
         return ""
     regret = "–" if row.get("regret") is None else f"{row['regret']:.2f}"
@@ -149,7 +149,7 @@ def show_oracle(row: Row) -> str:
 
 
 def show_bytes(row: Row) -> str:
-    """Most bytes held, and those of a full cache."""
+    """Returns most bytes held, and those of a full cache."""
     if row.get("kv_bytes_peak") is None:
         return ""
     return f"{row['kv_bytes_peak'] / 1024:.0f} of {row['kv_bytes_full'] / 1024:.0f}"

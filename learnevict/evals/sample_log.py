@@ -1,4 +1,4 @@
-"""The record of a run: one line per finished batch, appended at once, so that a killed run loses one batch at most."""
+"""The per-sample log of a run: one line per finished batch, appended at once, so that a killed run loses one batch at most."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learnevict.files import Lines, write, writing
 
 Entry = dict[str, float]
 START = b'{"configuration": '
-"""How a record begins."""
+"""How a log begins."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SampleLog:
     def missing(
         self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any], columns: Sequence[str] = ()
     ) -> list[int]:
-        """Seeds of a cell that still have to be run, for the first time or for the sake of a column that they lack.
+        """Returns seeds of a cell that still have to be run, for the first time or for the sake of a column that they lack.
 
         Raises:
             UsageError: the cell was begun with other hyperparameters or gates.
@@ -77,14 +77,14 @@ class SampleLog:
         return [seed for seed in seeds if seed not in done or any(name not in done[seed] for name in columns)]
 
     def add(self, key: Key, seeds: Sequence[int], values: Mapping[str, Any]) -> None:
-        """Note a finished batch."""
+        """Adds a finished batch."""
         line = {**vars(key), "identity": self.identity.get(key), "seeds": list(seeds), **values}
         self._take(line)
         if self.path is not None:
             self.lines.append(line)
 
     def column(self, key: Key, seeds: Sequence[int], name: str) -> list[float] | None:
-        """One number per seed; None unless every seed has it."""
+        """Returns one number per seed; None unless every seed has it."""
         found = self.entries.get(key, {})
         if any(name not in found.get(seed, {}) for seed in seeds):
             return None
@@ -101,7 +101,7 @@ class SampleLog:
             cell[seed] = {**mine, "batch": len(seeds)}
 
     def _take_all(self, path: Path, wanted: dict[str, Any]) -> None:
-        """What the file holds, if it is of this configuration."""
+        """Reads what the file holds, if it is of this configuration."""
         first, *rows = self.lines.rows
         found = first["configuration"]
         differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
@@ -116,7 +116,7 @@ class SampleLog:
 
 
 def forget(path: Path, name: str) -> int:
-    """Drop all numbers of one method, and of its settings tried in tuning ("NAME window=8"), from a record.
+    """Drops all numbers of one method, and of its settings tried in tuning ("NAME window=8"), from a log.
 
     The file is written anew beside the old one and takes its place at once.
 
@@ -134,11 +134,11 @@ def forget(path: Path, name: str) -> int:
     return len(lines) - len(kept)
 
 
-def load(path: Path) -> tuple[dict[str, Any], SampleLog]:
-    """Configuration and numbers of a finished record.
+def read_log(path: Path) -> tuple[dict[str, Any], SampleLog]:
+    """Returns configuration and numbers of a finished log.
 
     Raises:
-        DataError: no such file, or no record.
+        DataError: no such file, or no log.
     """
     try:
         with path.open(encoding="utf-8") as file:

@@ -34,11 +34,11 @@ def run(
     resume: bool = False,
     advance: Advance | None = None,
 ) -> tuple[list[Row], SampleLog]:
-    """Run what is missing and return a row per method, family and budget.
+    """Runs what is missing and returns a row per method, family and budget.
 
     Args:
         out: rows are written here as JSON lines after every cell, beside those that were there, per-sample numbers to
-            `journal_path(out)` after every batch. To a device or a pipe the rows alone are written, at the end.
+            `log_path(out)` after every batch. To a device or a pipe the rows alone are written, at the end.
         resume: go on with a run that was interrupted, or add methods, families or budgets to it. Samples can be added too,
             and what was measured without the oracle is measured again if the plan asks for it.
         advance: called with what is being run and the number of samples just done, those of earlier runs included.
@@ -54,9 +54,9 @@ def run(
     """
     check(plan, evaluated_methods)
     if out is not None and special(out):
-        rows, journal = run(plan, subject, evaluated_methods, advance=advance)
+        rows, log = run(plan, subject, evaluated_methods, advance=advance)
         write_rows(out, rows)
-        return rows, journal
+        return rows, log
     if out is not None:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,27 +72,25 @@ def _run(
     resume: bool,
     advance: Advance | None,
 ) -> tuple[list[Row], SampleLog]:
-    earlier, record = read_earlier(out, resume=resume), journal_path(out) if out else None
+    earlier, record = read_earlier(out, resume=resume), log_path(out) if out else None
     if earlier and record is not None and not record.exists():
         raise UsageError(f"{out} holds rows, but {record}, the numbers behind them, is missing; choose another --out")
     earlier = of_these_samples(earlier, plan, evaluated_methods, str(out))
-    journal = SampleLog(record, configuration(plan, subject), resume=resume)
+    log = SampleLog(record, configuration(plan, subject), resume=resume)
     rows: list[Row] = []
     for family in plan.families:
         done: list[Cell] = []
         reader = Reader(plan, subject, family)
         for cell in cells(plan, evaluated_methods, family):
             for mode in cell.modes:
-                _run_cell(reader, cell, mode, journal, advance)
+                _run_cell(reader, cell, mode, log, advance)
             if cell.evaluated_method in evaluated_methods:
                 done.append(cell)
-                rows.append(make_row(journal, cell, plan, subject))
+                rows.append(make_row(log, cell, plan, subject))
                 _write(out, earlier, rows)
-        rows[-len(done) :] = [
-            make_row(journal, cell, plan, subject) for cell in done
-        ]  # golden and random are there now
+        rows[-len(done) :] = [make_row(log, cell, plan, subject) for cell in done]  # golden and random are there now
         _write(out, earlier, rows)
-    return rows, journal
+    return rows, log
 
 
 def _write(out: Path | None, earlier: Sequence[Row], rows: Sequence[Row]) -> None:
@@ -103,9 +101,9 @@ def _write(out: Path | None, earlier: Sequence[Row], rows: Sequence[Row]) -> Non
 def of_these_samples(
     earlier: Sequence[Row], plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], out: str
 ) -> list[Row]:
-    """Earlier rows over the plan's samples. Those over others are left out if the run makes all of them anew.
+    """Returns earlier rows over the plan's samples; others are left out if the run makes all of them anew.
 
-    Their numbers stay in the journal: the same command with the former samples brings them back at once.
+    Their numbers stay in the log: the same command with the former samples brings them back at once.
 
     Raises:
         UsageError: some would stay, and one table would hold rows of different samples.
@@ -129,29 +127,29 @@ def of_these_samples(
 
 
 def samples_of(row: Row) -> tuple[Any, Any]:
-    """How many samples a row is about, and the seed of the first."""
+    """Returns how many samples a row is about, and the seed of the first."""
     return row.get("samples"), row.get("seed", 0)
 
 
-def journal_path(out: Path) -> Path:
-    """Where the per-sample numbers behind `out` are kept."""
+def log_path(out: Path) -> Path:
+    """Returns where the per-sample numbers behind `out` are kept."""
     return out.with_name(f"{out.stem}.samples.jsonl")
 
 
 class Reader:
-    """TextBatch of one family, and what the oracle says of them: both are made once for all methods and budgets."""
+    """The texts of one family, and what the oracle says of them: both are made once for all methods and budgets."""
 
     def __init__(self, plan: Plan, subject: EvaluatedModel, family: str) -> None:
         self.plan, self.subject, self.family = plan, subject, family
         self.kept: dict[tuple[int, ...], tuple[TextBatch, Reference | None]] = {}
 
     def samples(self, seeds: Sequence[int]) -> list[testbed.Sample]:
-        """Of these seeds."""
+        """Returns the samples of these seeds."""
         plan = self.plan
         return [testbed.generate(self.family, seed, split=plan.split, length=plan.length) for seed in seeds]
 
     def texts(self, seeds: Sequence[int]) -> tuple[TextBatch, Reference | None]:
-        """Their texts, aligned, with labels if the plan asks for them."""
+        """Returns their texts, aligned, with labels if the plan asks for them."""
         key = tuple(seeds)
         if key not in self.kept:
             model, rules = self.subject.model, self.plan.rules
@@ -162,15 +160,15 @@ class Reader:
         return self.kept[key]
 
 
-def _run_cell(reader: Reader, cell: Cell, mode: str, journal: SampleLog, advance: Advance | None) -> None:
+def _run_cell(reader: Reader, cell: Cell, mode: str, log: SampleLog, advance: Advance | None) -> None:
     key, plan = cell.key(mode), reader.plan
-    missing = journal.missing(key, plan.seeds, cell.identity, _oracle_columns(cell, mode, plan))
+    missing = log.missing(key, plan.seeds, cell.identity, _oracle_columns(cell, mode, plan))
     label = f"{cell.family} {cell.evaluated_method.name} {cell.asked}"
     if advance is not None:
         advance(label, plan.num_samples - len(missing))
     for start in range(0, len(missing), plan.batch_size):
         seeds = missing[start : start + plan.batch_size]
-        journal.add(key, seeds, _run_batch(reader, cell, mode, seeds))
+        log.add(key, seeds, _run_batch(reader, cell, mode, seeds))
         if advance is not None:
             advance(label, len(seeds))
 
@@ -181,7 +179,7 @@ def _oracle_columns(cell: Cell, mode: str, plan: Plan) -> tuple[str, ...]:
 
 
 def _run_batch(reader: Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:
-    """One batch of one cell: what goes into the journal."""
+    """Returns one batch of one cell: what goes into the log."""
     plan, model, tokenizer = reader.plan, reader.subject.model, reader.subject.tokenizer
     rules = plan.rules
     golden = cell.budget if cell.evaluated_method.method == GOLDEN and isinstance(cell.budget, int) else None
@@ -208,7 +206,7 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Six digits each; [] if there are none (NaN)."""
+    """Returns six digits of each; [] if there are none (NaN)."""
     return [float(f"{value:.6g}") for value in values.tolist() if value == value]
 
 

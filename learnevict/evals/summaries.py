@@ -32,9 +32,8 @@ KEYS = (
 ORACLE_KEYS = ("oracle_gap_closed", "top_recall", "regret", "attention_kept", "attention_kept_min")
 """What rows of the testbed have besides; null where not asked for, or not defined.
 
-`oracle_gap_closed` is of the loss, from random eviction (0) to golden (1), in the same cell. It is not the "gap closed" of
-docs/results.md, which is of step accuracy and begins at the best heuristic (metrics.gap_closed); people read it as "loss gap
-closed from random". For the others see learnevict.oracle.metrics.
+`oracle_gap_closed` is the recovered loss, from random eviction (0) to golden (1), in the same cell; the recovery of
+docs/results.md is of step accuracy, from the best training-free method. For the others see learnevict.oracle.metrics.
 """
 
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
@@ -46,8 +45,8 @@ MARK = b'"kv_bytes_peak": '
 """What every file of rows has near its beginning."""
 
 
-def make_row(journal: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) -> Row:
-    """Sum up a cell.
+def make_row(log: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) -> Row:
+    """Returns the summary of a cell.
 
     Returns:
         KEYS and ORACLE_KEYS, then where the row comes from.
@@ -60,8 +59,8 @@ def make_row(journal: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel
         "samples": plan.num_samples,
     }
     for fill in (_teacher, _free):
-        row |= fill(journal, cell, plan)
-    row |= _oracle(journal, cell, plan)
+        row |= fill(log, cell, plan)
+    row |= _oracle(log, cell, plan)
     if cell.impossible is not None:
         row["impossible"] = cell.impossible
     return row | {
@@ -77,7 +76,7 @@ def make_row(journal: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel
 
 
 def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row:
-    """A row of `eval --task perplexity`: the family is the text; ratios are to the full cache, bytes those of the text."""
+    """Returns a row of `eval --task perplexity`: the family is the text; ratios are to the full cache."""
     row: Row = dict.fromkeys(KEYS)
     row |= {"method": cell.evaluated_method.name, "family": cell.family, "budget": cell.budget, "samples": 1}
     row |= {"kv_bytes_peak": found.peak, "kv_bytes_end": found.end, "kv_bytes_full": found.full}
@@ -86,7 +85,7 @@ def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row
 
 
 def _origin(cell: Cell, model: str) -> Row:
-    """Where a row comes from; `gates` is the hash of the trained part, null where there is none, as in the journal."""
+    """Returns where a row comes from; `gates` is the hash of the trained part, null where there is none, as in the log."""
     return {
         "budget_share": cell.asked if is_share(cell.asked) else None,
         "kind": cell.evaluated_method.kind,
@@ -96,34 +95,34 @@ def _origin(cell: Cell, model: str) -> Row:
     }
 
 
-def _teacher(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
+def _teacher(log: SampleLog, cell: Cell, plan: Plan) -> Row:
     key, seeds = cell.key("teacher"), plan.seeds
-    right, seen = journal.column(key, seeds, "right"), journal.column(key, seeds, "seen")
-    loss = journal.column(key, seeds, "loss")
+    right, seen = log.column(key, seeds, "right"), log.column(key, seeds, "seen")
+    loss = log.column(key, seeds, "loss")
     if right is None or seen is None or loss is None:
         return {}
     accuracy = metrics.step_accuracy(right, seen)
-    reference = journal.column(Key(FULL, cell.family, FULL, "teacher"), seeds, "loss")
+    reference = log.column(Key(FULL, cell.family, FULL, "teacher"), seeds, "loss")
     ratio = metrics.ratio(loss, reference).value if reference else None
     return {
         "step_accuracy": accuracy.value,
         "ci_low": accuracy.low,
         "ci_high": accuracy.high,
         "loss_ratio": ratio,
-        **_bytes(journal, key, seeds),
+        **_bytes(log, key, seeds),
     }
 
 
-def _oracle(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
-    """How close to the oracle, see ORACLE_KEYS."""
+def _oracle(log: SampleLog, cell: Cell, plan: Plan) -> Row:
+    """Returns how close to the oracle, see ORACLE_KEYS."""
     key, seeds = cell.key("teacher"), plan.seeds
 
     def ratio(above: str, below: str) -> float | None:
-        top, bottom = journal.column(key, seeds, above), journal.column(key, seeds, below)
+        top, bottom = log.column(key, seeds, above), log.column(key, seeds, below)
         return sum(top) / sum(bottom) if top and bottom and sum(bottom) else None
 
-    least = journal.column(key, seeds, "attention_least")
-    losses = [journal.column(replace(key, method=name), seeds, "loss") for name in (key.method, RANDOM, GOLDEN)]
+    least = log.column(key, seeds, "attention_least")
+    losses = [log.column(replace(key, method=name), seeds, "loss") for name in (key.method, RANDOM, GOLDEN)]
     method, chance, best = (None if one is None else sum(one) for one in losses)
     closed = None
     if cell.budget is not None and method is not None and chance is not None and best is not None and chance != best:
@@ -135,10 +134,10 @@ def _oracle(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
     return dict(zip(ORACLE_KEYS, found, strict=True))
 
 
-def _free(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
+def _free(log: SampleLog, cell: Cell, plan: Plan) -> Row:
     key, seeds = cell.key("free"), plan.seeds
-    exact, tokens = journal.column(key, seeds, "exact"), journal.column(key, seeds, "tokens")
-    seconds, agreed = journal.column(key, seeds, "seconds"), journal.column(key, seeds, "agreed")
+    exact, tokens = log.column(key, seeds, "exact"), log.column(key, seeds, "tokens")
+    seconds, agreed = log.column(key, seeds, "seconds"), log.column(key, seeds, "agreed")
     if exact is None or tokens is None or seconds is None:
         return {}
     match = metrics.share(exact)
@@ -149,16 +148,16 @@ def _free(journal: SampleLog, cell: Cell, plan: Plan) -> Row:
         "exact_high": match.high,
         "tokens_generated": metrics.mean(tokens).value,
         "tokens_per_second": late / sum(seconds) if sum(seconds) else None,
-        **_bytes(journal, key, seeds),
+        **_bytes(log, key, seeds),
     }
     if agreed is not None:
         row |= {"agreement": sum(agreed) / len(agreed), "agreed_fully": sum(a == 1 for a in agreed) / len(agreed)}
     return row
 
 
-def _bytes(journal: SampleLog, key: Key, seeds: Sequence[int]) -> Row:
-    """Bytes per sample, over the samples where they were measured; the peak is the largest."""
-    found = [journal.entries[key][seed] for seed in seeds if "peak" in journal.entries[key][seed]]
+def _bytes(log: SampleLog, key: Key, seeds: Sequence[int]) -> Row:
+    """Returns bytes per sample, over the samples where they were measured; the peak is the largest."""
+    found = [log.entries[key][seed] for seed in seeds if "peak" in log.entries[key][seed]]
     if not found:
         return {}
     return {
@@ -169,7 +168,7 @@ def _bytes(journal: SampleLog, key: Key, seeds: Sequence[int]) -> Row:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the file by these rows, one JSON object a line.
+    """Replaces the file by these rows, one JSON object a line.
 
     Raises:
         DataError: it cannot be written.
@@ -178,7 +177,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
-    """Rows of an earlier run that a run is going to keep; [] where nothing is yet.
+    """Returns rows of an earlier run that a run is going to keep; [] where nothing is yet.
 
     Raises:
         UsageError: the file holds something, and the run is not to go on with it.
@@ -200,24 +199,24 @@ def read_earlier(path: Path | None, *, resume: bool) -> list[Row]:
 
 
 def joined(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Rows of both; a newer one takes the place of the first older one of its cell, and no other is lost."""
+    """Returns rows of both; a newer one takes the place of the first older one of its cell, and no other is lost."""
     fresh = {place(row): row for row in rows}
     kept = [fresh.pop(place(row), row) for row in earlier]
     return [*kept, *fresh.values()]
 
 
 def place(row: Row) -> tuple[Any, ...]:
-    """The cell of a row: family, method, budget in slots and as a share."""
+    """Returns the cell of a row: family, method, budget in slots and as a share."""
     return tuple(row.get(name) for name in ("family", "method", "budget", "budget_share"))
 
 
 def place_of(cell: Cell) -> tuple[Any, ...]:
-    """The same of a cell that is to be run."""
+    """Returns the same of a cell that is to be run."""
     return cell.family, cell.evaluated_method.name, cell.budget, cell.asked if is_share(cell.asked) else None
 
 
 def forget_rows(path: Path, name: str) -> int:
-    """Drop the rows of one method, and of its settings tried in tuning, from a file; how many there were.
+    """Drops the rows of one method, and of its settings tried in tuning, from a file; how many there were.
 
     Raises:
         DataError: the file cannot be read or written, or holds something else.
@@ -231,7 +230,7 @@ def forget_rows(path: Path, name: str) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSONL file, or of a report {"rows": [...]}.
+    """Returns rows of a JSONL file, or of a report {"rows": [...]}.
 
     Raises:
         DataError: no such file, not JSON, no rows, or texts where figures should be.
@@ -262,7 +261,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _finite(row: Mapping[str, Any]) -> Row:
-    """NaN and infinity are no JSON."""
+    """Returns the row with null for NaN and infinity, which are no JSON."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }

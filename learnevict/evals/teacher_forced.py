@@ -50,7 +50,7 @@ class TextBatch:
     prompt_length: list[int]
 
     def aligned(self, block: int) -> TextBatch:
-        """The same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
+        """Returns the same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
         parts = (self.input_ids, self.attention_mask, self.answer_mask, self.loss_mask)
         ids, mask, answer_mask, loss_mask = align(block, self.attention_mask, *parts)
         return TextBatch(ids, mask, answer_mask, loss_mask, self.prompt_length)
@@ -81,7 +81,7 @@ class Scores:
 
 
 def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> TextBatch:
-    """Tokenise samples, one token a word."""
+    """Tokenises samples, one token a word."""
     texts = tokenizer([sample.text for sample in samples], padding=True, padding_side="left", return_tensors="pt")
     ids, mask = texts["input_ids"], texts["attention_mask"]
     answer_mask, loss_mask = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -95,7 +95,7 @@ def read(tokenizer: Any, samples: Sequence[Sample], device: Any = "cpu") -> Text
 
 
 def reference(model: Any, texts: TextBatch, rules: EvaluationSettings) -> Reference:
-    """What the oracle says of texts: one full-cache pass, for all methods that are measured on them."""
+    """Returns what the oracle says of texts: one full-cache pass, for all methods that are measured on them."""
     return Reference.of(
         model, texts.input_ids, texts.attention_mask, block=rules.block, prompt_length=texts.prompt_length,
         loss_mask=texts.loss_mask,
@@ -104,7 +104,7 @@ def reference(model: Any, texts: TextBatch, rules: EvaluationSettings) -> Refere
 
 @torch.no_grad()
 def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Reference | None = None) -> Scores:
-    """Scores of the texts under a policy (None: the model as it is, with its stock cache).
+    """Returns scores of the texts under a policy (None: the model as it is, with its stock cache).
 
     Args:
         beside: of the same texts, which are aligned; what the policy keeps is then compared with what the oracle would.
@@ -131,7 +131,7 @@ def measure_golden(
     verify: bool = False,
     beside: Reference | None = None,
 ) -> Scores:
-    """Scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
+    """Returns scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
 
     Args:
         verify: also run the trace incrementally, through the cache, and compare; gives the storage too.
@@ -158,7 +158,7 @@ def measure_golden(
 
 
 def golden_trace_of(model: Any, beside: Reference, budget: int, rules: EvaluationSettings) -> Trace:
-    """The golden trace of texts whose labels are known."""
+    """Returns the golden trace of texts whose labels are known."""
     labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
     for index, part in zip(beside.layers, beside.labels, strict=True):
         labels[index] = part
@@ -170,19 +170,19 @@ def golden_trace_of(model: Any, beside: Reference, budget: int, rules: Evaluatio
 def evicted_logits(
     model: Any, texts: TextBatch, policy: Governor, *, record: bool = False
 ) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
-    """Logits of texts read through an evicting cache, and the cache."""
+    """Returns logits of texts read through an evicting cache, and the cache."""
     with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:
         logits = read_once(model, cache, texts.input_ids, texts.attention_mask)
     return logits, cache
 
 
 def positions(texts: TextBatch) -> Int[Tensor, "B T"]:
-    """Position of each token in its row, padding aside."""
+    """Returns position of each token in its row, padding aside."""
     return (texts.attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def score(texts: TextBatch, logits: Float[Tensor, "B T V"], held: BytesHeld | None) -> Scores:
-    """Compare predictions with the tokens that follow them."""
+    """Compares predictions with the tokens that follow them."""
     right = (logits[:, :-1].argmax(-1) == texts.input_ids[:, 1:]) & texts.answer_mask[:, 1:]
     return Scores(
         right=right.sum(-1).tolist(),
@@ -194,6 +194,6 @@ def score(texts: TextBatch, logits: Float[Tensor, "B T V"], held: BytesHeld | No
 
 
 def storage(cache: EvictingCache) -> BytesHeld:
-    """Bytes per row, as they are: padding columns of a full cache count."""
+    """Returns bytes per row, as they are: padding columns of a full cache count."""
     rows = len(cache.clock.seen)
     return BytesHeld(cache.peak_nbytes / rows, cache.nbytes / rows, cache.full_nbytes / rows)

@@ -39,7 +39,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found.
+    """Settings that tuning found.
 
     Attributes:
         record: what they were tuned under: model, weights, tasks, rules, samples, and hashes of the tables that were tuned.
@@ -52,7 +52,7 @@ class Tuned:
     accuracy: dict[str, dict[str, dict[str, float]]]
 
     def best(self, family: str, budget: str) -> str:
-        """The training-free method that was best in a cell.
+        """Returns the training-free method that was best in a cell.
 
         Raises:
             UsageError: the cell was not tuned.
@@ -64,11 +64,11 @@ class Tuned:
         return max((name for name in found if name not in TABLES), key=lambda name: found[name])
 
     def known_best(self, family: str, budget: str) -> str | None:
-        """As `best`; None where a cell was not tuned."""
+        """Returns the same as `best`; None where a cell was not tuned."""
         return self.best(family, budget) if budget in self.accuracy.get(family, {}) else None
 
     def check(self, weights: str, gates: Mapping[str, Gates | None] | None = None) -> None:
-        """Refuse settings tuned on another model, or with other tables.
+        """Raises an error for settings tuned on another model, or with other tables.
 
         Args:
             weights: hash of the model's weights.
@@ -90,7 +90,7 @@ class Tuned:
             )
 
     def of(self, method: str) -> dict[tuple[str, str], dict[str, Any]]:
-        """Settings of one method by (family, budget)."""
+        """Returns settings of one method by (family, budget)."""
         return {
             (family, budget): found[method]
             for family, by_budget in self.settings.items()
@@ -100,12 +100,12 @@ class Tuned:
 
 
 def training_free() -> list[str]:
-    """Methods that need no training and no oracle; random is one of them."""
+    """Returns methods that need no training and no oracle; random is one of them."""
     return [name for name in methods.METHODS if name == "random" or methods.load(name).PAPER.kind == "heuristic"]
 
 
 def candidates(names: Sequence[str], tables: Sequence[Gates] = ()) -> list[EvaluatedMethod]:
-    """Every setting of every method and of the given tables as a method of its own, named "snapkv window=8"."""
+    """Returns every setting of every method and of the given tables as a method of its own, named "snapkv window=8"."""
     found: list[EvaluatedMethod] = []
     gates = {one.method: one for one in tables}
     for name in [*names, *gates]:
@@ -120,7 +120,7 @@ def candidates(names: Sequence[str], tables: Sequence[Gates] = ()) -> list[Evalu
 def tune(
     plan: Plan, subject: EvaluatedModel, field: Sequence[EvaluatedMethod], out: Path, *, advance: Advance | None = None
 ) -> Tuned:
-    """Run all settings on the validation split and keep the best of each method, per family and budget.
+    """Runs all settings on the validation split and keeps the best of each method, per family and budget.
 
     Args:
         plan: families, budgets, samples and rules; split and modes are set here.
@@ -135,19 +135,19 @@ def tune(
 
 
 def on_validation(plan: Plan) -> Plan:
-    """The plan with the split and the modes of tuning."""
+    """Returns the plan with the split and the modes of tuning."""
     return replace(plan, split="validation", teacher=True, free="none", oracle=False, lenient=True)
 
 
 def record_of(plan: Plan, subject: EvaluatedModel, field: Sequence[EvaluatedMethod]) -> dict[str, Any]:
-    """What settings are tuned under; two files of settings with the same record belong together."""
+    """Returns what settings are tuned under; two files of settings with the same record belong together."""
     gates = {one.method: weight_hash(one.gates) for one in field if one.gates is not None}
     own = {"samples": plan.num_samples, "seed": plan.seed, "gates": gates}
     return json.loads(json.dumps({**configuration(on_validation(plan), subject), **own}))
 
 
 def choose(rows: Sequence[Row], field: Sequence[EvaluatedMethod], record: Mapping[str, Any]) -> Tuned:
-    """The best setting of each method in each cell; of equals the first."""
+    """Returns the best setting of each method in each cell; of equals the first."""
     tuned = Tuned(dict(record), {}, {})
     by_name = {one.name: one for one in field}
     for row in rows:
@@ -163,7 +163,7 @@ def choose(rows: Sequence[Row], field: Sequence[EvaluatedMethod], record: Mappin
 
 
 def merge(parts: Sequence[Tuned]) -> Tuned:
-    """Parts that tuned different families or budgets, as one; of the same cell the last.
+    """Returns parts that tuned different families or budgets as one; of the same cell the last.
 
     Raises:
         UsageError: they were tuned under different conditions.
@@ -179,13 +179,13 @@ def merge(parts: Sequence[Tuned]) -> Tuned:
 
 
 def save(tuned: Tuned, path: Path = TUNED) -> None:
-    """Write as JSON, whole or not at all."""
+    """Writes settings as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(vars(tuned), indent=1) + "\n", b'"record": ')
 
 
 def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:
-    """Write what one process tuned to a file of its own, and all parts beside it into one.
+    """Writes what one process tuned to a file of its own, and all parts beside it into one.
 
     Processes that tune other families may do the same at any moment. A part written after this one read the folder is
     taken in by whoever wrote it, and one written in between by looking again afterwards.
@@ -208,7 +208,7 @@ def save_part(found: Tuned, part: Path, whole: Path = TUNED) -> None:
 
 
 def check_alike(record: Mapping[str, Any], part: Path, whole: Path = TUNED) -> None:
-    """Refuse to lose what was tuned under other conditions: settings of both do not belong into one file.
+    """Raises rather than lose what was tuned under other conditions: settings of both do not belong into one file.
 
     Raises:
         UsageError: naming the files, the families in them, and what differs.
@@ -226,12 +226,12 @@ def check_alike(record: Mapping[str, Any], part: Path, whole: Path = TUNED) -> N
 
 
 def parts_beside(part: Path) -> list[Tuned]:
-    """All parts in the folder of one."""
+    """Returns all parts in the folder of one."""
     return [load(path) for path in sorted(part.parent.glob("*.tuned.json"))]
 
 
 def load(path: Path = TUNED) -> Tuned:
-    """Read what `save` wrote.
+    """Returns what `save` wrote.
 
     Raises:
         DataError: no such file, or something else.

@@ -27,7 +27,7 @@ FOREVER = 2**32 - 1
 
 @torch.no_grad()
 def record(model: Any, policy: Governor, ids: list[int], prompt_length: int | None = None) -> Trace:
-    """The eviction history of one text.
+    """Returns the eviction history of one text.
 
     Args:
         model: the model.
@@ -42,7 +42,7 @@ def record(model: Any, policy: Governor, ids: list[int], prompt_length: int | No
 
 
 def page(trace: Trace, tokens: list[str], title: str, about: str) -> str:
-    """The history of one row, token by token and head by head.
+    """Returns the history of one row as HTML, token by token and head by head.
 
     Args:
         trace: expiry [L, 1, H, T].
@@ -79,19 +79,19 @@ def page(trace: Trace, tokens: list[str], title: str, about: str) -> str:
 
 
 def packed(expiry: Tensor) -> str:
-    """Expiries as base64 of little-endian uint32, layer by layer and head by head."""
+    """Returns expiries as base64 of little-endian uint32, layer by layer and head by head."""
     ends = torch.where(expiry == NEVER, FOREVER, expiry.long()).flatten().cpu()
     return base64.b64encode(ends.numpy().astype("<u4").tobytes()).decode()
 
 
 def inert(value: Any) -> str:
-    """JSON that cannot end the element it stands in, whatever the text says."""
+    """Returns JSON that cannot end the element it stands in, whatever the text says."""
     text = json.dumps(value, ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def visible(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text behind the one before it, special tokens spelled out."""
+    """Returns what each token adds to the text behind the one before it, special tokens spelled out."""
     shown = [str(tokenizer.decode(ids[:1]))]
     for index in range(1, len(ids)):
         before, both = tokenizer.decode(ids[index - 1 : index]), tokenizer.decode(ids[index - 1 : index + 1])

@@ -16,7 +16,7 @@ from learnevict.signals import NEVER, Attention, Trace
 
 
 def full_trace(model: PreTrainedModel, input_ids: Tensor) -> Trace:
-    """The trace of a cache from which nothing is ever evicted."""
+    """Returns the trace of a cache from which nothing is ever evicted."""
     config = model.config.get_text_config(decoder=True)
     heads = state_shape(config)[0]
     shape = (config.num_hidden_layers, input_ids.shape[0], heads, input_ids.shape[1])
@@ -35,7 +35,7 @@ def golden_labels(
     block: int = 128,
     reduce: Reducers = GOLDEN,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Labels of every evicting layer from one full-cache pass.
+    """Returns labels of every evicting layer from one full-cache pass.
 
     Args:
         model: the base model.
@@ -78,7 +78,7 @@ def golden_trace(
     guard: Guard,
     prompt_length: Tensor | None = None,
 ) -> Trace:
-    """The golden eviction trace of a text the model has seen in full.
+    """Returns the golden eviction trace of a text the model has seen in full.
 
     Args:
         model: the base model.

@@ -28,18 +28,18 @@ class KeyBias(SoftGate):
         self.biases: dict[int, Tensor] = {}
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """A fresh leaf for each layer of a forward."""
+        """Returns a fresh leaf for each layer of a forward."""
         assert signals.key is not None
         bias = torch.zeros(signals.key.shape[:3], device=signals.key.device, requires_grad=True)
         self.biases[signals.layer] = bias
         return {"bias": bias}
 
     def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
-        """The bias, whatever a token's age."""
+        """Returns the bias, whatever a token's age."""
         return DecayBias(state["bias"], window=0)
 
     def score(self, signals: Signals) -> Tensor:
-        """Nothing is evicted; all alike, float32 [B, H, N]."""
+        """Returns equal scores, float32 [B, H, N]: nothing is evicted."""
         return torch.zeros(signals.position.shape, device=signals.position.device)
 
 
@@ -50,7 +50,7 @@ def gradient_utility(
     *,
     scored: Bool[Tensor, "B T"] | None = None,
 ) -> list[Tensor | None]:
-    """How much of the text's likelihood hangs on each key.
+    """Returns how much of the text's likelihood hangs on each key.
 
     Args:
         model: the base model; no gradient reaches its weights.

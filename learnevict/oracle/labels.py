@@ -63,7 +63,7 @@ def future_attention(
     out_dtype: torch.dtype = torch.float32,
     **inputs: Unpack[LayerInputs],
 ) -> Float[Tensor, "B heads T M"]:
-    """Label every key of one layer with what each later block of queries wants of it.
+    """Labels every key of one layer with what each later block of queries wants of it.
 
     Entry [b, h, i, m] reduces the attention that queries of block m pay to key i. Block m of row b holds its real
     tokens number m*block .. (m+1)*block-1, M = ceil(T / block): padding never counts. A target over one set of queries
@@ -104,13 +104,13 @@ def future_attention(
 
 
 def per_head_output_weight(weight: Float[Tensor, "E HqD"], num_query_heads: int) -> Float[Tensor, "Hq E dv"]:
-    """View of an o_proj weight [E, Hq * dv] as one matrix [E, dv] per query head, for `output_weight`."""
+    """Returns view of an o_proj weight [E, Hq * dv] as one matrix [E, dv] per query head, for `output_weight`."""
     return weight.unflatten(1, (num_query_heads, -1)).movedim(1, 0)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One label block of one row, in the row's own time: ranks of its real tokens, int64 on the host."""
+    """One label block of one row: unpadded positions of its real tokens, int64 on the host."""
 
     index: int
     rows: Tensor
@@ -137,21 +137,21 @@ class _Layer:
 
     @property
     def group(self) -> int:
-        """G, query heads per kv head."""
+        """Returns G, the query heads per kv head."""
         return self.query.shape[1] // self.key.shape[1]
 
     @property
     def drains(self) -> int:
-        """1 if attention may flow elsewhere than to keys: to sinks, or nowhere when the keys are restricted."""
+        """Returns 1 if attention may flow elsewhere than to keys: to sinks, or nowhere when the keys are restricted."""
         return int(self.sinks is not None or self.keys is not None)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all arithmetic: float32, or float64 for float64 inputs."""
+        """Returns the type of all arithmetic: float32, or float64 for float64 inputs."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     def check(self) -> None:
-        """Refuse what would be computed wrongly or ignored."""
+        """Raises a UsageError for inputs that would be used wrongly or ignored."""
         weighted = self.reduce.value == "contribution"
         if self.block < 1 or self.query.shape[1] % self.key.shape[1]:
             raise UsageError(
@@ -174,7 +174,7 @@ class _Layer:
             raise UsageError("this target's softmax runs over some keys only: give keys=[B, T] or [B, M, T]")
 
     def cut(self, row: int) -> tuple[Tensor, list[_Block]]:
-        """Columns of the row's real tokens, int64 [n] on the device, and its label blocks."""
+        """Returns columns of the row's real tokens, int64 [n] on the device, and its label blocks."""
         length = self.query.shape[2]
         columns = torch.arange(length) if self.valid is None else self.valid[row].cpu().nonzero().flatten()
         counted = torch.ones(length, dtype=torch.bool) if self.queries is None else self.queries[row].cpu()
@@ -189,7 +189,7 @@ class _Layer:
 
 
 class _Head:
-    """One kv head of one row: its keys in row time, and tiles of its attention."""
+    """One kv head of one row: its real keys, and tiles of its attention."""
 
     def __init__(self, layer: _Layer, row: int, head: int, columns: Tensor, buffer: Tensor) -> None:
         self.layer, self.row, self.columns, self.buffer = layer, row, columns, buffer
@@ -200,7 +200,7 @@ class _Head:
         self.norms = None if layer.value is None else self._value_norms(layer.value[row, head].index_select(0, columns))
 
     def _value_norms(self, values: Tensor) -> Tensor:
-        """|v| [1, n] or |W_O v| [G, n], in chunks of keys."""
+        """Returns |v| [1, n] or |W_O v| [G, n], in chunks of keys."""
         if self.layer.output_weight is None:
             return values.to(self.layer.dtype).norm(dim=-1).unsqueeze(0)
         weight = self.layer.output_weight[self.heads].to(self.layer.dtype).mT
@@ -208,7 +208,7 @@ class _Head:
         return torch.cat(parts, -1)
 
     def pooled(self, block: _Block, ranks: Tensor, keys: Tensor) -> Tensor:
-        """Reduce one block over its queries: [G, n] for keys of the given ranks (host, ascending)."""
+        """Reduces one block over its queries: [G, n] for keys of the given ranks (host, ascending)."""
         reduce = self.layer.reduce
         empty = -torch.inf if reduce.value == "logit" else 0.0
         pooled = torch.full((self.layer.group, len(ranks)), empty, dtype=self.layer.dtype, device=keys.device)
@@ -224,7 +224,7 @@ class _Head:
         return pooled
 
     def tile(self, rows: Tensor, ranks: Tensor, keys: Tensor) -> Tensor:
-        """Values of some queries over the keys they see, reduced over the queries (a mean as a sum): [G, n]."""
+        """Returns values of some queries over the keys they see, reduced over the queries (a mean as a sum): [G, n]."""
         where = self.columns[rows.to(self.columns.device)]
         logits = self._logits(where, keys)
         some = int(torch.searchsorted(ranks, rows[0], right=True))
@@ -241,7 +241,7 @@ class _Head:
         return torch.bmm(weight.expand(len(mass), 1, -1), mass).squeeze(1)
 
     def _logits(self, where: Tensor, keys: Tensor) -> Tensor:
-        """Scaled, softcapped products [G, R, n], or [G, R, n + 1] with a drain that takes what no key may have.
+        """Returns scaled, softcapped products [G, R, n], or [G, R, n + 1] with a drain that takes what no key may have.
 
         The drain is the attention sink, or the lowest finite number, which gets all attention of a query that may see
         no key and none of any other.
@@ -258,7 +258,7 @@ class _Head:
 
 
 def _label_head(head: _Head, blocks: list[_Block], out: Tensor) -> None:
-    """Write the labels of one kv head into out [1 or G, T, M]."""
+    """Writes the labels of one kv head into out [1 or G, T, M]."""
     reduce = head.layer.reduce
     for block in blocks:
         if len(block.rows) == 0:

@@ -4,7 +4,8 @@
     regret            attention lost over all budgets by following the policy's scores, over the best ranking's (1 is best)
     attention kept    full-cache attention that falls on tokens still held; mean over queries, and the worst block
     loss ratio        loss under eviction over that with the full cache
-    gap closed        (loss of random - loss) / (loss of random - loss of golden), under the same budget, period and guards
+    recovered loss    from random to golden: (loss of random - loss) / (loss of random - loss of golden), under the same budget,
+                      period and guards; its key is oracle_gap_closed
 
     measure_policy(model, policy, input_ids, attention_mask)                   # {"oracle_gap_closed": 0.93, ...}
     reference = Reference.of(model, input_ids, attention_mask, block=16)       # or once per batch of texts, and then
@@ -39,7 +40,7 @@ def top_recall(
     candidates: Bool[Tensor, "*B N"],
     count: Int[Tensor, "*B"],
 ) -> Float[Tensor, "*B"]:
-    """Share of the `count` candidates with the highest targets that are among the `count` with the highest scores.
+    """Returns which share of the `count` candidates with the highest targets is among the `count` with the highest scores.
 
     Of equal ones the first is left out, as the older is evicted. NaN where count is 0.
     """
@@ -50,7 +51,7 @@ def top_recall(
 def ranking_cost(
     scores: Float[Tensor, "*B N"], targets: Float[Tensor, "*B N"], candidates: Bool[Tensor, "*B N"]
 ) -> Float[Tensor, "*B"]:
-    """Targets lost over all budgets by evicting from the lowest score up: sum over places r = 1, 2, ... of (r - 1) I_r.
+    """Returns the targets lost over all budgets by evicting from the lowest score up: sum over r = 1, 2, ... of (r - 1) I_r.
 
     The best ranking costs `ranking_cost(targets, targets, candidates)`; the regret is the ratio of both, 1 at best.
 
@@ -63,7 +64,7 @@ def ranking_cost(
 def kept_attention(
     labels: Float[Tensor, "*L B H T M"], expiry: Int[Tensor, "*L B H T"], position: Int[Tensor, "B T"], block: int
 ) -> Float[Tensor, "*L B H M"]:
-    """Share of the full-cache attention of every block of queries that falls on tokens still held.
+    """Returns share of the full-cache attention of every block of queries that falls on tokens still held.
 
     Exact for tokens that go between blocks; one that goes inside a block counts for the part of it that saw it.
 
@@ -84,8 +85,8 @@ def kept_attention(
     return (labels * held).sum(-2) / labels.sum(-2)
 
 
-def gap_closed(random: float, method: float, golden: float) -> float:
-    """0 is as lossy as random eviction, 1 as golden; NaN where these do not differ."""
+def recovered_loss(random: float, method: float, golden: float) -> float:
+    """Returns how much of the loss from random eviction (0) to golden (1) a method recovers; NaN where these do not differ."""
     return (random - method) / (random - golden) if random != golden else float("nan")
 
 
@@ -111,7 +112,7 @@ class KeptSlots:
 
 @dataclass(frozen=True)
 class PolicyMetrics:
-    """The same with what it cost: losses summed over the tokens of the loss mask, float64 [B]."""
+    """What a policy kept and what that cost: losses summed over the tokens of the loss mask, float64 [B]."""
 
     choices: KeptSlots
     loss: Tensor
@@ -120,13 +121,13 @@ class PolicyMetrics:
     golden_loss: Tensor
 
     def figures(self) -> dict[str, float]:
-        """Over all texts; those that are not defined (nothing was evicted, no scores) are left out."""
+        """Returns the figures over all texts by name; undefined ones (nothing was evicted, no scores) are left out."""
         chosen = self.choices
         loss, chance, best = (float(part.sum()) for part in (self.loss, self.random_loss, self.golden_loss))
         found = {
             "loss": loss / len(self.loss),
             "loss_ratio": _over(self.loss, self.full_loss),
-            "oracle_gap_closed": gap_closed(chance, loss, best),
+            "oracle_gap_closed": recovered_loss(chance, loss, best),
             "top_recall": _over(chosen.wanted_kept, chosen.wanted),
             "regret": _over(chosen.cost, chosen.least_cost),
             "attention_kept": _over(chosen.attention_kept, chosen.queries),
@@ -163,7 +164,7 @@ def measure_policy(
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, policy: Governor, reference: Reference) -> PolicyMetrics:
-    """One forced run of a policy over the texts of a reference, text by text.
+    """Runs a policy teacher-forced over the texts of a reference and compares it, text by text.
 
     Random and golden eviction under the same terms are run once per reference, whatever the policies measured on it.
 
@@ -182,7 +183,7 @@ def measure(model: PreTrainedModel, policy: Governor, reference: Reference) -> P
 
 
 def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[EventScores]) -> KeptSlots:
-    """What was kept in a run over the texts of a reference, from its trace and the scores overheard.
+    """Returns what was kept in a run over the texts of a reference, from its trace and its recorded scores.
 
     Raises:
         UsageError: the policy has events at another period than the labels have blocks.
@@ -201,12 +202,12 @@ def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[Ev
 
 
 def guard_of(policy: Governor) -> Guard:
-    """What of a policy's guard holds for everybody: a window that grows with the budget is the policy's own choice."""
+    """Returns the part of a policy's guard that holds for all: a window that grows with the budget is the policy's choice."""
     return Guard(policy.guard.sinks, policy.guard.recent, policy.guard.prompt)
 
 
 def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard) -> tuple[Tensor, Tensor]:
-    """Tokens that stay although they might have gone and the oracle would keep too, and all it would keep: [B] each."""
+    """Returns how many of the tokens that the oracle would keep are kept, and how many it would keep: [B] each."""
     roll, position = reference.roll(expiry, guard), reference.position
     hits, total = position.new_zeros(len(position)), position.new_zeros(len(position))
     for m in range((int(position.max()) + 1) // reference.block):
@@ -224,7 +225,7 @@ def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard)
 def ranked(
     reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[EventScores]
 ) -> tuple[Tensor, Tensor]:
-    """Costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
+    """Returns costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
     batch = len(reference.position)
     if not notes:
         return torch.full((batch,), torch.nan).double(), torch.full((batch,), torch.nan).double()
@@ -246,7 +247,7 @@ def ranked(
 
 
 def attended(reference: Reference, expiry: Int[Tensor, "L B H T"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention kept summed over queries that come after a row's first eviction, their number, and the least: [B] each."""
+    """Returns attention kept summed over queries after a row's first eviction, their number, and the least share: [B] each."""
     share = kept_attention(reference.labels, expiry, reference.position, reference.block)
     blocks = torch.arange(share.shape[-1], device=share.device) * reference.block
     queries = (reference.position.amax(-1, keepdim=True) + 1 - blocks).clamp(0, reference.block)

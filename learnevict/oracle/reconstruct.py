@@ -45,13 +45,13 @@ class Received:
     attention: Attention
 
     def at(self, columns: Int[Tensor, "B n"]) -> Received:
-        """The same of some columns of each row."""
+        """Returns the same of some columns of each row."""
         heads = [_at(part, columns, 2) for part in (self.query, self.key, self.value)]
         hidden = None if self.hidden is None else _at(self.hidden, columns, 1)
         return Received(heads[0], heads[1], heads[2], hidden, self.attention)
 
     def first(self, num: int) -> Received:
-        """The same of the first columns."""
+        """Returns the same of the first columns."""
         hidden = None if self.hidden is None else self.hidden[:, :num]
         return Received(self.query[:, :, :num], self.key[:, :, :num], self.value[:, :, :num], hidden, self.attention)
 
@@ -61,7 +61,7 @@ Visitor = Callable[[int, Received, Tensor], None]
 
 
 def receiving(see: Callable[[int, Received], None]) -> Observer:
-    """An observer of replayed forwards that hands on what each layer receives in one piece."""
+    """Returns an observer of replayed forwards that hands on what each layer receives in one piece."""
 
     def observe(
         layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
@@ -105,7 +105,7 @@ def reconstruct(
     reduce: Reducers = KVZIP,
     visit: Visitor | None = None,
 ) -> list[Tensor | None]:
-    """How much each context token is needed to repeat its chunk.
+    """Returns how much each context token is needed to repeat its chunk.
 
     Args:
         model: the base model.
@@ -144,7 +144,7 @@ def reconstruct(
 
 
 def target_inputs(model: PreTrainedModel, reduce: Reducers, layer: int, received: Received) -> LayerInputs:
-    """What `future_attention` must know of a layer beside queries, keys and masks.
+    """Returns what `future_attention` must know of a layer beside queries, keys and masks.
 
     Raises:
         ModelError: contributions are asked for, but the layer's output projection or inputs are not there.
@@ -168,7 +168,7 @@ def target_inputs(model: PreTrainedModel, reduce: Reducers, layer: int, received
 def _labels(
     model: PreTrainedModel, reduce: Reducers, layer: int, received: Received, support: Tensor, queries: Tensor
 ) -> Tensor:
-    """One label per key, [B, heads, T]; `support`: real tokens over which the softmax runs; `queries`: those that count."""
+    """Returns one label per key, [B, heads, T]; `support`: tokens over which the softmax runs; `queries`: those that count."""
     inputs = target_inputs(model, reduce, layer, received)
     inputs["keys"], inputs["queries"] = support, queries
     query, key = received.query, received.key
@@ -176,7 +176,7 @@ def _labels(
 
 
 def _at(values: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """Columns int64 [B, n] of [B, ..., T, ...], T being dimension `dim`."""
+    """Returns columns int64 [B, n] of [B, ..., T, ...], T being dimension `dim`."""
     shape = [1] * values.ndim
     shape[0], shape[dim] = columns.shape
     target = list(values.shape)
@@ -222,7 +222,7 @@ class _Text:
         self.ends = torch.tensor([self.width, *(part.ids.shape[1] for part in parts)]).cumsum(0).tolist()
 
     def trace(self, model: PreTrainedModel) -> Trace:
-        """Tokens of a part are gone where the next one begins."""
+        """Returns the trace in which tokens of a part are gone where the next one begins."""
         full = full_trace(model, self.ids)
         expiry = torch.full((self.ids.shape[1],), NEVER, dtype=torch.int32, device=self.ids.device)
         for start, stop in zip(self.ends[:-2], self.ends[1:-1], strict=True):
@@ -232,7 +232,7 @@ class _Text:
     def labels(
         self, model: PreTrainedModel, reduce: Reducers, layer: int, received: Received, known: Tensor | None
     ) -> Tensor:
-        """Labels [B, heads, T] of the context, those of other chunks as `known`."""
+        """Returns labels [B, heads, T] of the context, those of other chunks as `known`."""
         for part, start, stop in zip(self.parts, self.ends[:-1], self.ends[1:], strict=True):
             asking = torch.zeros_like(self.valid)
             asking[:, start:stop] = part.valid

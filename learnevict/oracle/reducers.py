@@ -65,12 +65,12 @@ class Reducers:
 
     @property
     def per_query_head(self) -> bool:
-        """True if block labels are left per query head, [B, Hq, T, M]."""
+        """Returns True if block labels are left per query head, [B, Hq, T, M]."""
         return self.group == "none" or self.group_last
 
     @property
     def empty(self) -> float:
-        """Label of a key that no counted query sees: 0 attention, or minus infinity for logits and logarithms."""
+        """Labels of a key that no counted query sees: 0 attention, or minus infinity for logits and logarithms."""
         return -torch.inf if self.value == "logit" or self.log else 0.0
 
 
@@ -111,14 +111,14 @@ PRESETS: dict[str, Reducers] = {
 
 
 def pool(values: Tensor, kind: Pool, dim: int) -> Tensor:
-    """Mean, sum or maximum over one dimension."""
+    """Returns mean, sum or maximum over one dimension."""
     if kind == "mean":
         return values.mean(dim)
     return values.sum(dim) if kind == "sum" else values.amax(dim)
 
 
 def pool_groups(labels: Float[Tensor, "*B Hq T M"], num_heads: int, kind: Pool) -> Float[Tensor, "*B H T M"]:
-    """Reduce labels per query head to labels per kv head, for targets that reduce the group last.
+    """Reduces labels per query head to labels per kv head, for targets that reduce the group last.
 
     Args:
         labels: per query head; heads h*G .. (h+1)*G-1 share kv head h.
@@ -141,7 +141,7 @@ def horizon(
     window: int | None = None,
     valid: Bool[Tensor, "b T"] | None = None,
 ) -> Float[Tensor, "*B T M"]:
-    """Reduce block labels over time: entry m says what blocks m, m+1, ... want (or, for "past", blocks 0 .. m gave).
+    """Reduces block labels over time: entry m says what blocks m, m+1, ... want (or, for "past", blocks 0 .. m gave).
 
     Args:
         labels: block labels; float64 stays, everything else is reduced in float32.
@@ -181,7 +181,7 @@ def target(
     window: int | None = None,
     valid: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B out T M"]:
-    """Finish a preset's sentence: horizon over blocks, then the group if that comes last.
+    """Returns a preset's target: the horizon over blocks, then the group if that comes last.
 
     Entry [..., m] is the target of a cut before block m.
 

@@ -23,7 +23,7 @@ from learnevict.signals import NEVER, Signals, Trace
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full cache makes of a batch of texts: made once, and used by every policy judged on them.
+    """What the full cache makes of a batch of texts: made once, and used by every policy measured on them.
 
     Attributes:
         input_ids, attention_mask: [B, T], padded on the left by multiples of the block (see `align`), on the right by the rest.
@@ -56,7 +56,7 @@ class Reference:
         prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
         loss_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Reference:
-        """One full-cache pass.
+        """Makes the reference by one full-cache pass.
 
         Args:
             attention_mask: 0 = padding.
@@ -83,19 +83,19 @@ class Reference:
 
     @cached_property
     def future(self) -> Tensor:
-        """The largest label of blocks m, m + 1, ...; [L, B, H, T, M + 1], zeros behind the end."""
+        """Returns the largest label of blocks m, m + 1, ...; [L, B, H, T, M + 1], zeros behind the end."""
         return torch.nn.functional.pad(horizon(self.labels), (0, 1))
 
     @cached_property
     def lottery(self) -> Tensor:
-        """A fixed random number for every token of a layer and head, wherever padding puts it: [L, B, H, T]."""
+        """Returns a fixed random number for every token of a layer and head, wherever padding puts it: [L, B, H, T]."""
         layers, _, heads, length, _ = self.labels.shape
         drawn = torch.rand(length, layers, heads, generator=torch.Generator().manual_seed(0)).to(self.labels.device)
         where = self.position.clamp_min(0).unsqueeze(1).expand(-1, heads, -1)
         return torch.stack([part.expand(len(where), -1, -1).gather(-1, where) for part in drawn.permute(1, 2, 0)])
 
     def roll(self, expiry: Int[Tensor, "L B H T"], guard: Guard) -> Roll:
-        """Uniform eviction under these guards that holds as many slots, on average over heads, as a policy has held."""
+        """Returns uniform eviction under these guards that holds as many slots, on average over heads, as a policy has held."""
         ends = [(m + 1) * self.block for m in range(self.labels.shape[-1])]
         held = [held_after(expiry, self.position, seen).double().mean((0, 2)).ceil().long() for seen in ends]
         prompt = self.prompt if guard.prompt else torch.zeros_like(self.prompt)
@@ -103,7 +103,7 @@ class Reference:
         return Roll(self.position, torch.stack(held, -1), shape, self.block, guard, prompt)
 
     def losses_between(self, model: PreTrainedModel, roll: Roll) -> tuple[Tensor, Tensor]:
-        """Losses of each row under random and under golden eviction, float64 [B] each; remembered."""
+        """Returns losses of each row under random and under golden eviction, float64 [B] each; they are remembered."""
         key = (roll.limit.cpu().numpy().tobytes(), Guard(roll.guard.sinks, roll.guard.recent, roll.guard.prompt))
         if key not in self.bounds:
             chance = self.replayed(model, roll.trace(lambda m, _: self.lottery))
@@ -112,7 +112,7 @@ class Reference:
 
     @torch.no_grad()
     def replayed(self, model: PreTrainedModel, trace: Trace) -> Tensor:
-        """Loss of each row under a trace of the evicting layers."""
+        """Returns loss of each row under a trace of the evicting layers."""
         shape = (model.config.get_text_config(decoder=True).num_hidden_layers, *trace.expiry.shape[1:])
         whole = trace.expiry.new_full(shape, NEVER)
         whole[self.layers] = trace.expiry
@@ -121,7 +121,7 @@ class Reference:
 
 
 def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> list[Tensor]:
-    """Move rows to the left by less than a block, so that events fall at the same columns in all of them.
+    """Moves rows to the left by less than a block, so that events fall at the same columns in all of them.
 
     A policy that decides when all layers have run needs a forward per event, and would need one per row's event otherwise.
 
@@ -176,7 +176,7 @@ class RecordingScorer(WrappedScorer):
 
 
 def recording(policy: Governor) -> tuple[Governor, list[EventScores]]:
-    """The same policy, and a list that fills with what its scorer says; it stays empty if none is asked (a Rule).
+    """Returns the same policy, and a list that fills with its scorer's scores; it stays empty if none is asked (a Rule).
 
     A governor that is no dataclass is left as it is.
     """

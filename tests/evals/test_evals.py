@@ -24,9 +24,8 @@ from learnevict.evals.metrics import RecoveryCell
 from learnevict.evals.plan import EvaluatedModel, Plan, check
 from learnevict.evals.records import Records, of_run, read_results
 from learnevict.evals.report import write_report
-from learnevict.evals.sample_log import Key, SampleLog, forget
-from learnevict.evals.sample_log import load as load_journal
-from learnevict.evals.suite import journal_path, run
+from learnevict.evals.sample_log import Key, SampleLog, forget, read_log
+from learnevict.evals.suite import log_path, run
 from learnevict.evals.summaries import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
 from learnevict.evals.teacher_forced import TextBatch, measure, measure_golden, read
 from learnevict.hub import Gates, weight_hash
@@ -178,27 +177,27 @@ def test_a_paired_test_counts_the_draws_in_which_nothing_is_gained():
     assert whole.value == pytest.approx((len(one) + 4) / (sum(seen) + 8))
 
 
-def test_gap_closed_of_one_cell_is_the_ratio_of_sums():
+def test_recovery_of_one_cell_is_the_ratio_of_sums():
     cell = RecoveryCell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
-    found = metrics.gap_closed([cell])
+    found = metrics.recovery([cell])
     assert found.value == pytest.approx((2 + 2 + 0) / (4 + 2 + 1))
     assert found == metrics.ratio([2, 2, 0], [4, 2, 1])
 
 
-def test_gap_closed_pools_families_alike_and_leaves_narrow_cells_out():
+def test_recovery_pools_families_alike_and_leaves_narrow_cells_out():
     wide = RecoveryCell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
     short = RecoveryCell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
     narrow = RecoveryCell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
     assert wide.scored and short.scored and not narrow.scored
-    found = metrics.gap_closed([wide, short, narrow])
+    found = metrics.recovery([wide, short, narrow])
     assert found.value == pytest.approx((0.2 + 0.25) / (0.45 + 0.75))
     assert found.low <= found.value <= found.high
-    assert math.isnan(metrics.gap_closed([narrow]).value) and math.isnan(metrics.gap_closed([]).value)
+    assert math.isnan(metrics.recovery([narrow]).value) and math.isnan(metrics.recovery([]).value)
 
 
 def test_golden_beaten_is_more_than_all():
     cell = RecoveryCell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
-    assert metrics.gap_closed([cell]).value == pytest.approx(4 / 3)
+    assert metrics.recovery([cell]).value == pytest.approx(4 / 3)
 
 
 # --- teacher-forced ---
@@ -297,10 +296,10 @@ def test_agreement_ends_with_the_first_other_token():
     assert agreement([1, 2], [1, 2, 7, 8]) == 0.5
 
 
-# --- the journal and the suite ---
+# --- the log of samples and the suite ---
 
 
-def test_a_journal_recovers_whole_lines_and_refuses_strangers(tmp_path):
+def test_a_log_recovers_whole_lines_and_refuses_strangers(tmp_path):
     path, key = tmp_path / "deep" / "r.samples.jsonl", Key("h2o", "recall", "1/4", "teacher")
     first = SampleLog(path, {"model": "a", "rules": {"slack": 4}})
     assert first.missing(key, range(4), {"variant": "paper"}) == [0, 1, 2, 3]
@@ -319,7 +318,7 @@ def test_a_journal_recovers_whole_lines_and_refuses_strangers(tmp_path):
     with pytest.raises(UsageError, match="variant"):
         again.missing(key, range(4), {"variant": "kvpress"})
     again.add(key, [1], {"right": [9], "peak": 1})
-    configuration, found = load_journal(path)
+    configuration, found = read_log(path)
     assert configuration["model"] == "a"
     assert found.column(key, [0, 1, 2], "right") == [5, 9, 6] and found.column(key, [2, 1], "peak") == [7.5, 1]
     assert found.column(key, [0, 3], "right") is None
@@ -343,7 +342,7 @@ def finished(subject, tmp_path_factory):
 
 
 def test_rows_say_all_that_was_promised(finished, subject):
-    out, rows, journal = finished
+    out, rows, log = finished
     quarter = resolve("1/4", "recall")
     assert [(row["method"], row["budget"]) for row in rows] == [
         ("full", None), ("random", quarter), ("golden", quarter), ("random", 40), ("golden", 40)
@@ -357,7 +356,7 @@ def test_rows_say_all_that_was_promised(finished, subject):
     assert read_rows(out) == json.loads(json.dumps(rows))
     given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
     again = measure(subject.model, given, random.policy(40, **COMPARISON.options))
-    assert journal.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again.right
+    assert log.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again.right
     assert rows[3]["step_accuracy"] == pytest.approx(sum(again.right) / sum(again.seen))
 
 
@@ -373,7 +372,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(small_plan(free="none"), subject, field, out, advance=stop)
-    lines = len(journal_path(out).read_text().splitlines())
+    lines = len(log_path(out).read_text().splitlines())
     done.clear()
     again, _ = run(
         small_plan(free="none", batch_size=3), subject, field, out, resume=True, advance=lambda _, n: done.append(n)
@@ -395,7 +394,7 @@ def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):
     for resume, error in ((False, UsageError), (True, DataError)):
         with pytest.raises(error, match="choose another --out"):
             run(plan, subject, field, out, resume=resume)
-    assert out.read_text() == "my notes\n" and not journal_path(out).exists()
+    assert out.read_text() == "my notes\n" and not log_path(out).exists()
     out.unlink()
     write_rows(out, [dict.fromkeys(KEYS) | {"method": "h2o", "family": "recall"}])
     with pytest.raises(UsageError, match="the numbers behind them, is missing"):
@@ -453,7 +452,7 @@ def test_a_file_of_rows_has_one_range_of_samples(subject, tmp_path):
     assert [row["samples"] for row in read_rows(out)] == [2, 2] and all(len(found) == 1 for found in ranges)
     done = []
     again, _ = run(plan, subject, field, out, resume=True, advance=lambda _, number: done.append(number))
-    assert again == before and done == [4, 4], "the former numbers are in the journal"
+    assert again == before and done == [4, 4], "the former numbers are in the log"
 
 
 def test_what_was_measured_without_the_oracle_is_measured_again_for_it(subject, tmp_path):
@@ -477,10 +476,10 @@ def test_what_was_measured_without_the_oracle_is_measured_again_for_it(subject, 
 
 def test_free_rows_have_tokens_and_speed(subject):
     plan = small_plan(num_samples=2, budgets=("64",), teacher=False, free="all")
-    rows, journal = run(plan, subject, [evaluated_method("streaming_llm")])
+    rows, log = run(plan, subject, [evaluated_method("streaming_llm")])
     (row,) = rows
     key = Key("streaming_llm", "recall", "64", "free")
-    tokens, seconds = (sum(journal.column(key, plan.seeds, name)) for name in ("tokens", "seconds"))
+    tokens, seconds = (sum(log.column(key, plan.seeds, name)) for name in ("tokens", "seconds"))
     assert row["tokens_per_second"] == pytest.approx((tokens - 2) / seconds), "the clock starts after first tokens"
     assert row["exact_low"] == 0.0 and row["exact_high"] > 0.5
     assert row["exact_match"] == 0.0 and row["tokens_generated"] == 34 and row["tokens_per_second"] > 0
@@ -544,14 +543,11 @@ def test_what_is_measured_can_be_dropped_and_measured_anew(subject, tmp_path):
     plan = small_plan(free="none", num_samples=2, budgets=("64",))
     field = [evaluated_method("random"), evaluated_method("h2o"), evaluated_method("h2o", name="h2o variant=kvpress")]
     before, _ = run(plan, subject, field, out)
-    assert forget(journal_path(out), "h2o") == 2 and forget_rows(out, "h2o") == 2
+    assert forget(log_path(out), "h2o") == 2 and forget_rows(out, "h2o") == 2
     assert [row["method"] for row in read_rows(out)] == ["random"]
-    assert "h2o" not in journal_path(out).read_text() and len(journal_path(out).read_text().splitlines()) == 3
+    assert "h2o" not in log_path(out).read_text() and len(log_path(out).read_text().splitlines()) == 3
     assert (
-        forget(journal_path(out), "h2o")
-        == forget(tmp_path / "none", "h2o")
-        == forget_rows(tmp_path / "none", "h2o")
-        == 0
+        forget(log_path(out), "h2o") == forget(tmp_path / "none", "h2o") == forget_rows(tmp_path / "none", "h2o") == 0
     )
     again, _ = run(plan, subject, field, out, resume=True)
     assert [row["step_accuracy"] for row in again] == [row["step_accuracy"] for row in before]
@@ -688,9 +684,9 @@ def test_tuned_settings_belong_to_the_tables_they_were_tuned_with():
 
 def test_the_page_refuses_two_gates_under_one_name():
     def results(gates: str) -> Records:
-        journal = SampleLog(None, {})
-        journal.missing(Key("lexical", "recall", "1/4", "teacher"), [0], {"method": "lexical", "gates": gates})
-        return Records([], {"recall": journal})
+        log = SampleLog(None, {})
+        log.missing(Key("lexical", "recall", "1/4", "teacher"), [0], {"method": "lexical", "gates": gates})
+        return Records([], {"recall": log})
 
     tables.check_same_origin([results("a"), results("a")], None)
     with pytest.raises(DataError, match=r"lexical: a, b.*--replace lexical"):
@@ -768,8 +764,8 @@ def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
 
 
 def test_results_pair_methods_sample_by_sample(finished):
-    out, rows, journal = finished
-    for results in (read_results([out]), of_run(rows, journal)):
+    out, rows, log = finished
+    for results in (read_results([out]), of_run(rows, log)):
         assert results.families == ["recall"] and results.budgets == ["1/4", "40"]
         assert results.methods("reference") == ["full", "random", "golden"]
         found = results.difference("random", "golden", "recall", "40")
@@ -783,7 +779,7 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
     out, _, _ = finished
     folder = tmp_path / "docs" / "results" / "main"
     folder.mkdir(parents=True)
-    for path in (out, journal_path(out)):
+    for path in (out, log_path(out)):
         (folder / path.name).write_bytes(path.read_bytes())
     bench = tmp_path / "bench"
     written = tables.write_results(tmp_path / "docs" / "results", tmp_path / "docs", bench)
@@ -801,7 +797,7 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
 
 def test_the_pooled_gap_says_what_it_pools():
     """Two families with a gap, one without, one that lacks golden, one not run."""
-    journal, rows = SampleLog(None, {}), []
+    log, rows = SampleLog(None, {}), []
     right = {
         "program": {"random": 4, "golden": 8, "foresightkv": 7},
         "ledger": {"random": 2, "golden": 6, "foresightkv": 3},
@@ -811,12 +807,12 @@ def test_the_pooled_gap_says_what_it_pools():
     for family, found in right.items():
         for method, count in found.items():
             key = Key(method, family, "1/4", "teacher")
-            journal.add(key, range(3), {"right": [count] * 3, "seen": [10] * 3})
+            log.add(key, range(3), {"right": [count] * 3, "seen": [10] * 3})
             kind = "learned" if method == "foresightkv" else "heuristic"
             place = {"method": method, "family": family, "budget": 9, "budget_share": "1/4", "kind": kind}
             rows.append(place | {"seed": 0, "samples": 3})
     accuracy = {family: {"1/4": {"random": 0.5}} for family in right}
-    text = "\n".join(sections.recovery_tables(of_run(rows, journal), tuning.Tuned({}, {}, accuracy)))
+    text = "\n".join(sections.recovery_tables(of_run(rows, log), tuning.Tuned({}, {}, accuracy)))
     assert "| foresightkv | 0.500 [0.500, 0.500] (2) |" in text
     assert "Left out: 1/4: procedure (not run), recall (gap 0.000), dialogue (not run)." in text
     assert "as its gap is wide" in text and "weigh the same" not in text
@@ -824,16 +820,16 @@ def test_the_pooled_gap_says_what_it_pools():
 
 def test_refinement_is_tested_against_its_start():
     """Two families; in one refinement helps every sample, in the other it changes nothing."""
-    journal, rows = SampleLog(None, {}), []
+    log, rows = SampleLog(None, {}), []
     for family, gain in (("program", 1), ("recall", 0)):
         for method, right in (("foresightkv", 4 + gain), ("foresightkv-sl", 4), ("golden", 9)):
             seeds = range(6)
-            journal.add(Key(method, family, "1/8", "teacher"), seeds, {"right": [right] * 6, "seen": [10] * 6})
-            journal.add(Key(method, family, "1/8", "free"), seeds, {"exact": [float(right > 4)] * 6})
+            log.add(Key(method, family, "1/8", "teacher"), seeds, {"right": [right] * 6, "seen": [10] * 6})
+            log.add(Key(method, family, "1/8", "free"), seeds, {"exact": [float(right > 4)] * 6})
             kind = "reference" if method == "golden" else "learned"
             place = {"method": method, "family": family, "budget": 9, "budget_share": "1/8", "kind": kind}
             rows.append(place | {"seed": 0, "samples": 6})
-    results = of_run(rows, journal)
+    results = of_run(rows, log)
     text = "\n".join(sections.refined_tables(results, results))
     pooled = sections.overview(results, "free")
     assert "Wilson" in pooled[0] and f"| foresightkv | {metrics.wilson(0.5, 12)} |" in pooled[1]
@@ -992,11 +988,11 @@ def test_an_interrupted_eval_says_what_is_kept(folder, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     words = ["eval", "--model", folder, "--device", "cpu", "--families", "dialogue", "--samples", "30", "--no-free"]
     words += ["--methods", "full,random", "--batch-size", "1", "--out", str(out)]
-    with ctrl_c_after(journal_path(out), 3):
+    with ctrl_c_after(log_path(out), 3):
         assert main(words) == 130
     err = capsys.readouterr().err
-    assert f"what is finished is kept in {journal_path(out)}; the same command with --resume goes on" in err
-    assert 3 <= journal_path(out).read_text().count("\n") < 60
+    assert f"what is finished is kept in {log_path(out)}; the same command with --resume goes on" in err
+    assert 3 <= log_path(out).read_text().count("\n") < 60
     assert main([*words, "--resume", "--batch-size", "30"]) == 0
 
 

@@ -188,7 +188,7 @@ def test_golden_is_its_own_measure_and_random_the_other_end(model, batch):
     assert len(reference.bounds) == 1, "random and golden run once for all policies of one budget"
 
 
-def test_the_gap_closed_is_measured_from_random_to_golden(model, batch):
+def test_recovered_loss_is_measured_from_random_to_golden(model, batch):
     """0 for the random eviction of the reference, 1 for golden, for others the share between losses of three runs."""
     reference = Reference.of(model, *batch, block=BLOCK, prompt_length=[9, 9, 9])
     ids, mask = reference.input_ids, reference.attention_mask

@@ -20,15 +20,15 @@ SEEDS = range(6)
 
 def results(right: dict[tuple[str, str, str], int], exact: dict[tuple[str, str, str], float] | None = None) -> Records:
     """Six samples of ten checked tokens each; every sample of a (method, family, budget) has so many right."""
-    journal, rows = SampleLog(None, {}), []
+    log, rows = SampleLog(None, {}), []
     for (method, family, budget), count in right.items():
-        journal.add(Key(method, family, budget, "teacher"), SEEDS, {"right": [count] * 6, "seen": [10] * 6})
+        log.add(Key(method, family, budget, "teacher"), SEEDS, {"right": [count] * 6, "seen": [10] * 6})
         kind = "learned" if method in LEARNED else "reference" if method == "golden" else "heuristic"
         place = {"method": method, "family": family, "budget": 9, "budget_share": budget, "kind": kind}
         rows.append(place | {"seed": 0, "samples": 6, "step_accuracy": count / 10})
     for (method, family, budget), share in (exact or {}).items():
-        journal.add(Key(method, family, budget, "free"), SEEDS, {"exact": [share] * 6})
-    return of_run(rows, journal)
+        log.add(Key(method, family, budget, "free"), SEEDS, {"exact": [share] * 6})
+    return of_run(rows, log)
 
 
 def tuned(*families: str) -> tuning.Tuned:

@@ -59,7 +59,7 @@ class Evidence:
         reasons = ", ".join(f"{family} {reason}" for family, reason in left.items())
         if any(not reason.startswith("gap") for reason in left.values()):
             return Goal(what, goal, f"– ({reasons})", UNMEASURED)
-        found = self.main.gap_closed(method, bases, budget)
+        found = self.main.recovery(method, bases, budget)
         if math.isnan(found.value):
             return Goal(what, goal, f"– ({reasons})", UNSCORED)
         beside = f" (without {reasons})" if reasons else ""

@@ -125,7 +125,7 @@ def family_parts(results: Records, family: str, mode: str, best: Best | None) ->
 
         def cell(method: str, budget: str) -> str:
             base = best(family, budget)
-            return f"{show(results.gap_closed(method, {family: base}, budget))} from {base}" if base else "not tuned"
+            return f"{show(results.recovery(method, {family: base}, budget))} from {base}" if base else "not tuned"
 
         parts += [
             "Recovery, from which heuristic to golden.",
@@ -184,7 +184,7 @@ def pooled_table(results: Records, best: Best) -> list[str]:
             reasons = ", ".join(f"{family} ({reason})" for family, reason in absent.items())
             left.setdefault(f"{budget}: {reasons}", []).append(method)
         num = len({*testbed.FAMILIES, *bases}) - len(absent)
-        return f"{show(results.gap_closed(method, bases, budget))} ({num})"
+        return f"{show(results.recovery(method, bases, budget))} ({num})"
 
     parts = [by_budget("method", rivals(results), results.budgets, cell)]
     said = [at if len(who) == len(rivals(results)) else f"{at} ({', '.join(who)})" for at, who in left.items()]
