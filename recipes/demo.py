@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import distill
 import oracle
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,6 +39,7 @@ from learnevict.evals.summaries import MARK, Row
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import read_record
+from learnevict.train import distill
 from learnevict.train.run.flags import read_flags
 
 FAMILIES = ("program", "recall")

@@ -70,10 +70,8 @@ def _loopback_only() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def distill() -> Any:
-    """The distilling recipe as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("recipes.distill")
+    """The distilling program as a module."""
+    return importlib.import_module("learnevict.train.distill")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,21 @@ from learnevict.cli.options import prepared
 from learnevict.cli.output import say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
-COMMANDS = ("infer", "list", "oracle", "eval", "report", "viz", "push", "pull", "import", "doctor", "demo")
+COMMANDS = (
+    "infer",
+    "list",
+    "oracle",
+    "train",
+    "refine",
+    "eval",
+    "report",
+    "viz",
+    "push",
+    "pull",
+    "import",
+    "doctor",
+    "demo",
+)
 USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -59,7 +73,8 @@ def learnevict(
 for _name in COMMANDS:
     _module = f"learnevict.cli.{_name}{'_' * iskeyword(_name)}"
     if find_spec(_module) is not None:
-        app.command(_name)(prepared(import_module(_module).run))
+        _found = import_module(_module)
+        app.command(_name, context_settings=vars(_found).get("SETTINGS"))(prepared(_found.run))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = _explain(error)
             say(f"error: {message}")
             return code
+        except SystemExit as end:  # of a parser of flags, which has said why
+            return end.code if isinstance(end.code, int) else RUNTIME
         except Exception as error:  # whatever it is
             if debug:
                 raise

@@ -220,7 +220,7 @@ def make_policy(opened: OpenedModel, method: str | None) -> Policy | None:
         if not opened.speaks_testbed or not source.is_dir():
             raise GateError(
                 f"method {method!r} is learned and there are no gates for {opened.name!r}; give --ckpt with a folder "
-                "or Hub id, or train some: recipes/distill.py"
+                "or Hub id, or train some: `learnevict train NAME`"
             )
     make: Any
     if source is None:

@@ -67,8 +67,8 @@ def run(
 
         learnevict oracle --model Qwen/Qwen3-0.6B --data texts.jsonl --block 128 --out runs/labels
 
-    The labels are what recipes/distill.py --labels learns from: Parquet files that datasets can load. Interrupted, the same
-    command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
+    The labels are what `learnevict train METHOD --labels` learns from: Parquet files that datasets can load. Interrupted,
+    the same command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
     """
     from learnevict.cli.opened_model import open_model
     from learnevict.data.labelling import Labelling, fill_store

@@ -80,7 +80,7 @@ class LabelStore:
         path = self.folder / "manifest.json"
         if manifest is None and not path.is_file():
             raise LabelError(
-                f"no labels in {str(folder)!r}: manifest.json is missing; make them with recipes/oracle.py"
+                f"no labels in {str(folder)!r}: manifest.json is missing; make them with `learnevict oracle`"
             )
         try:
             found = Manifest(**json.loads(path.read_text())) if path.is_file() else None
@@ -152,7 +152,9 @@ class LabelStore:
         """
         files = [str(self.path(s)) for s in range(self.manifest.num_shards) if self.path(s).exists()]
         if not files:
-            raise LabelError(f"{str(self.folder)!r} has a manifest but no shard yet; run recipes/oracle.py to the end")
+            raise LabelError(
+                f"{str(self.folder)!r} has a manifest but no shard yet; run `learnevict oracle` to the end"
+            )
         return list(self._read(files))
 
     def _read(self, files: list[str]) -> Iterator[Document]:

@@ -7,7 +7,7 @@ is trained: their mean attention A_soft to the prompt against that of the respon
 L = mean over layers and query heads of  sum over i of (A_soft[i] - A_resp[i])^2. Gates do not depend on the budget. An event
 costs a forward of P tokens.
 
-Departures: responses are those of the data, where the paper has the model write them: `recipes/distill.py --own_answers true`
+Departures: responses are those of the data, where the paper has the model write them: `learnevict train ... --own_answers true`
 does that, but the bundled model writes the given answer to 998 of 1000 training prompts. L sums over keys, because the paper's
 mean weighs a short text more than a long one. The tokens are asked before every event, inside the prompt and while decoding,
 and trained for both (schedule="prefill_only" is the paper's single question at the end of the prompt). Sinks and recent tokens

@@ -7,7 +7,7 @@ The deltas change the rows of the P = 32 soft tokens only, so the text's own row
 compares a, per layer and query head, with the mean attention of the response, renormalised over the prompt:
 KL(response || soft tokens). An event costs a forward of P tokens.
 
-Departures: responses are those of the data, where the paper has the model write them: `recipes/distill.py --own_answers true`
+Departures: responses are those of the data, where the paper has the model write them: `learnevict train ... --own_answers true`
 does that, but the bundled model writes the given answer to 998 of 1000 training prompts. The tokens are asked before every
 event, inside the prompt and while decoding, and trained for both (schedule="prefill_only" is the paper's single question at the
 end of the prompt). Sinks and recent tokens are protected.

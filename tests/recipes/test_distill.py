@@ -163,7 +163,7 @@ def test_texts_too_short_to_judge_by_are_told(tmp_path, distill, flags):
 
 
 def test_a_budget_that_cannot_be_held_is_told_before_the_first_step(tmp_path, distill, flags, monkeypatch):
-    monkeypatch.setattr(distill, "go_on", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr("learnevict.train.run.setup.go_on", lambda *_: pytest.fail("it began to train"))
     more = ["--eval_documents", "2", "--eval_steps", "1", "--eval_budgets", "5", "--output_dir", str(tmp_path)]
     with pytest.raises(BudgetError, match="budget 5 is too small"):
         distill.main(distill.parse([*flags, *SMALL["foresightkv"], *more]))
@@ -257,7 +257,7 @@ def test_mistakes_are_told(tmp_path, distill, flags):
         (["--streaming", "--max_steps", "-1"], UsageError, "--streaming needs --max_steps"),
         (["--report_to", "tensorboard"], UsageError, "not installed; pip install tensorboard"),
         (["--resume_from_checkpoint", "true"], UsageError, "no checkpoint to resume from"),
-        (["--labels", str(tmp_path / "none")], LabelError, "make them with recipes/oracle.py"),
+        (["--labels", str(tmp_path / "none")], LabelError, "make them with `learnevict oracle`"),
         (["--budgets", "90", "99"], DataError, "no text has the 99 tokens"),
         (["--lr_scheduler_type", "nonsense"], SystemExit, "2"),
     ):

@@ -267,7 +267,7 @@ def test_recipes_say_what_is_wrong(tmp_path):
     other = run_recipe("recipes/distill.py", "--labels", str(tmp_path / "none"))
     assert other.returncode == 1
     assert "Traceback" not in other.stderr
-    assert "make them with recipes/oracle.py" in other.stderr
+    assert "make them with `learnevict oracle`" in other.stderr
     heuristic = run_recipe("recipes/distill.py", "--smoke", "--method", "snapkv", "--output_dir", str(tmp_path))
     assert heuristic.returncode == 1
     assert "has no gate to train" in heuristic.stderr

@@ -57,15 +57,19 @@ class Arguments:
 
 
 def parse(
-    arguments: Sequence[str], common: type, defaults: dict[str, Any], description: str | None = None
+    arguments: Sequence[str],
+    common: type,
+    defaults: dict[str, Any],
+    description: str | None = None,
+    program: str | None = None,
 ) -> Arguments:
     """Read a command line.
 
     Args:
-        arguments: words after the program's name; the first may be a YAML file of flags.
+        arguments: words after the program's name; the first may be a YAML file of flags, or the method.
         common: dataclass of the recipe's own flags; has `method`.
         defaults: the recipe's, for any flag; the method's TRAINING wins over them. "{method}" in text is its name.
-        description: shown by --help.
+        description, program: shown by --help; None: no text, and the name of this process.
 
     Raises:
         UsageError: an unknown method, flag of the file, or default.
@@ -75,14 +79,16 @@ def parse(
     written: dict[str, Any] = {}
     if words and words[0].lower().endswith((".yaml", ".yml")):
         written = read_yaml(Path(words.pop(0)))
-    method = str(_early(words, ["method"]).get("method", written.get("method", _default(common, "method"))))
+    elif words and not words[0].startswith("-"):
+        words.insert(0, "--method")
+    method = str(_early(words, ["method"]).get("method", written.get("method", vars(common)["method"])))
     early = {**written, **_early(words, required(method))}
     teaching = trainable_method(method, **{name: literal(early[name]) for name in required(method) if name in early})
     groups = _groups(common, teaching)
     kinds: Any = [*(group for group in groups if fields(group)), TrainingArguments]
-    usage = "%(prog)s [config.yaml] [--method NAME] [flags]"
+    usage = "%(prog)s [config.yaml | METHOD] [flags]"
     parser: Any = HfArgumentParser(
-        kinds, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False
+        kinds, prog=program, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False
     )
     parser._action_groups.sort(key=lambda group: group.title == "options")  # TrainingArguments come last
     known = {action.dest for action in parser._actions} - {"help"}
@@ -110,7 +116,12 @@ def parse(
 
 
 def parse_parts(
-    arguments: Sequence[str], parts: dict[str, type], training: type, defaults: dict[str, Any], description: str | None
+    arguments: Sequence[str],
+    parts: dict[str, type],
+    training: type,
+    defaults: dict[str, Any],
+    description: str | None = None,
+    program: str | None = None,
 ) -> list[Any]:
     """Read the command line of a recipe without a choice of methods, likewise from a YAML file and flags.
 
@@ -119,7 +130,7 @@ def parse_parts(
         parts: dataclasses of flags, by the title that --help shows; attributes of their docstrings are the help.
         training: TrainingArguments or a kind of them.
         defaults: the recipe's, for any flag.
-        description: shown by --help.
+        description, program: shown by --help; None: no text, and the name of this process.
 
     Returns:
         one of each part, and of `training`.
@@ -130,12 +141,9 @@ def parse_parts(
     words = list(arguments)
     written = read_yaml(Path(words.pop(0))) if words and words[0].lower().endswith((".yaml", ".yml")) else {}
     kinds: Any = [*(_group(title, list(_typed(one))) for title, one in parts.items()), training]
+    usage = "%(prog)s [config.yaml] [flags]"
     parser: Any = HfArgumentParser(
-        kinds,
-        usage="%(prog)s [config.yaml] [flags]",
-        description=description,
-        formatter_class=_Help,
-        allow_abbrev=False,
+        kinds, prog=program, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False
     )
     parser._action_groups.sort(key=lambda group: group.title == "options")
     _refuse_unknown(written, {action.dest for action in parser._actions} - {"help"}, "the configuration file")
@@ -251,10 +259,6 @@ def _early(words: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
     return vars(parser.parse_known_args(list(words))[0])
-
-
-def _default(config: type, name: str) -> Any:
-    return next(one.default for one in fields(config) if one.name == name)
 
 
 def _as_defaults(written: dict[str, Any], parser: Any, kinds: Sequence[type]) -> Iterator[tuple[str, Any]]:

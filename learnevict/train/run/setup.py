@@ -1,32 +1,104 @@
-"""What a training recipe needs beside its story: settings that depend on each other, gates, data, and where to go on."""
+"""What training programs share: settings that depend on each other, gates, data, and a run with its record."""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document, LabelStore, hash_documents
+from learnevict.data.opening import families_of, read_for_learning
 from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
 from learnevict.hub import Gates, weight_hash
+from learnevict.hub.run_record import Record, changed
 from learnevict.train.run.arguments import Arguments
 from learnevict.train.run.launch import check_launch
-from learnevict.train.run.resume import smoke_folder
+from learnevict.train.run.resume import go_on, resume_point, smoke_folder
 from learnevict.train.validation import BEST
 
 SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
 
-Reader = Callable[[Source, int, int], tuple[list[Document], list[Document]]]
-"""From a source and two numbers, of documents to learn from and of those held out, to both."""
+
+class Run:
+    """A run in progress.
+
+    Attributes:
+        record: of the run, on the disk since it began.
+        checkpoint: the one that it is resumed from, if any.
+        facts: what its data and its base are known by.
+    """
+
+    def __init__(self, record: Record, checkpoint: str | None, facts: Mapping[str, Any]) -> None:
+        self.record, self.checkpoint, self.facts = record, checkpoint, facts
+        self.trainer: Any = None
+
+    def train(self, trainer: Any) -> None:
+        """Trains from the checkpoint or from the start, saves the gates, and records the log and the best step."""
+        self.trainer = trainer
+        go_on(trainer, self.checkpoint)
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)  # sent at the end, with a whole record
+        state, judged = trainer.state, self.facts["eval_data_hash"] is not None
+        best = {"step": state.best_global_step, BEST: state.best_metric} if judged else None
+        self.record.add(log=state.log_history, best=best, steps=state.global_step)
+
+
+@contextmanager
+def run(
+    program: str,
+    gates: Gates,
+    training: TrainingArguments,
+    settings: Mapping[str, Mapping[str, Any]],
+    data: tuple[Any, list[Document]],
+) -> Generator[Run]:
+    """Begins or resumes a run in its folder, under a lock and with a record, and sends what it made when it has ended.
+
+    Args:
+        program: by which the record is known.
+        gates: to train; their configuration tells what made them.
+        training: arguments of the trainer.
+        settings: what else was set, part by part; "config" holds the program's own, with "smoke".
+        data: what is learned from, documents or a Stream, and documents held out.
+
+    Raises:
+        UsageError: the folder holds another run, or another process writes into it.
+    """
+    documents, held_out = data
+    facts = {
+        "base_hash": gates.config.base_hash,
+        "data_hash": hash_data(documents),
+        "eval_data_hash": hash_data(held_out or None),
+    }
+    parts = {**settings, "training": changed(training)}
+    of_record: Any = {**parts, **facts, "seeds": {"seed": training.seed, "data_seed": training.data_seed}}
+    checkpoint = resume_point(training, parts, facts, smoke=bool(settings["config"]["smoke"]))
+    record = Record(
+        str(training.output_dir),
+        program,
+        goes_on=checkpoint is not None,
+        writes=training.process_index == 0,
+        max_steps=training.max_steps,
+        **of_record,
+    )
+    gates.config.training = {**record.origin, "before": gates.config.training}
+    with record:
+        running = Run(record, checkpoint, facts)
+        yield running
+    if training.push_to_hub:
+        running.trainer.push_to_hub()
+    running.trainer.accelerator.end_training()
+    if running.trainer.is_world_process_zero():
+        sys.stdout.write(f"gates in {training.output_dir}\n")
 
 
 def settle(flags: Arguments) -> None:
@@ -108,20 +180,19 @@ def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
     return gates
 
 
-def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any, read: Reader) -> tuple[Any, list[Document]]:
+def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any) -> tuple[Any, list[Document]]:
     """What to learn from, a list of documents or a Stream, and documents to judge by.
 
     Args:
         flags: what the user wants.
         base, tokenizer: of the model.
-        read: opens sources that are not streamed.
 
     Raises:
         DataError: there is nothing to read, or all of it is too short.
         LabelError: labels that do not fit.
         UsageError: the mode does not learn from labels, or from such documents.
     """
-    common, training = flags.common, flags.training
+    common, training, names = flags.common, flags.training, families_of(flags.common.families)
     shortest = flags.trainable_method.mode.shortest(flags.mode)
     num_held = common.eval_documents if training.do_eval else 0
     source = Source(
@@ -136,16 +207,16 @@ def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any, read: Rea
     if common.streaming:
         if common.data == "testbed":
             raise UsageError("samples of the testbed are made, not read; drop --streaming and give --documents")
-        held_out = read(source, 1, num_held)[1]
+        held_out = read_for_learning(source, tokenizer, 1, num_held, names)[1]
         found: Any = Stream(source, tokenizer, num_held, shortest, training.process_index, training.world_size)
     elif common.labels:
         found, held_out = _stored(flags, base), []
         if num_held and common.data == "testbed":
-            held_out = read(source, 0, num_held)[1]
+            held_out = read_for_learning(source, tokenizer, 0, num_held, names)[1]
         elif num_held:
             found, held_out = found[:-num_held], found[-num_held:]
     else:
-        found, held_out = read(source, common.documents, num_held)
+        found, held_out = read_for_learning(source, tokenizer, common.documents, num_held, names)
         if common.own_answers:
             found, held_out = _own_answers(flags, base, tokenizer, found, held_out)
     suitable = found if common.streaming else _suitable(found, flags)
@@ -192,7 +263,7 @@ def _stored(flags: Arguments, base: PreTrainedModel) -> list[Document]:
         )
     store = LabelStore(Path(folder))
     if store.manifest.base_hash != weight_hash(base):
-        raise LabelError(f"{folder!r} holds labels of another base model; make them anew with recipes/oracle.py")
+        raise LabelError(f"{folder!r} holds labels of another base model; make them anew with `learnevict oracle`")
     if store.manifest.block != flags.mode.period:
         raise LabelError(
             f"{folder!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"

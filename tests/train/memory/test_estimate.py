@@ -25,7 +25,6 @@ from learnevict.train.trainers.pairwise import score_all
 from learnevict.train.trainers.regression import StreamConfig, stream_loss
 from learnevict.train.trainers.replay_states import record_states
 
-ROOT = Path(__file__).parents[3]
 TOKENS, ROWS, PERIOD = 256, 2, 16
 
 
@@ -133,9 +132,8 @@ def large(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_recipe_can_be_asked_before_anything_is_there(large, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from recipes import distill
+def test_a_program_can_be_asked_before_anything_is_there(large, capsys):
+    from learnevict.train import distill
 
     flags = "--method kvzap --data nowhere --max_length 32768 --per_device_train_batch_size 1 --gpus 8 --dry-run"
     distill.main(distill.parse([*flags.split(), "--model", str(large), "--output_dir", str(large / "out")]))

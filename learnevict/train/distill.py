@@ -1,0 +1,190 @@
+"""Train the gates of a learned method on what the future of a text attends to; the base model stays frozen.
+
+    learnevict train foresightkv --output_dir runs/foresightkv               the same as recipes/distill.py
+    learnevict train foresightkv --help                                      flags of its trainer and gate
+    learnevict train config.yaml --max_steps 100                             flags from a file, others after it
+
+A method's gate says in which mode it learns (learnevict.train.run.registry), and each mode has a trainer whose compute_loss is
+the objective: "replay" ranks the states of teacher-forced runs under eviction, "stream" regresses on the oracle's labels layer
+by layer, "soft" weighs attention and learns through the model, "probe" learns tokens that ask. Departures from each paper are
+told in its method's file; where a paper keeps a second copy of the model, or labels on a disk, one frozen copy makes them on
+the way (--labels takes those of `learnevict oracle`). With --own_answers gates learn from what the model itself says to the
+prompts, written before training begins and again on resuming. With --eval_steps the gates are compared with the oracle on
+held-out texts; the best checkpoint is what comes out.
+Resume with --resume_from_checkpoint true: the run ends as if nothing had happened.
+--dry-run says what a run would take.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import set_seed
+
+from learnevict.config import Budget
+from learnevict.data.documents import Collator
+from learnevict.data.opening import describe_base, families_of, load_base, longest_text
+from learnevict.hub import Gates
+from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
+from learnevict.train.memory.phases import RunPlan
+from learnevict.train.run.arguments import Arguments
+from learnevict.train.run.arguments import parse as parse_flags
+from learnevict.train.run.launch import find_tools, launch_defaults
+from learnevict.train.run.ranges import check_numbers
+from learnevict.train.run.setup import make_gates, read_data, run, settle
+from learnevict.train.validation import Patience, Validation
+
+
+@dataclass
+class Config:
+    """Settings of a distillation.
+
+    Attributes:
+        method: a name of `learnevict list`, or the import path of your own.
+        start_from: gates to train further, a folder or Hub id; their settings hold.
+        model: base model: testbed, a folder or a Hub id.
+        allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
+        labels: folder of `learnevict oracle`, for modes that can use it; otherwise labels are made on the way.
+        data: testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub.
+        data_config: of a dataset of the Hub.
+        data_split: of a dataset.
+        column: where the text or the chat is; otherwise text, messages, conversations, or prompt and completion.
+        families: of the testbed, comma-separated; otherwise all.
+        documents: to learn from at most.
+        max_length: tokens of a document at most; exactly, if packed.
+        packed: join texts and cut them into pieces of max_length.
+        streaming: read as needed, without end; the position is part of a checkpoint.
+        own_answers: the model writes the answer to every prompt itself, greedily and with a full cache,
+            per_device_eval_batch_size of them at a time, in place of the given ones; a prompt may be all there is.
+        answer_tokens: of its own answers at most; 0: as many as the longest given one.
+        period: tokens between events; the testbed's texts have 350.
+        sinks: first tokens that stay.
+        recent: last tokens that stay.
+        eval_documents: held out for evaluations: the first of the data, or validation samples of the testbed.
+        eval_budgets: what the gates are evaluated under: 48, 25% or 64MiB.
+        patience: evaluations without improvement after which training stops; 0 never stops.
+        smoke: seconds instead of minutes, the same code.
+        dry_run: print what the run would take, and do nothing; only the configuration of the model is read.
+        gpu_memory: of one GPU, for that.
+        gpus: that the run would have, for that; otherwise as many as processes were launched.
+    """
+
+    method: str = "foresightkv"
+    start_from: str | None = None
+    model: str = "testbed"
+    allow_pickle: bool = False
+    labels: str | None = None
+    data: str = "testbed"
+    data_config: str | None = None
+    data_split: str = "train"
+    column: str | None = None
+    families: str = ""
+    documents: int = 4000
+    max_length: int = 4096
+    packed: bool = False
+    streaming: bool = False
+    own_answers: bool = False
+    answer_tokens: int = 0
+    period: int = 16
+    sinks: int = 4
+    recent: int = 8
+    eval_documents: int = 32
+    eval_budgets: list[str] = field(default_factory=lambda: ["64"])
+    patience: int = 0
+    smoke: bool = False
+    dry_run: bool = False
+    gpu_memory: str = "80GiB"
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"sinks": 0, "recent": 0, "eval_documents": 0})
+        families_of(self.families)
+        memory_of(self.gpu_memory)
+        for budget in self.eval_budgets:
+            Budget.parse(budget)
+
+
+DEFAULTS = {
+    "output_dir": "runs/{method}",
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "max_steps": 600,
+    "warmup_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "logging_steps": 20,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+    "seed": 7,
+}
+"""Of training arguments, where a method's TRAINING says nothing."""
+
+
+def main(flags: Arguments) -> None:
+    """Reads texts, trains the gates on them, and saves the gates; with --dry-run only prints what that would take."""
+    settle(flags)
+    config, training = flags.common, flags.training
+    if config.dry_run:
+        sys.stdout.write(f"{estimated(flags)}\n")
+        return
+    set_seed(training.seed)
+    base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)
+    gates = make_gates(flags, base)
+
+    documents, held_out = read_data(flags, base, tokenizer)
+
+    method = flags.trainable_method
+    settings: Any = {
+        "config": vars(config), "mode": {"name": method.mode.name, **vars(flags.mode)}, "gate": flags.settings
+    }  # fmt: skip
+    rules = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
+    with run("distill", gates, training, settings, (documents, held_out)) as running:
+        trainer = method.trainer(  # its compute_loss is the objective: learnevict/train/trainers
+            model=gates,
+            base=base,
+            args=training,
+            train_dataset=documents,
+            data_collator=Collator(tokenizer.pad_token_id or 0),
+            validation=Validation(held_out, tuple(config.eval_budgets), terms=rules) if held_out else None,
+            callbacks=[Patience(config.patience)] if config.patience else [],
+            **{method.mode.argument: flags.mode},
+        )
+        running.train(trainer)
+        if config.streaming:
+            running.record.add(data_hash=documents.digest, rows_left_out=documents.num_bad)
+
+
+def estimated(flags: Arguments) -> str:
+    """Returns what the run would take, in figures for people; of the base, only the configuration is read."""
+    config, training, mode = flags.common, flags.training, vars(flags.mode)
+    described, dtype = describe_base(config.model)
+    shared = ("period", "budgets", "cuts", "along", "objective", "pairs", "recompute")
+    common: Any = {name: mode[name] for name in shared if name in mode}
+    common |= length_of(training, config.gpus, config.documents)
+    before = Gates.load(config.start_from).config.settings if config.start_from else {}
+    plan = RunPlan(
+        flags.trainable_method.mode.name,
+        longest_text(config.data, config.max_length),
+        training.per_device_train_batch_size,
+        stored_labels=config.labels is not None,
+        settings={**flags.settings, **before},
+        dtype=dtype,
+        **common,
+    )
+    return report(estimate(described, config.method, plan), config.gpu_memory)
+
+
+def parse(arguments: list[str], program: str | None = None) -> Arguments:
+    """Reads the flags of this program, of the method's trainer and gate, and of transformers.TrainingArguments.
+
+    Args:
+        arguments: the words of a command line: a YAML file of flags or the name of a method, then flags.
+        program: the command's name for --help; None: that of this process.
+    """
+    find_tools()
+    return parse_flags(arguments, Config, {**DEFAULTS, **launch_defaults()}, __doc__, program)
