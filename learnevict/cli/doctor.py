@@ -62,13 +62,13 @@ def run(
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of what learnevict requires and what its extras bring; None: not installed."""
+    """Returns the installed versions of what learnevict requires and what its extras bring; None: not installed."""
     names = dict.fromkeys([requirement.name for requirement in required()] + list(EXTRAS))
     return {"python": platform.python_version(), "learnevict": __version__, **{name: installed(name) for name in names}}
 
 
 def problems() -> list[str]:
-    """Requirements that are not met, each with its remedy."""
+    """Returns the requirements that are not met, each with its remedy."""
     wrong: list[str] = []
     for requirement in required():
         have = installed(requirement.name)
@@ -81,7 +81,7 @@ def problems() -> list[str]:
 
 
 def required() -> list[Any]:
-    """What a core install must have, from the package's metadata."""
+    """Returns what a core install must have, from the package's metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -97,7 +97,7 @@ def required() -> list[Any]:
 
 
 def installed(name: str) -> str | None:
-    """Version of a distribution, None if it is not there."""
+    """Returns the version of a distribution, None if it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -105,7 +105,7 @@ def installed(name: str) -> str | None:
 
 
 def machine() -> dict[str, str]:
-    """Devices, and which execution path they get."""
+    """Returns the devices, and which execution path they get."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
@@ -126,7 +126,7 @@ def machine() -> dict[str, str]:
 
 
 def kernels(*, cuda: bool) -> str:
-    """Whether the Triton kernels can run here."""
+    """Returns whether the Triton kernels can run here."""
     from learnevict import ops
 
     if not hasattr(ops, "use_kernels") or find_spec("learnevict_kernels") is None:
@@ -137,7 +137,7 @@ def kernels(*, cuda: bool) -> str:
 
 
 def memory(model: str, budget: str, context: int, batch: int, slack: int | None, dtype: str) -> dict[str, Any]:
-    """The calculator's figures in bytes, all rows together."""
+    """Returns the calculator's figures in bytes, all rows together."""
     from learnevict.config import Budget
     from learnevict.infer.load import load_config, pick_dtype
     from learnevict.infer.model.memory import estimate
@@ -149,17 +149,17 @@ def memory(model: str, budget: str, context: int, batch: int, slack: int | None,
 
         model, dtype = str(path()), "fp32" if dtype == "auto" else dtype
     config = load_config(model)
-    held = COMPARISON["slack"] if testbed else 128
+    usual = COMPARISON["slack"] if testbed else 128
     kind: Any = None if dtype == "auto" else pick_dtype(dtype)
     found = estimate(
         config, Budget.parse(budget), tokens=context, batch=batch, dtype=kind, guard=Guard(recent=8),
-        schedule=Schedule(held if slack is None else slack),
+        schedule=Schedule(usual if slack is None else slack),
     )  # fmt: skip
     return {"model": TESTBED if testbed else model, "context": context, "batch": batch, "asked": budget, **vars(found)}
 
 
 def show(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints the figures as tables."""
     from rich.table import Table
 
     console, table = for_tables(), Table.grid(padding=(0, 2))
@@ -181,7 +181,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def reckoning(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """The calculator's lines."""
+    """Returns the calculator's lines."""
     full, evicted, weights = figures["full"], figures["evicted"], figures["weights"]
     asked = "" if figures["asked"] == str(figures["budget"]) else f" = {figures['asked']}"
     share = f"{evicted / full:.1%} of the full cache" if full else "nothing to evict"

@@ -20,7 +20,7 @@ START = b'{"id": "'
 
 
 class ResultsFile:
-    """Rows as JSON lines, in a file that a later run goes on with, or on standard output.
+    """Writes rows as JSON lines, in a file that a later run goes on with, or on standard output.
 
     Args:
         path: the file; None: standard output.
@@ -46,7 +46,7 @@ class ResultsFile:
         self.lines.mend()
 
     def has(self, name: str, key: str) -> bool:
-        """Whether this row is finished.
+        """Returns whether this row is finished.
 
         Raises:
             UsageError: it is, but for another prompt, of other weights or under other settings.
@@ -60,7 +60,7 @@ class ResultsFile:
         return found is not None
 
     def add(self, row: dict[str, Any], key: str) -> None:
-        """Write one row, for good."""
+        """Writes one row to the disk."""
         self.num_shown += 1
         if self.path is not None:
             self.lines.append({**row, "key": key})
@@ -69,7 +69,7 @@ class ResultsFile:
 
     @property
     def num_rows(self) -> int:
-        """Rows written, by earlier runs too; asked of the file, as an interruption may fall between row and count."""
+        """The number of rows in the file, those of earlier runs too."""
         if self.path is None or special(self.path):
             return self.num_shown
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
@@ -79,7 +79,7 @@ class ResultsFile:
 
 
 def for_tables() -> Any:
-    """A rich console on standard output: as wide as the terminal, and 200 columns in a pipe or a file."""
+    """Returns a rich console on standard output: as wide as the terminal, and 200 columns in a pipe or a file."""
     from rich.console import Console
 
     found = Console(highlight=False)
@@ -87,20 +87,20 @@ def for_tables() -> Any:
 
 
 def say(line: str) -> None:
-    """One line to the person, not to the pipe; what controls a terminal is written out, here and in `tell`."""
+    """Writes a line to standard error, control characters written out, as in `tell`."""
     sys.stdout.flush()
     sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
 
 
 def tell(text: str) -> None:
-    """What was asked for, on standard output."""
+    """Writes a result to standard output."""
     sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
 def cell(text: object) -> Any:
-    """A cell of a rich table that holds text, not markup."""
+    """Returns a cell of a rich table that holds text, not markup."""
     from rich.text import Text
 
     return Text(printable(str(text)))

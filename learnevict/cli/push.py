@@ -80,12 +80,12 @@ def run(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of an evaluation; what reads them is loaded only if there are some."""
+    """Returns the rows of an evaluation; evals is imported only if there are some."""
     from learnevict.evals.summaries import read_rows
 
     return read_rows(path)
 
 
 def measured(num_rows: int) -> str:
-    """What the card stands on."""
+    """Returns how many rows the card is made from."""
     return f"from {num_rows} rows" if num_rows else "without measurements (--results gives some)"

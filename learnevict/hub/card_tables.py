@@ -40,7 +40,7 @@ FIGURES = (
 
 
 def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row per measured cell: step accuracy and exact match of one cell come from different runs.
+    """Returns one row per measured cell: step accuracy and exact match of one cell come from different runs.
 
     Raises:
         DataError: something else than rows.
@@ -61,7 +61,7 @@ def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def of_gates(rows: Sequence[Row], method: str, gates: str) -> list[Row]:
-    """Those rows that were measured with certain gates: names do not tell, for several gates may share a method.
+    """Returns the rows that were measured with certain gates: names do not tell, for several gates may share a method.
 
     Args:
         rows: of an evaluation.
@@ -87,7 +87,7 @@ def of_gates(rows: Sequence[Row], method: str, gates: str) -> list[Row]:
 
 
 def results(mine: Sequence[Row]) -> list[EvalResult]:
-    """The model index: every metric of every cell."""
+    """Returns the model index: every metric of every cell."""
     found: list[EvalResult] = []
     for row in mine:
         for kind, (name, bounds, title) in METRICS.items():
@@ -116,7 +116,7 @@ def results(mine: Sequence[Row]) -> list[EvalResult]:
 
 
 def tables(mine: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """Markdown tables of the gates' cells, with what other methods reached in the same cells."""
+    """Returns Markdown tables of the gates' cells, with what other methods reached in the same cells."""
     tasks = [row for row in mine if row.get("perplexity") is None]
     texts = [row for row in mine if row.get("perplexity") is not None]
     made = [task_table(tasks, rows)] if tasks else []
@@ -124,7 +124,7 @@ def tables(mine: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def task_table(mine: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Accuracy by family and budget."""
+    """Returns a table of accuracy by family and budget."""
     lines = [
         f"{terms(mine)} Square brackets: 95 % interval by bootstrap over samples (Wilson's for exact match). Step accuracy is "
         "on given texts, exact match on answers that the model wrote itself. The best heuristic is that of these very samples, "
@@ -148,7 +148,7 @@ def task_table(mine: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def text_table(mine: Sequence[Row]) -> str:
-    """Perplexity of texts."""
+    """Returns a table of perplexity."""
     lines = ["| text | tokens | budget | perplexity | ratio to the full cache |", "|---|---|---|---|---|"]
     for row in mine:
         ratio = row.get("perplexity_ratio")
@@ -158,7 +158,7 @@ def text_table(mine: Sequence[Row]) -> str:
 
 
 def terms(rows: Sequence[Row]) -> str:
-    """What the cells have in common, and where they differ every variant."""
+    """Returns the settings of the cells, and where they differ every variant."""
     models = sorted({one_line(Path(str(row["model"])).name) for row in rows if row.get("model")})
     samples = sorted({int(row["samples"]) for row in rows if row.get("samples")})
     splits = sorted(
@@ -172,13 +172,13 @@ def terms(rows: Sequence[Row]) -> str:
 
 
 def family(row: Row) -> str:
-    """A row's family or text for people, with the length of its texts where that is not the usual one."""
+    """Returns a row's family or text for people, with the length of its texts where that is not the usual one."""
     unusual = row.get("length") not in (None, "normal")
     return one_line(Path(str(row["family"])).name) + (f", {one_line(row['length'])}" if unusual else "")
 
 
 def budget(row: Row) -> str:
-    """A row's budget for people."""
+    """Returns a row's budget for people."""
     if row["budget"] is None:
         return "full cache"
     share = f" ({row['budget_share']} of the length)" if row.get("budget_share") else ""
@@ -186,7 +186,7 @@ def budget(row: Row) -> str:
 
 
 def value(row: Row, kind: str) -> str:
-    """A metric with its interval."""
+    """Returns a metric with its interval."""
     name, bounds, _ = METRICS[kind]
     if row.get(name) is None:
         return NONE
@@ -220,6 +220,6 @@ def _rules(rules: Mapping[str, Any]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value on one line of a table; of a path only its last part, since the rest is the machine's."""
+    """Returns a value on one line of a table; of a path only its last part, since the rest is the machine's."""
     text = one_line(value)
     return last_part(text) if re.search(r"[/\\]", text) and not HUB_ID.fullmatch(text) else text

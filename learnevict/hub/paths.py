@@ -1,4 +1,4 @@
-"""Where things lie on somebody's machine is nobody else's business: what is shared names files, not folders."""
+"""Paths in what is shared: absolute ones are reduced to their last part, so that no folder of a machine is published."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITHIN = re.compile(
 
 
 def without_folders(value: Any) -> Any:
-    """JSON with every absolute path in it reduced to its last part; links, Hub ids and relative paths stay."""
+    """Returns JSON with every absolute path in it reduced to its last part; links, Hub ids and relative paths stay."""
     if isinstance(value, Mapping):
         return {name: without_folders(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -29,7 +29,7 @@ def without_folders(value: Any) -> Any:
 
 
 def last_part(path: str) -> str:
-    """Of a path of any system; a bare root as it is."""
+    """Returns the last part of a path of any system; a bare root as it is."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 

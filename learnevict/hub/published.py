@@ -109,7 +109,7 @@ FORMATS = (
 
 
 def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: bool = False) -> Gates:
-    """Make gates for a base model from published weights; values are taken over exactly, in float32.
+    """Makes gates for a base model from published weights; values are taken over exactly, in float32.
 
     Args:
         source: a file of weights, or a folder with one, and with the authors' config.json if there is one.
@@ -144,7 +144,7 @@ def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: boo
 
 
 def weight_file(source: Path) -> Path:
-    """The file itself, or the only one of weights in a folder.
+    """Returns the file itself, or the only one of weights in a folder.
 
     Raises:
         GateError: there is none, or there are several.
@@ -162,7 +162,7 @@ def weight_file(source: Path) -> Path:
 
 
 def read_weights(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Tensors by name; those of a list under "module" get the number of the layer in front.
+    """Returns tensors by name; those of a list under "module" get the number of the layer in front.
 
     Raises:
         GateError: no tensors, or a pickle that was not allowed.
@@ -178,7 +178,7 @@ def read_weights(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             return load_file(file)
         with torch.serialization.safe_globals(ARRAYS):
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a stranger's file may break its reader anywhere
+    except Exception as error:  # an unknown file may break its reader anywhere
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise GateError(f"cannot read tensors from {str(file)!r}: {said[0]}; download it again") from error
     found = found.get("module", found) if isinstance(found, Mapping) else found
@@ -192,7 +192,7 @@ def read_weights(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The authors' config.json; empty if there is none.
+    """Returns the authors' config.json; empty if there is none.
 
     Raises:
         GateError: it is no JSON object.
@@ -251,7 +251,7 @@ def stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
 
 
 def fill(gate: torch.nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Put converted weights into a gate.
+    """Copies converted weights into a gate.
 
     Raises:
         GateError: shapes that are another model's.

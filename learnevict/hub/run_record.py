@@ -95,7 +95,7 @@ class Record:
         return without_folders({name: fact for name, fact in self.content.items() if name not in passing})
 
     def add(self, **facts: Any) -> None:
-        """Add facts, and write them down if the run has begun."""
+        """Adds facts, and write them down if the run has begun."""
         self.content |= {name: as_json(fact) for name, fact in facts.items()}
         if self.running:
             self._write()
@@ -123,13 +123,13 @@ class Record:
             self.lock.__exit__(None, None, None)
 
     def _write(self) -> None:
-        """Whole or not at all."""
+        """Writes the file, whole or not at all."""
         if self.writes:
             write(self.path, json.dumps(self.content, indent=1) + "\n", b'"program": ')
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record in a folder; None if there is none.
+    """Returns the record in a folder; None if there is none.
 
     Raises:
         DataError: run.json is no record.
@@ -164,14 +164,14 @@ def own_record(folder: str | Path, program: str) -> dict[str, Any] | None:
 
 
 def now() -> str:
-    """UTC to the second, ISO 8601."""
+    """Returns the time, UTC to the second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def commit() -> dict[str, Any] | None:
-    """Commit of the checkout this code runs from, and whether its files differ from it; None if it was installed.
+    """Returns the commit of the checkout this code runs from, and whether its files differ from it; None if it was installed.
 
-    A package that lies in somebody else's repository, as in a virtual environment, is installed, not checked out.
+    A package that lies in another repository, as in a virtual environment, is installed, not checked out.
     """
     here = Path(__file__).resolve().parent.parent / "__init__.py"
 
@@ -187,13 +187,13 @@ def commit() -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """What kind of machine it is, not whose."""
+    """Returns the kind of machine, and no name of it."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "gpu": card}
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package and of what it stands on."""
+    """Returns the versions of Python, of this package and of its requirements."""
     return {
         "python": platform.python_version(),
         "learnevict": __version__,
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
 
 
 def installed(name: str) -> str | None:
-    """Version of a distribution; None if it is not installed. Nothing is imported."""
+    """Returns the version of a distribution; None if it is not installed. Nothing is imported."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -210,7 +210,7 @@ def installed(name: str) -> str | None:
 
 
 def changed(training: TrainingArguments) -> dict[str, Any]:
-    """Training arguments that differ from transformers' defaults, but for tokens, what the terminal decides, and resuming.
+    """Returns training arguments that differ from the defaults, but for tokens, the progress bar and resuming.
 
     Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
     """
@@ -230,7 +230,7 @@ def changed(training: TrainingArguments) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON knows them; what it does not know, as text; the home folder as ~."""
+    """Returns dataclasses, paths and tuples as JSON, anything else as text, and the home folder as ~."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):

@@ -24,7 +24,7 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push came to: the commit's address, whether the repository is new, whether anything changed."""
+    """The result of a push: the commit's address, whether the repository is new, whether anything changed."""
 
     address: Address
     url: str
@@ -35,7 +35,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull came to: the folder, its commit, and which files changed."""
+    """The result of a pull: the folder, its commit, and which files changed."""
 
     folder: Path
     commit: str
@@ -52,7 +52,7 @@ def push_folder(
     rows: Sequence[Mapping[str, Any]] | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Share a folder of gates as one commit: config.json, model.safetensors, run.json if there is one, and a card.
+    """Shares a folder of gates as one commit: config.json, model.safetensors, run.json if there is one, and a card.
 
     A push that broke off is repeated by the same call: large files that have arrived are not sent twice, a commit that
     was made is not made again, and until it is made nothing of it can be seen. Absolute paths in the config and the record
@@ -64,7 +64,7 @@ def push_folder(
         private: who may see a repository that has to be made.
         revision: branch, if it does not stand in `repo_id`; made from the default one if it does not exist.
         message: of the commit.
-        rows: of an evaluation, for the card; a README.md that somebody wrote goes up instead of a card.
+        rows: of an evaluation, for the card; a README.md that the user wrote goes up instead of a card.
         token: of the account; else the one that is logged in.
 
     Raises:
@@ -97,7 +97,7 @@ def push_folder(
 
 
 def open_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Make a repository if it does not exist; found out before the work whether it may be written to.
+    """Makes a repository if it does not exist, and checks that it may be written to.
 
     Returns:
         "user/repo", with "@branch" if that was given.
@@ -115,7 +115,7 @@ def open_repository(repo_id: str, *, private: bool = False, token: str | None = 
 
 
 def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -> tuple[Address, Any]:
-    """The full address, and what the Hub knows of the repository; None if there is none that this token may see."""
+    """Returns the full address, and what the Hub knows of the repository; None if there is none that this token may see."""
     where = _full_address(api, repo_id, revision)
     with asking(where, to_write=True):
         try:
@@ -133,14 +133,14 @@ def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -
 
 
 def _commit(api: HfApi, where: Address, sent: Mapping[str, str | bytes], stale: Collection[str], message: str) -> Any:
-    """One commit of these files, without the stale ones; what is the same already is left out, down to no commit."""
+    """Makes one commit of these files, without the stale ones; what is the same already is left out, down to no commit."""
     changes = [CommitOperationAdd(name, content) for name, content in sent.items()]
     gone = [CommitOperationDelete(name) for name in sorted(stale)]
     return api.create_commit(where.repo_id, [*changes, *gone], commit_message=message, revision=where.revision)
 
 
 def pull_folder(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
-    """Bring gates from the Hub into a folder, by default one with the repository's name, here.
+    """Copies gates from the Hub into a folder, by default one with the repository's name, here.
 
     A pull that broke off is finished by the same call. Beside FILES the folder gets origin.json, by which a later pull
     recognises it.
@@ -163,7 +163,7 @@ def pull_folder(repo_id: str, folder: str | Path | None = None, *, revision: str
 
 
 def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Put the card of a folder of gates into it, unless somebody wrote another README.md there.
+    """Writes the card of a folder of gates into it, unless it holds a README.md of the user's.
 
     Raises:
         GateError: the folder does not hold gates, or a link to another.
@@ -176,11 +176,11 @@ def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any
 
 
 def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
-    """Where to write to: user/repo, also where only the repository was named, and its branch.
+    """Returns where to write to: user/repo, also where only the repository was named, and its branch.
 
     Raises:
         UsageError: no Hub id, two branches that differ, or a commit.
-        HubError: nobody is logged in, or the Hub does not say who.
+        HubError: no account is logged in, or the Hub does not say who.
     """
     ownerless = "/" not in repo_id.partition("@")[0]
     where = Address.parse(f"owner/{repo_id}" if ownerless else repo_id, revision)
@@ -195,7 +195,7 @@ def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
 
 
 def _folder(source: str | Path) -> Path:
-    """A local folder that may be sent.
+    """Returns a local folder that may be sent.
 
     Raises:
         GateError: no gates there, or files too large.
@@ -218,7 +218,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def check_links(place: Path) -> None:
-    """Compare where files lie with where they seem to: a link would make a private file public, or have one written.
+    """Checks that no file is a link out of the folder, which would publish or replace another file.
 
     Raises:
         GateError: one of FILES lies outside the folder.
@@ -233,13 +233,13 @@ def check_links(place: Path) -> None:
 
 
 def _content(place: Path, card: str) -> dict[str, str | bytes]:
-    """What is sent, by name: a file's path, or bytes."""
+    """Returns what is sent, by name: a file's path, or bytes."""
     texts = {name: _shareable(place / name) for name in (CONFIG, RUN) if (place / name).is_file()}
     return {**texts, WEIGHTS: str(place / WEIGHTS), CARD: card.encode()}
 
 
 def _shareable(path: Path) -> bytes:
-    """A file of JSON without the folders of this machine; byte by byte as it is, if it names none.
+    """Returns a file of JSON without the folders of this machine; byte by byte as it is, if it names none.
 
     Raises:
         DataError: it is no JSON.
@@ -254,7 +254,7 @@ def _shareable(path: Path) -> bytes:
 
 
 def _card(place: Path, gates: Gates, where: Address, rows: Sequence[Mapping[str, Any]], license: str | None) -> str:
-    """A README.md that somebody wrote, or a fresh card."""
+    """Returns the README.md that the user wrote, or a fresh card."""
     written = place / CARD
     try:
         text = written.read_text(encoding="utf-8") if written.is_file() else ""
