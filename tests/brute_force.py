@@ -268,13 +268,13 @@ def query_statistics(at: Moment, query_head: int, window: int, future: int) -> t
 
 def expected_attention(window: int, future: int) -> Callable[[Moment, int], dict[int, float]]:
     def score(at: Moment, head: int) -> dict[int, float]:
-        judged = [j for j in at.held[head] if j >= 4]
-        share = dict.fromkeys(judged, 0.0)
+        scored = [j for j in at.held[head] if j >= 4]
+        share = dict.fromkeys(scored, 0.0)
         for query_head in range(head * at.group, (head + 1) * at.group):
             mean, covariance = query_statistics(at, query_head, window, future)
-            keys = [at.k[head, j] for j in judged]
+            keys = [at.k[head, j] for j in scored]
             logits = [at.scaling * float(mean @ k) + at.scaling**2 * float(k @ covariance @ k) / 2 for k in keys]
-            for j, x in zip(judged, softmax(logits), strict=True):
+            for j, x in zip(scored, softmax(logits), strict=True):
                 share[j] += x / at.group
         sized = {j: x * float(at.v[head, j].norm()) for j, x in share.items()}
         return {**dict.fromkeys(at.held[head], 1e30), **sized}

@@ -1,4 +1,4 @@
-"""Clausal: a token's worth is that of its place in a clause that begins with a certain word. No other context.
+"""Clausal: a token's score is that of its place in a clause that begins with a certain word. No other context.
 
 score = mean golden label of (first token id of the clause, place in the clause), per layer and head, - bonus * log(1 + age)
 
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.learned import Table, keep_worthiest
+from learnevict.parts.learned import Table, table_policy
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
@@ -25,7 +25,7 @@ PAPER = Paper("Clausal baseline: mean golden label per clause opening and place"
 
 
 class ClausalGate(Table):
-    """A worth per (first token id of the clause, place in it); all zeros until fitted.
+    """A score per (first token id of the clause, place in it); all zeros until fitted.
 
     Args:
         num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
@@ -34,7 +34,7 @@ class ClausalGate(Table):
     """
 
     columns = (
-        StateColumn("worth"),
+        StateColumn("score"),
         StateColumn("opening", dtype=torch.int32),
         StateColumn("following", dtype=torch.int32),
     )
@@ -78,14 +78,14 @@ class ClausalGate(Table):
         if signals.position.shape[-1]:
             newest = signals.position[:, :1].argmax(-1, keepdim=True)
             there = signals.position[:, :1].amax(-1)[:, 0] >= 0
-            held = [signals.state[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
-            first, following = (torch.where(there, part, 0).long() for part in held)
+            before = [signals.state[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
+            first, following = (torch.where(there, part, 0).long() for part in before)
         opening, place = self._clauses(signals.tokens, first, following)
         entry = opening * self.places + place.clamp_max(self.places - 1)
         heads = self.table.shape[1]
         after = torch.where(signals.tokens == self.separator, 0, place + 1)
         return {
-            "worth": self.table[signals.layer][:, entry].transpose(0, 1),
+            "score": self.table[signals.layer][:, entry].transpose(0, 1),
             "opening": opening.int().unsqueeze(1).expand(-1, heads, -1),
             "following": after.int().unsqueeze(1).expand(-1, heads, -1),
         }
@@ -99,5 +99,5 @@ def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
 def policy(
     budget: int | str | Budget, *, gate: ClausalGate, bonus: float | None = None, **options: Unpack[Options]
 ) -> Policy:
-    """Keep the places of clauses that are worth most on average; arguments as in parts.gates.keep_worthiest."""
-    return keep_worthiest("clausal", budget, gate, bonus, **options)
+    """Keep the places of clauses with the highest label on average; arguments as in parts.learned.table_policy."""
+    return table_policy("clausal", budget, gate, bonus, **options)

@@ -33,14 +33,14 @@ PAPER = Paper("Inference-Time Hyper-Scaling with KV Cache Compression", "2506.05
 
 
 TRAINING: dict[str, Any] = {
-    "window": 16,  # 256
-    "bias": -2.0,  # -5
-    "noise": 1.0,  # the same
-    "compression": 8.0,  # the same at most; +1 every 100 steps
+    "window": 16,  # paper: 256
+    "bias": -2.0,  # paper: -5
+    "noise": 1.0,  # paper: 1.0
+    "compression": 8.0,  # paper: at most 8.0; +1 every 100 steps
     "ramp": 0.5,
-    "answers_only": True,  # the whole text
-    "learning_rate": 1e-2,  # the base is trained too, or an adapter
-    "max_steps": 500,  # 1,000; 250 for the adapter
+    "answers_only": True,  # paper: the whole text
+    "learning_rate": 1e-2,  # paper: the base is trained too, or an adapter
+    "max_steps": 500,  # paper: 1,000; 250 for the adapter
     "per_device_train_batch_size": 4,
 }
 

@@ -37,11 +37,11 @@ from learnevict.signals import Signals
 
 PAPER = Paper("Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction", "2601.17668", 2026, "learned")
 TRAINING: dict[str, Any] = {
-    "target": "future",  # reconstruction
-    "learning_rate": 5e-3,  # SGD of 0.2 with momentum 0.9
-    "max_steps": 400,  # 5000 of 1000 tokens, the rate halved at 50 % and at 75 %
+    "target": "future",  # paper: reconstruction
+    "learning_rate": 5e-3,  # paper: SGD of 0.2 with momentum 0.9
+    "max_steps": 400,  # paper: 5000 of 1000 tokens, the rate halved at 50 % and at 75 %
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 4,  # 1 % of the steps
+    "warmup_steps": 4,  # paper: 1 % of the steps
     "per_device_train_batch_size": 8,
 }
 FLOOR = 0.2

@@ -31,11 +31,11 @@ PAPER = Paper(
     "Judge Q: Trainable Queries for Optimized Information Retention in KV Cache Eviction", "2509.10798", 2025, "learned"
 )
 TRAINING: dict[str, Any] = {
-    "num_tokens": 32,  # 32
-    "response": 128,  # the whole response
-    "cuts": 2,  # 0: the paper asks at the end of the prompt only
+    "num_tokens": 32,  # paper: 32
+    "response": 128,  # paper: the whole response
+    "cuts": 2,  # paper: 0, it asks at the end of the prompt only
     "learning_rate": 1e-2,
-    "max_steps": 400,  # 50,000 prompts of ShareGPT, responses written by the model
+    "max_steps": 400,  # paper: 50,000 prompts of ShareGPT, responses written by the model
     "warmup_steps": 20,
     "per_device_train_batch_size": 8,
 }

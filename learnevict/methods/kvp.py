@@ -31,12 +31,12 @@ from learnevict.signals import Signals
 
 PAPER = Paper("Learning to Evict from Key-Value Cache", "2602.10238", 2026, "learned")
 TRAINING: dict[str, Any] = {
-    "learning_rate": 3e-3,  # 5e-5
-    "lr_scheduler_type": "cosine",  # to 1e-6
-    "warmup_steps": 20,  # 100
-    "max_grad_norm": 5.0,  # the same
-    "max_steps": 400,  # 4000
-    "cuts": 4,  # one, uniform, per sample
+    "learning_rate": 3e-3,  # paper: 5e-5
+    "lr_scheduler_type": "cosine",  # paper: to 1e-6
+    "warmup_steps": 20,  # paper: 100
+    "max_grad_norm": 5.0,  # paper: 5.0
+    "max_steps": 400,  # paper: 4000
+    "cuts": 4,  # paper: one, uniform, per sample
     "per_device_train_batch_size": 8,
 }
 

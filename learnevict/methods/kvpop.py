@@ -3,8 +3,8 @@
     z_t = GRU(z_{t-1}, h_t)                                     per layer, h: what its attention module reads, z of 16 numbers
     f_i = MLP([k_i, v_i, z_i, z_now, log(1 + age), log(budget / length)])            per layer and kv head, higher stays
 
-A token's worth shows only after it was written, so the score of a slot sees the state of the text at its own time and the
-state now. Every slot carries the state of its time in the ledger column "state"; the newest slot's is the current one, from
+A token's use shows only after it was written, so the score of a slot sees the state of the text at its own time and the
+state now. Every slot carries the state of its time in the state column "state"; the newest slot's is the current one, from
 which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Taught golden labels, the attention
 of the future, at random events of a pass along golden eviction, through the recurrence (learnevict.train.trainers.regression).
 

@@ -34,11 +34,11 @@ from learnevict.signals import Signals
 
 PAPER = Paper("KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", "2601.07891", 2026, "learned")
 TRAINING: dict[str, Any] = {
-    "target": "future",  # reconstruction
-    "learning_rate": 5e-3,  # 5e-3, the default of its code
-    "lr_scheduler_type": "cosine",  # the same
-    "max_grad_norm": 1.0,  # the same
-    "max_steps": 400,  # 15 epochs over 1.2 M tokens, 512 a step
+    "target": "future",  # paper: reconstruction
+    "learning_rate": 5e-3,  # paper: 5e-3, the default of its code
+    "lr_scheduler_type": "cosine",  # paper: cosine
+    "max_grad_norm": 1.0,  # paper: 1.0
+    "max_steps": 400,  # paper: 15 epochs over 1.2 M tokens, 512 a step
     "per_device_train_batch_size": 8,
 }
 

@@ -1,10 +1,9 @@
-"""Lexical: every token id has a worth, whatever its context. The learned baseline that learned eviction must beat.
+"""Lexical: every token id has a score, whatever its context. The learned baseline that learned eviction must beat.
 
 score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
 
-The table is fitted on training seeds (learnevict.train.trainers.token_tables), the bonus for recency tuned on
-validation seeds. A
-policy that only learned "digits stay, filler goes" does no better than this.
+The table is fitted on training seeds (learnevict.train.trainers.token_tables), the recency bonus tuned on
+validation seeds. A policy that only learned "digits stay, filler goes" does no better than this.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.learned import Table, keep_worthiest
+from learnevict.parts.learned import Table, table_policy
 from learnevict.parts.options import Options
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
@@ -25,13 +24,13 @@ PAPER = Paper("Lexical baseline: mean golden label per token id", None, 2026, ki
 
 
 class LexicalGate(Table):
-    """A worth per token id; all zeros until fitted.
+    """A score per token id; all zeros until fitted.
 
     Args:
         num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
     """
 
-    columns = (StateColumn("worth"),)
+    columns = (StateColumn("score"),)
 
     def __init__(self, num_layers: int, num_heads: int, vocab_size: int) -> None:
         super().__init__()
@@ -50,7 +49,7 @@ class LexicalGate(Table):
         """
         if signals.tokens is None:
             raise GateError("lexical scores token ids, but the model was called with inputs_embeds; pass input_ids")
-        return {"worth": self.table[signals.layer][:, signals.tokens].transpose(0, 1)}
+        return {"score": self.table[signals.layer][:, signals.tokens].transpose(0, 1)}
 
 
 def build(layout: Layout) -> LexicalGate:
@@ -61,5 +60,5 @@ def build(layout: Layout) -> LexicalGate:
 def policy(
     budget: int | str | Budget, *, gate: LexicalGate, bonus: float | None = None, **options: Unpack[Options]
 ) -> Policy:
-    """Keep the words that are worth most on average; arguments as in parts.gates.keep_worthiest."""
-    return keep_worthiest("lexical", budget, gate, bonus, **options)
+    """Keep the tokens with the highest label on average; arguments as in parts.learned.table_policy."""
+    return table_policy("lexical", budget, gate, bonus, **options)

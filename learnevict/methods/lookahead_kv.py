@@ -36,15 +36,15 @@ PAPER = Paper(
     "learned",
 )
 TRAINING: dict[str, Any] = {
-    "num_tokens": 32,  # 32
-    "rank": 8,  # 8
-    "alpha": 32.0,  # 32
-    "response": 128,  # 512
-    "cuts": 2,  # 0: the paper asks at the end of the prompt only
-    "learning_rate": 2e-3,  # 1e-3 (Llama), 2e-4 (Qwen)
-    "max_steps": 400,  # 7,600 of 32
+    "num_tokens": 32,  # paper: 32
+    "rank": 8,  # paper: 8
+    "alpha": 32.0,  # paper: 32
+    "response": 128,  # paper: 512
+    "cuts": 2,  # paper: 0, it asks at the end of the prompt only
+    "learning_rate": 2e-3,  # paper: 1e-3 (Llama), 2e-4 (Qwen)
+    "max_steps": 400,  # paper: 7,600 of 32
     "warmup_steps": 20,
-    "per_device_train_batch_size": 8,  # 32
+    "per_device_train_batch_size": 8,  # paper: 32
 }
 
 

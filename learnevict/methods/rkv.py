@@ -21,7 +21,7 @@ from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.parts.redundancy import redundancy
-from learnevict.parts.window import HIGHEST, WindowAttention
+from learnevict.parts.window import HIGHEST, WindowAttention, before_window
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -43,7 +43,7 @@ class ImportantAndNew(Scorer):
         score = self.mix * attention.importance(signals)
         if self.mix < 1:
             score = score - (1 - self.mix) * redundancy(signals, self.threshold)
-        return score.masked_fill(~attention.candidates(signals), HIGHEST)
+        return score.masked_fill(~before_window(signals), HIGHEST)
 
 
 def policy(

@@ -37,14 +37,14 @@ PAPER = Paper(
 
 
 TRAINING: dict[str, Any] = {
-    "window": 16,  # 256
-    "noise": 1.0,  # none
-    "capacity": 12.0,  # 1 to 4: lambda = 0.04 times this
-    "answers_only": True,  # the whole text
-    "learning_rate": 3e-3,  # 1e-3
-    "weight_decay": 0.01,  # the same
+    "window": 16,  # paper: 256
+    "noise": 1.0,  # paper: none
+    "capacity": 12.0,  # paper: 1 to 4: lambda = 0.04 times this
+    "answers_only": True,  # paper: the whole text
+    "learning_rate": 3e-3,  # paper: 1e-3
+    "weight_decay": 0.01,  # paper: 0.01
     "max_steps": 200,
-    "per_device_train_batch_size": 4,  # 4,096 tokens
+    "per_device_train_batch_size": 4,  # paper: 4,096 tokens
 }
 
 

@@ -1,1 +1,1 @@
-"""The library of policy words: scorers, allocators, schedules, budgets and the networks of gates."""
+"""Components that methods are made of: scorers, allocators, selection, options and the networks of gates."""

@@ -1,6 +1,6 @@
 """Gates that decide once per token whether it stays after its time in the recent window: WG-KV, DMS.
 
-The note "admission" is log g, g in (0, 1), written with the token. In training it is a bias on the token's logit once the
+The column "admission" holds log g, g in (0, 1), written with the token. In training it is a bias on the token's logit once the
 token is `window` old. At inference it ranks: a head keeps the tokens with the largest g that its budget allows, whatever g is.
 The papers keep all tokens above a threshold instead, so their caches have no bound.
 """
@@ -23,14 +23,14 @@ from learnevict.signals import Signals, StateColumn
 
 
 class AdmissionGate(SoftGate):
-    """A gate whose note is log g.
+    """A gate that writes log g into the column "admission".
 
     Args:
-        window: tokens that are not weighed yet, W.
+        window: age at which the bias begins, W.
         noise: scale of the logistic noise on the logits of g while training.
 
     Attributes:
-        least: the smallest g that weighs attention in training; smaller ones count as this.
+        least: the smallest g in training; smaller ones count as this.
     """
 
     columns = (StateColumn("admission"),)
@@ -42,7 +42,7 @@ class AdmissionGate(SoftGate):
 
     @abstractmethod
     def logits(self, signals: Signals) -> Tensor:
-        """Logits of g for fresh tokens, float32 [B, H, S]."""
+        """Returns the logits of g for fresh tokens, float32 [B, H, S]."""
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """{"admission": log g, float32 [B, H, S]}."""
@@ -65,8 +65,8 @@ def logistic(logits: Tensor, signals: Signals, random_keys: Tensor | None = None
     """Standard logistic noise, the difference of two Gumbels, for logits of fresh tokens, float32 [B, H, S].
 
     Args:
-        logits: their shape is what counts.
-        signals: who the tokens are.
+        logits: they give the shape.
+        signals: the tokens.
         random_keys: int64 [B] of ops.random. A token's noise depends on its row's key, layer, head and place in the row, and
             so neither on padding nor on other rows. None: it comes from the global generator.
     """

@@ -1,4 +1,4 @@
-"""Who may hold how much: splits of a budget over layers (Pyramid, Profile), heads of a layer (Ada) or all heads (Together)."""
+"""Layer and head budget allocation: over layers (Pyramid, Profile), heads of a layer (Ada) or all heads (Together)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Profile(Uniform):
     Attributes:
         level, slope: a number per evicting layer.
         span: smallest and largest `free` that they were learned for, at least 1.
-        shifts: added to the levels, row by row of the batch, where other proportions are tried; empty: nothing.
+        shifts: perturbations of the levels, row by row of the batch; empty: none.
     """
 
     level: tuple[float, ...]
@@ -70,7 +70,7 @@ class Profile(Uniform):
     def _share_out(self, budget: int, rank: int, num_layers: int, floor: int, shift: tuple[float, ...]) -> int:
         if num_layers != len(self.level):
             raise UsageError(
-                f"these gates share a budget out among {len(self.level)} layers, but {num_layers} layers of the model evict"
+                f"these gates allocate a budget to {len(self.level)} layers, but {num_layers} layers of the model evict"
             )
         free = budget - floor
         if free <= 0:

@@ -1,73 +1,29 @@
-"""Kinds of gates, and what their trainers ask of them: judges and rankers of slots, surrogates of the oracle, tables."""
+"""Kinds of learned gates and what their trainers need: rankers of slots, surrogates of the oracle, tables."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
-from learnevict.errors import GateError, UsageError
-from learnevict.parts.layer_allocation import LayerAllocation
+from learnevict.errors import GateError
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy, WrappedScorer
 from learnevict.signals import Signals, StateColumn
 
 
-class SlotScorer(Gate):
-    """Scores every slot by itself, from features; trained on recorded states (learnevict.train.trainers.pairwise).
-
-    Attributes:
-        calibrated: bool [], whether `calibrate` has been called.
-        num_features: inputs of the network per slot.
-        scope: who competes in training: slots of a head, or of all heads and layers (its scores then compare).
-        demand: how layers share a budget; None: equally.
-    """
-
-    mode = "replay"
-    scope: Literal["layer", "model"] = "layer"
-    demand: LayerAllocation | None
-    calibrated: Tensor
-    num_features: int
-
-    @abstractmethod
-    def statistics(self, signals: Signals) -> Tensor:
-        """What attention and the clock say about each slot, float32 [B, H, N, c]."""
-
-    @abstractmethod
-    def features(self, keys: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
-        """Inputs of the network, float32 [B, H, n, in], of keys [B, H, n, d], values and statistics."""
-
-    @abstractmethod
-    def score_features(self, layer: int, features: Tensor) -> Tensor:
-        """Scores of features float32 [B, H, n, in] -> [B, H, n]."""
-
-    def share_layers(self, num_layers: int, smallest: int, largest: int) -> LayerAllocation:
-        """Give it a demand, if it has none, of so many evicting layers and for so many slots beyond the floor; see
-        LayerAllocation.
-
-        Raises:
-            UsageError: its kind has none.
-        """
-        raise UsageError(f"{type(self).__name__} cannot learn how layers share a budget; drop share_spread")
-
-    @abstractmethod
-    def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:
-        """Take the scale of inputs from one batch of states, {layer: [M, H, n, in]} and {layer: bool [M, H, n]}."""
-
-
 class Learner(Gate):
-    """Learns from one pass of the frozen base, layer by layer, with the oracle's verdict beside
+    """Learns from one pass of the frozen base, layer by layer, with the oracle's labels as targets
     (learnevict.train.trainers.regression).
 
     Attributes:
         oracle: what its paper would have it predict, a name of learnevict.oracle.PRESETS.
         objective: how its numbers are compared with the oracle's, a name of learnevict.train.trainers.teacher_pass.OBJECTIVES.
-        at_cuts: True if it ranks the slots held at an event, False if it judges tokens as they are written.
+        at_cuts: True if it ranks the slots held at an event, False if it scores tokens as they are written.
     """
 
     mode = "stream"
@@ -77,21 +33,21 @@ class Learner(Gate):
 
     @abstractmethod
     def predictions(self, signals: Signals) -> Tensor:
-        """What is compared with the oracle, with gradient, float32 [B, H, tokens or slots]."""
+        """Returns what is compared with the oracle's labels, with gradient, float32 [B, H, tokens or slots]."""
 
     def calibrate(self, signals: Signals) -> None:
         """Take the scale of inputs from whole texts of one layer, once and before training; nothing by default."""
 
 
 class Surrogate(Learner):
-    """Estimates the oracle's number of a token when it is written, and notes it in the column "estimate"."""
+    """Estimates the oracle's label of a token when it is written, and stores it in the column "estimate"."""
 
     columns = (StateColumn("estimate"),)
     at_cuts = False
 
     @abstractmethod
     def estimate(self, signals: Signals) -> Tensor:
-        """Of fresh tokens, with gradient, float32 [B, H, S]."""
+        """Returns the estimates of fresh tokens, with gradient, float32 [B, H, S]."""
 
     def predictions(self, signals: Signals) -> Tensor:
         """See Learner."""
@@ -107,7 +63,7 @@ class Surrogate(Learner):
 
 
 class Ranker(Learner):
-    """Scores all slots at an event, with gradient; what it notes with tokens as they are written may be learned too."""
+    """Scores all slots at an event, with gradient; its per-slot state may be learned too."""
 
     at_cuts = True
 
@@ -130,12 +86,12 @@ def hidden_of(signals: Signals, method: str) -> Tensor:
 
 
 class Table(Gate):
-    """A worth per entry, all zeros until fitted (learnevict.train.trainers.token_tables); `write` notes it in the
-    column "worth".
+    """A score per entry, all zeros until fitted (learnevict.train.trainers.token_tables); `write` puts it into the
+    column "score".
 
     Attributes:
         table: float32 [L, H, entries].
-        bonus: float32 [], for recency.
+        bonus: float32 [], the recency bonus.
     """
 
     table: nn.Parameter
@@ -162,20 +118,20 @@ class OtherBonus(WrappedScorer):
 
 
 def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
-    """Worth less `bonus` for every e-fold of age, float32 [B, H, N]."""
-    return signals.state["worth"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
+    """Returns the token's score less `bonus` for every e-fold of age, float32 [B, H, N]."""
+    return signals.state["score"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
 
 
-def keep_worthiest(
+def table_policy(
     name: str, budget: int | str | Budget, gate: Table, bonus: float | None, **options: Unpack[Options]
 ) -> Policy:
-    """The policy of a table.
+    """Returns the policy of a table.
 
     Args:
         name: of the method.
         budget: tokens, "25%" or "64MiB".
         gate: fitted, from `Gates.from_pretrained(...)`.
-        bonus: for recency; None: the gate's own, one for all budgets.
+        bonus: recency bonus; None: the gate's own, one for all budgets.
         **options: see parts.options.Options.
     """
     return compose(name, budget, gate if bonus is None else OtherBonus(gate, bonus), **options)

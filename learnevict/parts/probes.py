@@ -31,7 +31,7 @@ _passing: ContextVar[object] = ContextVar("learnevict_passing", default=None)
 
 
 class SoftTokens(Gate):
-    """Soft tokens whose attention, averaged over them and over a group of query heads, is the worth of a slot.
+    """Soft tokens whose attention, averaged over them and over a group of query heads, is the score of a slot.
 
     Attributes:
         embeddings: [P, E], what the decoder reads.

@@ -1,4 +1,4 @@
-"""Newer is better."""
+"""The score of recency: newer tokens stay."""
 
 from __future__ import annotations
 

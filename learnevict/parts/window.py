@@ -6,8 +6,9 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ HIGHEST = torch.finfo(torch.float32).max
 class WindowAttention(Scorer):
     """Attention from the last `window` queries to the slots before them, pooled over neighbouring tokens.
 
-    Slots inside the window rank above all others: it is what looks, not what is judged.
+    Slots inside the window rank above all others: its queries score the others.
 
     Attributes:
         window: W, queries in the ring.
@@ -50,18 +51,11 @@ class WindowAttention(Scorer):
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N]."""
-        return self.importance(signals).masked_fill(~self.candidates(signals), HIGHEST)
-
-    def candidates(self, signals: Signals) -> Tensor:
-        """Slots whose token is older than every query of the window, bool [B, H, N]."""
-        assert signals.ring is not None
-        where = signals.ring[1]
-        oldest = where.masked_fill(where < 0, NEVER).amin(-1)
-        return signals.occupied & (signals.position < oldest.view(-1, 1, 1))
+        return self.importance(signals).masked_fill(~before_window(signals), HIGHEST)
 
     def importance(self, signals: Signals) -> Tensor:
         """Pooled attention of candidates, float32 [B, H, N]; meaningless elsewhere."""
-        candidates = self.candidates(signals)
+        candidates = before_window(signals)
         total, num_queries = self._attention(signals, candidates)
         if self.reduce == "mean":
             total = total / num_queries.clamp_min(1).view(-1, 1, 1, 1)
@@ -110,8 +104,54 @@ class WindowAttention(Scorer):
                 lambda ordered: torch.nn.functional.avg_pool1d(ordered, self.kernel, 1, half),
                 empty=0.0,
             )
-        return signals.in_order(
-            values.masked_fill(~candidates, -torch.inf),
-            lambda ordered: torch.nn.functional.max_pool1d(ordered, self.kernel, 1, half),
-            empty=-torch.inf,
-        )
+        return max_pool(signals, values, candidates, self.kernel)
+
+
+def before_window(signals: Signals) -> Tensor:
+    """Returns the slots whose token is older than every query of the window, bool [B, H, N]."""
+    assert signals.ring is not None
+    where = signals.ring[1]
+    oldest = where.masked_fill(where < 0, NEVER).amin(-1)
+    return signals.occupied & (signals.position < oldest.view(-1, 1, 1))
+
+
+def max_pool(signals: Signals, values: Tensor, candidates: Tensor, kernel: int) -> Tensor:
+    """Returns the maximum over `kernel` neighbouring tokens, candidates only, of values [B, H, N]."""
+    return signals.in_order(
+        values.masked_fill(~candidates, -torch.inf),
+        lambda ordered: torch.nn.functional.max_pool1d(ordered, kernel, 1, kernel // 2),
+        empty=-torch.inf,
+    )
+
+
+class WindowStatistics(NamedTuple):
+    """Attention that each slot received from the last queries, float32 [B, H, N, G].
+
+    Attributes:
+        mean, top: mean and maximum over the window.
+        recent: means over the last few queries.
+    """
+
+    mean: Tensor
+    top: Tensor
+    recent: list[Tensor]
+
+
+def window_statistics(signals: Signals, window: int, spans: Sequence[int]) -> WindowStatistics:
+    """Returns the attention of the last `window` queries, and means over the last of each span; computed once per event."""
+    memo = signals.memo
+    if "window_mean" not in memo:
+        batch, heads, num = signals.position.shape
+        shape = (batch, heads, signals.query.shape[1] // heads, num)
+        total, top, *recent = (torch.zeros(shape, device=signals.position.device) for _ in range(2 + len(spans)))
+        for weights, where in signals.window(window):
+            total += weights.sum(3)
+            top = torch.maximum(top, weights.amax(3))
+            for span, part in zip(spans, recent, strict=True):
+                late = (signals.rows.age(where) < span).view(batch, 1, 1, -1, 1)
+                part += (weights * late).sum(3)
+        count = signals.rows.seen.clamp_max(window).view(-1, 1, 1, 1)
+        memo["window_mean"], memo["window_top"] = (total / count).mT, top.mT
+        for span, part in zip(spans, recent, strict=True):
+            memo[f"window_{span}"] = (part / span).mT
+    return WindowStatistics(memo["window_mean"], memo["window_top"], [memo[f"window_{span}"] for span in spans])

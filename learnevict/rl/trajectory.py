@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.parts.learned import SlotScorer
+from learnevict.parts.slot_scorer import SlotScorer
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.distribution import NOTHING
 from learnevict.rl.sampler import SampledEvent, SamplingPolicy, side_by_side

@@ -78,7 +78,7 @@ def feature_widths(model: LlamaForCausalLM, policy: Policy) -> set[int]:
     head = model.config.head_dim
     if policy.name != "foresightkv":
         return {head}
-    inputs = policy.scorer.config.num_features
+    inputs = policy.scorer.num_features
     return {head, inputs, inputs - 2 * head - head // 2}
 
 

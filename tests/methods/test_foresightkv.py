@@ -177,9 +177,9 @@ def test_accumulators_do_not_share_storage():
 
     def refresh(signals):
         notes = original(signals)
-        assert notes["paid"].data_ptr() != notes["decayed"].data_ptr()
+        assert notes["received"].data_ptr() != notes["decayed"].data_ptr()
         if signals.layer == 0:
-            events.append((signals.memo["paid_mean"], {name: note.clone() for name, note in notes.items()}))
+            events.append((signals.memo["window_mean"], {name: note.clone() for name, note in notes.items()}))
         return notes
 
     gate.refresh = refresh  # type: ignore[method-assign]
@@ -188,7 +188,7 @@ def test_accumulators_do_not_share_storage():
     first = torch.nn.functional.pad(first, (0, 0, 0, second.shape[2] - first.shape[2]))
     left = DECAY ** (PERIOD / 16)
     assert not torch.allclose(first, second)
-    close(notes["paid"], PERIOD * first + PERIOD * second)
+    close(notes["received"], PERIOD * first + PERIOD * second)
     close(notes["decayed"], left * (1 - left) * first + (1 - left) * second)
 
 
@@ -216,10 +216,10 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
             notes = gate.refresh(event(end, period, notes))
         found[period], shown[period] = notes, gate.statistics(event(start + tokens, period, notes))
     wanted = {
-        "paid": tokens * paid,
+        "received": tokens * paid,
         "decayed": (1 - DECAY ** (tokens / 16)) * paid,
         "peak": paid,
-        "watched": torch.full((1, 2, num), float(tokens)),
+        "tokens": torch.full((1, 2, num), float(tokens)),
         "idle": torch.where(paid.amax(-1) > NEEDED, 0.0, float(tokens)),
     }
     assert 0 < int((wanted["idle"] > 0).sum()) < 2 * num

@@ -19,7 +19,6 @@ from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
 from learnevict.oracle.reference import token_losses
 from learnevict.parts.layer_allocation import GAIN, LayerAllocation
-from learnevict.parts.learned import SlotScorer
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.credit import attention_credit, group_relative, of_evictions, to_go_credit
 from learnevict.rl.distribution import (
@@ -317,8 +316,6 @@ def test_a_demand_is_part_of_the_gates(tmp_path):
     assert again.policy(30, slack=8).allocator == demand.allocator()
     with pytest.warns(TrainedOtherwiseWarning, match="share 1 to 40 slots"):
         assert again.gate.share_layers(2, 5, 6).span == (1, 40)
-    with pytest.raises(UsageError, match="drop share_spread"):
-        SlotScorer.share_layers(again.gate, 2, 1, 40)
 
 
 # --- costs and credit ---

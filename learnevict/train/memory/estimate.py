@@ -27,7 +27,8 @@ from learnevict.errors import UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.memory import num_parameters, readable
 from learnevict.oracle import Received
-from learnevict.parts.learned import Learner, SlotScorer
+from learnevict.parts.learned import Learner
+from learnevict.parts.slot_scorer import SlotScorer
 from learnevict.policy import Gate
 from learnevict.signals import Attention
 from learnevict.train.memory.phases import PHASES, Phases, RunPlan, Shapes
