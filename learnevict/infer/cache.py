@@ -91,8 +91,6 @@ class EvictingCache(Cache):
     def _slots(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-    # --- forwards ---
-
     def admit(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """A forward is to be read; called by the hook on the model, before any layer runs. See Conversation.admit.
 
@@ -262,7 +260,6 @@ class EvictingCache(Cache):
             else:
                 self.layers[index] = stock[index]
 
-    @ordinary_tensors()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i], slots and ledger and clock alike (beam search).
 
@@ -271,6 +268,10 @@ class EvictingCache(Cache):
         """
         if self.record and any(layer.expiry is not None for layer in self._slots()):
             raise CacheError("beams record no trace; create the cache with record=False")
+        with ordinary_tensors():
+            self._reorder(beam_idx)
+
+    def _reorder(self, beam_idx: Tensor) -> None:
         self.clock.reorder(beam_idx.tolist())
         self.conversation.select(beam_idx)
         if self.mask is not None:

@@ -40,12 +40,17 @@ class Block:
     rows: Rows
     position: Tensor
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Tokens of the longest row."""
         return max(self.sizes)
 
-    @property
+    @cached_property
+    def ends(self) -> bool:
+        """Whether the block ends a period of some row, or an event is due after it."""
+        return any(self.due) or any(self.full)
+
+    @cached_property
     def after(self) -> list[int]:
         """Real tokens each row has seen with this block."""
         return [before + size for before, size in zip(self.before, self.sizes, strict=True)]
@@ -82,6 +87,12 @@ class Block:
 class Clock:
     """Reads forwards as blocks and remembers where every row stands.
 
+    Attributes:
+        plan: blocks of the forward that is being read.
+        rest: for each of them, the tokens of every row that it and those behind it bring.
+        single: the forward is one block of one column.
+        all_begun: every row has read a token.
+
     Args:
         schedule: when events fall.
         prompt_length: real tokens of each row's prompt; None: what is read before the first single step.
@@ -110,6 +121,8 @@ class Clock:
         self.runs: list[list[Run]] = []
         self.tokens: Tensor | None = None
         self.plan: list[Block] = []
+        self.rest: list[list[int]] = []
+        self.single = self.all_begun = False
         self.finished = Finished()
         self._table: tuple[list[list[Run]], Tensor | None] = ([], None)
 
@@ -154,6 +167,11 @@ class Clock:
         while any(done[row] < len(queues[row]) for row in range(batch)):
             self.plan.append(self._block(queues, done, single, device))
         self.pending = size
+        self.rest = [
+            [sum(block.sizes[row] for block in self.plan[number:]) for row in range(batch)]
+            for number in range(len(self.plan))
+        ]
+        self.single, self.all_begun = size == 1 and len(self.plan) == 1, all(self.seen)
 
     def hide(self, hidden: Tensor) -> list[int]:
         """Take back what was read in columns bool [B, columns read]: how many tokens each row loses."""

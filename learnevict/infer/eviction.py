@@ -46,7 +46,7 @@ class Event:
 
     def targets(self) -> list[int]:
         """Slots per head that each row may hold after the event."""
-        return self.storage.targets(self.block.after)
+        return self.storage.targets_after(self.block)
 
     def crowded(self) -> list[bool]:
         """Rows that are due and hold more than their budget."""

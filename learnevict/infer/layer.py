@@ -159,10 +159,9 @@ class EvictingLayer(CacheLayerMixin):
                 "was given (latent or differential attention); learnevict cannot serve it: use the model's stock cache"
             )
         self.attended = True
-        single = query.shape[2] == 1 and len(self.clock.plan) == 1
+        single = self.clock.single
         out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
-        rest = [sum(block.sizes[row] for block in self.clock.plan) for row in range(query.shape[0])]
-        for block in self.clock.plan:
+        for block, rest in zip(self.clock.plan, self.clock.rest, strict=True):
             signals = self._signals(self.storage, block, (query, key, value), hidden, attention)
             self.storage.reserve(block, rest)
             self._write(self.storage, block, signals)
@@ -171,9 +170,8 @@ class EvictingLayer(CacheLayerMixin):
                 out = answer
             else:
                 block.put(out, answer)
-            if any(block.due) or any(block.full):
+            if block.ends:
                 self._close(self.storage, block, signals)
-            rest = [left - size for left, size in zip(rest, block.sizes, strict=True)]
         self.storage.note_peak()
         return out
 
@@ -187,10 +185,14 @@ class EvictingLayer(CacheLayerMixin):
     ) -> Signals:
         """What the policy may see of a block; `states` are query, key and value of the whole forward."""
         tokens = self.clock.tokens
-        query, key, value = (block.take(part, 2) for part in states)
+        if not self.clock.single:
+            states = (block.take(states[0], 2), block.take(states[1], 2), block.take(states[2], 2))
+            hidden = None if hidden is None else block.take(hidden, 1)
+            tokens = None if tokens is None else block.take(tokens, 1)
+        query, key, value = states
         budget = block.rows.seen  # read at events only
         if any(block.due):
-            targets = torch.tensor(storage.targets(block.after), dtype=torch.int32)
+            targets = torch.tensor(storage.targets_after(block), dtype=torch.int32)
             budget = targets.to(query.device, non_blocking=True)
         return Signals(
             layer=self.place.index,
@@ -203,8 +205,8 @@ class EvictingLayer(CacheLayerMixin):
             attention=attention,
             key=key,
             value=value,
-            hidden=None if hidden is None else block.take(hidden, 1),
-            tokens=None if tokens is None else block.take(tokens, 1),
+            hidden=hidden,
+            tokens=tokens,
             ring=self.ring.held,
         )
 
@@ -218,7 +220,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def _answer(self, pool: SlotPool | PagePool, signals: Signals, single: bool) -> Tensor:
         scorer = self.policy.scorer
-        single = single and all(self.clock.seen) and (not scorer.observes or all(self.clock.plan[0].sizes))
+        single = single and self.clock.all_begun and (not scorer.observes or all(self.clock.plan[0].sizes))
         if single and not scorer.observes:
             return step_attention(pool, signals.query, signals.attention)
         if single:

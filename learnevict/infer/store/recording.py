@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch import Tensor
 from learnevict.infer.clock import Block
 from learnevict.signals import EMPTY, NEVER
 
+UNCHANGED = nullcontext()
+
+
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """Returns a context in which tensors may be written to later, although the caller may be in torch.inference_mode()."""
+    return _ordinary_tensors() if torch.is_inference_mode_enabled() else UNCHANGED
+
 
 @contextmanager
-def ordinary_tensors() -> Generator[None]:
-    """Inside, tensors are made that may be written to later, although the caller may be in torch.inference_mode()."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+def _ordinary_tensors() -> Generator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -7,6 +7,7 @@ holds zeros. No slot ever moves, nothing is concatenated, and no decision waits 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import add
 
 import torch
 from torch import Tensor
@@ -138,11 +139,11 @@ class SlotPool:
             self.keys[where], self.values[where] = pick(real, key), pick(real, value)
             self.bias[where] = 0.0
             self.state.put(where, position[real], {name: pick(real, note) for name, note in notes.items()})
-        self.cursor = [cursor + size for cursor, size in zip(self.cursor, sizes, strict=True)]
+        self.cursor = list(map(add, self.cursor, sizes))
 
     def _next(self, width: int) -> Tensor:
         start = self.cursor[0]
-        if all(cursor == start for cursor in self.cursor):
+        if self.cursor.count(start) == len(self.cursor):
             return self.free[:, :, start : start + width]
         offsets = torch.tensor(self.cursor).to(self.free.device, non_blocking=True).view(-1, 1, 1)
         index = (offsets + torch.arange(width, device=self.free.device)).clamp_max(self.capacity - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class Storage:
         self.shared = policy.scope == "model"
         self.held, self.longest = [0] * batch, [0] * batch
         self.meter = meter
-        self.peak_nbytes = 0
+        self.peak_nbytes, self.noted = 0, -1
+        self.asked: tuple[Block | None, list[int]] = None, []
         self.fitted, self.unassigned = 0, True
         self.rounding = 0
         self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
@@ -76,11 +78,17 @@ class Storage:
         """Slots per kv head after an event, for rows that have seen so many tokens; see the function of this name."""
         return targets(self.policy, self.clock, self.place, seen, self.rounding)
 
+    def targets_after(self, block: Block) -> list[int]:
+        """Returns the slots per kv head that each row may hold after a block's event, computed once."""
+        if self.asked[0] is not block:
+            self.asked = block, self.targets(block.after)
+        return self.asked[1]
+
     def reserve(self, block: Block, rest: list[int]) -> None:
         """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
         schedule, pool = self.clock.schedule, self.pool
         coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
-        need = max(live + size for live, size in zip(self.live, coming, strict=True))
+        need = max(map(add, self.live, coming))
         if isinstance(pool, PagePool):
             ahead = self._ahead(block.before)
             if self.shared:
@@ -148,7 +156,7 @@ class Storage:
     def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
         """Enter the fresh tokens of a block."""
         self.pool.write(key, value, block.position, notes, block.sizes, block.real)
-        self.live = [live + size for live, size in zip(self.live, block.sizes, strict=True)]
+        self.live = list(map(add, self.live, block.sizes))
         if self.shared:
             heads = key.shape[1]
             self.held = [held + heads * size for held, size in zip(self.held, block.sizes, strict=True)]
@@ -169,8 +177,10 @@ class Storage:
 
     def note_peak(self) -> None:
         """Remember the most bytes ever held, and tell the meter what is held now."""
-        self.peak_nbytes = max(self.peak_nbytes, self.pool.nbytes)
-        self.meter.note(self.place.index, self.pool.nbytes)
+        held = self.pool.nbytes
+        if held != self.noted:
+            self.peak_nbytes, self.noted = max(self.peak_nbytes, held), held
+            self.meter.note(self.place.index, held)
 
     def give_back(self) -> None:
         """Free what a long prompt needed and the steady state does not."""
