@@ -41,7 +41,7 @@ from learnevict.train.validation import Validation
 
 
 @dataclass
-class Config:
+class RefineProgramConfig:
     """Settings of a refinement: the gates, and the texts.
 
     Attributes:
@@ -98,7 +98,7 @@ DEFAULTS = {
 }
 
 
-def main(config: Config, refine: RefineConfig, training: Any) -> None:
+def main(config: RefineProgramConfig, refine: RefineConfig, training: Any) -> None:
     """Reads texts, refines the gates on them, and saves the gates; with --dry-run only prints what that would take.
 
     Args:
@@ -139,7 +139,7 @@ def main(config: Config, refine: RefineConfig, training: Any) -> None:
         )
 
 
-def settle(config: Config, training: Any) -> None:
+def settle(config: RefineProgramConfig, training: Any) -> None:
     """Makes training arguments, a trl.GRPOConfig, agree with the program's own flags.
 
     Raises:
@@ -154,7 +154,7 @@ def settle(config: Config, training: Any) -> None:
         raise UsageError("an evaluation needs --eval_documents of at least 1")
 
 
-def estimated(config: Config, refine: RefineConfig, training: Any) -> str:
+def estimated(config: RefineProgramConfig, refine: RefineConfig, training: Any) -> str:
     """Returns what the run would take, in figures for people; of the base, only the configuration is read."""
     (described, dtype), gates = describe_base(config.model), Gates.load(config.start_from)
     length: Any = length_of(training, config.gpus, config.documents)
@@ -195,7 +195,7 @@ def marked(row: dict[str, Any], text: str) -> float:
     return float(verify(generate(row["family"], row["seed"], split="train"), text))
 
 
-def parse(arguments: list[str], program: str | None = None) -> tuple[Config, RefineConfig, Any]:
+def parse(arguments: list[str], program: str | None = None) -> tuple[RefineProgramConfig, RefineConfig, Any]:
     """Reads flags, over those of a YAML file, over DEFAULTS; the last is a trl.GRPOConfig.
 
     Args:
@@ -206,7 +206,7 @@ def parse(arguments: list[str], program: str | None = None) -> tuple[Config, Ref
         from datasets import Dataset as Dataset
         from trl.trainer.grpo_config import GRPOConfig
     find_tools()
-    parts = {"what to refine, and on what": Config, "how": RefineConfig}
+    parts = {"what to refine, and on what": RefineProgramConfig, "how": RefineConfig}
     defaults = {**DEFAULTS, **launch_defaults()}
     config, refine, training = parse_parts(arguments, parts, GRPOConfig, defaults, __doc__, program)
     return config, refine, training

@@ -38,7 +38,7 @@ from learnevict.train.validation import Patience, Validation
 
 
 @dataclass
-class Config:
+class DistillConfig:
     """Settings of a distillation.
 
     Attributes:
@@ -187,4 +187,4 @@ def parse(arguments: list[str], program: str | None = None) -> Arguments:
         program: the command's name for --help; None: that of this process.
     """
     find_tools()
-    return parse_flags(arguments, Config, {**DEFAULTS, **launch_defaults()}, __doc__, program)
+    return parse_flags(arguments, DistillConfig, {**DEFAULTS, **launch_defaults()}, __doc__, program)

@@ -30,7 +30,7 @@ from learnevict.train.validation import BEST
 SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
 
 
-class Run:
+class TrainingRun:
     """A run in progress.
 
     Attributes:
@@ -60,7 +60,7 @@ def run(
     training: TrainingArguments,
     settings: Mapping[str, Mapping[str, Any]],
     data: tuple[Any, list[Document]],
-) -> Generator[Run]:
+) -> Generator[TrainingRun]:
     """Begins or resumes a run in its folder, under a lock and with a record, and sends what it made when it has ended.
 
     Args:
@@ -92,7 +92,7 @@ def run(
     )
     gates.config.training = {**record.origin, "before": gates.config.training}
     with record:
-        running = Run(record, checkpoint, facts)
+        running = TrainingRun(record, checkpoint, facts)
         yield running
     if training.push_to_hub:
         running.trainer.push_to_hub()
