@@ -105,7 +105,11 @@ class Record:
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.__enter__()
-        self._write()
+        try:
+            self._write()
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(
@@ -118,7 +122,15 @@ class Record:
         else:
             self.content |= {"status": "failed", "error": as_json(f"{type(error).__name__}: {error}")}
         self.content |= {"ended": now(), "seconds": round(time.monotonic() - self.began, 2)}
-        self._write()
+        try:
+            self._write()
+        except (DataError, OSError):
+            if error is None:  # else what went wrong in the run is what the user has to hear
+                raise
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         if self.writes:
             self.lock.__exit__(None, None, None)
 

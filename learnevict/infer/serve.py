@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from learnevict.errors import CacheError, UsageError
@@ -33,13 +34,21 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
     Raises:
         CacheError: another prompt; see Conversation.check_prompt.
     """
-    cache, tokens = kwargs.get("past_key_values"), args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if isinstance(cache, EvictingCache) and isinstance(tokens, Tensor) and not tokens.is_floating_point():
-        cache.conversation.check_prompt(tokens, kwargs.get("attention_mask"))
+    cache = kwargs.get("past_key_values")
     if not isinstance(cache, EvictingCache):
         return generate(*args, **kwargs)
-    config = kwargs.get("generation_config") or getattr(getattr(generate, "__self__", None), "generation_config", None)
-    cache.clock.ends = Ends.of(config, kwargs)
+    model, mask = getattr(generate, "__self__", None), kwargs.get("attention_mask")
+    tokens = next(
+        (found for found in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if found is not None), None
+    )
+    if isinstance(tokens, Tensor) and not tokens.is_floating_point():
+        cache.conversation.check_prompt(tokens, mask)
+    if isinstance(states := kwargs.get("inputs_embeds"), Tensor) and isinstance(model, PreTrainedModel):
+        cache.conversation.check_embeddings(states, model.get_input_embeddings())
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    cache.clock.ends = Ends.of(
+        kwargs, vars(config) if config else {}, vars(getattr(model, "generation_config", None) or Ends())
+    )
     try:
         return generate(*args, **kwargs)
     finally:
@@ -60,7 +69,7 @@ class Serve(Run):
         self.cache, self.front, self.decoder = cache, front, decoder
         self.read: list[Any] = []
         cache.used = True
-        cache.clock.ends = cache.clock.ends or Ends.of(getattr(model, "generation_config", None))
+        cache.clock.ends = cache.clock.ends or Ends.of(vars(getattr(model, "generation_config", None) or Ends()))
 
     def begin(self, given: Arguments) -> Arguments | None:
         """Begins a forward, and reads all of its pieces but the last; returns the arguments of that one, if there are several.

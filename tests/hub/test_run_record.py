@@ -42,6 +42,21 @@ def test_how_it_ended_is_told(tmp_path):
     assert read_record(tmp_path)["error"] == "ValueError: no"
 
 
+def test_a_record_that_cannot_be_written_hides_no_error_and_keeps_no_lock(tmp_path):
+    def fail() -> None:
+        with Record(tmp_path, "distill"):
+            (tmp_path / "run.json").unlink()
+            (tmp_path / "run.json").mkdir()  # nobody can write a file here now
+            raise ValueError("the real error")
+
+    with pytest.raises(ValueError, match="the real error"):
+        fail()
+    (tmp_path / "run.json").rmdir()
+    with Record(tmp_path, "distill"):
+        pass
+    assert read_record(tmp_path)["status"] == "finished"
+
+
 def test_a_run_that_goes_on_remembers_the_sessions_before(tmp_path):
     with pytest.raises(KeyboardInterrupt), Record(tmp_path, "oracle"):
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,7 +129,11 @@ class Conversation:
         length = self.clock.length
         if not length or self.ids is None:
             return True
-        if len(ids) != len(self.clock.seen) or ids.shape[1] <= length:
+        if (
+            copies := len(self.clock.seen) // len(ids) if len(self.clock.seen) % len(ids) == 0 else 0
+        ):  # beams are copies
+            ids, mask = ids.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
+        if not copies or ids.shape[1] <= length:
             return False
         old = self.ids[:, :length]
         real = old != PADDING if mask is None else mask[:, :length].to(old.device) != 0
@@ -145,12 +150,33 @@ class Conversation:
             CacheError: it begins otherwise, or is no longer.
         """
         new = mask is not None and mask.shape[1] > ids.shape[1]
-        if new or len(ids) != len(self.clock.seen) or self.starts(ids, mask):
+        if new or len(self.clock.seen) % len(ids) or self.starts(ids, mask):
             return
         raise CacheError(
             f"generate() was given {ids.shape[1]} tokens, which are not the {self.clock.length} that this cache has read and "
             f"more; {ADVICE}"
         )
+
+    def check_embeddings(self, states: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
+        """Refuse embeddings [B, T, E] of more columns than were read, whose beginning is not that of the tokens read.
+
+        Args:
+            states: what generate() is given.
+            embed: maps ids int64 [B, T] to their embeddings; columns that were read as embeddings are not compared.
+
+        Raises:
+            CacheError: they begin otherwise.
+        """
+        length = self.clock.length
+        if not length or self.ids is None or len(states) != len(self.ids) or states.shape[1] <= length:
+            return
+        old = self.ids[:, :length]
+        known = (old != EMBEDDED) & (old != PADDING)
+        expected = embed(old.clamp_min(0).long().to(states.device))
+        if bool((((states[:, :length] - expected) != 0).any(-1) & known.to(states.device)).any()):
+            raise CacheError(
+                f"generate() was given embeddings of other tokens than the {length} that were read; {ADVICE}"
+            )
 
 
 def as_batch(ids: Any) -> Tensor:

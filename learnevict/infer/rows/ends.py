@@ -30,10 +30,13 @@ class Ends:
     pads: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, config: Any, given: Mapping[str, Any] | None = None) -> Ends:
-        """As a generation_config says, and what was `given` to generate() beside it."""
-        names = ("eos_token_id", "pad_token_id")
-        ends, pads = (_ids((given or {}).get(name, getattr(config, name, None))) for name in names)
+    def of(cls, *sources: Mapping[str, Any]) -> Ends:
+        """Returns what the first source says that says anything: arguments of generate(), then generation configs."""
+
+        def first(name: str) -> frozenset[int]:
+            return _ids(next((found for source in sources if (found := source.get(name)) is not None), None))
+
+        ends, pads = first("eos_token_id"), first("pad_token_id")
         return cls(ends, pads or ends)
 
 

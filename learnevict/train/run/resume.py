@@ -61,11 +61,7 @@ def resume_point(
     if not asked or str(asked).lower() == "false":
         if smoke and _was_smoke(folder):
             return None
-        if any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise UsageError(
-                f"{folder!r} holds checkpoints of another run; go on with it (--resume_from_checkpoint true), or choose "
-                "another --output_dir"
-            )
+        _refuse_checkpoints(folder)
         _refuse_model(folder, settings, facts)
         return None
     given = str(asked).lower() != "true"
@@ -79,6 +75,7 @@ def resume_point(
         if config.exists() and not is_ours(config, MODEL_TYPE.encode()):
             raise UsageError(f"{str(config.parent)!r} holds a model that is no gates; choose another --output_dir")
     if Path(home).resolve() != Path(folder).resolve():
+        _refuse_checkpoints(folder)
         _refuse_model(folder, settings, facts)
     if wrong := _differences(read_record(home) or {}, settings, facts):
         raise UsageError(
@@ -118,6 +115,15 @@ def _is_complete(checkpoint: Path, training: TrainingArguments) -> bool:
 
 def _was_smoke(folder: str) -> bool:
     return bool((read_record(folder) or {}).get("config", {}).get("smoke"))
+
+
+def _refuse_checkpoints(folder: str) -> None:
+    """Refuse a folder with checkpoints, which the trainer would thin out as if they were its own."""
+    if any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise UsageError(
+            f"{folder!r} holds checkpoints of another run; go on with it (--resume_from_checkpoint true), or choose another "
+            "--output_dir"
+        )
 
 
 def _refuse_model(folder: str, settings: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:

@@ -94,6 +94,12 @@ def test_nothing_of_others_is_trained_over(run, tmp_path, base):  # noqa: F811
     with pytest.raises(UsageError, match="holds a model that is no gates"):
         run(model, *GO_ON)
     assert before == {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    mine = tmp_path / "mine" / "checkpoint-2"
+    mine.mkdir(parents=True)
+    shutil.copytree(model / "checkpoint-4", tmp_path / "earlier" / "checkpoint-4")
+    (tmp_path / "earlier" / "checkpoint-4" / "config.json").unlink()
+    with pytest.raises(UsageError, match="mine' holds checkpoints of another run"):  # the trainer would delete them
+        run(mine.parent, "--resume_from_checkpoint", str(tmp_path / "earlier" / "checkpoint-4"))
     gates, terms = tmp_path / "gates", ["--save_strategy", "no"]
     run(gates, *terms)
     first = weights(gates)
