@@ -36,6 +36,7 @@ from learnevict.evals.budgets import resolve
 from learnevict.evals.methods import COMPARISON
 from learnevict.evals.plan import check_families
 from learnevict.evals.teacher_forced import read
+from learnevict.files import locked
 from learnevict.hub import weight_hash
 from learnevict.oracle import horizon
 from learnevict.oracle.gradient import gradient_utility
@@ -236,14 +237,17 @@ def main(config: Config) -> None:
         "weights": weight_hash(model), "tasks": testbed.fingerprint(), "split": config.split, "samples": config.samples,
         "fitting": config.fitting, "climbs": config.climbs,
     }  # fmt: skip
-    done = TriedLabels.open(Path(config.out), origin)
-    for share in shares:
-        missing = {family: [name for name in names if not done.has(family, share, name)] for family in families}
-        if any(missing.values()):
-            hints = Hints(fitted(config, (model, tokenizer), share), config.climbs)
-            for family, some in missing.items():
-                for one in measure(config, (model, tokenizer), (family, share), some, hints):
-                    done.add(one)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        done = TriedLabels.open(out, origin)
+        for share in shares:
+            missing = {family: [name for name in names if not done.has(family, share, name)] for family in families}
+            if any(missing.values()):
+                hints = Hints(fitted(config, (model, tokenizer), share), config.climbs)
+                for family, some in missing.items():
+                    for one in measure(config, (model, tokenizer), (family, share), some, hints):
+                        done.add(one)
 
 
 def listed(text: str, between: str = ",") -> list[str]:

@@ -33,7 +33,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.files import check_folder, replacing_folder
+from learnevict.files import check_folder, locked, replacing_folder
 from learnevict.hub.run_record import Record
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
@@ -243,7 +243,11 @@ def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
     """Write the exported model: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
-    with replacing_folder(config.target, *EXPORTED) as fresh:
+    config.target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(config.target.with_name(config.target.name + ".export")),
+        replacing_folder(config.target, *EXPORTED) as fresh,
+    ):
         return write_model(config, state, fresh)
 
 

@@ -60,7 +60,7 @@ def run(
     if out is not None:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(out), locked(log_path(out) if out else None):  # r.json and r.jsonl have one log
         return _run(plan, subject, evaluated_methods, out, resume, advance)
 
 
