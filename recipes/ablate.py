@@ -120,9 +120,9 @@ def refine(
         trainer.train()
         log = trainer.state.log_history
     plan, field = judged(config, gates)
-    found, log = run(plan, subject, field, advance=advance)
+    found, numbers = run(plan, subject, field, advance=advance)
     counts = {}
-    for key, cell in log.entries.items():
+    for key, cell in numbers.entries.items():
         if key.method != "full":
             counts[key.budget] = {part: [cell[seed][part] for seed in plan.seeds] for part in ("right", "seen")}
     accuracy = {row["budget_share"]: row["step_accuracy"] for row in found if row["budget_share"]}

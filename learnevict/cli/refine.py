@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import typer
-
 from learnevict.cli.train import SETTINGS as SETTINGS
+from learnevict.cli.train import Words
 
 
-def run(context: typer.Context) -> None:
+def run(words: Words = None) -> None:
     """Refine trained gates by reinforcement; [bold]learnevict refine --help[/bold] shows the flags."""
     from learnevict.rl.refine import main, parse
 
-    main(*parse(context.args, "learnevict refine"))
+    main(*parse(words or [], "learnevict refine"))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+SETTINGS = {"ignore_unknown_options": True, "help_option_names": []}
 """All words are read by the program's own parser, --help too."""
 
 
-def run(context: typer.Context) -> None:
+Words = Annotated[list[str] | None, typer.Argument(metavar="[METHOD | CONFIG.YAML] [FLAGS]", show_default=False)]
+
+
+def run(words: Words = None) -> None:
     """Train the gates of a learned method; [bold]learnevict train METHOD --help[/bold] shows its flags."""
     from learnevict.train.distill import main, parse
 
-    main(parse(context.args, "learnevict train"))
+    main(parse(words or [], "learnevict train"))

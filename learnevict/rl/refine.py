@@ -1,5 +1,7 @@
 """Refine a slot scorer by GRPO over its own evictions (reinforcement stage of ForesightKV, arXiv 2602.03203).
 
+Examples:
+
     learnevict refine --start_from runs/foresightkv --output_dir runs/refined         the same as recipes/grpo.py
     learnevict refine --share_spread 0.3 --output_dir runs/shares                     layers learn to share the budget
     learnevict refine --scope model --output_dir runs/together                        slots of all heads and layers compete

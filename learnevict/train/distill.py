@@ -1,5 +1,7 @@
 """Train the gates of a learned method on what the future of a text attends to; the base model stays frozen.
 
+Examples:
+
     learnevict train foresightkv --output_dir runs/foresightkv               the same as recipes/distill.py
     learnevict train foresightkv --help                                      flags of its trainer and gate
     learnevict train config.yaml --max_steps 100                             flags from a file, others after it
