@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -111,6 +113,16 @@ def cli_options(command: str) -> set[str]:
     return {option for parameter in commands[command].params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
+def flags_of(words: list[str]) -> set[str]:
+    """Flags in the help of a command that hands its words on to a program."""
+    method = [word for word in words[1:2] if not word.startswith("-")]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        from learnevict.cli import main
+
+        assert main([words[0], *method, "--help"]) == 0
+    return set(re.findall(r"--[\w-]+", out.getvalue()))
+
+
 def test_readme_shows_commands_that_exist():
     commands = shown_commands(ROOT / "README.md")
     named = {words[0] for words in commands if words}
@@ -121,7 +133,8 @@ def test_readme_shows_commands_that_exist():
                 assert (ROOT / word).exists(), f"README names {word}"
         if len(words) > 1 and words[0] == "learnevict" and not words[1].startswith("-"):
             given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
-            unknown = given - cli_options(words[1]) - {"--help"}
+            known = flags_of(words[1:]) if words[1] in ("train", "refine") else cli_options(words[1])
+            unknown = given - known - {"--help"}
             assert not unknown, f"README gives learnevict {words[1]} {sorted(unknown)}"
 
 
