@@ -134,7 +134,7 @@ def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a JSONL file, broken ones with their problem; empty lines are passed over.
 
     Raises:
-        DataError: no such file, or it is not UTF-8.
+        DataError: no such file, or no rows in it.
     """
     rows: list[Row] = []
     used: dict[str, int] = {}
@@ -148,7 +148,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_row(number: int, line: str, used: dict[str, int]) -> Row:
+def read_row(number: int, line: bytes, used: dict[str, int]) -> Row:
     """One line; its name is its id, or the number of the line."""
     try:
         content = parse_row(line)

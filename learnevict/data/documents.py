@@ -48,14 +48,16 @@ class Encoder:
         """Returns token ids and the length of the prompt, 0 where there is none.
 
         Args:
-            row: of the source, or a line of JSON.
+            row: of the source, a line of JSON, or a DataError that says why there is none.
             where: where it stands, for errors.
 
         Raises:
             DataError: the row has no text, or a chat that the template refuses.
         """
+        if isinstance(row, DataError):
+            raise row
         try:
-            ids, prompt = self._row(parse_row(row) if isinstance(row, str) else row)
+            ids, prompt = self._row(parse_row(row) if isinstance(row, bytes | str) else row)
         except DataError as error:
             raise DataError(f"{where} {error}") from error
         if not ids:
@@ -141,7 +143,7 @@ class Cutter:
             self.rows = open_rows(self.source)
         for row in self.rows:
             self.number += 1
-            if isinstance(row, str) and not row.strip():
+            if isinstance(row, bytes) and not row.strip():
                 continue  # an empty line is no row
             try:
                 ids, prompt = self.encoder.encode(row, f"row {self.number} of {self.source.name!r}")

@@ -49,7 +49,10 @@ class TextRows:
         self.files, self.position = files, 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields a .txt file as one row, the items of a .json array, or lines of JSON that are not parsed yet."""
+        """Yields a .txt file as one row, the items of a .json array, or lines of JSON that are not parsed yet.
+
+        In place of a file that is no text, or no array, stands a DataError about it.
+        """
         for row in islice(chain.from_iterable(map(_rows_of, self.files)), self.position, None):
             self.position += 1
             yield row
@@ -64,16 +67,22 @@ class TextRows:
 
 
 def _rows_of(path: Path) -> Iterator[Any]:
-    if kind_of(path) == "text":
-        yield {"text": read_file(path)}
+    if kind_of(path) == "json" and not _is_array(path):
+        yield from read_lines(path)
         return
-    if path.suffix.lower() == ".json" and (whole := read_file(path)).lstrip()[:1] == "[":
-        try:
-            yield from json.loads(whole)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{str(path)!r} is not JSON: {error}") from error
-        return
-    yield from read_lines(path)
+    try:
+        whole = read_file(path)
+        rows = [{"text": whole}] if kind_of(path) == "text" else json.loads(whole)
+    except DataError as error:
+        rows = [error]
+    except (ValueError, RecursionError) as error:
+        rows = [DataError(f"{str(path)!r} is not JSON: {error}")]
+    yield from rows
+
+
+def _is_array(path: Path) -> bool:
+    lines = read_lines(path) if path.suffix.lower() == ".json" else iter(())
+    return next((line.lstrip() for line in lines if line.strip()), b"").startswith(b"[")
 
 
 def kind_of(path: Path) -> str:

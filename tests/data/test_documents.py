@@ -171,12 +171,20 @@ BAD = [
     {"messages": [{"role": "user"}]},
     {},
 ]
-BAD_LINES = ["null", "[]", "{]", '{"text": "half of it', '{"text": "\\ud800"}', '{"text": ' + "[" * 100_000]
+BAD_LINES = [
+    "null",
+    "[]",
+    "{]",
+    '{"text": "caf\udce9"}',
+    '{"text": "half of it',
+    '{"text": "\\ud800"}',
+    '{"text": ' + "[" * 100_000,
+]
 
 
 def write_lines(path: Path, rows: list[Any], encoding: str = "utf-8") -> Source:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    path.write_text("\n".join(lines) + "\n", encoding=encoding, errors="surrogateescape")  # "\udce9" is the byte 0xe9
     return Source(str(path))
 
 
@@ -248,12 +256,18 @@ def test_all_readers_take_the_same_files(tmp_path):
         assert read_documents(Source(str(path)), TOKENIZER, 9)[0][0].input_ids == ids(text(0))
 
 
-def test_a_file_in_another_encoding_is_refused_as_a_whole(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('{"text": "plain"}\n{"text": "caf\u00e9"}\n'.encode("latin1"))
-    for read in (lambda: read_documents(Source(str(path)), TOKENIZER, 9), lambda: read_rows(path)):
-        with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xe9 in line 2\)"):
-            read()
+def test_a_file_that_cannot_be_read_is_one_bad_row_of_its_folder(tmp_path):
+    for kind, good, bad in (("txt", text(0), "caf\udce9"), ("json", json.dumps([{"text": text(0)}]), "[{]")):
+        for name, said in (("a", good), ("b", bad), ("c", good)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / f"{name}.{kind}").write_text(said, encoding="utf-8", errors="surrogateescape")
+        source = Source(str(tmp_path / kind))
+        with pytest.warns(LearnevictWarning, match=rf"1 of 3 rows .*the first: .*b\.{kind}' is not "):
+            assert [one.input_ids for one in read_documents(source, TOKENIZER, 9)[0]] == [ids(text(0))] * 2
+        with pytest.warns(LearnevictWarning, match=rf"b\.{kind}' is not "):
+            assert len(list(islice(Stream(source, TOKENIZER), 4))) == 4
+        with pytest.raises(DataError, match=rf"^'.*b\.{kind}' is not "):
+            read_documents(Source(str(tmp_path / kind / f"b.{kind}")), TOKENIZER, 9)
 
 
 def test_conversations_of_all_shapes_are_one():

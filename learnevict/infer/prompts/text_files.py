@@ -6,11 +6,14 @@ Lines of JSON end with a newline and with nothing else: U+2028 and U+0085 are ch
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError
+
+CONVERT = "convert it, for instance with `iconv -f latin1 -t utf-8`"
 
 
 def read_file(path: Path) -> str:
@@ -25,44 +28,45 @@ def read_file(path: Path) -> str:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Yields the lines of a file as they are needed, empty ones too, so that they can be counted.
 
+    They are not decoded: one that is not UTF-8 is a bad row, and no reason to stop at.
+
     Raises:
-        DataError: it cannot be read, or a line is not UTF-8.
+        DataError: it cannot be read.
     """
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield decode(raw, repr(str(path)), number)
+            for number, raw in enumerate(file):
+                yield raw if number else raw.removeprefix(BOM_UTF8)
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def decode(raw: bytes, source: str, line: int = 1) -> str:
-    """Returns UTF-8 as text, without the byte order mark that a first line may have.
+def decode(raw: bytes, source: str) -> str:
+    """Returns UTF-8 as text, without the byte order mark that it may begin with.
 
     Raises:
         DataError: it is not UTF-8.
     """
     try:
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line += raw[: error.start].count(b"\n")
-        raise DataError(
-            f"{source} is not UTF-8 (byte {raw[error.start]:#04x} in line {line}); convert it, for instance with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from error
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{source} is not UTF-8 (byte {raw[error.start]:#04x} in line {line}); {CONVERT}") from error
 
 
-def parse_row(line: str) -> dict[str, Any]:
+def parse_row(line: bytes | str) -> dict[str, Any]:
     """Returns the object that a line of JSON holds.
 
     Raises:
         DataError: it holds something else; worded to follow the name of the line.
     """
     try:
-        found = json.loads(line)
+        found = json.loads(line if isinstance(line, str) else line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 (byte {error.object[error.start]:#04x}); {CONVERT}") from error
     except ValueError as error:
         raise DataError(f"is not JSON: {error}") from error
     except RecursionError as error:
