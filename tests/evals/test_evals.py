@@ -786,7 +786,7 @@ def test_the_results_page_is_made_of_rows(finished, tmp_path):
     assert [path.name for path in written] == ["results-main.png", "results.md"]
     page = written[-1].read_text()
     assert "| golden |" in page and "](results-main.png)" in page and "bootstrap interval" in page
-    assert "<summary>recall</summary>" in page and page.count("<details>") == page.count("</details>") == 1
+    assert "<summary>recall</summary>" in page and page.count('<details markdown="1">') == page.count("</details>") == 1
     bench.mkdir()
     (bench / "decode.json").write_text('{"rows": [{"tokens": 1024}]}')
     with pytest.raises(DataError, match="no file of a benchmark"):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from learnevict import testbed
+from learnevict import methods, testbed
 from learnevict.evals import tuning
 from learnevict.evals.records import Records, of_run
 from learnevict.evals.sample_log import Key, SampleLog
@@ -151,3 +151,12 @@ def test_a_benchmark_older_than_the_code_it_measured_says_so(tmp_path, monkeypat
     for unknown in ("0123abcd", "--output=x", ""):
         (said,) = benchmarks.age({"benchmark": "decode", "commit": unknown})
         assert "cannot be told" in said
+
+
+def test_only_learned_methods_without_rows_are_missed():
+    """Rows of dbtrimkv that say gates_of: trimkv, made before it was a method of its own, are rows of dbtrimkv."""
+    right = {(name, "recall", "1/4"): 4 for name in methods.METHODS if name not in ("kvp", "trimkv")}
+    main = results(right)
+    for row in main.rows:
+        row["gates_of"] = "trimkv" if row["method"] == "dbtrimkv" else None
+    assert sections.notes(main) == ["No gates, so not here: kvp."]

@@ -81,7 +81,7 @@ def overview(results: Records, mode: str) -> list[str]:
 
 def notes(results: Records) -> list[str]:
     """Says which methods could not take part, and why."""
-    there = {row.get("gates_of") or row["method"] for row in results.rows}
+    there = {name for row in results.rows for name in (row["method"], row.get("gates_of"))}
     if len(results.methods()) < len(methods.METHODS) // 2:  # a table of some methods only
         return []
     absent = [name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned" and name not in there]
@@ -99,7 +99,7 @@ def notes(results: Records) -> list[str]:
 def folded(title: str, parts: Sequence[str]) -> str:
     """Returns parts that open on a click."""
     body = "\n\n".join(part for part in parts if part)
-    return f"<details>\n<summary>{title}</summary>\n\n{body}\n\n</details>"
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{body}\n\n</details>'
 
 
 def family_parts(results: Records, family: str, mode: str, best: Best | None) -> list[str]:
