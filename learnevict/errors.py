@@ -80,6 +80,10 @@ class UnusedWeightsWarning(LearnevictWarning):
     """A checkpoint holds tensors of parts that the model lacks, such as a head for another task."""
 
 
+class DefaultBudgetWarning(LearnevictWarning):
+    """Who governs a cache names no budget, so a default holds."""
+
+
 class TrainedOtherwiseWarning(LearnevictWarning):
     """A gate is used in another way than it was trained for."""
 

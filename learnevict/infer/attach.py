@@ -33,11 +33,11 @@ from learnevict.infer.model.modules import (
     front_of,
     rotation_of,
 )
-from learnevict.infer.model.supported import check_governor, evicting_layers
+from learnevict.infer.model.supported import evicting_layers
 from learnevict.infer.run import RUN, Step, running
 from learnevict.infer.serve import Serve, checked_generate
 from learnevict.infer.soft import Soft, soft_gate
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Attention
 
 NAME = "learnevict"
@@ -96,7 +96,7 @@ class Attachment:
 
 def attach(
     model: PreTrainedModel,
-    policy: Governor | None = None,
+    policy: AnyPolicy | None = None,
     *,
     record: bool = False,
     prompt_length: list[int] | None = None,
@@ -106,8 +106,8 @@ def attach(
 
     Args:
         model: any causal language model of transformers that dispatches through its attention interface.
-        policy: governs the cache that `with attach(model, policy) as cache:` yields. Without one only hooks are set, and
-            `EvictingCache(model.config, policy)` makes caches.
+        policy: governs the cache that `with attach(model, policy) as cache:` yields, as of EvictingCache. Without one only
+            hooks are set, and `EvictingCache(model.config, policy)` makes caches.
         record: the cache keeps its expiry trace.
         prompt_length: see EvictingCache.
         soft: the policy's gate weighs attention instead of evicting, as soft gates are trained: inside `with`, call the model
@@ -126,9 +126,9 @@ def attach(
         raise UsageError("attach(soft=True) takes a model and a policy; record and prompt_length belong to a cache")
     cache = None
     if policy is not None:
-        check_governor(policy)
-        if (base := getattr(policy, "base", None)) is not None:
-            check_base(base, model)
+        policy = governor(policy)
+        if policy.base is not None:
+            check_base(policy.base, model)
         policy.scorer.to(device_for(policy.scorer, model))
         if soft:
             stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers

@@ -14,13 +14,13 @@ from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, Sto
 from learnevict.infer.clock import Clock
 from learnevict.infer.eviction_after_forward import is_deferred
 from learnevict.infer.layer import NO_CROP, EvictingLayer
-from learnevict.infer.model.supported import check_governor, check_rope, evicting_layers, state_shape
+from learnevict.infer.model.supported import check_rope, evicting_layers, state_shape
 from learnevict.infer.probe import check_questioned
 from learnevict.infer.rows.conversation import Conversation, as_batch
 from learnevict.infer.rows.ends import warn_of_padding
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.infer.store.storage import Meter, Place, targets
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Trace
 
 
@@ -31,7 +31,8 @@ class EvictingCache(Cache):
 
     Args:
         config: of the model it will serve.
-        policy: governs every full-attention layer.
+        policy: governs every full-attention layer: a Policy, an object with `keep(signals)`, or a function; see
+            learnevict.policy.governor.
         record: keep the expiry trace (see `trace`).
         prompt_length: real tokens of each row's prompt, for prompt protection when prompt and answer are read in one
             forward; by default the prompt is what is read before the first single-token step.
@@ -44,13 +45,12 @@ class EvictingCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        policy: Governor,
+        policy: AnyPolicy,
         *,
         record: bool = False,
         prompt_length: list[int] | None = None,
     ) -> None:
-        check_governor(policy)
-        self.policy = policy
+        self.policy = policy = governor(policy)
         self.record = record
         self._warned = False
         self.clock = Clock(policy.schedule, prompt_length, deferred=is_deferred(policy))

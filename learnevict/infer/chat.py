@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from learnevict.infer.attach import attach
 from learnevict.infer.generate import read_chat
 from learnevict.infer.model.modules import device_of
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 
 
 class Chat:
@@ -30,7 +30,7 @@ class Chat:
         cache: the EvictingCache.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, policy: Governor, **how: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, policy: AnyPolicy, **how: Any) -> None:
         self.model: Any = model
         self.tokenizer, self.how = tokenizer, how
         self.messages: list[dict[str, str]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +56,19 @@ class Event:
             for due, live, target in zip(self.block.due, self.storage.live, self.targets(), strict=True)
         ]
 
-    def drop(self, keep: Tensor, rows: list[bool]) -> Tensor:
-        """What goes, bool [B, H, N], if only `rows` evict and the policy keeps `keep`."""
+    def drop(self, keep: Any, rows: list[bool]) -> Tensor:
+        """Returns what goes, bool [B, H, N], if only `rows` evict and the policy keeps `keep`.
+
+        Raises:
+            CacheError: `keep` is no mask of the slots.
+        """
+        wanted = self.signals.position.shape
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != wanted:
+            found = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise CacheError(
+                f"keep(signals) returned {found} in layer {self.signals.layer}, not the slots to keep, torch.bool "
+                f"{list(wanted)}; return such a mask, or None to keep all"
+            )
         drop = ~keep & self.signals.occupied
         if not all(rows):
             drop &= torch.tensor(rows).to(drop.device, non_blocking=True).view(-1, 1, 1)

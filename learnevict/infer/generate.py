@@ -21,7 +21,7 @@ from learnevict.infer.cache import EvictingCache, stored_bytes
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import device_of
 from learnevict.infer.prompts.text_files import checked
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 from learnevict.signals import EMPTY, NEVER, Trace
 
 
@@ -74,7 +74,7 @@ class Sampling:
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    policy: Governor | None,
+    policy: AnyPolicy | None,
     prompts: Sequence[str | list[int]],
     *,
     batch_size: int = 1,
@@ -109,7 +109,7 @@ def generate(
 def completions(
     model: PreTrainedModel,
     tokenizer: Any,
-    policy: Governor | None,
+    policy: AnyPolicy | None,
     prompts: Sequence[str | list[int]],
     *,
     batch_size: int = 1,
@@ -193,7 +193,7 @@ class _Batch:
         self.pad = next((token for token in (pad, *self.ends) if token is not None), 0)
 
     def run(
-        self, policy: Governor | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
+        self, policy: AnyPolicy | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
     ) -> list[Completion]:
         """Generate and take stock."""
         gaps = [self.width - len(prompt) for prompt in self.prompts]
@@ -212,9 +212,9 @@ class _Batch:
         late = count - len(answers)
         speed = late / (stop - watch.first) if late else count / (stop - watch.start)
         timing = {"prompt_seconds": watch.first - watch.start, "tokens_per_second": speed}
-        return [self._completion(row, answer, cache, policy, timing) for row, answer in enumerate(answers)]
+        return [self._completion(row, answer, cache, timing) for row, answer in enumerate(answers)]
 
-    def _attach(self, policy: Governor, **options: bool) -> Attachment:
+    def _attach(self, policy: AnyPolicy, **options: bool) -> Attachment:
         return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
@@ -241,9 +241,7 @@ class _Batch:
         stop = next((index for index, token in enumerate(answer) if token in self.ends), len(answer) - 1)
         return answer[: stop + 1]
 
-    def _completion(
-        self, row: int, answer: list[int], cache: Any, policy: Governor | None, timing: dict[str, float]
-    ) -> Completion:
+    def _completion(self, row: int, answer: list[int], cache: Any, timing: dict[str, float]) -> Completion:
         prompt, num_rows, evicting = self.prompts[row], len(self.prompts), isinstance(cache, EvictingCache)
         seen = len(prompt) + len(answer) - 1
         held = cache.nbytes if evicting else sum(map(stored_bytes, cache.layers))
@@ -257,7 +255,7 @@ class _Batch:
             kv_bytes_peak=peak // num_rows,
             kv_bytes_full=full // num_rows,
             kept=kept_slots(cache, row, seen),
-            budget=None if policy is None else resolved_budget(cache, policy, seen),
+            budget=resolved_budget(cache, seen) if evicting else None,
             trace=row_trace(cache.trace(), row, self.width - len(prompt), seen) if evicting and cache.record else None,
             **timing,
         )
@@ -281,9 +279,9 @@ def kept_slots(cache: Any, row: int, seen: int) -> list[list[int]]:
     return [[min(layer.keys.shape[2], seen)] * layer.keys.shape[1] for layer in cache.layers]
 
 
-def resolved_budget(cache: EvictingCache, policy: Governor, seen: int) -> int:
+def resolved_budget(cache: EvictingCache, seen: int) -> int:
     """The budget in slots per head after so many tokens, before a layer allocator moves it about."""
-    place = next(layer.place for layer in cache.layers if isinstance(layer, EvictingLayer))
+    policy, place = cache.policy, next(layer.place for layer in cache.layers if isinstance(layer, EvictingLayer))
     floor = policy.guard.reserved(policy.schedule.period) + 1
     return policy.budget.tokens(seen, floor, place.row_bytes_per_token, place.num_evicting, policy.schedule.slack)
 

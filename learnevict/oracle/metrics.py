@@ -30,7 +30,7 @@ from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops.select import eviction_order, highest
 from learnevict.oracle.reference import EventScores, Reference, losses, recording
 from learnevict.oracle.traces import evictable
-from learnevict.policy import Governor, Guard
+from learnevict.policy import AnyPolicy, Governor, Guard, governor
 from learnevict.signals import NEVER, Trace
 
 
@@ -138,7 +138,7 @@ class PolicyMetrics:
 
 def measure_policy(
     model: PreTrainedModel,
-    policy: Governor,
+    policy: AnyPolicy,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"] | None = None,
     *,
@@ -155,6 +155,7 @@ def measure_policy(
     Returns:
         Figures by name; see the module. Those that are not defined here are left out.
     """
+    policy = governor(policy)
     period = policy.schedule.period
     reference = Reference.of(
         model, input_ids, attention_mask, block=period, prompt_length=prompt_length, loss_mask=loss_mask
@@ -163,7 +164,7 @@ def measure_policy(
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, policy: Governor, reference: Reference) -> PolicyMetrics:
+def measure(model: PreTrainedModel, policy: AnyPolicy, reference: Reference) -> PolicyMetrics:
     """Runs a policy teacher-forced over the texts of a reference and compares it, text by text.
 
     Random and golden eviction under the same terms are run once per reference, whatever the policies measured on it.
@@ -171,6 +172,7 @@ def measure(model: PreTrainedModel, policy: Governor, reference: Reference) -> P
     Raises:
         UsageError: the policy has events at another period than the labels have blocks.
     """
+    policy = governor(policy)
     listening, notes = recording(policy)
     with attach(model, listening, record=True, prompt_length=reference.prompt.tolist()) as cache:
         logits = prefill(model, cache, reference.input_ids, reference.attention_mask)

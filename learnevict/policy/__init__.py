@@ -1,16 +1,15 @@
-"""A policy is one sentence: when, who, how many, never, which.
+"""What governs a cache: `keep(signals)` names the slots to keep, or None for all.
 
-    Policy(budget, scorer, allocator, schedule, guard, draw)
-
-Its one verb is `keep(signals)`: the slots to keep, or None for all. This package says what the words of that sentence must
-offer; the library of words is `learnevict.parts`.
+A Policy composes it of when, who, how many, never, which: Policy(budget, scorer, allocator, schedule, guard, draw). This
+package says what these components must offer; the library of components is `learnevict.parts`.
 """
 
 from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
-from learnevict.policy.policy import Assembly, Governor, Policy, keep_best
+from learnevict.policy.governor import AnyPolicy, Assembly, Governor, Keeps, Rule, Unscored, governor
+from learnevict.policy.policy import Policy, keep_best
 from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, WrappedScorer
 
 __all__ = [
-    "Policy", "Governor", "Assembly", "keep_best", "Scorer", "WrappedScorer", "Gate", "SoftGate", "DecayBias", "Probe",
-    "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
+    "Policy", "Governor", "Assembly", "Keeps", "AnyPolicy", "Rule", "Unscored", "governor", "keep_best", "Scorer",
+    "WrappedScorer", "Gate", "SoftGate", "DecayBias", "Probe", "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""The sentence itself, and what a cache must know of whoever governs it."""
+"""The policy of a method: when, who, how many, never, which."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,42 +16,9 @@ from learnevict.policy.scorer import Probe, Scorer
 from learnevict.signals import EMPTY, Signals
 
 
-class Governor(Protocol):
-    """Anything that may govern a cache: the verb `keep`, and what the cache must know beforehand."""
-
-    @property
-    def budget(self) -> Budget: ...
-    @property
-    def scorer(self) -> Scorer: ...
-    @property
-    def allocator(self) -> Allocator: ...
-    @property
-    def schedule(self) -> Schedule: ...
-    @property
-    def guard(self) -> Guard: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def scope(self) -> Literal["layer", "model"]: ...
-    @property
-    def probe(self) -> Probe | None: ...
-
-    def keep(self, signals: Signals) -> Tensor | None:
-        """bool [B, H, N], the slots to keep; None keeps all."""
-        ...
-
-
-class Assembly(Governor, Protocol):
-    """A governor of scope "model"."""
-
-    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """As `keep`, for all evicting layers at once."""
-        ...
-
-
 @dataclass(frozen=True)
 class Policy:
-    """When, who, how many, never, which: a frozen sentence that governs a cache.
+    """A frozen composition of components that governs a cache.
 
     Args:
         budget: slots per (layer, kv head) after an event: tokens, "25%" or "64MiB".

@@ -12,7 +12,6 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learnevict import EvictingCache, Gates, attach, methods, testbed
-from learnevict.config import Budget
 from learnevict.errors import (
     BudgetError,
     CacheError,
@@ -27,8 +26,7 @@ from learnevict.errors import (
 from learnevict.hub import weight_hash
 from learnevict.infer.generate import generate
 from learnevict.oracle import golden, golden_labels, golden_trace
-from learnevict.parts.rule import Rule
-from learnevict.policy import Guard, Policy, Schedule
+from learnevict.policy import Guard, Policy
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import random_gates
@@ -261,18 +259,6 @@ def test_bytes_are_a_hard_total_with_a_protected_prompt_too():
         pytest.raises(BudgetError, match="protected prompt"),
     ):
         base(IDS, past_key_values=cache)
-
-
-def test_a_function_may_govern():
-    base = zoo.build("llama")
-    rule = Rule(lambda signals: signals.occupied & (signals.age < 12), Budget(12), Schedule(4))
-    with attach(base, rule, record=True) as cache, torch.no_grad():
-        base(IDS, past_key_values=cache)
-    assert cache.trace().source == "rule" and cache.trace().evictions == 2 * 2 * 28
-    with pytest.raises(UsageError, match=r"lacks keep, budget.*Rule"):
-        EvictingCache(base.config, lambda signals: None)
-    with pytest.raises(UsageError, match=r"lacks keep, budget.*Rule"):
-        attach(base, lambda signals: None)
 
 
 @pytest.mark.parametrize("options", [{"prompt": True, "budget": 32}, {"sinks": 20, "budget": 40}])

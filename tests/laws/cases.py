@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "foresightkv/shares": ("foresightkv", {"made": {"demand": ()}}),
     "foresightkv/prefill_end": ("foresightkv", {"schedule": "prefill_end"}),
     "dbtrimkv": ("dbtrimkv", {"made": {"hidden": 16}}),
+    "keep_only": ("tests.laws.keep_only", {}),
 }
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)

@@ -29,8 +29,7 @@ from learnevict.oracle.metrics import (
 )
 from learnevict.oracle.reference import Reference, align, recording
 from learnevict.oracle.traces import unpadded_positions
-from learnevict.parts.rule import Rule
-from learnevict.policy import Guard, Schedule
+from learnevict.policy import Guard, Rule, Schedule
 from learnevict.signals import NEVER, Trace
 from tests.closeness import close
 from tools.results.hindsight import Case, by_value, caote, from_the_left

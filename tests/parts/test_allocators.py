@@ -361,12 +361,6 @@ def test_rows_that_are_reordered_keep_their_shares():
     assert num_bytes == same
 
 
-def test_who_governs_all_layers_must_be_able_to():
-    model = zoo.build("llama")
-    with pytest.raises(UsageError, match="keep_together"):
-        attach(model, SimpleNamespace(**{**vars(knorm()), "keep": None}))  # type: ignore[arg-type]
-
-
 def test_keeping_too_much_is_said():
     class Greedy(Policy):
         def keep_together(self, layers):

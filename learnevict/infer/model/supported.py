@@ -1,4 +1,4 @@
-"""What can be served: kinds of cache layers, rotary embeddings, and objects that may govern a cache."""
+"""What can be served: kinds of cache layers, rotary embeddings, and texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
-from learnevict.errors import ModelError, UsageError
+from learnevict.errors import ModelError
 
 STOCK_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}
 
@@ -40,23 +40,6 @@ def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
     own = text if views is None else views[layer]
     heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
     return heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-
-
-def check_governor(policy: Any) -> None:
-    """Say what is missing from an object that is to govern a cache.
-
-    Raises:
-        UsageError: it lacks parts of learnevict.policy.Governor.
-    """
-    parts = ("keep", "budget", "scorer", "allocator", "schedule", "guard", "name", "scope", "probe")
-    if getattr(policy, "scope", None) == "model":
-        parts = (*parts, "keep_together")
-    missing = [part for part in parts if not hasattr(policy, part)]
-    if missing:
-        raise UsageError(
-            f"{type(policy).__name__} cannot govern a cache: it lacks {', '.join(missing)}; make a policy with a method's "
-            "policy(budget), or wrap a function: learnevict.parts.rule.Rule(keep, Budget(512))"
-        )
 
 
 def check_text(given: dict[str, Any]) -> None:
