@@ -39,11 +39,21 @@ from learnevict.evals.teacher_forced import read
 from learnevict.files import locked
 from learnevict.hub import weight_hash
 from learnevict.oracle import horizon
-from learnevict.oracle.gradient import gradient_utility
-from learnevict.oracle.head_slots import Share, profile, slots_of
+from learnevict.oracle.collect import gradient_utility
+from learnevict.oracle.traces import Share
 from learnevict.signals import Trace
 from learnevict.train.run.flags import read_flags
-from tools.results.hindsight import Case, by_value, caote, contribution, distance, from_the_left, largest
+from tools.results.hindsight import (
+    Case,
+    by_value,
+    caote,
+    contribution,
+    distance,
+    from_the_left,
+    largest,
+    profile,
+    slots_of,
+)
 from tools.results.label_table import Tried, TriedLabels
 
 

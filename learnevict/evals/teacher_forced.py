@@ -116,9 +116,9 @@ def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Refer
     if beside is None:
         logits, cache = evicted_logits(model, texts, policy)
         return score(texts, logits, storage(cache))
-    listening, notes = recording(policy)
-    logits, cache = evicted_logits(model, texts, listening, record=True)
-    return replace(score(texts, logits, storage(cache)), choices=compare(policy, beside, cache.trace(), notes))
+    recorded, scores = recording(policy)
+    logits, cache = evicted_logits(model, texts, recorded, record=True)
+    return replace(score(texts, logits, storage(cache)), choices=compare(policy, beside, cache.trace(), scores))
 
 
 @torch.no_grad()

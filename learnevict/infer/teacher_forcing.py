@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,33 @@ from learnevict.infer.run import Run, running
 from learnevict.signals import Attention, Trace
 
 
-class Observer(Protocol):
-    """Called once per evicting layer of a replayed forward, with what its attention function received."""
+@dataclass(frozen=True)
+class Received:
+    """What one layer's attention was given: query [B, Hq, T, d], key [B, H, T, d], value [B, H, T, dv], hidden [B, T, E]."""
 
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
-    ) -> None: ...
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden: Tensor | None
+    attention: Attention
+
+    def at(self, columns: slice | Tensor) -> Received:
+        """Returns the same of some columns, those of all rows or int64 [B, n]."""
+
+        def take(values: Tensor, dim: int) -> Tensor:
+            values = values.movedim(dim, 1)
+            if isinstance(columns, slice):
+                return values[:, columns].movedim(1, dim)
+            index = columns.view(*columns.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+            return values.gather(1, index).movedim(1, dim)
+
+        heads = [take(part, 2) for part in (self.query, self.key, self.value)]
+        hidden = None if self.hidden is None else take(self.hidden, 1)
+        return Received(heads[0], heads[1], heads[2], hidden, self.attention)
+
+
+Observer = Callable[[int, Received], None]
+"""Called once per evicting layer of a replayed forward, with the layer's index and what its attention received."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,7 @@ class Replay(Run):
     ) -> Tensor:
         """See Run."""
         if self.observe is not None:
-            self.observe(layer, query, key, value, hidden, attention)
+            self.observe(layer, Received(query, key, value, hidden, attention))
         return replay_attention(query, key, value, self.expiry[layer], self.valid, attention)
 
 
@@ -118,7 +140,7 @@ def replay(
         input_ids: int64 [B, T].
         trace: expiry int32 [L, B, H, T]; layers that stay stock are ignored.
         attention_mask: [B, T], 0 = padding.
-        observe: called by every evicting layer with its queries, keys, values and inputs.
+        observe: called by every evicting layer, see Observer.
         **kwargs: handed to the model's forward.
 
     Returns:

@@ -6,11 +6,10 @@
 Every paper reduces attention in another order; `Reducers` spells the order out and `PRESETS` names the known ones.
 """
 
-from learnevict.oracle.collect import full_trace, golden_labels, golden_trace
-from learnevict.oracle.gradient import gradient_utility
-from learnevict.oracle.head_slots import Share
+from learnevict.infer.teacher_forcing import Received
+from learnevict.oracle.collect import full_trace, golden_labels, golden_trace, gradient_utility
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
-from learnevict.oracle.reconstruct import Received, Repeating, receiving, reconstruct
+from learnevict.oracle.reconstruct import Repeating, reconstruct
 from learnevict.oracle.reducers import (
     GOLDEN,
     H2O,
@@ -28,10 +27,10 @@ from learnevict.oracle.reducers import (
     pool_groups,
     target,
 )
-from learnevict.oracle.traces import golden
+from learnevict.oracle.traces import Share, golden
 
 __all__ = [
-    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "receiving",
+    "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct",
     "gradient_utility", "horizon", "pool_groups", "target", "per_head_output_weight",
     "Reducers", "LayerInputs", "Received", "Repeating", "Share", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",

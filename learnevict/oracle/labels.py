@@ -1,12 +1,7 @@
-"""Block labels: how much each block of later queries attends to each key, without ever holding [T, T].
+"""Block labels: how much each block of later queries attends to each key, in tiles of G x 128 queries by T keys, never [T, T].
 
-One tile of query rows sees all its keys at once, so its softmax is exact and no second pass is needed. Per row of the
-batch, per kv head, per block, a tile of G x 128 query rows by T keys is computed in two reused buffers, reduced, and
-forgotten: peak memory is the labels plus 1,024 G T bytes in float32.
-
-Departures from ForesightKV's code (arXiv 2602.03203): block means are over real query rows, so a partial last block is
-not diluted by zero rows; the block grid of each row starts at its first real token, so padding changes nothing.
-"""
+Departures from ForesightKV's code (arXiv 2602.03203): block means are over real query rows, so a partial last block is not
+diluted by zero rows; the block grid of each row starts at its first real token, so padding changes nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.errors import UsageError
+from learnevict.errors import LabelError, UsageError
 from learnevict.oracle.reducers import GOLDEN, Reducers, pool
 
 TILE = 128
-"""Query rows per head and tile: enough for an efficient product, small enough to keep the buffer small."""
+"""Query rows per head and tile."""
 
 
 class LayerInputs(TypedDict, total=False):
@@ -34,12 +29,10 @@ class LayerInputs(TypedDict, total=False):
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         sinks: learned attention-sink logits per query head, in the softmax's denominator only, as in GPT-OSS.
         value: values, for value="contribution".
-        output_weight: output projection per query head (see `per_head_output_weight`), for value="contribution":
-            the norm is then |W_O v| instead of |v|.
+        output_weight: output projection per query head, for value="contribution" with |W_O v| instead of |v|.
         hidden_norm: norm of each query's hidden state, for value="contribution": divides.
         queries: which queries count; default all real tokens.
-        keys: over which keys the softmax runs, for all query blocks [B, T] or for each [B, M, T]; causality still
-            holds, the other keys get an empty label. Default all.
+        keys: over which keys the softmax runs, for all query blocks or for each; the other keys get an empty label.
     """
 
     scaling: float | None
@@ -63,30 +56,24 @@ def future_attention(
     out_dtype: torch.dtype = torch.float32,
     **inputs: Unpack[LayerInputs],
 ) -> Float[Tensor, "B heads T M"]:
-    """Labels every key of one layer with what each later block of queries wants of it.
+    """Returns labels of one layer: entry [b, h, i, m] reduces the attention that the queries of block m pay to key i.
 
-    Entry [b, h, i, m] reduces the attention that queries of block m pay to key i. Block m of row b holds its real
-    tokens number m*block .. (m+1)*block-1, M = ceil(T / block): padding never counts. A target over one set of queries
-    (a response, an answer, a probe) wants block >= T and `queries`; memory stays that of a tile.
+    Block m of row b holds its real tokens number m*block .. (m+1)*block-1. The default is section 3.1 of arXiv:2602.03203.
 
     Args:
-        query: post-RoPE queries; heads h*G .. (h+1)*G-1 belong to kv head h.
-        key: post-RoPE keys.
-        block: queries per label block; `golden` wants labels on its own event grid.
-        valid: real tokens, True; padding may stand anywhere. Default all.
-        reduce: per-query value, query, group reduction (see `Reducers`).
+        query, key: post-RoPE; query heads h*G .. (h+1)*G-1 belong to kv head h.
+        block: queries per label block. A target over one set of queries takes block >= T and `queries`.
+        valid: real tokens; padding may stand anywhere. Default all.
+        reduce: per-query value, query reduction and group reduction.
         out_dtype: of the labels; float64 inputs are computed in float64, everything else in float32.
         **inputs: see `LayerInputs`.
 
     Returns:
-        [B, H, T, M] on the device of `key`, or [B, Hq, T, M] for reducers that leave query heads apart. Padded keys,
-        keys that no counted query of the block sees, and blocks past a row's end hold `reduce.empty`: 0, or -inf for
-        logits and logarithms.
+        Hq heads for reducers that leave query heads apart, otherwise H. Padded keys, keys that no counted query of the
+        block sees, and blocks past a row's end hold `reduce.empty`.
 
     Raises:
         UsageError: an input the reducers need is missing, or one is given that they would ignore.
-
-    Source: section 3.1 of arXiv:2602.03203 (golden eviction) for the default.
     """
     layer = _Layer(query, key, block, valid, reduce, **inputs)
     layer.check()
@@ -99,12 +86,12 @@ def future_attention(
     for row in range(query.shape[0]):
         columns, blocks = layer.cut(row)
         for head, part in enumerate(labels[row].unflatten(0, (key.shape[1], -1))):
-            _label_head(_Head(layer, row, head, columns, buffer), blocks, part)
+            _Head(layer, row, head, columns, buffer).write(blocks, part)
     return labels
 
 
 def per_head_output_weight(weight: Float[Tensor, "E HqD"], num_query_heads: int) -> Float[Tensor, "Hq E dv"]:
-    """Returns view of an o_proj weight [E, Hq * dv] as one matrix [E, dv] per query head, for `output_weight`."""
+    """Returns a view of an o_proj weight as one matrix per query head, for `output_weight`."""
     return weight.unflatten(1, (num_query_heads, -1)).movedim(1, 0)
 
 
@@ -142,7 +129,7 @@ class _Layer:
 
     @property
     def drains(self) -> int:
-        """Returns 1 if attention may flow elsewhere than to keys: to sinks, or nowhere when the keys are restricted."""
+        """Returns 1 if attention may flow elsewhere than to keys: to sinks, or nowhere where the keys are restricted."""
         return int(self.sinks is not None or self.keys is not None)
 
     @property
@@ -207,6 +194,24 @@ class _Head:
         parts = [(part.to(self.layer.dtype) @ weight).norm(dim=-1) for part in values.split(1024)]
         return torch.cat(parts, -1)
 
+    def write(self, blocks: list[_Block], out: Tensor) -> None:
+        """Writes the labels of all blocks into out [1 or G, T, M]."""
+        reduce = self.layer.reduce
+        for block in blocks:
+            if len(block.rows) == 0:
+                continue
+            ranks = torch.arange(int(block.rows[-1]) + 1) if block.support is None else block.support
+            device_ranks = ranks.to(self.columns.device)
+            keys = self.keys[: len(ranks)] if block.support is None else self.keys.index_select(0, device_ranks)
+            labels = self.pooled(block, ranks, keys)
+            if self.norms is not None:
+                labels *= self.norms[:, device_ranks]
+            if not reduce.per_query_head and reduce.group != "none":
+                labels = pool(labels, reduce.group, 0).unsqueeze(0)
+            if reduce.log:
+                labels = labels.log()
+            out[:, :, block.index].index_copy_(1, self.columns[device_ranks], labels.to(out.dtype))
+
     def pooled(self, block: _Block, ranks: Tensor, keys: Tensor) -> Tensor:
         """Reduces one block over its queries: [G, n] for keys of the given ranks (host, ascending)."""
         reduce = self.layer.reduce
@@ -241,10 +246,10 @@ class _Head:
         return torch.bmm(weight.expand(len(mass), 1, -1), mass).squeeze(1)
 
     def _logits(self, where: Tensor, keys: Tensor) -> Tensor:
-        """Returns scaled, softcapped products [G, R, n], or [G, R, n + 1] with a drain that takes what no key may have.
+        """Returns scaled, softcapped products [G, R, n], or [G, R, n + 1] with a last column that stands for no key.
 
-        The drain is the attention sink, or the lowest finite number, which gets all attention of a query that may see
-        no key and none of any other.
+        It is the attention sink, or the lowest finite number, which gets all attention of a query that may see no key and none
+        of any other.
         """
         query = self.layer.query[self.row, self.heads].index_select(1, where).to(self.layer.dtype) * self.scaling
         group, num, width = len(query), len(where), len(keys) + self.layer.drains
@@ -257,20 +262,25 @@ class _Head:
         return logits
 
 
-def _label_head(head: _Head, blocks: list[_Block], out: Tensor) -> None:
-    """Writes the labels of one kv head into out [1 or G, T, M]."""
-    reduce = head.layer.reduce
-    for block in blocks:
-        if len(block.rows) == 0:
-            continue
-        ranks = torch.arange(int(block.rows[-1]) + 1) if block.support is None else block.support
-        device_ranks = ranks.to(head.columns.device)
-        keys = head.keys[: len(ranks)] if block.support is None else head.keys.index_select(0, device_ranks)
-        labels = head.pooled(block, ranks, keys)
-        if head.norms is not None:
-            labels *= head.norms[:, device_ranks]
-        if not reduce.per_query_head and reduce.group != "none":
-            labels = pool(labels, reduce.group, 0).unsqueeze(0)
-        if reduce.log:
-            labels = labels.log()
-        out[:, :, block.index].index_copy_(1, head.columns[device_ranks], labels.to(out.dtype))
+def check_block(like: Float[Tensor, "B H T M"], real: Bool[Tensor, "T"], block: int) -> None:
+    """Raises a LabelError if labels of the right shape are of another block: attention is causal, which shows what they were
+    made for. `real` are the real tokens of the first row."""
+    num_blocks = like.shape[-1]
+    part = like[0][:, real.to(like.device)].amax(0)
+    seen = part > (-torch.inf if bool((like == -torch.inf).any()) else 0.0)
+    if _made_for(seen, block) or seen.numel() < 64:  # a few labels can look like anything
+        return
+    others = [other for other in range(1, 2 * block) if other != block and -(-like.shape[2] // other) == num_blocks]
+    other = next((other for other in others if _made_for(seen, other)), None)
+    if other is not None:
+        raise LabelError(f"labels of another block: of {other} tokens, not {block}; compute labels with block={block}")
+
+
+def _made_for(seen: Tensor, block: int) -> bool:
+    """Returns whether no key is seen before its own block, and keys are seen in it: bool [T, M] of real tokens."""
+    own = torch.arange(seen.shape[0], device=seen.device) // block
+    if not len(own):
+        return True
+    early = torch.arange(seen.shape[1], device=seen.device) < own.unsqueeze(-1)
+    ends = torch.arange(min(block, seen.shape[0]), seen.shape[0] + 1, block, device=seen.device) - 1
+    return not bool((early & seen).any()) and bool(seen[ends, own[ends]].any())

@@ -1,17 +1,13 @@
-"""How close a policy comes to the oracle, in figures that need no task: for training logs, and columns of tables.
+"""How close a policy comes to the oracle, in figures that need no task.
 
-    top recall        share of the tokens the oracle would keep, of those that may go at an event, that the policy keeps
-    regret            attention lost over all budgets by following the policy's scores, over the best ranking's (1 is best)
-    attention kept    full-cache attention that falls on tokens still held; mean over queries, and the worst block
-    loss ratio        loss under eviction over that with the full cache
-    recovered loss    from random to golden: (loss of random - loss) / (loss of random - loss of golden), under the same budget,
-                      period and guards; its key is oracle_gap_closed
-
-    measure_policy(model, policy, input_ids, attention_mask)                   # {"oracle_gap_closed": 0.93, ...}
-    reference = Reference.of(model, input_ids, attention_mask, block=16)       # or once per batch of texts, and then
-    measure(model, policy, reference).figures()                                # the same for every policy
-
-Sources: top recall is ForesightKV's (arXiv 2602.03203), regret KVP's (arXiv 2602.10238).
+top recall        share of the tokens the oracle would keep, of those that may go at an event, that the policy keeps
+                  (ForesightKV, arXiv 2602.03203)
+regret            attention lost over all budgets by following the policy's scores, over the best ranking's; 1 is best
+                  (KVP, arXiv 2602.10238)
+attention kept    full-cache attention that falls on tokens still held; mean over queries, and the worst block
+loss ratio        loss under eviction over that with the full cache
+recovered loss    (loss of random - loss) / (loss of random - loss of golden) under the same budget, period and guards;
+                  its key is oracle_gap_closed
 """
 
 from __future__ import annotations
@@ -42,8 +38,7 @@ def top_recall(
 ) -> Float[Tensor, "*B"]:
     """Returns which share of the `count` candidates with the highest targets is among the `count` with the highest scores.
 
-    Of equal ones the first is left out, as the older is evicted. NaN where count is 0.
-    """
+    Of equal ones the older is left out. NaN where count is 0."""
     chosen, wanted = (highest(values.masked_fill(~candidates, -torch.inf), count) for values in (scores, targets))
     return (chosen & wanted & candidates).sum(-1) / count.minimum(candidates.sum(-1))
 
@@ -53,9 +48,7 @@ def ranking_cost(
 ) -> Float[Tensor, "*B"]:
     """Returns the targets lost over all budgets by evicting from the lowest score up: sum over r = 1, 2, ... of (r - 1) I_r.
 
-    The best ranking costs `ranking_cost(targets, targets, candidates)`; the regret is the ratio of both, 1 at best.
-
-    Source: section 4 of arXiv:2602.10238, summed in closed form.
+    Section 4 of arXiv:2602.10238, in closed form. The regret is its ratio to `ranking_cost(targets, targets, candidates)`.
     """
     order = eviction_order(scores.masked_fill(~candidates, -torch.inf))
     return ((scores.shape[-1] - 1 - order) * targets.masked_fill(~candidates, 0)).sum(-1)
@@ -64,18 +57,16 @@ def ranking_cost(
 def kept_attention(
     labels: Float[Tensor, "*L B H T M"], expiry: Int[Tensor, "*L B H T"], position: Int[Tensor, "B T"], block: int
 ) -> Float[Tensor, "*L B H M"]:
-    """Returns share of the full-cache attention of every block of queries that falls on tokens still held.
+    """Returns the share of the full-cache attention of every block of queries that falls on tokens still held.
 
-    Exact for tokens that go between blocks; one that goes inside a block counts for the part of it that saw it.
+    Exact for tokens that go between blocks; one that goes inside a block counts for the part of it that saw it. NaN for blocks
+    without queries.
 
     Args:
         labels: mean attention of each block's queries to each key.
         expiry: columns.
         position: each real token's unpadded position, -1 for padding.
         block: queries per block.
-
-    Returns:
-        NaN for blocks without queries.
     """
     seen = (position >= 0).cumsum(-1).unsqueeze(1).expand(expiry.shape)
     before = seen.gather(-1, (expiry.clamp(1, expiry.shape[-1]) - 1).long())  # real tokens until it goes
@@ -92,7 +83,7 @@ def recovered_loss(random: float, method: float, golden: float) -> float:
 
 @dataclass(frozen=True)
 class KeptSlots:
-    """What a policy kept beside what the oracle would have kept. One entry per text, float64 [B]; figures are ratios of sums.
+    """What a policy kept beside what the oracle would have kept, float64 [B]; figures are ratios of sums.
 
     Attributes:
         wanted_kept, wanted: tokens that the oracle would keep, over heads and events, and how many of them are kept.
@@ -121,7 +112,7 @@ class PolicyMetrics:
     golden_loss: Tensor
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures over all texts by name; undefined ones (nothing was evicted, no scores) are left out."""
+        """Returns the figures over all texts by name, without those that are undefined (nothing was evicted, no scores)."""
         chosen = self.choices
         loss, chance, best = (float(part.sum()) for part in (self.loss, self.random_loss, self.golden_loss))
         found = {
@@ -145,20 +136,11 @@ def measure_policy(
     prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
     loss_mask: Bool[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
-    """Returns how close a policy comes to the oracle, run teacher-forced over texts; for several policies, see `measure`.
-
-    Args:
-        model: the base model.
-        policy: governs the cache; its schedule's period is the block of the labels.
-        input_ids, attention_mask, prompt_length, loss_mask: texts, padded on the left; see Reference.of.
-
-    Returns:
-        Figures by name; see the module. Those that are not defined here are left out.
-    """
+    """Returns the figures of a policy run teacher-forced over texts; for several policies make one Reference, see `measure`."""
     policy = governor(policy)
-    period = policy.schedule.period
+    block = policy.schedule.period
     reference = Reference.of(
-        model, input_ids, attention_mask, block=period, prompt_length=prompt_length, loss_mask=loss_mask
+        model, input_ids, attention_mask, block=block, prompt_length=prompt_length, loss_mask=loss_mask
     )
     return measure(model, policy, reference).figures()
 
@@ -167,24 +149,20 @@ def measure_policy(
 def measure(model: PreTrainedModel, policy: AnyPolicy, reference: Reference) -> PolicyMetrics:
     """Runs a policy teacher-forced over the texts of a reference and compares it, text by text.
 
-    Random and golden eviction under the same terms are run once per reference, whatever the policies measured on it.
-
     Raises:
         UsageError: the policy has events at another period than the labels have blocks.
     """
     policy = governor(policy)
-    listening, notes = recording(policy)
-    with attach(model, listening, record=True, prompt_length=reference.prompt.tolist()) as cache:
+    recorded, scores = recording(policy)
+    with attach(model, recorded, record=True, prompt_length=reference.prompt.tolist()) as cache:
         logits = prefill(model, cache, reference.input_ids, reference.attention_mask)
     trace = cache.trace()
-    choices = compare(policy, reference, trace, notes)
     chance, golden = reference.losses_between(model, reference.roll(trace.expiry[reference.layers], guard_of(policy)))
-    return PolicyMetrics(
-        choices, losses(logits, reference.input_ids, reference.loss_mask), reference.loss, chance, golden
-    )
+    loss = losses(logits, reference.input_ids, reference.loss_mask)
+    return PolicyMetrics(compare(policy, reference, trace, scores), loss, reference.loss, chance, golden)
 
 
-def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[EventScores]) -> KeptSlots:
+def compare(policy: Governor, reference: Reference, trace: Trace, scores: list[EventScores]) -> KeptSlots:
     """Returns what was kept in a run over the texts of a reference, from its trace and its recorded scores.
 
     Raises:
@@ -198,7 +176,7 @@ def compare(policy: Governor, reference: Reference, trace: Trace, notes: list[Ev
     expiry, guard = trace.expiry[reference.layers], guard_of(policy)
     return KeptSlots(
         *recalled(reference, expiry, guard),
-        *ranked(reference, expiry, guard, notes),
+        *ranked(reference, expiry, guard, scores),
         *attended(reference, expiry),
     )
 
@@ -225,25 +203,22 @@ def recalled(reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard)
 
 
 def ranked(
-    reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, notes: list[EventScores]
+    reference: Reference, expiry: Int[Tensor, "L B H T"], guard: Guard, scores: list[EventScores]
 ) -> tuple[Tensor, Tensor]:
     """Returns costs of the scores' rankings and of the best ones, summed over heads and events that evicted: [B] each."""
-    batch = len(reference.position)
-    if not notes:
-        return torch.full((batch,), torch.nan).double(), torch.full((batch,), torch.nan).double()
-    cost, least = torch.zeros(batch).double(), torch.zeros(batch).double()
-    for note in notes:
-        layer, where = reference.layers.index(note.layer), note.position.clamp_min(0).long()
-        now = note.now.clamp_min(0).long()
+    cost, least = torch.full((2, len(reference.position)), 0.0 if scores else torch.nan).double()
+    for event in scores:
+        layer, where = reference.layers.index(event.layer), event.position.clamp_min(0).long()
+        now = event.now.clamp_min(0).long()
         seen = reference.position.gather(1, now[:, None]) + 1
         position = reference.position.unsqueeze(1).expand(-1, where.shape[1], -1).gather(-1, where)
         prompt = (reference.prompt * guard.prompt).view(-1, 1, 1)
-        free = evictable(position, seen.unsqueeze(-1), prompt, guard, reference.block) & (note.position >= 0)
+        free = evictable(position, seen.unsqueeze(-1), prompt, guard, reference.block) & (event.position >= 0)
         block = (-(-seen // reference.block)).clamp(max=reference.labels.shape[-1]).view(-1, 1, 1, 1)
         future = reference.future[layer]
         wanted = future.gather(-1, block.expand(*future.shape[:3], 1)).squeeze(-1).gather(-1, where)
         went = (expiry[layer] == (now + 1).view(-1, 1, 1)).any(-1).cpu()
-        cost += (ranking_cost(note.scores, wanted, free).double().cpu() * went).sum(-1)
+        cost += (ranking_cost(event.scores, wanted, free).double().cpu() * went).sum(-1)
         least += (ranking_cost(wanted, wanted, free).double().cpu() * went).sum(-1)
     return cost, least
 

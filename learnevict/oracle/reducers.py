@@ -1,12 +1,8 @@
-"""How attention becomes one number per token: the order of reductions, spelled out.
-
-Papers that say "future attention" mean different numbers: mean or maximum over queries, before or after the group of
-query heads, over one block or the whole future. The order defines the method, so each step is a field:
+"""How attention becomes one number per token. Every paper reduces in another order, so each step is a field:
 
     per-query value -> query reduce (within a block) -> group reduce -> horizon reduce (over blocks)
 
-`future_attention` does all but the horizon, so that one set of block labels serves every event of a roll-out; `horizon`
-does the last step and `target` the rest of the sentence.
+`future_attention` does all but the horizon, so that one set of block labels serves every event of a trace.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from learnevict.errors import LabelError, UsageError
 
@@ -28,18 +25,17 @@ Horizon = Literal["max", "sum", "discounted", "softmax", "past"]
 
 @dataclass(frozen=True)
 class Reducers:
-    """One row of the table of targets; the default is ForesightKV's golden label.
+    """The reductions of one paper's target; the default is ForesightKV's golden label.
 
     Attributes:
-        value: what one query says of one key: "prob" its attention, "logit" the number before the softmax (scaled and
-            softcapped), "contribution" attention x value norm, divided by the query's hidden norm if that is given.
+        value: per query and key: "prob" attention, "logit" the number before the softmax (scaled and softcapped),
+            "contribution" attention x value norm, divided by the query's hidden norm if that is given.
         query: over the counted queries of a block. Queries that cannot see a key count as 0 in a mean of "prob".
-        group: over the query heads of one kv head, after `query`; "none" leaves [B, Hq, T, M].
-        horizon: over blocks, done by `target` or `golden`, not by `future_attention`.
+        group: over the query heads of one kv head; "none" leaves [B, Hq, T, M].
+        horizon: over blocks, done by `target` or `golden`.
         group_last: the group is reduced after the horizon; `future_attention` then leaves [B, Hq, T, M].
         log: logarithm of the label, last of all within a block (it commutes with every maximum).
-        needs_queries: the target counts only some queries (a response, an answer, a probe): a mask must be given.
-        needs_keys: the softmax runs over some keys only: a mask must be given.
+        needs_queries, needs_keys: only some queries count, or the softmax runs over some keys only: a mask must be given.
 
     Raises:
         UsageError: a combination without meaning (logits that are averaged, the logarithm of a logit).
@@ -70,7 +66,7 @@ class Reducers:
 
     @property
     def empty(self) -> float:
-        """Labels of a key that no counted query sees: 0 attention, or minus infinity for logits and logarithms."""
+        """Returns the label of a key that no counted query sees: 0, or minus infinity for logits and logarithms."""
         return -torch.inf if self.value == "logit" or self.log else 0.0
 
 
@@ -118,12 +114,7 @@ def pool(values: Tensor, kind: Pool, dim: int) -> Tensor:
 
 
 def pool_groups(labels: Float[Tensor, "*B Hq T M"], num_heads: int, kind: Pool) -> Float[Tensor, "*B H T M"]:
-    """Reduces labels per query head to labels per kv head, for targets that reduce the group last.
-
-    Args:
-        labels: per query head; heads h*G .. (h+1)*G-1 share kv head h.
-        num_heads: kv heads H.
-        kind: "mean", "sum" or "max" over the group.
+    """Reduces labels per query head, of which h*G .. (h+1)*G-1 share kv head h, to labels per kv head.
 
     Raises:
         LabelError: Hq is not a multiple of num_heads.
@@ -160,7 +151,7 @@ def horizon(
         return labels.cumsum(-1)
     if window is not None:
         neutral = -torch.inf if kind == "max" else 0.0
-        ahead = torch.nn.functional.pad(labels, (0, window - 1), value=neutral).unfold(-1, window, 1)
+        ahead = pad(labels, (0, window - 1), value=neutral).unfold(-1, window, 1)
         return ahead.amax(-1) if kind == "max" else ahead.sum(-1)
     future = labels.clone()
     for m in range(labels.shape[-1] - 2, -1, -1):
@@ -168,9 +159,10 @@ def horizon(
             torch.maximum(future[..., m], future[..., m + 1], out=future[..., m])
         else:
             future[..., m].add_(future[..., m + 1], alpha=discount or 1.0)
-    if kind == "softmax":
-        return _softmax_over_keys(future, valid)
-    return future
+    if kind == "softmax" and valid is not None:
+        hidden = ~valid[:, None, :, None]
+        return future.masked_fill(hidden, -torch.inf).softmax(-2).masked_fill(hidden, 0.0)
+    return future.softmax(-2) if kind == "softmax" else future
 
 
 def target(
@@ -181,15 +173,9 @@ def target(
     window: int | None = None,
     valid: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B out T M"]:
-    """Returns a preset's target: the horizon over blocks, then the group if that comes last.
+    """Returns the target of `future_attention(..., reduce=reduce)` labels: the horizon, then the group if that comes last.
 
-    Entry [..., m] is the target of a cut before block m.
-
-    Args:
-        labels: what `future_attention(..., reduce=reduce)` returned.
-        reduce: the same reducers.
-        num_heads: kv heads H.
-        window, valid: see `horizon`.
+    Entry [..., m] is the target of a cut before block m; `window` and `valid` are those of `horizon`.
     """
     future = horizon(labels, reduce.horizon, window=window, valid=valid if reduce.horizon == "softmax" else None)
     if reduce.group_last and reduce.group != "none":
@@ -210,10 +196,3 @@ def _check_horizon(kind: Horizon, discount: float | None, window: int | None, va
         )
     if valid is not None and kind != "softmax":
         raise UsageError(f"horizon={kind!r} ignores `valid`: padded keys are already 0 in block labels")
-
-
-def _softmax_over_keys(future: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None:
-        return future.softmax(-2)
-    hidden = ~valid[:, None, :, None]
-    return future.masked_fill(hidden, -torch.inf).softmax(-2).masked_fill(hidden, 0.0)

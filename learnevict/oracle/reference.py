@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle.collect import golden_labels
-from learnevict.oracle.head_slots import held_after
 from learnevict.oracle.reducers import horizon
 from learnevict.oracle.traces import Roll, unpadded_positions
 from learnevict.policy import Governor, Guard, WrappedScorer
@@ -23,7 +22,7 @@ from learnevict.signals import NEVER, Signals, Trace
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full cache makes of a batch of texts: made once, and used by every policy measured on them.
+    """What the full cache makes of a batch of texts; one serves every policy measured on them.
 
     Attributes:
         input_ids, attention_mask: [B, T], padded on the left by multiples of the block (see `align`), on the right by the rest.
@@ -33,6 +32,7 @@ class Reference:
         layers: indices of evicting layers.
         labels: golden labels of those, [L, B, H, T, M].
         loss: summed loss of each row with the full cache, float64 [B].
+        bounds: losses that `losses_between` remembers.
     """
 
     input_ids: Tensor
@@ -59,7 +59,7 @@ class Reference:
         """Makes the reference by one full-cache pass.
 
         Args:
-            attention_mask: 0 = padding.
+            attention_mask: 0 = padding, on the left.
             block: the event period of the policies to come.
             prompt_length: real tokens of each prompt; default none.
             loss_mask: tokens whose loss counts; default all real ones after the prompt.
@@ -87,7 +87,7 @@ class Reference:
         return torch.nn.functional.pad(horizon(self.labels), (0, 1))
 
     @cached_property
-    def lottery(self) -> Tensor:
+    def random_scores(self) -> Tensor:
         """Returns a fixed random number for every token of a layer and head, wherever padding puts it: [L, B, H, T]."""
         layers, _, heads, length, _ = self.labels.shape
         drawn = torch.rand(length, layers, heads, generator=torch.Generator().manual_seed(0)).to(self.labels.device)
@@ -106,7 +106,7 @@ class Reference:
         """Returns losses of each row under random and under golden eviction, float64 [B] each; they are remembered."""
         key = (roll.limit.cpu().numpy().tobytes(), Guard(roll.guard.sinks, roll.guard.recent, roll.guard.prompt))
         if key not in self.bounds:
-            chance = self.replayed(model, roll.trace(lambda m, _: self.lottery))
+            chance = self.replayed(model, roll.trace(lambda m, _: self.random_scores))
             self.bounds[key] = (chance, self.replayed(model, roll.trace(lambda m, _: self.future[..., m + 1])))
         return self.bounds[key]
 
@@ -120,14 +120,16 @@ class Reference:
         return losses(logits, self.input_ids, self.loss_mask)
 
 
+def held_after(expiry: Int[Tensor, "L B H T"], position: Int[Tensor, "B T"], seen: int) -> Int[Tensor, "L B H"]:
+    """Returns slots held right after the event at `seen` tokens; rows that are shorter hold anything."""
+    end = (position == seen - 1).int().argmax(-1) + 1
+    return ((expiry > end[:, None, None]) & ((position >= 0) & (position < seen)).unsqueeze(1)).sum(-1)
+
+
 def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> list[Tensor]:
-    """Moves rows to the left by less than a block, so that events fall at the same columns in all of them.
+    """Returns parts [B, T] of left-padded texts, rows moved to the left by less than a block and filled up with zeros.
 
-    A policy that decides when all layers have run needs a forward per event, and would need one per row's event otherwise.
-
-    Args:
-        attention_mask: texts are padded on the left.
-        parts: [B, T] each; zeros fill up on the right.
+    Events then fall at the same columns in all rows; a policy that decides when all layers have run needs a forward for each.
     """
     column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     source = column + attention_mask.long().argmax(-1, keepdim=True) % block
@@ -136,7 +138,7 @@ def align(block: int, attention_mask: Int[Tensor, "B T"], *parts: Tensor) -> lis
 
 
 def token_losses(logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Returns the loss of predicting the next token, in nats, float32, in the column that predicts; 0 in the last column."""
+    """Returns the loss of the next token in nats, float32, in the column that predicts it; 0 in the last column."""
     found = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
     )
@@ -152,7 +154,7 @@ def losses(
 
 @dataclass(frozen=True)
 class EventScores:
-    """Scores of one layer at one event: position int32 and scores float32, both [B, H, N]; now int32 [B], last token read."""
+    """The scores of one layer at one event: position int32 and scores float32 [B, H, N], now int32 [B], the last token read."""
 
     layer: int
     position: Tensor
@@ -162,26 +164,23 @@ class EventScores:
 
 @dataclass(frozen=True)
 class RecordingScorer(WrappedScorer):
-    """A scorer whose scores are written down."""
+    """A scorer that appends its scores to a list."""
 
-    notes: list[EventScores] = field(default_factory=list)
+    recorded: list[EventScores] = field(default_factory=list)
 
     def score(self, signals: Signals) -> Tensor:
         """See Scorer."""
         scores = self.scorer.score(signals)
-        self.notes.append(
-            EventScores(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now)
-        )
+        event = EventScores(signals.layer, signals.position.clone(), scores.detach().float(), signals.rows.now)
+        self.recorded.append(event)
         return scores
 
 
 def recording(policy: Governor) -> tuple[Governor, list[EventScores]]:
-    """Returns the same policy, and a list that fills with its scorer's scores; it stays empty if none is asked (a Rule).
-
-    A governor that is no dataclass is left as it is.
-    """
+    """Returns the same policy, and a list that fills with its scorer's scores; a Rule has none, nor has a governor that is no
+    dataclass."""
     if not is_dataclass(policy):
         return policy, []
-    notes: list[EventScores] = []
-    listening: Any = replace(policy, scorer=RecordingScorer(policy.scorer, notes))  # pyright: ignore[reportCallIssue]
-    return listening, notes
+    recorder = RecordingScorer(policy.scorer)  # pyright: ignore[reportAttributeAccessIssue]
+    same: Any = replace(policy, scorer=recorder)  # pyright: ignore[reportCallIssue]
+    return same, recorder.recorded

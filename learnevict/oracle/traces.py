@@ -1,13 +1,10 @@
-"""Golden eviction: rolls block labels into a trace that keeps what the recorded future attends to most.
+"""Golden eviction: after each complete block a head forgets the tokens whose largest future label is smallest.
 
-After each complete block a head forgets the tokens whose largest future label is smallest, greedily, with labels of the
-full-attention map (attention is not renormalised over survivors): a strong reference, not a bound. By default all heads hold as
-many slots; `Share` lets them compete for a common total.
-
-Departures from ForesightKV's code (arXiv 2602.03203): budgets need not divide into blocks; guards are honoured; tokens are
-counted by their unpadded position, so padding changes nothing; candidates are all tokens but guards and the fresh block, where
-the paper takes the oldest `budget` (an option; the two differ at the first event only, if the budget is no multiple of the
-block); of equal scores the older token goes, where torch.topk leaves the choice open.
+Greedy, with attention of the full cache that is not renormalised over survivors: a strong reference, not a bound. Departures
+from ForesightKV's code (arXiv 2602.03203): budgets need not divide into blocks; guards are honoured; tokens are counted by
+unpadded position, so padding changes nothing; of equal scores the older token goes; candidates are all tokens but guards and
+the fresh block, where the paper takes the oldest `budget` (an option). Heads may compete for slots: over those of a layer
+(Ada-KV, arXiv 2407.11550) or of the model (global ranking of arXiv 2601.17668 and 2605.09649), above a floor for each head.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from torch import Tensor
 
 from learnevict.errors import BudgetError, LabelError, UsageError
 from learnevict.ops.select import eviction_order, highest
-from learnevict.oracle.head_slots import EQUAL, Share
+from learnevict.oracle.labels import check_block
 from learnevict.oracle.reducers import horizon as reduce_horizon
 from learnevict.policy import Guard
 from learnevict.signals import NEVER, Trace
@@ -31,6 +28,33 @@ from learnevict.signals import NEVER, Trace
 Labels = Sequence[Float[Tensor, "B H T M"] | None] | Float[Tensor, "L B H T M"]
 Score = Callable[[int, Int[Tensor, "L B H T"]], Float[Tensor, "L B H T"]]
 """What an event after block m scores tokens by, given expiries so far; the lowest go."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How slots are divided among heads: whose tokens compete, and what every head keeps.
+
+    Attributes:
+        floor: share of an equal split, beside guards and fresh block, that every head keeps; for "layer" and "model".
+        slots: int [L, H], slots of each head for scope "head"; their mean is the budget. None: all alike.
+    """
+
+    scope: Literal["head", "layer", "model"] = "head"
+    floor: float = 0.2
+    slots: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("head", "layer", "model") or not 0 <= self.floor <= 1:
+            raise UsageError(
+                f"scope={self.scope!r}, floor={self.floor}: heads share by head, layer or model, and keep 0 to 1 of an "
+                "equal split"
+            )
+        if self.slots is not None and self.scope != "head":
+            raise UsageError(f"slots per head leave nothing to share by {self.scope}; use scope='head'")
+
+
+EQUAL = Share()
+"""All heads hold as many slots."""
 
 
 @torch.no_grad()
@@ -47,51 +71,46 @@ def golden(
     candidates: Literal["all", "oldest"] = "all",
     share: Share = EQUAL,
 ) -> Trace:
-    """Returns the history that keeps, with hindsight, what the recorded future attends to most.
+    """Returns the trace that keeps, with hindsight, what the recorded future attends to most (section 3.1 of arXiv:2602.03203).
 
-    After block m of a row is complete: if more than `budget` slots are held, the candidates with the lowest score over
-    blocks m+1, m+2, ... go until `budget` are held. A partial last block has no event. With block = 1 (slack 0) an event
-    leaves budget - 1, because the victim's slot is overwritten before the next token attends: never budget + 1 slots.
+    After block m of a row is complete, if more than `budget` slots are held, the candidates with the lowest score over blocks
+    m+1, m+2, ... go. A partial last block has no event. With block = 1 (slack 0) an event leaves budget - 1, because the
+    victim's slot is overwritten before the next token attends: never budget + 1 slots.
 
     Args:
-        labels: per layer [B, H, T, M] of `future_attention` with the same block and valid; None for a stock layer.
+        labels: per layer those of `future_attention` with the same block and valid; None for a stock layer.
         budget: slots per (layer, kv head) after an event, guards and fresh block included, on average over heads that
             share; with a protected prompt, slots beside the prompt.
         block: tokens between events.
-        guard: tokens that stay: first `sinks`, last `recent`, the prompt.
-        valid: real tokens; default all.
+        guard: tokens that stay.
         prompt_length: real prompt tokens, for all rows or each; used only if the guard protects the prompt.
-        horizon: how labels of blocks after the event become one score.
-        discount: weight per block in (0, 1], for horizon="discounted".
+        horizon, discount: how labels of blocks after the event become one score.
         candidates: "all": every held token but guards and the fresh block; "oldest": the oldest `budget` held tokens but
-            guards, ForesightKV's form, which may reach into the fresh block.
+            guards, which may reach into the fresh block.
         share: how slots are divided among heads.
 
     Returns:
-        Trace with expiry [L, B, H, T] in columns of the padded input: one past the last query that attended; NEVER for
-        tokens not evicted, padding and stock layers.
+        expiry in columns of the padded input, NEVER for tokens not evicted, padding and stock layers.
 
     Raises:
         BudgetError: the budget cannot hold guards and a fresh block.
         LabelError: labels of another block or shape, or with NaN or infinity.
-        UsageError: a protected prompt of unknown length; an argument that would be ignored; slots to share among layers of
-            which some stay stock.
-
-    Source: section 3.1 of arXiv:2602.03203; horizon, candidates and share are options here.
+        UsageError: a protected prompt of unknown length; an argument that would be ignored; slots of all layers, of which some
+            stay stock.
     """
     layers = list(labels)
     like = _check_labels(layers, block)
+    batch, heads, length, _ = like.shape
     if horizon not in ("max", "sum", "discounted"):
         raise UsageError(f"golden scores the future by max, sum or discounted, not {horizon!r}")
     if candidates not in ("all", "oldest"):
         raise UsageError(f"candidates {candidates!r} is unknown; choose all or oldest")
-    batch, heads, length, _ = like.shape
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
-    shape = (len(layers), heads)
     roll = roll_of(
-        valid.to(like.device), shape, share, budget=budget, block=block, guard=guard, prompt_length=prompt_length
-    )
-    _check_grid(like, valid[0], block)
+        valid.to(like.device), (len(layers), heads), share,
+        budget=budget, block=block, guard=guard, prompt_length=prompt_length,
+    )  # fmt: skip
+    check_block(like, valid[0], block)
     evicting = [index for index, layer in enumerate(layers) if layer is not None]
     together = share.scope == "model" or share.slots is not None
     if together and len(evicting) < len(layers):
@@ -110,16 +129,13 @@ def golden(
 
 @dataclass(frozen=True)
 class Roll:
-    """Texts on their event grid, and how many tokens may stay.
+    """The event grid of texts, and how many tokens may stay.
 
     Attributes:
         position: int64 [B, T], each real token's unpadded position; -1 for padding.
         limit: int64 [B, M], mean slots per head right after the event that follows block m, everything included.
         shape: layers and heads.
-        block: tokens between events.
-        guard: tokens that stay.
         prompt: int64 [B], tokens of prompts that the guard protects; zeros if it does not.
-        share: who competes with whom.
         oldest: only the oldest tokens that fit into the limit may go.
     """
 
@@ -142,9 +158,9 @@ class Roll:
         return fits & evictable(position, seen, prompt, self.guard, block=0)
 
     def trace(self, score: Score, source: str = "", budget: int | None = None) -> Trace:
-        """Returns the trace of evicting after every block whatever scores lowest; all heads step together.
+        """Returns the trace of evicting after every block what scores lowest.
 
-        What is held is int64 [L, B, H, N], ascending unpadded positions, with T (an empty place) where a head holds fewer.
+        `held` is int64 [L, B, H, N], ascending unpadded positions, with T (an empty place) where a head holds fewer.
         """
         (layers, heads), (rows, num), device = self.shape, self.position.shape, self.position.device
         length = self.position.amax(-1).view(-1, 1, 1) + 1
@@ -223,7 +239,7 @@ def roll_of(
     if slots is not None and (slots.shape != shape or int(slots.sum()) != budget * slots.numel()):
         raise UsageError(
             f"slots of shape {tuple(slots.shape)} with sum {int(slots.sum())} do not share out {budget} slots on average over "
-            f"{shape[0]} layers of {shape[1]} heads; make them with slots_of"
+            f"{shape[0]} layers of {shape[1]} heads"
         )
     least = budget if slots is None else int(slots.min())
     smallest = int((guard.sinks - prompt).clamp_min(0).max()) + max(guard.recent, block) + (block == 1)
@@ -254,14 +270,13 @@ def _check_labels(layers: list[Tensor | None], block: int) -> Tensor:
     given = [layer for layer in layers if layer is not None]
     if not given or block < 1:
         raise UsageError(f"golden needs labels of at least one layer and a block of at least 1 token, not {block}")
+    num_tokens, num_blocks = given[0].shape[2:]
+    if num_blocks != (expected := math.ceil(num_tokens / block)):
+        raise LabelError(
+            f"labels of another block: {num_tokens} tokens in blocks of {block} make {expected} label blocks, but "
+            f"{num_blocks} were given; compute labels with block={block}"
+        )
     for layer in given:
-        num_tokens, num_blocks = layer.shape[2:]
-        expected = math.ceil(num_tokens / block)
-        if num_blocks != expected:
-            raise LabelError(
-                f"labels of another block: {num_tokens} tokens in blocks of {block} make {expected} label blocks, but "
-                f"{num_blocks} were given; compute labels with block={block}"
-            )
         if layer.shape != given[0].shape:
             raise LabelError(
                 f"layers disagree: labels [B, H, T, M] of {tuple(given[0].shape)} and {tuple(layer.shape)}"
@@ -269,26 +284,3 @@ def _check_labels(layers: list[Tensor | None], block: int) -> Tensor:
         if not bool((layer < torch.inf).all()):
             raise LabelError("labels contain NaN or +infinity; were queries or keys of a diverged model recorded?")
     return given[0]
-
-
-def _check_grid(like: Tensor, real: Tensor, block: int) -> None:
-    """Raises if labels of the right shape are of another block: attention is causal, which shows what they were made for."""
-    num_blocks = like.shape[-1]
-    part = like[0][:, real.to(like.device)].amax(0)
-    seen = part > (-torch.inf if bool((like == -torch.inf).any()) else 0.0)
-    if _made_for(seen, block) or seen.numel() < 64:  # a few labels can look like anything
-        return
-    others = [other for other in range(1, 2 * block) if other != block and -(-like.shape[2] // other) == num_blocks]
-    other = next((other for other in others if _made_for(seen, other)), None)
-    if other is not None:
-        raise LabelError(f"labels of another block: of {other} tokens, not {block}; compute labels with block={block}")
-
-
-def _made_for(seen: Tensor, block: int) -> bool:
-    """Returns whether no key is seen before its own block, and keys are seen in it: bool [T, M] of real tokens."""
-    own = torch.arange(seen.shape[0], device=seen.device) // block
-    if not len(own):
-        return True
-    early = torch.arange(seen.shape[1], device=seen.device) < own.unsqueeze(-1)
-    ends = torch.arange(min(block, seen.shape[0]), seen.shape[0] + 1, block, device=seen.device) - 1
-    return not bool((early & seen).any()) and bool(seen[ends, own[ends]].any())

@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.infer.teacher_forcing import replay
+from learnevict.infer.teacher_forcing import Received, replay
 from learnevict.oracle.collect import full_trace
 from learnevict.rl.distribution import NOTHING
 from learnevict.rl.trajectory import CandidateSets
-from learnevict.signals import Attention
 
 TILE = 32
 """Queries whose attention is held at one time."""
@@ -64,9 +63,8 @@ def attention_credit(
     credit = torch.zeros(expiry.shape, device=costs.device)
     own = costs.view(texts, -1, costs.shape[-1])
 
-    def observe(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
-    ) -> None:
+    def observe(layer: int, received: Received) -> None:
+        query, key = received.query, received.key
         ends = expiry[layer].view(texts, -1, *expiry.shape[2:])
         found = credit[layer].view_as(ends)
         heads, length, width = key.shape[1:]
@@ -77,7 +75,7 @@ def attention_credit(
             column = torch.arange(length, device=key.device)
             causal = column[:stop] <= column[start:stop].unsqueeze(-1)
             visible = causal & attention_mask[:, None, None, None, :stop].bool()
-            weights = attention.probabilities(logits, visible).mean(2)
+            weights = received.attention.probabilities(logits, visible).mean(2)
             missed = ends[..., None, :stop] <= column[start:stop].view(-1, 1)
             found[..., :stop] -= torch.einsum("shqt,sgq,sghqt->sght", weights, own[:, :, start:stop], missed.float())
 

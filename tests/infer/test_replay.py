@@ -125,8 +125,9 @@ def test_observers_see_every_evicting_layer():
     ids, mask = batch(zoo.tokens(model, len(PADS), LENGTH))
     seen = {}
 
-    def observe(layer, query, key, value, hidden, attention):
-        seen[layer] = (query.shape, key.shape, value.shape, hidden.shape, attention.softcap)
+    def observe(layer, received):
+        parts = (received.query, received.key, received.value, received.hidden)
+        seen[layer] = (*(part.shape for part in parts), received.attention.softcap)
 
     with torch.no_grad():
         replay(model, ids, made_up(model), mask, observe=observe)

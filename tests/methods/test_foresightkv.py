@@ -143,8 +143,9 @@ def test_evictions_equal_a_dense_simulation():
     # keys and values of a layer depend on what was evicted below it, so they are read from a replay of the run itself
     seen = {}
 
-    def observe(layer, query, key, value, hidden, attention):
-        seen[layer] = (query[0], key[0], value[0], attention.scaling)
+    def observe(layer, received):
+        parts = (received.query[0], received.key[0], received.value[0])
+        seen[layer] = (*parts, received.attention.scaling)
 
     replay(model, ids, trace, observe=observe)
     for layer, (query, key, value, scaling) in seen.items():

@@ -18,7 +18,6 @@ from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, golden, h2o, keydiff, random, snapkv
 from learnevict.oracle import Received, Reducers, future_attention, golden_labels, golden_trace, horizon
 from learnevict.oracle import golden as roll_golden
-from learnevict.oracle.head_slots import Share, profile, slots_of
 from learnevict.oracle.metrics import (
     kept_attention,
     measure,
@@ -28,11 +27,11 @@ from learnevict.oracle.metrics import (
     top_recall,
 )
 from learnevict.oracle.reference import Reference, align, recording
-from learnevict.oracle.traces import unpadded_positions
+from learnevict.oracle.traces import Share, unpadded_positions
 from learnevict.policy import Guard, Rule, Schedule
 from learnevict.signals import NEVER, Trace
 from tests.closeness import close
-from tools.results.hindsight import Case, by_value, caote, from_the_left
+from tools.results.hindsight import Case, by_value, caote, from_the_left, profile, slots_of
 
 GUARD, BLOCK = Guard(1, 2), 4
 TERMS = {"sinks": 1, "recent": 2, "slack": 4}
@@ -193,7 +192,7 @@ def test_recovered_loss_is_measured_from_random_to_golden(model, batch):
     ids, mask = reference.input_ids, reference.attention_mask
     logits, expiry = run_policy(model, h2o.policy(12, **TERMS), ids, mask)
     roll = reference.roll(expiry, GUARD)
-    traces = [roll.trace(lambda m, _: reference.lottery), roll.trace(lambda m, _: reference.future[..., m + 1])]
+    traces = [roll.trace(lambda m, _: reference.random_scores), roll.trace(lambda m, _: reference.future[..., m + 1])]
     runs = [logits, *(run_policy(model, golden.policy(12, trace=trace), ids, mask)[0] for trace in traces)]
     mine, chance, best = (
         -sum(
@@ -237,11 +236,11 @@ def test_shares_and_rules_are_measured_too(model, batch):
         measure(model, h2o.policy(12, **TERMS), Reference.of(model, *batch, block=8))
 
 
-def test_a_watched_policy_evicts_as_before(model, batch):
+def test_a_recorded_policy_evicts_as_before(model, batch):
     policy = h2o.policy(12, **TERMS)
-    listening, notes = recording(policy)
-    assert torch.equal(run_policy(model, listening, *batch)[1], run_policy(model, policy, *batch)[1])
-    assert {note.layer for note in notes} == {0, 1} and all(note.scores.isfinite().any() for note in notes)
+    recorded, scores = recording(policy)
+    assert torch.equal(run_policy(model, recorded, *batch)[1], run_policy(model, policy, *batch)[1])
+    assert {event.layer for event in scores} == {0, 1} and all(event.scores.isfinite().any() for event in scores)
 
 
 def test_events_of_padded_rows_fall_together(batch):
@@ -293,7 +292,7 @@ def test_fixed_slots_are_held():
     slots = torch.tensor([[8, 10], [20, 10]])
     found = roll_golden(labels, share=Share("head", slots=slots), budget=12, block=BLOCK, guard=GUARD, valid=valid)
     assert torch.equal(found.held(40)[:, 2] - 1, slots), "40 tokens and one more"
-    with pytest.raises(UsageError, match="slots_of"):
+    with pytest.raises(UsageError, match="12 slots on average"):
         roll_golden(labels, share=Share("head", slots=slots + 1), budget=12, block=BLOCK, guard=GUARD, valid=valid)
     with pytest.raises(UsageError, match="scope"):
         Share("model", slots=slots)

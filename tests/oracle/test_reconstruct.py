@@ -99,7 +99,7 @@ def test_a_context_shorter_than_a_chunk_is_repeated_whole():
 def test_what_is_visited_is_the_context_alone():
     """The context cannot see its repetition, so its states are those of a plain pass."""
     from learnevict.infer.teacher_forcing import replay
-    from learnevict.oracle import full_trace, receiving
+    from learnevict.oracle import full_trace
 
     model = zoo.build("qwen3")
     ids, mask = batch(zoo.tokens(model, 3, LENGTH), PADS)
@@ -107,7 +107,7 @@ def test_what_is_visited_is_the_context_alone():
     plain: dict[int, Received] = {}
     labels = reconstruct(model, ids, mask, how=Repeating(chunk=10), visit=lambda i, *rest: seen.update({i: rest}))
     with torch.no_grad():
-        replay(model, ids, full_trace(model, ids), mask, observe=receiving(lambda i, one: plain.update({i: one})))
+        replay(model, ids, full_trace(model, ids), mask, observe=lambda i, one: plain.update({i: one}))
     real = mask.bool()
     for layer, (received, label) in seen.items():
         assert label is labels[layer]

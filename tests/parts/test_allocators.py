@@ -124,7 +124,7 @@ def test_a_history_equals_loops(name):
     run = read(model, knorm(), ids, mask, [9, 20, *[1] * 16])
     seen: dict[int, Any] = {}
     with torch.no_grad():
-        replay(model, ids, run.trace, mask, observe=lambda layer, query, key, *_: seen.update({layer: key}))
+        replay(model, ids, run.trace, mask, observe=lambda layer, received: seen.update({layer: received.key}))
     assert run.evictions > 0
     for row, pad in enumerate((0, 6)):
         wanted = history({layer: key[row, :, pad:] for layer, key in seen.items()}, 45 - pad)

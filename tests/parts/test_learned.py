@@ -15,7 +15,7 @@ from torch import Tensor
 from learnevict import Gates, attach, methods
 from learnevict.errors import GateError, UsageError
 from learnevict.infer.teacher_forcing import replay
-from learnevict.oracle import Received, receiving
+from learnevict.oracle import Received
 from learnevict.parts.allocators import Together
 from learnevict.signals import NEVER
 from tests.closeness import close
@@ -167,7 +167,7 @@ def test_history_is_that_of_the_formulas(case):
     run = read(model, policy, ids, mask, pieces(PROMPT, LENGTH))
     seen: dict[int, Received] = {}
     with torch.no_grad():  # states of a layer depend on what was evicted below it: those of the run itself
-        replay(model, ids, run.trace, mask, observe=receiving(lambda layer, one: seen.update({layer: one})))
+        replay(model, ids, run.trace, mask, observe=lambda layer, one: seen.update({layer: one}))
     for layer, one in seen.items():
         for row, pad in enumerate(PADS):
             for head in range(2):
@@ -197,7 +197,7 @@ def test_states_go_on_over_blocks_steps_and_requests(sizes):
     run = read(model, methods.kvpop.policy(4 * LENGTH, gate=gate, **TERMS), ids, mask, sizes)
     seen: dict[int, Received] = {}
     with torch.no_grad():
-        replay(model, ids, run.trace, mask, observe=receiving(lambda layer, one: seen.update({layer: one})))
+        replay(model, ids, run.trace, mask, observe=lambda layer, one: seen.update({layer: one}))
     for layer, one in seen.items():
         for row, pad in enumerate(PADS):
             want = recurrent(Head(gate, layer, 0, *[one.key[row, 0]] * 2, one.hidden[row, pad:].double()))

@@ -372,7 +372,8 @@ def test_credit_by_attention_against_the_whole_matrix():
     credit, logits = attention_credit(model, ids[:1], mask[:1], costs, ends)
     seen = {}
 
-    def observe(layer, query, key, value, hidden, attention):
+    def observe(layer, received):
+        query, key, attention = received.query, received.key, received.attention
         heads, group = key.shape[1], query.shape[1] // key.shape[1]
         matrix = query.view(1, heads, group, *query.shape[2:]) @ key.unsqueeze(2).transpose(-1, -2) * attention.scaling
         hidden_part = torch.ones(matrix.shape[-2:], dtype=torch.bool).triu(1)

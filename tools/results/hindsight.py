@@ -10,16 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from learnevict.errors import UsageError
 from learnevict.evals.methods import EvaluationSettings
 from learnevict.evals.teacher_forced import Scores, TextBatch, score
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import full_trace
-from learnevict.oracle.head_slots import EQUAL, Share
-from learnevict.oracle.reconstruct import Received
-from learnevict.oracle.reference import token_losses
-from learnevict.oracle.traces import Roll, golden, roll_of
+from learnevict.oracle.reference import held_after, token_losses
+from learnevict.oracle.traces import EQUAL, Roll, Share, golden, roll_of
 from learnevict.signals import Trace
 
 
@@ -43,11 +43,8 @@ class Case:
         """Returns logits under a trace, and what each layer's attention was given."""
         seen: list[Received] = []
 
-        def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Any, attention: Any) -> None:
-            seen.append(Received(query, key, value, hidden, attention))
-
         ids, mask = self.texts.input_ids, self.texts.attention_mask
-        return replay(self.model, ids, trace, mask, observe=observe).logits, seen
+        return replay(self.model, ids, trace, mask, observe=lambda _, received: seen.append(received)).logits, seen
 
     def losses(self, logits: Tensor) -> Tensor:
         """Returns the loss of every response token at the query that predicts it, [B, T]."""
@@ -167,3 +164,35 @@ def by_value(p: Tensor, one: Received, layer: int) -> Tensor:
 def largest(p: Tensor, one: Received, layer: int) -> Tensor:
     """Returns the attention of the query head of the group that attends most."""
     return p.amax(2, keepdim=True)
+
+
+def profile(trace: Trace, position: Int[Tensor, "B T"]) -> Float[Tensor, "L H"]:
+    """Returns the mean slots that each head holds right after events, over rows and events at which the whole budget is held.
+
+    Raises:
+        UsageError: nothing was evicted.
+    """
+    assert trace.budget is not None
+    assert trace.period is not None
+    expiry = trace.expiry
+    position = position.to(expiry.device)
+    total, count = torch.zeros(expiry.shape[0], expiry.shape[2], device=expiry.device), 0
+    for seen in range(trace.period, int(position.max()) + 2, trace.period):
+        held = held_after(expiry, position, seen).float()
+        full = (position == seen - 1).any(-1) & (held.mean((0, 2)) >= trace.budget - 0.5)
+        total, count = total + held[:, full].sum(1), count + int(full.sum())
+    if not count:
+        raise UsageError(f"the texts are too short for a budget of {trace.budget}: nothing was evicted")
+    return total / count
+
+
+def slots_of(free: Float[Tensor, "L H"], budget: int, reserved: int) -> Int[Tensor, "L H"]:
+    """Returns whole slots per head with mean `budget`: those reserved for guards and a fresh block, the rest in proportion
+    to `free`."""
+    rest = (budget - reserved) * free.numel()
+    exact = free.double().clamp_min(0)
+    exact = exact / exact.sum() * rest
+    whole = exact.floor()
+    more = (whole - exact).flatten().argsort(stable=True)[: rest - int(whole.sum())]
+    whole.view(-1)[more] += 1
+    return reserved + whole.long()

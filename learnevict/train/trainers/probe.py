@@ -22,7 +22,8 @@ from learnevict.infer.probe import ask
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full
 from learnevict.ops.distributed import highest, ratio
-from learnevict.oracle import PRESETS, Received, Reducers, full_trace, future_attention, receiving
+from learnevict.oracle import PRESETS, Received, Reducers, full_trace
+from learnevict.oracle.collect import layer_labels
 from learnevict.parts.probes import SoftTokens
 from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses import objectives
@@ -144,24 +145,21 @@ def response_attention(
     column = torch.arange(texts.ids.shape[1], device=texts.ids.device)
 
     def see(layer: int, received: Received) -> None:
-        attention = received.attention
         for cut, wanted in zip(cuts, found, strict=True):
-            labels = future_attention(
-                received.query,
-                received.key,
+            labels = layer_labels(
+                base,
+                layer,
+                received,
                 block=len(column),
                 valid=texts.valid,
                 reduce=reduce,
-                scaling=attention.scaling,
-                softcap=attention.softcap,
-                sinks=attention.sinks,
                 queries=texts.valid & (column >= cut.column) & (column < cut.column + cut.horizon),
                 keys=texts.valid & (column < cut.column) if reduce.needs_keys else None,
             )
             wanted[layer] = labels[:, :, : cut.column, 0]
 
     trace = full_trace(base, texts.ids)
-    replay(base, texts.ids, trace, texts.valid.long(), observe=receiving(see), logits_to_keep=1)
+    replay(base, texts.ids, trace, texts.valid.long(), observe=see, logits_to_keep=1)
     return found
 
 

@@ -21,14 +21,12 @@ from learnevict.oracle import (
     Reducers,
     Repeating,
     full_trace,
-    future_attention,
     golden,
     golden_labels,
-    receiving,
     reconstruct,
     target,
 )
-from learnevict.oracle.reconstruct import target_inputs
+from learnevict.oracle.collect import layer_labels
 from learnevict.parts.learned import Learner
 from learnevict.policy import Guard
 from learnevict.signals import Trace
@@ -178,14 +176,17 @@ class TeacherPass:
             visit(LayerBatch.of(layer, self.positions, received, found, expiry))
 
         def see(layer: int, received: Received) -> None:
-            found = self._block_labels(base, layer, received) if labels is None else labels[layer]
+            if labels is None:
+                found = layer_labels(base, layer, received, block=config.period, valid=self.valid, reduce=self.reduce)
+            else:
+                found = labels[layer]
             assert found is not None
             show(layer, received, found)
 
         if config.target == "reconstruction" and labels is None:
             reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce, visit=show)
         else:
-            replay(base, self.ids, trace, self.mask, observe=receiving(see), logits_to_keep=1)
+            replay(base, self.ids, trace, self.mask, observe=see, logits_to_keep=1)
 
     def _golden_trace(self, base: PreTrainedModel) -> tuple[Trace, list[Tensor | None]]:
         """Returns a golden trace for the budget, and the full cache's labels of the target."""
@@ -197,9 +198,3 @@ class TeacherPass:
         elif self.reduce != GOLDEN:
             labels = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
         return trace, labels
-
-    def _block_labels(self, base: PreTrainedModel, layer: int, received: Received) -> Tensor:
-        """Returns the labels of one layer, [B, heads, T, M]."""
-        inputs = target_inputs(base, self.reduce, layer, received)
-        period, query, key = self.config.period, received.query, received.key
-        return future_attention(query, key, block=period, valid=self.valid, reduce=self.reduce, **inputs)

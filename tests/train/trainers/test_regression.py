@@ -16,7 +16,7 @@ from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods.golden import Hindsight
-from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, receiving, reconstruct
+from learnevict.oracle import GOLDEN, KVP, KVZIP, future_attention, golden_labels, golden_trace, reconstruct
 from learnevict.policy import Gate, Guard, Policy, Schedule, Scorer
 from learnevict.signals import Signals, StateColumn
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
@@ -85,8 +85,10 @@ def test_a_cut_is_the_event_that_inference_meets(method):
     assert torch.equal(cache.trace().expiry, trace.expiry) and trace.evictions > 0
     positions, batches = UnpaddedPositions.of(ids, mask.bool()), {}
     with torch.no_grad():
-        see = receiving(lambda i, one: batches.update({i: LayerBatch.of(i, positions, one, expiry=trace.expiry[i])}))
-        replay(model, ids, trace, mask, observe=see)
+        replay(
+            model, ids, trace, mask,
+            observe=lambda i, one: batches.update({i: LayerBatch.of(i, positions, one, expiry=trace.expiry[i])}),
+        )  # fmt: skip
     met = 0
     for (layer, row, seen), (signals, scores, position) in onlooker.seen.items():
         one_layer = batches[layer]
@@ -125,7 +127,7 @@ def test_what_a_surrogate_is_asked_is_what_it_state(method):
         judged[layer] = gates.gate.predictions(one_layer.written(gates.gate.columns))
 
     with torch.no_grad():
-        replay(model, ids, oracle.full_trace(model, ids), mask, observe=receiving(see))
+        replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
     for layer, found in judged.items():
         store = cache.layers[layer].store
         noted = by_position(store.state.columns["estimate"].flatten(0, 1), store.position.flatten(0, 1))
@@ -187,18 +189,12 @@ def test_verdicts_at_cuts(monkeypatch):
     monkeypatch.setattr(gate, "score", lambda signals, score=gate.score: shown.append(signals) or score(signals))
     met = spied(monkeypatch, gate, replace(CONFIG, cuts=3), {"input_ids": ids, "attention_mask": mask})
     whole = []
-    see = receiving(
-        lambda i, one: whole.append(
-            future_attention(
-                one.query,
-                one.key,
-                block=1,
-                reduce=replace(KVP, group="none", group_last=False),
-                valid=mask.bool(),
-                scaling=one.attention.scaling,
-            )
-        )
-    )
+
+    def see(layer, one):
+        reduce, scaling = replace(KVP, group="none", group_last=False), one.attention.scaling
+        found = future_attention(one.query, one.key, block=1, reduce=reduce, valid=mask.bool(), scaling=scaling)
+        whole.append(found)
+
     with torch.no_grad():
         replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
     assert len(met) == 3 * len(whole) and len({int(signals.rows.seen[0]) for signals in shown}) > 1
@@ -321,8 +317,8 @@ def test_the_linear_surrogate_in_closed_form():
     labels, _ = golden_labels(model, ids, mask, block=PERIOD)
     received = {}
     with torch.no_grad():
-        see = receiving(lambda i, one: received.update({i: one}))
-        replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
+        full = oracle.full_trace(model, ids)
+        replay(model, ids, full, mask, observe=lambda i, one: received.update({i: one}))
     for layer, one in received.items():
         rows, wanted = [], []
         for row, pad in enumerate(PADS):
@@ -403,9 +399,9 @@ def test_networks_are_calibrated_once():
     network = gates.gate.network
     assert bool(network.calibrated.all())
     keys = []
-    see = receiving(lambda i, one: keys.append(one.key.transpose(1, 2)[mask.bool()]))
     with torch.no_grad():
-        replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
+        full = oracle.full_trace(model, ids)
+        replay(model, ids, full, mask, observe=lambda _, one: keys.append(one.key.transpose(1, 2)[mask.bool()]))
     for layer, real in enumerate(keys):
         close(network.mean_key[layer, :, 0], real.mean(0))
         close(network.scale_key[layer, :, 0], real.std(0, unbiased=False), 1e-4)
