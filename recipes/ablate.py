@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from learnevict.evals.suite import run
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.config import RefineConfig
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 from tools.results.ablations import check_same, read_variants
 
 with needing("train"):
@@ -55,24 +55,20 @@ VARIANTS = {
 }
 
 
-def told(default: Any, said: str) -> Any:
-    """A setting with the words of --help."""
-    return field(default=default, metadata={"help": said})
-
-
 @dataclass(frozen=True)
 class Config:
     """Flags of this program."""
 
-    start_from: str = told(str(GATES_FOLDER / "testbed-foresightkv-sl"), "supervised gates, a folder or Hub id")
-    out: str = told("docs/results/ablations.json", "what is finished is kept there")
-    variants: str = told("", "names between semicolons; default: all")
-    steps: int = told(60, "of every refinement")
-    rows: int = told(32, "traces per step, in groups of 8")
-    samples: int = told(60, "to judge on")
-    smoke: bool = told(False, "seconds, the same code")
+    start_from: str = flag(str(GATES_FOLDER / "testbed-foresightkv-sl"), "supervised gates, a folder or Hub id")
+    out: str = flag("docs/results/ablations.json", "what is finished is kept there")
+    variants: str = flag("", "names between semicolons; default: all")
+    steps: int = flag(60, "of every refinement")
+    rows: int = flag(32, "traces per step, in groups of 8")
+    samples: int = flag(60, "to judge on")
+    smoke: bool = flag(False, "seconds, the same code")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rows % 8:
             raise UsageError(f"--rows {self.rows}: traces come in groups of 8; give a multiple of that")
 
@@ -173,8 +169,8 @@ def main(config: Config) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from learnevict.oracle import horizon
 from learnevict.oracle.collect import gradient_utility
 from learnevict.oracle.traces import Share
 from learnevict.signals import Trace
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 from tools.results.hindsight import (
     Case,
     by_value,
@@ -61,19 +61,20 @@ from tools.results.label_table import Tried, TriedLabels
 class Config:
     """Flags of this program."""
 
-    families: str = "program,recall"
-    shares: str = "1/6,1/8,1/12,1/15"
-    variants: str = ""  # names between semicolons; default: all
-    samples: int = 48
-    fitting: int = 24  # training texts of each family behind a profile
-    climbs: int = 100  # replays per text in the search
-    batch_size: int = 24
-    split: str = "validation"
-    out: str = "docs/results/labels.json"
-    threads: int = 1
-    smoke: bool = False
+    families: str = flag("program,recall", "names between commas")
+    shares: str = flag("1/6,1/8,1/12,1/15", "budgets between commas")
+    variants: str = flag("", "names between semicolons; otherwise all")
+    samples: int = flag(48, "of each family")
+    fitting: int = flag(24, "training texts of each family behind a profile")
+    climbs: int = flag(100, "replays per text in the search")
+    batch_size: int = flag(24, "samples at a time")
+    split: str = flag("validation", f"one of {', '.join(testbed.SPLITS)}")
+    out: str = flag("docs/results/labels.json", "what is finished is kept there")
+    threads: int = flag(1, "of torch", most=1024)
+    smoke: bool = flag(False, "seconds, the same code")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.split not in testbed.SPLITS:
             raise UsageError(f"--split {self.split!r}: choose from {', '.join(testbed.SPLITS)}")
         for share in self.shares.split(","):
@@ -311,8 +312,8 @@ def resolved(family: str, share: str) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
 
 
 if __name__ == "__main__":

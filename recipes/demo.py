@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -40,7 +40,7 @@ from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import read_record
 from learnevict.train import distill
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
@@ -53,10 +53,13 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 class Config:
     """Flags of this program."""
 
-    out: Path = field(default=Path("checkpoints/demo"), metadata={"help": "goes on with what it finds there"})
-    samples: int = field(default=48, metadata={"help": "unseen samples per family"})
-    documents: int = field(default=480, metadata={"help": "training texts to label"})
-    steps: int = field(default=160, metadata={"help": "training steps of the judge"})
+    out: Path = flag(Path("checkpoints/demo"), "goes on with what it finds there")
+    samples: int = flag(48, "unseen samples per family")
+    documents: int = flag(480, "training texts to label")
+    steps: int = flag(160, "training steps of the scorer")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
@@ -170,8 +173,8 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments)
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__).of(Config)
 
 
 if __name__ == "__main__":

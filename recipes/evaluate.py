@@ -18,7 +18,6 @@ another --out everything is kept and read there, those settings too (tuned.json)
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from learnevict.evals.summaries import forget_rows
 from learnevict.evals.tuning import Tuned
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
 SHARES = ("1/3", "1/4", "1/6", "1/8", "1/12", "1/15")
@@ -54,21 +53,24 @@ SMOKE = {"families": "recall", "samples": 4, "tuning_samples": 4, "out": "runs/e
 class Config:
     """What to run and where to put it."""
 
-    stage: str = "all"
-    families: str = ",".join(testbed.FAMILIES)
-    methods: str = ""  # names between commas; default: those of the stage
-    budgets: str = ""  # such as 1/12,1/15; default: those of the stage
-    replace: str = ""  # a name whose numbers are dropped first
-    samples: int = 200
-    tuning_samples: int = 64
-    gates: str = str(GATES_FOLDER)
-    out: str = "docs/results"
-    device: str = "cpu"
-    threads: int = 1
-    batch_size: int = 50
-    smoke: bool = False
+    stage: str = flag("all", f"all, or some of {', '.join(STAGES)} between commas")
+    families: str = flag(",".join(testbed.FAMILIES), "names between commas")
+    methods: str = flag("", "names between commas; otherwise those of the stage")
+    budgets: str = flag("", "such as 1/12,1/15; otherwise those of the stage")
+    replace: str = flag("", "a name whose numbers are dropped first")
+    samples: int = flag(200, "of each family")
+    tuning_samples: int = flag(64, "of each family, for the stage tune")
+    gates: str = flag(str(GATES_FOLDER), "a folder of gates testbed-NAME")
+    out: str = flag("docs/results", "a folder; what is in it is kept")
+    device: str = flag("cpu", "of the model")
+    threads: int = flag(1, "of torch", most=1024)
+    batch_size: int = flag(50, "samples at a time")
+    smoke: bool = flag(False, "seconds, the same code")
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if unknown := [name for name in self.stage.split(",") if name not in ("all", *STAGES)]:
+            raise UsageError(f"no stage {', '.join(unknown)}; choose all, {', '.join(STAGES)}")
         if not Path(self.gates).is_dir():
             raise UsageError(f"--gates {self.gates!r}: there is no such folder")
         for budget in listed(self.budgets):
@@ -207,16 +209,9 @@ def check_names(names: Sequence[str], field: dict[str, EvaluatedMethod]) -> None
         raise UsageError(f"nobody is called {', '.join(unknown)}; there are {', '.join(field)}")
 
 
-def stages(text: str) -> str:
-    """A stage, several between commas, or all."""
-    if unknown := [name for name in text.split(",") if name not in ("all", *STAGES)]:
-        raise argparse.ArgumentTypeError(f"no stage {', '.join(unknown)}; choose all, {', '.join(STAGES)}")
-    return text
-
-
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments, smoke=SMOKE, kinds={"stage": stages})
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
 
 
 if __name__ == "__main__":

@@ -17,48 +17,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import track
-from transformers import HfArgumentParser
 
 from learnevict.data.labelling import Labelling, fill_store, processes
 from learnevict.data.opening import families_of, load_base, read_source
 from learnevict.data.sources import Source
 from learnevict.errors import told_in_one_line
 from learnevict.infer.load import quiet
-from learnevict.train.run.ranges import check_numbers
+from learnevict.train.run.flags import check_fields, flag, read_flags
+
+SMOKE = {"documents": 6, "per_shard": 3, "batch_size": 3}
 
 
 @dataclass(frozen=True)
 class Config:
     """Flags of this program."""
 
-    out: Path = Path("runs/labels")
-    model: str = "testbed"
-    allow_pickle: bool = False  # of the model: read .bin files too; otherwise safetensors only
-    data: str = "testbed"  # "testbed", a file, a folder, or a dataset of the Hub: see learnevict.data.sources
-    data_config: str | None = None
-    data_split: str = "train"
-    column: str | None = None
-    families: str = ""  # testbed only: comma-separated, default all
-    documents: int = 2000
-    max_length: int = 4096
-    packed: bool = False
-    streaming: bool = False
-    block: int = 16  # "mean over queries in a block of 256" (Section 3.1); the testbed's texts are 350 tokens long
-    batch_size: int = 16
-    per_shard: int = 200
-    first_seed: int = 0
-    threads: int = 1  # of each process on a CPU; sums of another number of threads may differ in the last bit
-    smoke: bool = False
+    out: Path = flag(Path("runs/labels"), "a folder; what is in it is kept")
+    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    allow_pickle: bool = flag(
+        False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
+    )
+    data: str = flag("testbed", "testbed, a file, a folder, or a dataset of the Hub")
+    data_config: str | None = flag(None, "of a dataset of the Hub")
+    data_split: str = flag("train", "of a dataset")
+    column: str | None = flag(None, "where the text or the chat is; otherwise text, messages, or prompt and completion")
+    families: str = flag("", "of the testbed, comma-separated; otherwise all")
+    documents: int = flag(2000, "at most")
+    max_length: int = flag(4096, "tokens of a document at most; exactly, if packed")
+    packed: bool = flag(False, "join texts and cut them into pieces of max_length")
+    streaming: bool = flag(False, "read as needed")
+    block: int = flag(16, "queries per label block (the paper: 256); the testbed's texts have 350 tokens")
+    batch_size: int = flag(16, "documents at a time")
+    per_shard: int = flag(200, "documents in a file")
+    first_seed: int = flag(0, "of the testbed's samples")
+    threads: int = flag(
+        1, "of each process on a CPU; sums of another number of threads may differ in the last bit", most=1024
+    )
+    smoke: bool = flag(False, "seconds, the same code")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         families_of(self.families)
 
 
 def main(config: Config) -> None:
     """Label what is missing."""
-    if config.smoke:
-        config = Config(**{**vars(config), "documents": 6, "per_shard": 3, "batch_size": 3})
     state = processes()
     quiet(bars=False)
     model, tokenizer = load_base(config.model, device=str(state.device), allow_pickle=config.allow_pickle)
@@ -84,6 +87,11 @@ def watched(shards: Sequence[int]) -> Iterable[int]:
     return track(shards, "labelling", disable=not shards)
 
 
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
+
+
 if __name__ == "__main__":
     with told_in_one_line("whole shards are kept: run the same command again to go on"):
-        main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
+        main(parse())

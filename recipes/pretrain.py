@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,7 +38,7 @@ from learnevict.hub.run_record import Record
 from learnevict.testbed import Sample
 from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
 from learnevict.testbed.curriculum import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()
@@ -60,34 +60,44 @@ SMOKE = {
 class Config:
     """One run. Learning rates are constant after warm-up and fall as a cosine over the last `cooldown` steps."""
 
-    out: str = "checkpoints/testbed"
-    export_to: str = ""  # a new folder, or one of an earlier export; usually the package's data, with --smoke OUT/data
-    seed: int = 0
-    steps: int = 9000
-    cooldown: int = 1200
-    warmup: int = 100
-    learning_rate: float = 3e-3  # AdamW: embeddings and norms
-    matrix_learning_rate: float = 0.01  # Muon: everything else
-    tokens_per_step: int = 4000
-    tokens_per_pass: int = 2500
-    promote_at: float = 0.9
-    evenness: float = 0.2  # of the draw over families: large is even, small favours those with many errors
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 4
-    num_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    evaluate_every: int = 500
-    evaluate_samples: int = 16
-    final_samples: int = 200
-    max_new_tokens: int = 400
-    threads: int = 1
-    device: str = "cpu"
-    compiled: bool = False
-    smoke: bool = False
-    export: bool = False
-    further: bool = False  # where `out` holds no checkpoint, begin with the model and the record in `export_to`
+    out: str = flag("checkpoints/testbed", "folder of the checkpoint; a run goes on with what it finds there")
+    export_to: str = flag(
+        "", "a new folder, or one of an earlier export; otherwise the package's data, with --smoke OUT/data"
+    )
+    seed: int = flag(0, "of weights and samples")
+    steps: int = flag(9000, "in all")
+    cooldown: int = flag(1200, "last steps, over which learning rates fall")
+    warmup: int = flag(100, "first steps, over which learning rates rise")
+    learning_rate: float = flag(3e-3, "AdamW: embeddings and norms")
+    matrix_learning_rate: float = flag(0.01, "Muon: everything else")
+    tokens_per_step: int = flag(4000, "of all processes")
+    tokens_per_pass: int = flag(2500, "of a process at a time")
+    promote_at: float = flag(0.9, "accuracy at which a family climbs a level", most=1)
+    evenness: float = flag(0.2, "of the draw over families: large is even, small favours those with many errors")
+    hidden_size: int = flag(128, "of the model")
+    intermediate_size: int = flag(384, "of its MLPs")
+    num_layers: int = flag(4, "of the model")
+    num_heads: int = flag(4, "query heads of a layer")
+    num_key_value_heads: int = flag(2, "of a layer")
+    head_dim: int = flag(32, "of a head")
+    evaluate_every: int = flag(500, "steps")
+    evaluate_samples: int = flag(16, "of each family, while training")
+    final_samples: int = flag(200, "of each family, for the record of the export")
+    max_new_tokens: int = flag(400, "of an answer")
+    threads: int = flag(1, "of torch", most=1024)
+    device: str = flag("cpu", "of the model")
+    compiled: bool = flag(False, "compile the layers")
+    smoke: bool = flag(False, "seconds, the same code")
+    export: bool = flag(False, "train nothing; write the last checkpoint as an exported model")
+    further: bool = flag(False, "where `out` holds no checkpoint, begin with the model and the record in `export_to`")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it but folders."""
+        return {**asdict(self), "out": "", "export_to": ""}
 
     @property
     def target(self) -> Path:
@@ -262,7 +272,7 @@ def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str,
     model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
     num, few = config.final_samples, max(1, config.final_samples // 4)
     record = {
-        "recipe": asdict(replace(config, out="", export_to="")), "fingerprint": testbed.fingerprint(), "split": "validation",
+        "recipe": config.settings, "fingerprint": testbed.fingerprint(), "split": "validation",
         "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, config, num),
         "long": {"num_samples": few, "accuracy": measure(model, few, "long")}, "training": state,
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -275,7 +285,7 @@ def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str,
 
 def stage(config: Config, begin: int) -> dict[str, Any]:
     """What the record keeps of a run that begins at this step: a resumed run may change its flags."""
-    return {"from": begin, "fingerprint": testbed.fingerprint(), **asdict(replace(config, out="", export_to=""))}
+    return {"from": begin, "fingerprint": testbed.fingerprint(), **config.settings}
 
 
 def train(
@@ -343,7 +353,7 @@ def main(config: Config) -> None:
     if state["step"] < config.steps and not config.export:
         facts = {"seeds": {"seed": config.seed}, "data_hash": testbed.fingerprint()}
         with Record(
-            config.out, "pretrain", asdict(replace(config, out="", export_to="")), goes_on=state["step"] > 0,
+            config.out, "pretrain", config.settings, goes_on=state["step"] > 0,
             writes=rank() == 0, **facts,
         ) as run:  # fmt: skip
             train(config, model, optimizers, state)
@@ -354,8 +364,8 @@ def main(config: Config) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from learnevict.evals.suite import run
 from learnevict.evals.tuning import BONUSES
 from learnevict.hub import Gates, weight_hash
 from learnevict.hub.run_record import Record, own_record
-from learnevict.train.run.flags import read_flags
+from learnevict.train.run.flags import check_fields, flag, read_flags
 from learnevict.train.trainers.token_tables import fit_tables
 
 SEPARATOR = ";"
@@ -35,10 +35,13 @@ SMOKE = {"output_dir": "runs/tables-smoke", "documents": 32, "samples": 2}
 class Config:
     """Flags of this program."""
 
-    output_dir: str = "runs/tables"  # a folder per baseline
-    documents: int = 2000
-    samples: int = 40
-    smoke: bool = False
+    output_dir: str = flag("runs/tables", "a folder per baseline")
+    documents: int = flag(2000, "to fit on")
+    samples: int = flag(40, "of each family, to tune on")
+    smoke: bool = flag(False, "seconds, the same code")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main(config: Config) -> None:
@@ -77,8 +80,8 @@ def tune(gates: Gates, plan: Plan, subject: EvaluatedModel) -> dict[float, float
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Every field of Config is a flag."""
-    return read_flags(Config, __doc__, arguments, smoke=SMOKE)
+    """Returns the settings that a command line asks for."""
+    return read_flags({"options": Config}, arguments, __doc__, smoke=SMOKE).of(Config)
 
 
 if __name__ == "__main__":

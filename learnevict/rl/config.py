@@ -7,55 +7,52 @@ from dataclasses import dataclass
 from learnevict.errors import BudgetError, UsageError
 from learnevict.policy import Guard
 from learnevict.rl.rewards import COSTS
-from learnevict.train.run.ranges import check_numbers
+from learnevict.train.run.flags import check_fields, flag
 
 CHOICES = {"credit": ("trace", "to_go", "attention"), "scope": ("layer", "model"), "cost": COSTS}
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Settings of refinement, the flags of recipes/grpo.py.
+    """Settings of refinement, the flags of recipes/grpo.py."""
 
-    Attributes:
-        credit: how advantages are assigned: attention (per eviction, by what the full cache attends to), to_go (per event, by
-            the cost after it) or trace (one number for all evictions of a trace, as in the paper).
-        cost: low_entropy (added loss up to the ceiling where the full cache is sure), thresholded (the paper's square of it
-            above 1.5) or plain (everywhere).
-        ceiling: most that a token can cost, in nats.
-        min_budget, max_budget: slots per head, sampled anew for every step, log-uniformly.
-        period: tokens between events.
-        draw_temperature: of the sampling policy; the higher, the more it explores.
-        pool: n evictions are sampled among the pool * n lowest scores (the paper: 2); 0: among all candidates.
-        layer_share: share of layers whose evictions are random in a trace, the others evict greedily; 1: all.
-        kl: weight of the divergence from the gates at the start.
-        sinks: first tokens that stay.
-        recent: last tokens that stay.
-        scope: layer (every head holds the budget) or model (all heads of all layers compete).
-        floor: share of an equal split that every head keeps, for scope model.
-        share_spread: standard deviation by which the logits of the layers' budget allocation are perturbed, in nats; above 0
-            the allocation is learned, for scope layer.
-        free_every: every so many batches the model generates its own answers, and a verifier marks them; 0: never.
-    """
-
-    credit: str = "attention"
-    cost: str = "low_entropy"
-    ceiling: float = 2.0
-    min_budget: int = 24
-    max_budget: int = 64
-    period: int = 16
-    draw_temperature: float = 0.5
-    pool: int = 0
-    layer_share: float = 1.0
-    kl: float = 0.0
-    sinks: int = 4
-    recent: int = 8
-    scope: str = "layer"
-    floor: float = 0.2
-    share_spread: float = 0.0
-    free_every: int = 0
+    credit: str = flag(
+        "attention",
+        "how advantages are assigned: attention (per eviction, by what the full cache attends to), to_go (per event, by the "
+        "cost after it) or trace (one number for all evictions of a trace, as in the paper)",
+    )
+    cost: str = flag(
+        "low_entropy",
+        "low_entropy (added loss up to the ceiling where the full cache is sure), thresholded (the paper's square of it above "
+        "1.5) or plain (everywhere)",
+    )
+    ceiling: float = flag(2.0, "most that a token can cost, in nats")
+    min_budget: int = flag(24, "slots per head at least, sampled anew for every step, log-uniformly")
+    max_budget: int = flag(64, "slots per head at most")
+    period: int = flag(16, "tokens between events")
+    draw_temperature: float = flag(0.5, "of the sampling policy; the higher, the more it explores")
+    pool: int = flag(
+        0, "n evictions are sampled among the pool * n lowest scores (the paper: 2); 0: among all candidates"
+    )
+    layer_share: float = flag(
+        1.0, "share of layers whose evictions are random in a trace, the others evict greedily; 1: all"
+    )
+    kl: float = flag(0.0, "weight of the divergence from the gates at the start")
+    sinks: int = flag(4, "first tokens that stay", least=0)
+    recent: int = flag(8, "last tokens that stay", least=0)
+    scope: str = flag("layer", "layer (every head holds the budget) or model (all heads of all layers compete)")
+    floor: float = flag(0.2, "share of an equal split that every head keeps, for scope model", least=0)
+    share_spread: float = flag(
+        0.0,
+        "standard deviation by which the logits of the layers' budget allocation are perturbed, in nats; above 0 the "
+        "allocation is learned, for scope layer",
+    )
+    free_every: int = flag(
+        0, "every so many batches the model generates its own answers, and a verifier marks them; 0: never"
+    )
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"sinks": 0, "recent": 0, "floor": 0})
+        check_fields(self)
         if not self.least <= self.min_budget <= self.max_budget:
             raise BudgetError(
                 f"budgets from {self.min_budget} to {self.max_budget} must rise and begin at {self.least} or more: "

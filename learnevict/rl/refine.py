@@ -34,48 +34,35 @@ from learnevict.rl.config import RefineConfig
 from learnevict.testbed import generate, verify
 from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
 from learnevict.train.memory.phases import RunPlan
-from learnevict.train.run.arguments import parse_parts
+from learnevict.train.run.flags import check_fields, flag, read_flags
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
-from learnevict.train.run.ranges import check_numbers
-from learnevict.train.run.resume import smoke_folder
-from learnevict.train.run.setup import run
+from learnevict.train.run.resume import run, smoke_folder
 from learnevict.train.validation import Validation
 
 
 @dataclass
 class RefineProgramConfig:
-    """Settings of a refinement: the gates, and the texts.
+    """Settings of a refinement: the gates, and the texts."""
 
-    Attributes:
-        start_from: gates that score slots, a folder or Hub id.
-        model: base model: testbed, a folder or a Hub id.
-        allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
-        data: testbed; a file, a folder or a dataset of the Hub with prompts and answers.
-        families: of the testbed, comma-separated; one named again brings more texts; otherwise all.
-        documents: to learn from at most.
-        max_length: tokens of a document at most.
-        eval_documents: held out for evaluations (--eval_strategy steps).
-        smoke: seconds instead of minutes, the same code.
-        dry_run: print what the run would take, and do nothing; only the configuration of the model is read.
-        gpu_memory: of one GPU, for that.
-        gpus: that the run would have, for that; otherwise as many as processes were launched.
-    """
-
-    start_from: str = str(GATES_FOLDER / "testbed-foresightkv-sl")
-    model: str = "testbed"
-    allow_pickle: bool = False
-    data: str = "testbed"
-    families: str = ""
-    documents: int = 4000
-    max_length: int = 4096
-    eval_documents: int = 16
-    smoke: bool = False
-    dry_run: bool = False
-    gpu_memory: str = "80GiB"
-    gpus: int = 0
+    start_from: str = flag(str(GATES_FOLDER / "testbed-foresightkv-sl"), "gates that score slots, a folder or Hub id")
+    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    allow_pickle: bool = flag(
+        False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
+    )
+    data: str = flag("testbed", "testbed; a file, a folder or a dataset of the Hub with prompts and answers")
+    families: str = flag("", "of the testbed, comma-separated; one named again brings more texts; otherwise all")
+    documents: int = flag(4000, "to learn from at most")
+    max_length: int = flag(4096, "tokens of a document at most")
+    eval_documents: int = flag(16, "held out for evaluations (--eval_strategy steps)", least=0)
+    smoke: bool = flag(False, "seconds instead of minutes, the same code")
+    dry_run: bool = flag(
+        False, "print what the run would take, and do nothing; only the configuration of the model is read"
+    )
+    gpu_memory: str = flag("80GiB", "of one GPU, for that")
+    gpus: int = flag(0, "that the run would have, for that; otherwise as many as processes were launched")
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"eval_documents": 0})
+        check_fields(self)
         families_of(self.families)
         memory_of(self.gpu_memory)
 
@@ -208,7 +195,8 @@ def parse(arguments: list[str], program: str | None = None) -> tuple[RefineProgr
         from datasets import Dataset as Dataset
         from trl.trainer.grpo_config import GRPOConfig
     find_tools()
-    parts = {"what to refine, and on what": RefineProgramConfig, "how": RefineConfig}
+    parts = {"what to refine, and on what": RefineProgramConfig, "how": RefineConfig, "options": GRPOConfig}
     defaults = {**DEFAULTS, **launch_defaults()}
-    config, refine, training = parse_parts(arguments, parts, GRPOConfig, defaults, __doc__, program)
+    found = read_flags(parts, arguments, __doc__, defaults=defaults, program=program)
+    config, refine, training = map(found.of, parts.values())
     return config, refine, training

@@ -97,11 +97,7 @@ class BaseTrainer(Trainer):
         return metrics
 
     def log_end(self, checkpoint: Path) -> None:
-        """Logs the last line of a run that was killed between its last checkpoint and its end; nothing where none is known.
-
-        Args:
-            checkpoint: of its last step, whose state the trainer has.
-        """
+        """Does nothing; GateTrainer logs the last line of a run that was killed between its last checkpoint and its end."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves gates only, as config.json + model.safetensors, by one process; no pickled arguments."""

@@ -19,11 +19,12 @@ Resume with --resume_from_checkpoint true: the run ends as if nothing had happen
 
 from __future__ import annotations
 
+import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from learnevict.config import Budget
 from learnevict.data.documents import Collator
@@ -31,77 +32,64 @@ from learnevict.data.opening import describe_base, families_of, load_base, longe
 from learnevict.hub import Gates
 from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
 from learnevict.train.memory.phases import RunPlan
-from learnevict.train.run.arguments import Arguments
-from learnevict.train.run.arguments import parse as parse_flags
+from learnevict.train.run.flags import check_fields, flag, literal, read_file, read_flags, refuse_unknown
 from learnevict.train.run.launch import find_tools, launch_defaults
-from learnevict.train.run.ranges import check_numbers
-from learnevict.train.run.setup import make_gates, read_data, run, settle
+from learnevict.train.run.registry import required, trainable_method
+from learnevict.train.run.resume import run
+from learnevict.train.run.setup import Arguments, make_gates, read_data, settle
 from learnevict.train.validation import Patience, Validation
 
 
 @dataclass
 class DistillConfig:
-    """Settings of a distillation.
+    """Settings of a distillation: what to learn, and from what."""
 
-    Attributes:
-        method: a name of `learnevict list`, or the import path of your own.
-        start_from: gates to train further, a folder or Hub id; their settings hold.
-        model: base model: testbed, a folder or a Hub id.
-        allow_pickle: read weights of the model that are pickles (.bin) too; otherwise safetensors only.
-        labels: folder of `learnevict oracle`, for modes that can use it; otherwise labels are made on the way.
-        data: testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub.
-        data_config: of a dataset of the Hub.
-        data_split: of a dataset.
-        column: where the text or the chat is; otherwise text, messages, conversations, or prompt and completion.
-        families: of the testbed, comma-separated; otherwise all.
-        documents: to learn from at most.
-        max_length: tokens of a document at most; exactly, if packed.
-        packed: join texts and cut them into pieces of max_length.
-        streaming: read as needed, without end; the position is part of a checkpoint.
-        own_answers: the model writes the answer to every prompt itself, greedily and with a full cache,
-            per_device_eval_batch_size of them at a time, in place of the given ones; a prompt may be all there is.
-        answer_tokens: of its own answers at most; 0: as many as the longest given one.
-        period: tokens between events; the testbed's texts have 350.
-        sinks: first tokens that stay.
-        recent: last tokens that stay.
-        eval_documents: held out for evaluations: the first of the data, or validation samples of the testbed.
-        eval_budgets: what the gates are evaluated under: 48, 25% or 64MiB.
-        patience: evaluations without improvement after which training stops; 0 never stops.
-        smoke: seconds instead of minutes, the same code.
-        dry_run: print what the run would take, and do nothing; only the configuration of the model is read.
-        gpu_memory: of one GPU, for that.
-        gpus: that the run would have, for that; otherwise as many as processes were launched.
-    """
-
-    method: str = "foresightkv"
-    start_from: str | None = None
-    model: str = "testbed"
-    allow_pickle: bool = False
-    labels: str | None = None
-    data: str = "testbed"
-    data_config: str | None = None
-    data_split: str = "train"
-    column: str | None = None
-    families: str = ""
-    documents: int = 4000
-    max_length: int = 4096
-    packed: bool = False
-    streaming: bool = False
-    own_answers: bool = False
-    answer_tokens: int = 0
-    period: int = 16
-    sinks: int = 4
-    recent: int = 8
-    eval_documents: int = 32
-    eval_budgets: list[str] = field(default_factory=lambda: ["64"])
-    patience: int = 0
-    smoke: bool = False
-    dry_run: bool = False
-    gpu_memory: str = "80GiB"
-    gpus: int = 0
+    method: str = flag("foresightkv", "a name of `learnevict list`, or the import path of your own")
+    start_from: str | None = flag(None, "gates to train further, a folder or Hub id; their settings hold")
+    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    allow_pickle: bool = flag(
+        False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
+    )
+    labels: str | None = flag(
+        None, "folder of `learnevict oracle`, for modes that can use it; otherwise labels are made on the way"
+    )
+    data: str = flag(
+        "testbed",
+        "testbed; a .txt, .jsonl or .parquet file; a folder of them or of `save_to_disk`; a dataset of the Hub",
+    )
+    data_config: str | None = flag(None, "of a dataset of the Hub")
+    data_split: str = flag("train", "of a dataset")
+    column: str | None = flag(
+        None, "where the text or the chat is; otherwise text, messages, conversations, or prompt and completion"
+    )
+    families: str = flag("", "of the testbed, comma-separated; otherwise all")
+    documents: int = flag(4000, "to learn from at most")
+    max_length: int = flag(4096, "tokens of a document at most; exactly, if packed")
+    packed: bool = flag(False, "join texts and cut them into pieces of max_length")
+    streaming: bool = flag(False, "read as needed, without end; the position is part of a checkpoint")
+    own_answers: bool = flag(
+        False,
+        "the model writes the answer to every prompt itself, greedily and with a full cache, per_device_eval_batch_size of "
+        "them at a time, in place of the given ones; a prompt may be all there is",
+    )
+    answer_tokens: int = flag(0, "of its own answers at most; 0: as many as the longest given one")
+    period: int = flag(16, "tokens between events; the testbed's texts have 350")
+    sinks: int = flag(4, "first tokens that stay", least=0)
+    recent: int = flag(8, "last tokens that stay", least=0)
+    eval_documents: int = flag(
+        32, "held out for evaluations: the first of the data, or validation samples of the testbed", least=0
+    )
+    eval_budgets: list[str] = flag(["64"], "what the gates are evaluated under: 48, 25% or 64MiB")
+    patience: int = flag(0, "evaluations without improvement after which training stops; 0 never stops")
+    smoke: bool = flag(False, "seconds instead of minutes, the same code")
+    dry_run: bool = flag(
+        False, "print what the run would take, and do nothing; only the configuration of the model is read"
+    )
+    gpu_memory: str = flag("80GiB", "of one GPU, for that")
+    gpus: int = flag(0, "that the run would have, for that; otherwise as many as processes were launched")
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"sinks": 0, "recent": 0, "eval_documents": 0})
+        check_fields(self)
         families_of(self.families)
         memory_of(self.gpu_memory)
         for budget in self.eval_budgets:
@@ -109,7 +97,6 @@ class DistillConfig:
 
 
 DEFAULTS = {
-    "output_dir": "runs/{method}",
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "max_steps": 600,
@@ -142,7 +129,7 @@ def main(flags: Arguments) -> None:
 
     method = flags.trainable_method
     settings: Any = {
-        "config": vars(config), "mode": {"name": method.mode.name, **vars(flags.mode)}, "gate": flags.settings
+        "config": vars(config), "mode": {"name": method.mode, **vars(flags.mode)}, "gate": flags.settings
     }  # fmt: skip
     rules = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
     with run("distill", gates, training, settings, (documents, held_out)) as running:
@@ -154,7 +141,7 @@ def main(flags: Arguments) -> None:
             data_collator=Collator(tokenizer.pad_token_id or 0),
             validation=Validation(held_out, tuple(config.eval_budgets), terms=rules) if held_out else None,
             callbacks=[Patience(config.patience)] if config.patience else [],
-            **{method.mode.argument: flags.mode},
+            config=flags.mode,
         )
         running.train(trainer)
         if config.streaming:
@@ -170,7 +157,7 @@ def estimated(flags: Arguments) -> str:
     common |= length_of(training, config.gpus, config.documents)
     before = Gates.load(config.start_from).config.settings if config.start_from else {}
     plan = RunPlan(
-        flags.trainable_method.mode.name,
+        flags.trainable_method.mode,
         longest_text(config.data, config.max_length),
         training.per_device_train_batch_size,
         stored_labels=config.labels is not None,
@@ -182,11 +169,37 @@ def estimated(flags: Arguments) -> str:
 
 
 def parse(arguments: list[str], program: str | None = None) -> Arguments:
-    """Reads the flags of this program, of the method's trainer and gate, and of transformers.TrainingArguments.
+    """Returns the flags of this program, of the method's trainer and gate, and of transformers.TrainingArguments.
+
+    Flags win over a file, a file over the method's TRAINING, and that over DEFAULTS.
 
     Args:
         arguments: the words of a command line: a YAML file of flags or the name of a method, then flags.
         program: the command's name for --help; None: that of this process.
     """
     find_tools()
-    return parse_flags(arguments, DistillConfig, {**DEFAULTS, **launch_defaults()}, __doc__, program)
+    words, written = read_file(arguments)
+    if words and words == arguments and not words[0].startswith("-"):
+        words = arguments = ["--method", *words]
+    name = str(_early(words, ["method"]).get("method", written.get("method", DistillConfig.method)))
+    early = {**written, **_early(words, required(name))}
+    method = trainable_method(name, {key: literal(value) for key, value in early.items()})
+    parts = {
+        "what to learn, and from what": DistillConfig,
+        f"trainer ({method.mode})": method.trainer.config_type,
+        f"gate of {name}": method.gate_flags(),
+        "options": TrainingArguments,
+    }
+    refuse_unknown(method.defaults, parts.values(), f"TRAINING of {name!r}")
+    defaults = {**DEFAULTS, "output_dir": f"runs/{name}", **launch_defaults(), **method.defaults}
+    found = read_flags(parts, arguments, __doc__, defaults=defaults, program=program, whose=f"of method {name!r}")
+    config, mode, gate, training = map(found.of, parts.values())
+    return Arguments(config, method, mode, vars(gate), training, found.given)
+
+
+def _early(words: list[str], names: list[str]) -> dict[str, str]:
+    """Returns the values of a few flags, before all of them are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
+    return vars(parser.parse_known_args(words)[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,30 +22,51 @@ from learnevict.train.validation import Validation
 PROGRESS = "progress_{rank}.json"
 
 
-class GateTrainer(BaseTrainer):
-    """transformers.Trainer for gates; a mode overrides `batch_loss`.
+class GateTrainer(BaseTrainer, ABC):
+    """transformers.Trainer for gates; the trainer of a mode gives `batch_loss`.
 
     Parameters may be used with gradient inside `model(task, ...)` only, which calls task(gate, ...): DDP and ZeRO watch
     for that call; without gradient outside of it, as `gathered_gates()`. Whatever is random is hashed from `draws`, or comes
-    from torch's global generator, whose state checkpoints hold; what else a trainer needs to go on, `progress` and `restore`
-    carry.
+    from torch's global generator, whose state checkpoints hold.
 
     Args:
         base: the model whose cache is governed; never trained, never saved.
+        config: what to learn from, a `config_type`.
         validation: texts and budgets of evaluations; None: there are none.
     """
 
+    config_type: ClassVar[Any] = None
+    stored_labels: ClassVar[bool] = False  # it can learn from a label store
+    responses: ClassVar[bool] = False  # documents need a prompt and a response of their own
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, base: PreTrainedModel, validation: Validation | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        base: PreTrainedModel,
+        config: Any = None,
+        validation: Validation | None = None,
+        **kwargs: Any,
+    ) -> None:
         documents = None if validation is None else validation.documents
         super().__init__(*args, base=base, validation=validation, **{"eval_dataset": documents, **kwargs})
+        self.config = config
         self.model_accepts_loss_kwargs = False
         if validation is not None:
             validation.policies(self.gates)  # budgets that cannot be held are told before the first step
         self.figures: dict[str, list[float]] = {}
         self.batch = (-1, 0)
         torch.manual_seed(self.args.seed + self.args.process_index)  # dropout of gates: each process its own
+
+    @abstractmethod
+    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
+        """Returns the loss of one batch.
+
+        Args:
+            model: called as model(task, ...).
+            inputs: a collated batch: input_ids, attention_mask [B, T], prompt_length [B], stored_labels.
+            draws: what is random in it.
+        """
 
     @property
     def gate(self) -> Any:
@@ -59,16 +81,6 @@ class GateTrainer(BaseTrainer):
         number = torch.arange(rows, device=self.args.device)
         number = number * world + rank if isinstance(self.train_dataset, IterableDataset) else number + rank * rows
         return BatchRandom.of(hashed(self.args.seed, step, part), number)
-
-    def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
-        """Returns the loss of one batch.
-
-        Args:
-            model: called as model(task, ...).
-            inputs: a collated batch: input_ids, attention_mask [B, T], prompt_length [B], stored_labels.
-            draws: what is random in it.
-        """
-        raise NotImplementedError
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -95,29 +107,9 @@ class GateTrainer(BaseTrainer):
             self.figures.clear()
         super().log({**logs, **means}, *args, **kwargs)
 
-    def progress(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds beside what Trainer puts there, as JSON; a mode with more state adds to it."""
-        streamed = isinstance(self.train_dataset, IterableDataset)
-        data: Any = self.train_dataset
-        return {
-            "figures": self.figures,
-            "loss": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
-            "world_size": self.args.world_size,
-            "stream": data.state_dict() if streamed else None,
-        }
-
-    def restore(self, progress: dict[str, Any]) -> None:
-        """Restores what `progress` returned."""
-        self.figures = {name: list(found) for name, found in progress["figures"].items()}
-        running, self._total_loss_scalar, self._globalstep_last_logged = progress["loss"]
-        self._tr_loss = torch.tensor(running, device=self.args.device)
-        if progress["stream"] is not None:
-            data: Any = self.train_dataset
-            data.load_state_dict(progress["stream"])
-
     def log_end(self, checkpoint: Path) -> None:
-        """Logs the last line of a run, see BaseTrainer."""
-        self.restore(self._progress_in(checkpoint))
+        """Logs the last line of a run that was killed between its last checkpoint, whose state the trainer has, and its end."""
+        self._restore(checkpoint)
         self._total_loss_scalar += float(self._tr_loss)
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
@@ -133,16 +125,30 @@ class GateTrainer(BaseTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Writes what a process needs to go on, before trainer_state.json, which is written last."""
         super()._save_rng_state(output_dir)
+        streamed, data = isinstance(self.train_dataset, IterableDataset), cast("Any", self.train_dataset)
+        progress = {
+            "figures": self.figures,
+            "loss": [float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged],
+            "world_size": self.args.world_size,
+            "stream": data.state_dict() if streamed else None,
+        }
         path = Path(output_dir) / PROGRESS.format(rank=self.args.process_index)
-        path.write_text(json.dumps(self.progress()))
+        path.write_text(json.dumps(progress))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            self.restore(self._progress_in(Path(checkpoint)))
+            self._restore(Path(checkpoint))
 
-    def _progress_in(self, checkpoint: Path) -> dict[str, Any]:
-        return json.loads((checkpoint / PROGRESS.format(rank=self.args.process_index)).read_text())
+    def _restore(self, checkpoint: Path) -> None:
+        """Restores what `_save_rng_state` wrote beside Trainer's own."""
+        progress = json.loads((checkpoint / PROGRESS.format(rank=self.args.process_index)).read_text())
+        self.figures = {name: list(found) for name, found in progress["figures"].items()}
+        running, self._total_loss_scalar, self._globalstep_last_logged = progress["loss"]
+        self._tr_loss = torch.tensor(running, device=self.args.device)
+        if progress["stream"] is not None:
+            data: Any = self.train_dataset
+            data.load_state_dict(progress["stream"])
 
 
 def last_checkpoint(folder: str | Path, world_size: int) -> str | None:

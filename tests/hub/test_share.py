@@ -245,14 +245,14 @@ base = LlamaForCausalLM(LlamaConfig(
     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
 
 class Shrinking(GateTrainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def batch_loss(self, model, inputs, draws):
         return model(lambda gate: sum(weights.square().sum() for weights in gate.parameters()))
 
 arguments = TrainingArguments(folder, max_steps=4, save_steps=2, push_to_hub=True, hub_model_id=name, report_to=[],
                               remove_unused_columns=False, use_cpu=True, hub_strategy=strategy, disable_tqdm=True,
                               logging_steps=1000)
 trainer = Shrinking(model=Gates.make("foresightkv", base), args=arguments, base=base, train_dataset=[0] * 8,
-                    data_collator=lambda rows: {"x": torch.ones(1)})
+                    data_collator=lambda rows: {"input_ids": torch.ones(1, 1)})
 trainer.train()
 trainer.save_model(folder)
 Path(folder, "run.json").write_text("{}")

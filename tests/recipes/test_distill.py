@@ -24,7 +24,7 @@ from learnevict.hub import Gates
 from learnevict.hub.run_record import read_record
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Schedule
-from learnevict.train.run.registry import MODES, trainable_method
+from learnevict.train.run.registry import trainable_method
 from learnevict.train.trainer import last_checkpoint
 from learnevict.train.trainers.replay_states import record_states
 from learnevict.train.validation import BEST, Patience
@@ -104,7 +104,7 @@ def drop_times(line: dict[str, Any]) -> dict[str, Any]:
 def test_every_mode_resumes_exactly(mode, tmp_path, distill, flags):
     """A run that is lost after its first checkpoint and resumed, against one that is not."""
     method = TAUGHT[mode]
-    assert trainable_method(method).mode is MODES[mode]
+    assert trainable_method(method, {}).mode == mode
     flags = [*flags, "--method", method, *SMALL[method]]
     whole, lost = tmp_path / "whole", tmp_path / "lost"
     distill.main(distill.parse([*flags, "--output_dir", str(whole)]))
@@ -163,7 +163,7 @@ def test_texts_too_short_to_judge_by_are_told(tmp_path, distill, flags):
 
 
 def test_a_budget_that_cannot_be_held_is_told_before_the_first_step(tmp_path, distill, flags, monkeypatch):
-    monkeypatch.setattr("learnevict.train.run.setup.go_on", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr("learnevict.train.run.resume.go_on", lambda *_: pytest.fail("it began to train"))
     more = ["--eval_documents", "2", "--eval_steps", "1", "--eval_budgets", "5", "--output_dir", str(tmp_path)]
     with pytest.raises(BudgetError, match="budget 5 is too small"):
         distill.main(distill.parse([*flags, *SMALL["foresightkv"], *more]))
@@ -213,7 +213,7 @@ def test_help_is_that_of_the_method(distill, capsys):
         distill.parse(["--method", "foresightkv", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "gate of foresightkv: --hidden HIDDEN" in said
-    assert "share of rows that follow the scorer's own evictions. (default: 0.5)" in said
+    assert "share of rows that follow the scorer's own evictions (default: 0.5)" in said
     assert said.index("trainer (replay)") < said.index("--learning_rate")
 
 

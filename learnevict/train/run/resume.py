@@ -1,9 +1,11 @@
-"""Going on with a run: which checkpoint, whether it is the same run, and what is left to do."""
+"""A run in its folder: begun or resumed under a lock and with a record, never mixed with another run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,21 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from learnevict.data.label_store import Document, hash_documents
 from learnevict.errors import UsageError
 from learnevict.files import is_ours
+from learnevict.hub import Gates
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS
-from learnevict.hub.run_record import as_json, read_record
+from learnevict.hub.run_record import Record, as_json, changed, read_record
 from learnevict.train.trainer import last_checkpoint
+from learnevict.train.validation import BEST
 
+Settings = Mapping[str, Mapping[str, Any]]
 STATE = "trainer_state.json"
 MODEL = (CONFIG, "*.safetensors*", "*.bin*")
 """What a model consists of."""
 LENGTH = ("max_steps", "num_train_epochs")
-MAY_CHANGE = (
-    *LENGTH,
-    "smoke",
-    "dry_run",
-    "gpus",
-    "gpu_memory",
-    "patience",
-    "output_dir",
-    "overwrite",
-)
+MAY_CHANGE = (*LENGTH, "smoke", "dry_run", "gpus", "gpu_memory", "patience", "output_dir", "overwrite")
 MAY_CHANGE_ABOUT = (
     "logging", "save", "eval", "do_eval", "report_to", "run_name", "push_to_hub", "hub_", "resume_", "load_best", "metric_for",
     "greater_", "log_level", "project", "trackio", "dataloader_num", "dataloader_pin", "ignore_data_skip",
@@ -39,30 +36,84 @@ MAY_CHANGE_ABOUT = (
 """How long a run goes on, what it says, keeps and sends may differ when it is resumed: whole names, and beginnings of names."""
 
 
-def resume_point(
-    training: TrainingArguments,
-    settings: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, Any],
-    *,
-    smoke: bool = False,
-) -> str | None:
-    """The checkpoint to go on from; None to begin.
+class TrainingRun:
+    """A run in progress: its record, which is on the disk since it began, and the checkpoint it is resumed from, if any."""
+
+    def __init__(self, record: Record, checkpoint: str | None) -> None:
+        self.record, self.checkpoint = record, checkpoint
+        self.trainer: Any = None
+
+    def train(self, trainer: Any) -> None:
+        """Trains from the checkpoint or from the start, saves the gates, and records the log and the best step."""
+        self.trainer = trainer
+        go_on(trainer, self.checkpoint)
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)  # sent at the end, with a whole record
+        state = trainer.state
+        best = None if trainer.validation is None else {"step": state.best_global_step, BEST: state.best_metric}
+        self.record.add(log=state.log_history, best=best, steps=state.global_step)
+
+
+@contextmanager
+def run(
+    program: str, gates: Gates, training: TrainingArguments, settings: Settings, data: tuple[Any, list[Document]]
+) -> Generator[TrainingRun]:
+    """Begins or resumes a run in its folder, and sends what it made when it has ended.
+
+    Args:
+        program: by which the record is known.
+        gates: to train; their configuration tells what made them.
+        training: arguments of the trainer.
+        settings: what else was set, part by part; "config" holds the program's own, with "smoke".
+        data: what is learned from, documents or a Stream, whose hash nobody knows before its end; and documents held out.
+
+    Raises:
+        UsageError: the folder holds another run, or another process writes into it.
+    """
+    documents, held_out = data
+    facts = {
+        "base_hash": gates.config.base_hash,
+        "data_hash": hash_documents(documents) if isinstance(documents, list) else None,
+        "eval_data_hash": hash_documents(held_out) if held_out else None,
+    }
+    parts = {**settings, "training": changed(training)}
+    of_record: Any = {**parts, **facts, "seeds": {"seed": training.seed, "data_seed": training.data_seed}}
+    checkpoint = resume_point(training, parts, facts)
+    record = Record(
+        str(training.output_dir),
+        program,
+        goes_on=checkpoint is not None,
+        writes=training.process_index == 0,
+        max_steps=training.max_steps,
+        **of_record,
+    )
+    gates.config.training = {**record.origin, "before": gates.config.training}
+    with record:
+        running = TrainingRun(record, checkpoint)
+        yield running
+    if training.push_to_hub:
+        running.trainer.push_to_hub()
+    running.trainer.accelerator.end_training()
+    if running.trainer.is_world_process_zero():
+        sys.stdout.write(f"gates in {training.output_dir}\n")
+
+
+def resume_point(training: TrainingArguments, settings: Settings, facts: Mapping[str, Any]) -> str | None:
+    """Returns the checkpoint to go on from; None to begin.
 
     Args:
         training: its `resume_from_checkpoint` is "true" or a checkpoint's folder.
-        settings: of this run, as its record will have them, part by part; they have to be those of the run that is resumed.
-        facts: hashes, likewise; None is not known beforehand, as of a stream.
-        smoke: a trial may begin in a folder with what another trial left.
+        settings: of this run, as its record will have them; they have to be those of the run that is resumed. A trial ("smoke")
+            may begin in a folder with what another trial left.
+        facts: hashes, likewise; None is not known beforehand.
 
     Raises:
         UsageError: nothing to resume, another run, or checkpoints or a model in the way of a fresh one.
     """
     folder, asked = str(training.output_dir), training.resume_from_checkpoint
     if not asked or str(asked).lower() == "false":
-        if smoke and _was_smoke(folder):
-            return None
-        _refuse_checkpoints(folder)
-        _refuse_model(folder, settings, facts)
+        was_smoke = (read_record(folder) or {}).get("config", {}).get("smoke")
+        if not (settings["config"]["smoke"] and was_smoke):
+            _refuse_others(folder, settings, facts)
         return None
     given = str(asked).lower() != "true"
     found = str(asked) if given else last_checkpoint(folder, training.world_size)
@@ -75,8 +126,7 @@ def resume_point(
         if config.exists() and not is_ours(config, MODEL_TYPE.encode()):
             raise UsageError(f"{str(config.parent)!r} holds a model that is no gates; choose another --output_dir")
     if Path(home).resolve() != Path(folder).resolve():
-        _refuse_checkpoints(folder)
-        _refuse_model(folder, settings, facts)
+        _refuse_others(folder, settings, facts)
     if wrong := _differences(read_record(home) or {}, settings, facts):
         raise UsageError(
             f"the run in {home!r} had another {', '.join(wrong)}; give its flags again (only steps, and what is logged, "
@@ -86,13 +136,13 @@ def resume_point(
 
 
 def smoke_folder(training: TrainingArguments, usual: str) -> None:
-    """Send a trial that was given no folder to one beside the usual, where no real run is."""
+    """Sends a trial that was given no folder to one beside the usual, where no real run is."""
     if str(training.output_dir) == usual:
         training.output_dir = f"{usual}-smoke"
 
 
 def go_on(trainer: Any, checkpoint: str | None) -> None:
-    """Train, from a checkpoint if there is one; of a run that had taken all its steps, take the weights and the log."""
+    """Trains, from a checkpoint if there is one; of a run that had taken all its steps it takes the weights and the log."""
     if checkpoint is None or not _is_complete(Path(checkpoint), trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         return
@@ -104,7 +154,7 @@ def go_on(trainer: Any, checkpoint: str | None) -> None:
 
 
 def _is_complete(checkpoint: Path, training: TrainingArguments) -> bool:
-    """Whether nothing is left to do; where weights are shared out (ZeRO-3), a checkpoint cannot tell."""
+    """Returns whether nothing is left to do; where weights are shared out (ZeRO-3), a checkpoint cannot tell."""
     state = json.loads((checkpoint / STATE).read_text())
     if not (checkpoint / WEIGHTS).is_file() or training.deepspeed:
         return False
@@ -113,25 +163,16 @@ def _is_complete(checkpoint: Path, training: TrainingArguments) -> bool:
     return state["epoch"] >= training.num_train_epochs
 
 
-def _was_smoke(folder: str) -> bool:
-    return bool((read_record(folder) or {}).get("config", {}).get("smoke"))
+def _refuse_others(folder: str, settings: Settings, facts: Mapping[str, Any]) -> None:
+    """Refuses a folder with checkpoints, which the trainer would thin out as if they were its own, or with a model or gates.
 
-
-def _refuse_checkpoints(folder: str) -> None:
-    """Refuse a folder with checkpoints, which the trainer would thin out as if they were its own."""
+    Gates of a run like this one, which makes the same, are no obstacle.
+    """
     if any(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise UsageError(
             f"{folder!r} holds checkpoints of another run; go on with it (--resume_from_checkpoint true), or choose another "
             "--output_dir"
         )
-
-
-def _refuse_model(folder: str, settings: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Refuse a folder with a model or gates in it, unless they are of a run like this one, which makes the same.
-
-    Raises:
-        UsageError: naming what is there.
-    """
     files = sorted(path.name for pattern in MODEL for path in Path(folder).glob(pattern))
     before = read_record(folder) if files else None
     lengths = [[part.get("training", {}).get(name) for name in LENGTH] for part in (before or {}, settings)]
@@ -142,15 +183,12 @@ def _refuse_model(folder: str, settings: Mapping[str, Mapping[str, Any]], facts:
         )
 
 
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]
-) -> list[str]:
-    """Names of facts and settings that are not what they were."""
+def _differences(before: Mapping[str, Any], now: Settings, facts: Mapping[str, Any]) -> list[str]:
+    """Returns the names of facts and settings that are not what they were."""
     wrong = [name for name, value in facts.items() if value is not None and before.get(name, value) != value]
     for part, settings in now.items():
-        old, new = before.get(part), as_json(settings)
-        if old is None:
-            continue
+        new: Any = as_json(settings)
+        old: Any = before.get(part, new)
         for name in sorted({*old, *new}):
             free = name in MAY_CHANGE or name.startswith(MAY_CHANGE_ABOUT)
             if not free and old.get(name) != new.get(name):

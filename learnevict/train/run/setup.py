@@ -1,12 +1,9 @@
-"""What training programs share: settings that depend on each other, gates, data, and a run with its record."""
+"""What a distillation needs before its trainer: settings that agree with each other, gates, and documents."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,95 +11,44 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
-from learnevict.data.label_store import Document, LabelStore, hash_documents
+from learnevict.data.label_store import Document, LabelStore
 from learnevict.data.opening import families_of, read_for_learning
 from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
 from learnevict.hub import Gates, weight_hash
-from learnevict.hub.run_record import Record, changed
-from learnevict.train.run.arguments import Arguments
 from learnevict.train.run.launch import check_launch
-from learnevict.train.run.resume import go_on, resume_point, smoke_folder
+from learnevict.train.run.registry import TrainableMethod
+from learnevict.train.run.resume import smoke_folder
 from learnevict.train.validation import BEST
 
 SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
 
 
-class TrainingRun:
-    """A run in progress.
+@dataclass
+class Arguments:
+    """What the command line of a distillation says.
 
     Attributes:
-        record: of the run, on the disk since it began.
-        checkpoint: the one that it is resumed from, if any.
-        facts: what its data and its base are known by.
+        common: the program's own DistillConfig.
+        trainable_method: the method, its trainer and the names of its gate's settings.
+        mode: the trainer's config.
+        settings: of the gate, for its `build`.
+        training: TrainingArguments.
+        given: names that the file or the command line mentions.
     """
 
-    def __init__(self, record: Record, checkpoint: str | None, facts: Mapping[str, Any]) -> None:
-        self.record, self.checkpoint, self.facts = record, checkpoint, facts
-        self.trainer: Any = None
-
-    def train(self, trainer: Any) -> None:
-        """Trains from the checkpoint or from the start, saves the gates, and records the log and the best step."""
-        self.trainer = trainer
-        go_on(trainer, self.checkpoint)
-        trainer.save_model(trainer.args.output_dir, _internal_call=True)  # sent at the end, with a whole record
-        state, judged = trainer.state, self.facts["eval_data_hash"] is not None
-        best = {"step": state.best_global_step, BEST: state.best_metric} if judged else None
-        self.record.add(log=state.log_history, best=best, steps=state.global_step)
-
-
-@contextmanager
-def run(
-    program: str,
-    gates: Gates,
-    training: TrainingArguments,
-    settings: Mapping[str, Mapping[str, Any]],
-    data: tuple[Any, list[Document]],
-) -> Generator[TrainingRun]:
-    """Begins or resumes a run in its folder, under a lock and with a record, and sends what it made when it has ended.
-
-    Args:
-        program: by which the record is known.
-        gates: to train; their configuration tells what made them.
-        training: arguments of the trainer.
-        settings: what else was set, part by part; "config" holds the program's own, with "smoke".
-        data: what is learned from, documents or a Stream, and documents held out.
-
-    Raises:
-        UsageError: the folder holds another run, or another process writes into it.
-    """
-    documents, held_out = data
-    facts = {
-        "base_hash": gates.config.base_hash,
-        "data_hash": hash_data(documents),
-        "eval_data_hash": hash_data(held_out or None),
-    }
-    parts = {**settings, "training": changed(training)}
-    of_record: Any = {**parts, **facts, "seeds": {"seed": training.seed, "data_seed": training.data_seed}}
-    checkpoint = resume_point(training, parts, facts, smoke=bool(settings["config"]["smoke"]))
-    record = Record(
-        str(training.output_dir),
-        program,
-        goes_on=checkpoint is not None,
-        writes=training.process_index == 0,
-        max_steps=training.max_steps,
-        **of_record,
-    )
-    gates.config.training = {**record.origin, "before": gates.config.training}
-    with record:
-        running = TrainingRun(record, checkpoint, facts)
-        yield running
-    if training.push_to_hub:
-        running.trainer.push_to_hub()
-    running.trainer.accelerator.end_training()
-    if running.trainer.is_world_process_zero():
-        sys.stdout.write(f"gates in {training.output_dir}\n")
+    common: Any
+    trainable_method: TrainableMethod
+    mode: Any
+    settings: dict[str, Any]
+    training: TrainingArguments
+    given: set[str]
 
 
 def settle(flags: Arguments) -> None:
-    """Make training arguments agree with each other and with the recipe's flags.
+    """Makes TrainingArguments agree with each other and with the program's flags.
 
     Raises:
         UsageError: they cannot.
@@ -130,7 +76,7 @@ def settle(flags: Arguments) -> None:
 
 
 def _settle_evaluation(flags: Arguments) -> None:
-    """Evaluations choose the best checkpoint, so one is saved at every evaluation."""
+    """Makes a checkpoint be saved at every evaluation, for evaluations choose the best one."""
     common, training = flags.common, flags.training
     if training.eval_steps is None and training.eval_strategy == IntervalStrategy.NO:
         if common.patience or training.load_best_model_at_end:
@@ -143,7 +89,7 @@ def _settle_evaluation(flags: Arguments) -> None:
     training.do_eval = True
     every = training.eval_steps or training.logging_steps
     if training.eval_strategy == IntervalStrategy.STEPS and training.save_steps % every:
-        if flags.asked("save_steps"):
+        if "save_steps" in flags.given:
             raise UsageError(
                 f"--save_steps {training.save_steps} is no multiple of --eval_steps {every}: the best "
                 "checkpoint might not be one that is kept"
@@ -155,7 +101,7 @@ def _settle_evaluation(flags: Arguments) -> None:
 
 
 def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
-    """Fresh gates, or those of --start_from, whose settings hold unless others are asked for.
+    """Returns fresh gates, or those of --start_from, whose settings hold unless others are asked for.
 
     Raises:
         UsageError: they are of another method, or other settings are asked for.
@@ -172,7 +118,7 @@ def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
         raise UsageError(f"{common.start_from!r} holds gates of {gates.method}; give --method {gates.method}")
     settings: dict[str, Any] = dict(gates.config.settings)
     for name, value in settings.items():
-        if flags.asked(name) and flags.settings.get(name, value) != value:
+        if name in flags.given and flags.settings.get(name, value) != value:
             raise UsageError(f"{common.start_from!r} holds gates of --{name} {value}; give that, or leave it out")
     flags.settings |= settings
     shared = {one.name for one in fields(flags.mode)} & {name for name, value in settings.items() if value is not None}
@@ -181,86 +127,65 @@ def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
 
 
 def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any) -> tuple[Any, list[Document]]:
-    """What to learn from, a list of documents or a Stream, and documents to judge by.
-
-    Args:
-        flags: what the user wants.
-        base, tokenizer: of the model.
+    """Returns what to learn from, a list of documents or a Stream, and the documents held out.
 
     Raises:
         DataError: there is nothing to read, or all of it is too short.
         LabelError: labels that do not fit.
-        UsageError: the mode does not learn from labels, or from such documents.
+        UsageError: the trainer does not learn from labels, or from such documents.
     """
     common, training, names = flags.common, flags.training, families_of(flags.common.families)
-    shortest = flags.trainable_method.mode.shortest(flags.mode)
-    num_held = common.eval_documents if training.do_eval else 0
+    shortest, num_held = flags.mode.shortest, common.eval_documents if training.do_eval else 0
     source = Source(
-        common.data,
-        common.data_config,
-        common.data_split,
-        common.column,
-        common.max_length,
-        common.packed,
-        common.streaming,
-    )
+        common.data, common.data_config, common.data_split, common.column, common.max_length, common.packed, common.streaming
+    )  # fmt: skip
     if common.streaming:
         if common.data == "testbed":
             raise UsageError("samples of the testbed are made, not read; drop --streaming and give --documents")
         held_out = read_for_learning(source, tokenizer, 1, num_held, names)[1]
-        found: Any = Stream(source, tokenizer, num_held, shortest, training.process_index, training.world_size)
-    elif common.labels:
-        found, held_out = _stored(flags, base), []
+        stream = Stream(source, tokenizer, num_held, shortest, training.process_index, training.world_size)
+        return stream, long_enough(held_out, shortest) if held_out else []
+    if common.labels:
+        found, held_out = _labelled(flags, base), list[Document]()
         if num_held and common.data == "testbed":
             held_out = read_for_learning(source, tokenizer, 0, num_held, names)[1]
         elif num_held:
             found, held_out = found[:-num_held], found[-num_held:]
     else:
         found, held_out = read_for_learning(source, tokenizer, common.documents, num_held, names)
-        if common.own_answers:
-            found, held_out = _own_answers(flags, base, tokenizer, found, held_out)
-    suitable = found if common.streaming else _suitable(found, flags)
-    return suitable, long_enough(held_out, shortest) if held_out else []
-
-
-def _own_answers(
-    flags: Arguments, base: PreTrainedModel, tokenizer: Any, found: list[Document], held_out: list[Document]
-) -> tuple[list[Document], list[Document]]:
-    """Both with answers of the model, as long as the longest given to any of them."""
-    common, training = flags.common, flags.training
-    how = SelfGeneration(
-        common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
-        training.world_size, progress=not training.disable_tqdm,
-    )  # fmt: skip
-    how = replace(how, max_tokens=how.longest(found + held_out))
-    answers = generate_answers(base, tokenizer, found, how)
-    return answers, generate_answers(base, tokenizer, held_out, how) if held_out else []
+    if common.own_answers:
+        how = SelfGeneration(
+            common.answer_tokens, common.max_length, training.per_device_eval_batch_size, training.process_index,
+            training.world_size, progress=not training.disable_tqdm,
+        )  # fmt: skip
+        how = replace(how, max_tokens=how.longest(found + held_out))
+        found, held_out = (generate_answers(base, tokenizer, part, how) if part else part for part in (found, held_out))
+    return _suitable(found, flags), long_enough(held_out, shortest) if held_out else []
 
 
 def _suitable(documents: list[Document], flags: Arguments) -> list[Document]:
-    """Those that the mode can learn from; says how many are left out."""
-    mode = flags.trainable_method.mode
-    kept = long_enough(documents, mode.shortest(flags.mode))
-    if mode.responses:
+    """Returns the documents that the trainer can learn from; warns of how many are left out."""
+    responses = flags.trainable_method.trainer.responses
+    kept = long_enough(documents, flags.mode.shortest)
+    if responses:
         kept = [one for one in kept if 0 < one.prompt_length < len(one.input_ids)]
         if not kept:
             raise DataError(
-                f"mode {mode.name} learns what a response attends to, but no document has a prompt and a response: give "
-                "chats, or columns prompt and completion, without --packed; or let the model answer, with --own_answers"
+                f"mode {flags.trainable_method.mode} learns what a response attends to, but no document has a prompt and a "
+                "response: give chats, or columns prompt and completion, without --packed; or let the model answer, with "
+                "--own_answers"
             )
     if len(kept) < len(documents):
-        why = "are too short or have no response" if mode.responses else "are too short"
+        why = "are too short or have no response" if responses else "are too short"
         warnings.warn(f"{len(documents) - len(kept)} of {len(documents)} texts {why}: left out", LearnevictWarning, 2)
     return kept
 
 
-def _stored(flags: Arguments, base: PreTrainedModel) -> list[Document]:
-    """Labelled documents of a store, checked against model, mode and period."""
-    folder = flags.common.labels
-    if not flags.trainable_method.mode.stored_labels:
-        raise UsageError(
-            f"mode {flags.trainable_method.mode.name} does not learn from labels; drop --labels, and give --data"
-        )
+def _labelled(flags: Arguments, base: PreTrainedModel) -> list[Document]:
+    """Returns the documents of a label store, checked against model, trainer and period."""
+    folder, method = flags.common.labels, flags.trainable_method
+    if not method.trainer.stored_labels:
+        raise UsageError(f"mode {method.mode} does not learn from labels; drop --labels, and give --data")
     store = LabelStore(Path(folder))
     if store.manifest.base_hash != weight_hash(base):
         raise LabelError(f"{folder!r} holds labels of another base model; make them anew with `learnevict oracle`")
@@ -269,8 +194,3 @@ def _stored(flags: Arguments, base: PreTrainedModel) -> list[Document]:
             f"{folder!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"
         )
     return store.documents()
-
-
-def hash_data(data: Any) -> str | None:
-    """Of documents; None of a stream, whose end nobody knows."""
-    return hash_documents(data) if isinstance(data, list) else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnevict.errors import BudgetError, DataError, UsageError
+from learnevict.errors import BudgetError, DataError
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed
 from learnevict.oracle import golden_labels
@@ -16,66 +16,58 @@ from learnevict.parts.slot_scorer import SlotScorer
 from learnevict.policy import Guard, Schedule
 from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives
+from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.trainer import GateTrainer
 from learnevict.train.trainers.replay_states import States, record_states
 
 
 @dataclass(frozen=True)
 class RankingConfig:
-    """The settings of mode "replay".
+    """The settings of mode "replay"."""
 
-    Attributes:
-        period: tokens between events in training; inference may differ, features are means over queries.
-        budgets: smallest and largest budget, drawn per batch log-uniformly: one scorer for all of them.
-        own_rows: share of rows that follow the scorer's own evictions.
-        pairs: sampled pairs per state and head.
-        sinks, recent: guards.
-        regression: weight of the squared error on log labels beside the pairwise loss.
-    """
-
-    period: int = 16
-    budgets: tuple[int, int] = (36, 160)
-    own_rows: float = 0.5
-    pairs: int = 256
-    sinks: int = 4
-    recent: int = 8
-    regression: float = 0.1
+    period: int = flag(16, "tokens between events in training; inference may differ, features are means over queries")
+    budgets: tuple[int, int] = flag(
+        (36, 160), "smallest and largest budget, drawn per batch log-uniformly: one scorer for all of them"
+    )
+    own_rows: float = flag(0.5, "share of rows that follow the scorer's own evictions", least=0, most=1)
+    pairs: int = flag(256, "sampled pairs per state and head")
+    sinks: int = flag(4, "first tokens that stay", least=0)
+    recent: int = flag(8, "last tokens that stay", least=0)
+    regression: float = flag(0.1, "weight of the squared error on log labels beside the pairwise loss", least=0)
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
-        if self.period < 1 or self.pairs < 1:
-            raise UsageError(f"period={self.period}, pairs={self.pairs}: give at least 1 token and 1 pair")
-        if not (0 <= self.own_rows <= 1 and self.regression >= 0):
-            raise UsageError(
-                f"own_rows={self.own_rows}, regression={self.regression}: give a share of rows from 0 to 1, and a weight of 0 "
-                "or more"
-            )
+        check_fields(self)
 
     @property
     def floor(self) -> int:
         """The smallest budget with room for one scored slot beside guards and the fresh block."""
         return Guard(self.sinks, self.recent).reserved(self.period) + 1
 
+    @property
+    def shortest(self) -> int:
+        """The tokens that a document needs at least."""
+        return self.budgets[0] + self.period + 1
+
 
 class RankingTrainer(GateTrainer):
     """The trainer of mode "replay": scorers rank the slots that they meet in runs under eviction.
-
-    Args:
-        ranking: what to learn from.
 
     Raises:
         BudgetError: training budgets that cannot hold the guards.
         DataError: while training, a batch of texts too short to evict from.
     """
 
-    def __init__(self, *args: Any, ranking: RankingConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if ranking.budgets[0] < ranking.floor:
+    config_type = RankingConfig
+    stored_labels = True
+
+    def __init__(self, *args: Any, config: RankingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        if config.budgets[0] < config.floor:
             raise BudgetError(
-                f"training budgets of {ranking.budgets[0]} to {ranking.budgets[1]} cannot hold {ranking.sinks} sinks, "
-                f"{ranking.recent} recent and a fresh block of {ranking.period}; the smallest that works is {ranking.floor}"
+                f"training budgets of {config.budgets[0]} to {config.budgets[1]} cannot hold {config.sinks} sinks, "
+                f"{config.recent} recent and a fresh block of {config.period}; the smallest that works is {config.floor}"
             )
-        self.ranking = ranking
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
         """Records the states of a batch, scores them with gradient, and compares the scores with the oracle's labels."""
@@ -91,18 +83,18 @@ class RankingTrainer(GateTrainer):
             for score, (_, targets, candidates) in zip(scores, stacked.values(), strict=True)
         ]
         candidate_sets = parts if gate.scope == "layer" else [joined(parts)]
-        pairs = self.ranking.pairs * len(parts) // len(candidate_sets)
+        pairs = self.config.pairs * len(parts) // len(candidate_sets)
         losses: list[Tensor] = []
         for number, (part, state) in enumerate(zip(candidate_sets, states.values(), strict=False)):
             row, seen = torch.cat(state.events).unbind(-1)
             losses.append(objectives.pairwise(*part, pairs=pairs, seeds=hashed(draws.rows[row], seen, number)))
-        errors = [self.ranking.regression * objectives.regression(*part) for part in parts]
+        errors = [self.config.regression * objectives.regression(*part) for part in parts]
         for score, target, candidates in parts:
-            self.record(kept_share=objectives.kept_share(score.detach(), target, candidates, self.ranking.period))
+            self.record(kept_share=objectives.kept_share(score.detach(), target, candidates, self.config.period))
         return torch.stack(losses).mean() + torch.stack(errors).mean()
 
     def _record(self, inputs: dict[str, Any], draws: BatchRandom) -> dict[int, States]:
-        config = self.ranking
+        config = self.config
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = inputs["stored_labels"]
         if labels is None:

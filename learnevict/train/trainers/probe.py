@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learnevict.errors import DataError, UsageError
+from learnevict.errors import DataError
 from learnevict.infer.attach import attach
 from learnevict.infer.probe import ask
 from learnevict.infer.teacher_forcing import replay
@@ -27,6 +27,7 @@ from learnevict.oracle.collect import layer_labels
 from learnevict.parts.probes import SoftTokens
 from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses import objectives
+from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.trainer import GateTrainer
 
 OBJECTIVES = {"mse": objectives.attention_error, "kl": objectives.attention_divergence}
@@ -37,26 +38,20 @@ READ_BLOCK = 512
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The settings of mode "probe".
+    """The settings of mode "probe"."""
 
-    Attributes:
-        period: tokens between events, and the fewest before a probe.
-        response: tokens after the prompt that count as the response (LookaheadKV: 512).
-        cuts: further probes per batch, at events of one of its texts; 0 as in the papers.
-        horizon: tokens after such an event that count as the response.
-    """
-
-    period: int = 16
-    response: int = 512
-    cuts: int = 2
-    horizon: int = 64
+    period: int = flag(16, "tokens between events, and the fewest before a probe")
+    response: int = flag(512, "tokens after the prompt that count as the response (LookaheadKV: 512)")
+    cuts: int = flag(2, "further probes per batch, at events of one of its texts; 0 as in the papers", least=0)
+    horizon: int = flag(64, "tokens after such an event that count as the response")
 
     def __post_init__(self) -> None:
-        if min(self.period, self.response, self.horizon) < 1 or self.cuts < 0:
-            raise UsageError(
-                f"period={self.period}, response={self.response}, horizon={self.horizon}, cuts={self.cuts}: give at least 1 "
-                "token each, and 0 cuts or more"
-            )
+        check_fields(self)
+
+    @property
+    def shortest(self) -> int:
+        """The tokens that a document needs at least."""
+        return self.period + 1
 
 
 @dataclass(frozen=True)
@@ -218,16 +213,15 @@ class ProbeTrainer(GateTrainer):
 
     Fresh soft tokens start from the base's embeddings of evenly spaced entries of its vocabulary.
 
-    Args:
-        probe: what to learn from.
-
     Raises:
         DataError: while training, a batch of texts too short for a probe.
     """
 
-    def __init__(self, *args: Any, probe: ProbeConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.probe = probe
+    config_type = ProbeConfig
+    responses = True
+
+    def __init__(self, *args: Any, config: ProbeConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
         gate: SoftTokens = self.gate
         if not bool(gate.started):
             embed: Any = self.base.get_input_embeddings()
@@ -238,7 +232,7 @@ class ProbeTrainer(GateTrainer):
     def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
         """Returns the loss of the gate's objective, mean over cuts, layers, query heads and rows."""
         texts = AlignedTexts.align(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
-        cuts = draw_cuts(texts, self.probe, draws)
+        cuts = draw_cuts(texts, self.config, draws)
         wanted = response_attention(self.base, texts, cuts, PRESETS[self.gate.oracle])
         loss, hits = model(probe_loss, self.base, texts, cuts, wanted)
         self.record(hits=hits)

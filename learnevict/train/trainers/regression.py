@@ -32,9 +32,6 @@ from learnevict.train.trainers.teacher_pass import TeacherPass
 class StreamTrainer(GateTrainer):
     """The trainer of mode "stream".
 
-    Args:
-        stream: what to learn from.
-
     Raises:
         GateError: a gate whose state is written by watching attention, which a pass without eviction does not show it; or
             one without the closed form that is asked for.
@@ -42,29 +39,31 @@ class StreamTrainer(GateTrainer):
         DataError: while training, a batch of texts too short to learn from.
     """
 
-    def __init__(self, *args: Any, stream: StreamConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stream = stream
+    config_type = StreamConfig
+    stored_labels = True
+
+    def __init__(self, *args: Any, config: StreamConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
         if self.gate.observes or self.gate.refreshes:
             raise GateError(
-                f"{type(self.gate).__name__} watches attention, so a streamed pass cannot teach it; use mode replay"
+                f"{type(self.gate).__name__} watches attention, so a streamed pass cannot train it; use mode replay"
             )
-        stream.reduce(self.gate)
-        if stream.closed_form:
+        config.reduce(self.gate)
+        if config.closed_form:
             check_linear(self.gates)
             if isinstance(self.train_dataset, IterableDataset):
                 raise UsageError("a closed form takes all documents at once; drop --closed_form or --streaming")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as Trainer does; a run that begins may start from the closed form."""
-        if self.stream.closed_form and not resume_from_checkpoint:
+        if self.config.closed_form and not resume_from_checkpoint:
             batches: Any = map(self._prepare_inputs, self.get_train_dataloader())
-            fit_linear(self.base, self.gates, batches, self.stream)
+            fit_linear(self.base, self.gates, batches, self.config)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
         """Returns the mean of the objective over layers, and logs the regret of the gate's rankings."""
-        loss, found = model(stream_loss, self.base, inputs, self.stream, draws)
+        loss, found = model(stream_loss, self.base, inputs, self.config, draws)
         self.record(regret=found)
         return loss
 
@@ -124,7 +123,7 @@ def stream_loss(
     if not losses:
         raise DataError(
             f"a batch of texts of at most {ids.shape[1]} tokens, from which nothing would be evicted; leave "
-            f"out texts shorter than {config.guard.reserved(config.period) + 2 * config.period} tokens"
+            f"out texts shorter than {config.shortest} tokens"
         )
     return torch.stack(losses).mean(), torch.stack(regrets).mean()
 

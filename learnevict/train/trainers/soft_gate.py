@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from learnevict.infer.soft import layers_again
 from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import capacity, objectives
+from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.trainer import GateTrainer
 
 
@@ -29,37 +30,30 @@ from learnevict.train.trainer import GateTrainer
 class SoftConfig:
     """The settings of mode "soft".
 
-    Attributes:
-        budgets: smallest and largest budget, drawn per batch log-uniformly; equal: one budget, as in the TRIM-KV papers.
-            Retentions know no budget, so a range makes one compromise that serves all of it.
-        capacity: factor on what the gate pays for holding tokens.
-        power: a token of weight w counts w ** power in what is held; 1 in the papers. Peaked attention finds a token through
-            a weight of 1 %, which would cost 1 % of a slot, while eviction takes it away; with 0.2 it costs 40 %.
-        compression: where evicting a share is the aim (dms), the ratio to reach, at least 1.
-        ramp: share of training over which that ratio rises from 1, 0 to 1.
-        answers_only: losses count predictions of the response only; the whole text where a document has no prompt.
-        recompute: compute decoder layers again in the backward pass, for memory.
+    Retentions know no budget, so a range of budgets makes one compromise that serves all of it. With `power` peaked attention
+    finds a token through a weight of 1 %, which would cost 1 % of a slot, while eviction takes it away; at 0.2 it costs 40 %.
     """
 
-    budgets: tuple[int, int] = (32, 96)
-    capacity: float = 1.0
-    power: float = 1.0
-    compression: float = 8.0
-    ramp: float = 0.5
-    answers_only: bool = False
-    recompute: bool = False
+    budgets: tuple[int, int] = flag(
+        (32, 96),
+        "smallest and largest budget, drawn per batch log-uniformly; equal: one budget, as in the TRIM-KV papers",
+    )
+    capacity: float = flag(1.0, "factor on what the gate pays for holding tokens", least=0)
+    power: float = flag(1.0, "a token of weight w counts w ** power in what is held; 1 in the papers", least=0)
+    compression: float = flag(
+        8.0, "where evicting a share is the aim (dms), the ratio to reach: 8 keeps an eighth", least=1
+    )
+    ramp: float = flag(0.5, "share of training over which that ratio rises from 1", least=0, most=1)
+    answers_only: bool = flag(
+        False, "losses count predictions of the response only; the whole text where a document has no prompt"
+    )
+    recompute: bool = flag(False, "compute decoder layers again in the backward pass, for memory")
+
+    shortest: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_budgets(self.budgets)
-        if not (self.capacity >= 0 and self.power >= 0):
-            raise UsageError(
-                f"capacity={self.capacity}, power={self.power}: give 0 or more each; less would pay the gate for holding"
-            )
-        if not (self.compression >= 1 and 0 <= self.ramp <= 1):
-            raise UsageError(
-                f"compression={self.compression}, ramp={self.ramp}: give a ratio of at least 1 (8 keeps an eighth), reached "
-                "after a share of training from 0 to 1"
-            )
 
     def target(self, progress: float) -> float:
         """Returns the share of tokens to evict at a point of the training: 1 - 1 / ratio, the ratio rising linearly."""
@@ -130,23 +124,21 @@ LOSSES: dict[str, Loss] = {
 class SoftTrainer(GateTrainer):
     """The trainer of mode "soft": gates that weigh attention.
 
-    Args:
-        soft: what to learn from.
-
     Raises:
         UsageError: the gate asks for a loss that does not exist or that knows no power, or no layer of the base evicts.
     """
 
-    def __init__(self, *args: Any, soft: SoftConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.soft = soft
+    config_type = SoftConfig
+
+    def __init__(self, *args: Any, config: SoftConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
         if unknown := sorted(set(self.gate.losses) - set(LOSSES)):
             raise UsageError(
                 f"{type(self.gate).__name__} asks for losses {', '.join(unknown)}; there are {', '.join(LOSSES)}"
             )
-        if "shortfall" in self.gate.losses and soft.power != 1:
+        if "shortfall" in self.gate.losses and config.power != 1:
             raise UsageError(
-                f"power={soft.power} makes small weights count in what is held, but {type(self.gate).__name__} counts tokens "
+                f"power={config.power} makes small weights count in what is held, but {type(self.gate).__name__} counts tokens "
                 "whose gate is below one half, whatever they weigh; leave power at 1"
             )
 
@@ -170,7 +162,7 @@ class SoftTrainer(GateTrainer):
         self, gate: SoftGate, *, text: dict[str, Any], teacher: Any, loss_mask: Tensor, draws: BatchRandom
     ) -> Tensor:
         """Runs the part with gradient: a weighed forward and its losses."""
-        config = self.soft
+        config = self.config
         gate.random_keys = draws.rows  # until the next batch: the backward pass may compute layers again
         policy = Policy(Budget(1), gate, schedule=Schedule(active=False))  # evicts nothing; names the gate
         again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
@@ -198,6 +190,6 @@ class SoftTrainer(GateTrainer):
         valid = inputs["attention_mask"].bool()
         mask = valid & valid.roll(-1, -1)
         mask[:, -1] = False
-        if self.soft.answers_only:
+        if self.config.answers_only:
             mask = mask & (valid.cumsum(-1) >= inputs["prompt_length"].unsqueeze(-1))
         return mask

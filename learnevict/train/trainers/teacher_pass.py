@@ -32,6 +32,7 @@ from learnevict.policy import Guard
 from learnevict.signals import Trace
 from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives, regret
+from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -48,58 +49,51 @@ PAIRED = ("pairwise", "regret")
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The settings of mode "stream".
+    """The settings of mode "stream"."""
 
-    Attributes:
-        target: "reconstruction" (attention of the text's repetition, KVzip) or "future" (of the text's own later blocks); the
-            former needs a model that can repeat a text.
-        objective: a name of OBJECTIVES; "": the gate's own.
-        period: tokens between events, and queries per label block.
-        along: read the texts with a "full" cache, or under "golden" eviction, so that states are those of small caches.
-        budgets: smallest and largest budget, drawn per batch log-uniformly: of golden eviction, and shown to rankers.
-        cuts: events per text, for gates that rank slots.
-        horizon: label blocks that count as the future; None: to the end of the text.
-        pairs: drawn per text and head, for objectives over pairs; 0: all pairs, or the objective's default.
-        sinks, recent: guards; what they protect is no candidate.
-        closed_form: fit linear surrogates to all documents at once before the first step
-        (learnevict.train.trainers.closed_form).
-        chunk, repeat, tail: of "reconstruction", see oracle.Repeating; `repeat` are the token ids of its prompt.
-    """
-
-    target: Literal["reconstruction", "future"] = "future"
-    objective: str = ""
-    period: int = 16
-    along: Literal["full", "golden"] = "full"
-    budgets: tuple[int, int] = (36, 160)
-    cuts: int = 4
-    horizon: int | None = None
-    pairs: int = 0
-    sinks: int = 4
-    recent: int = 8
-    closed_form: bool = False
-    chunk: int = 2048
-    repeat: tuple[int, ...] = ()
-    tail: int = 0
+    target: Literal["reconstruction", "future"] = flag(
+        "future",
+        "what labels are: reconstruction (attention of the text's repetition, KVzip; needs a model that can repeat a text) or "
+        "future (of the text's own later blocks)",
+    )
+    objective: str = flag("", f"one of {', '.join(OBJECTIVES)}; otherwise the gate's own")
+    period: int = flag(16, "tokens between events, and queries per label block")
+    along: Literal["full", "golden"] = flag(
+        "full", "read the texts with a full cache, or under golden eviction, so that states are those of small caches"
+    )
+    budgets: tuple[int, int] = flag(
+        (36, 160),
+        "smallest and largest budget, drawn per batch log-uniformly: of golden eviction, and shown to rankers",
+    )
+    cuts: int = flag(4, "events per text, for gates that rank slots")
+    horizon: int | None = flag(None, "label blocks that count as the future; otherwise to the end of the text", least=1)
+    pairs: int = flag(0, "drawn per text and head, for objectives over pairs; 0: all pairs, or the objective's default")
+    sinks: int = flag(4, "first tokens that stay, and are no candidates", least=0)
+    recent: int = flag(8, "last tokens that stay, and are no candidates", least=0)
+    closed_form: bool = flag(False, "fit linear surrogates to all documents at once before the first step")
+    chunk: int = flag(2048, "of reconstruction, see learnevict.oracle.Repeating")
+    repeat: tuple[int, ...] = flag((), "of reconstruction: token ids of the prompt to repeat")
+    tail: int = flag(0, "of reconstruction, see learnevict.oracle.Repeating")
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_budgets(self.budgets)
         if self.target not in ("reconstruction", "future") or self.along not in ("full", "golden"):
             raise UsageError(
                 f"target {self.target!r} along {self.along!r} is unknown; choose reconstruction or future, full or golden"
             )
         if self.objective and self.objective not in OBJECTIVES:
             raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
-        check_budgets(self.budgets)
-        horizon = 1 if self.horizon is None else self.horizon
-        if min(self.period, self.cuts, horizon) < 1 or self.pairs < 0:
-            raise UsageError(
-                f"period={self.period}, cuts={self.cuts}, horizon={self.horizon}, pairs={self.pairs}: give at least 1 token, 1 "
-                "event and 1 block (or none: to the end), and 0 pairs or more"
-            )
         if self.budgets[0] <= self.guard.reserved(self.period):
             raise UsageError(
                 f"training budgets of {self.budgets[0]} to {self.budgets[1]} cannot hold the guards and a fresh block of "
                 f"{self.period}; the smallest that works is {self.guard.reserved(self.period) + 1}"
             )
+
+    @property
+    def shortest(self) -> int:
+        """The tokens that a document needs at least."""
+        return self.guard.reserved(self.period) + 2 * self.period
 
     @property
     def guard(self) -> Guard:

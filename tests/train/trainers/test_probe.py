@@ -386,7 +386,7 @@ def test_training_teaches_to_ask(name, tmp_path):
     )  # fmt: skip
     trainer = ProbeTrainer(
         model=gates, args=arguments, train_dataset=documents([(24, 12), (30, 9), (18, 15), (21, 6)]),
-        data_collator=Collator(0), base=model, probe=ProbeConfig(period=4, response=8, cuts=1, horizon=6),
+        data_collator=Collator(0), base=model, config=ProbeConfig(period=4, response=8, cuts=1, horizon=6),
     )  # fmt: skip
     embedded = model.get_input_embeddings().weight
     assert all(bool((embedded == token).all(-1).any()) for token in gates.gate.embeddings)

@@ -290,7 +290,7 @@ def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num:
     )  # fmt: skip
     return StreamTrainer(
         model=Gates.make(method, zoo.build("qwen3"), **settings), args=arguments, train_dataset=documents(num),
-        data_collator=Collator(0), base=zoo.build("qwen3"), stream=config,
+        data_collator=Collator(0), base=zoo.build("qwen3"), config=config,
     )  # fmt: skip
 
 
@@ -365,10 +365,10 @@ def test_a_run_may_start_from_the_closed_form(tmp_path):
     [
         ({"budgets": (160, 36)}, BudgetError, "training budgets 160 36: give the smallest and then the largest"),
         ({"budgets": (8, 36)}, UsageError, "the smallest that works is 21"),
-        ({"cuts": 0}, UsageError, "cuts=0"),
-        ({"period": 0}, UsageError, "period=0"),
-        ({"horizon": 0}, UsageError, "horizon=0"),
-        ({"pairs": -1}, UsageError, "pairs=-1"),
+        ({"cuts": 0}, UsageError, "--cuts 0: give 1 or more"),
+        ({"period": 0}, UsageError, "--period 0: give 1 or more"),
+        ({"horizon": 0}, UsageError, "--horizon 0: give 1 or more"),
+        ({"pairs": -1}, UsageError, "--pairs -1: give 0 or more"),
         ({"objective": "guess"}, UsageError, "objective 'guess' is unknown"),
     ],
 )
@@ -381,10 +381,10 @@ def test_settings_that_make_no_sense_are_told(given, kind, message):
     ("given", "kind", "message"),
     [
         ({"budgets": (160, 36)}, BudgetError, "training budgets 160 36"),
-        ({"own_rows": 3.0}, UsageError, "own_rows=3.0.*a share of rows from 0 to 1"),
-        ({"pairs": 0}, UsageError, "pairs=0: give at least 1 token and 1 pair"),
-        ({"period": 0}, UsageError, "period=0"),
-        ({"regression": -0.1}, UsageError, "regression=-0.1"),
+        ({"own_rows": 3.0}, UsageError, "--own_rows 3.0: give 0 or more, and at most 1$"),
+        ({"pairs": 0}, UsageError, "--pairs 0: give 1 or more"),
+        ({"period": 0}, UsageError, "--period 0: give 1 or more"),
+        ({"regression": -0.1}, UsageError, "--regression -0.1: give 0 or more"),
     ],
 )
 def test_settings_of_a_ranking_that_make_no_sense_are_told(given, kind, message):

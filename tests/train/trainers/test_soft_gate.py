@@ -42,7 +42,7 @@ def trainer(tmp_path, method: str, name: str = "qwen3", soft: SoftConfig | None 
         dataloader_pin_memory=False,
     )  # fmt: skip
     given = {"model": gates, "args": options, "train_dataset": documents(), "data_collator": Collator(0), "base": base}
-    return SoftTrainer(**given, soft=soft or SoftConfig(budgets=(6, 6), ramp=0.0))
+    return SoftTrainer(**given, config=soft or SoftConfig(budgets=(6, 6), ramp=0.0))
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -112,11 +112,11 @@ def test_the_share_to_evict_rises():
     [
         ({"budgets": (0, 8)}, BudgetError, "training budgets 0 8: give the smallest and then the largest"),
         ({"budgets": (90, 10)}, BudgetError, "training budgets 90 10"),
-        ({"power": -0.5}, UsageError, "power=-0.5: give 0 or more"),
-        ({"capacity": -1.0}, UsageError, "capacity=-1.0"),
-        ({"compression": 0.5}, UsageError, "compression=0.5.*a ratio of at least 1"),
-        ({"ramp": 1.5}, UsageError, "ramp=1.5"),
-        ({"ramp": -0.1}, UsageError, "ramp=-0.1"),
+        ({"power": -0.5}, UsageError, "--power -0.5: give 0 or more"),
+        ({"capacity": -1.0}, UsageError, "--capacity -1.0: give 0 or more"),
+        ({"compression": 0.5}, UsageError, "--compression 0.5: give 1 or more"),
+        ({"ramp": 1.5}, UsageError, "--ramp 1.5: .* at most 1$"),
+        ({"ramp": -0.1}, UsageError, "--ramp -0.1: give 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_told(given, kind, message):
@@ -138,7 +138,7 @@ def test_what_the_trainer_refuses(tmp_path):
     teaching = trainer(tmp_path, "trimkv")
     teaching.gate.losses = {"mystery": 1.0}
     with pytest.raises(UsageError, match="mystery"):
-        SoftTrainer(model=teaching.model, args=teaching.args, train_dataset=[], base=teaching.base, soft=SoftConfig())
+        SoftTrainer(model=teaching.model, args=teaching.args, train_dataset=[], base=teaching.base, config=SoftConfig())
 
 
 def test_every_gate_of_this_kind_asks_for_losses_that_exist():
