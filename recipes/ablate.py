@@ -24,6 +24,7 @@ from learnevict.errors import UsageError, needing, told_in_one_line
 from learnevict.evals.methods import EvaluatedMethod, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.suite import run
+from learnevict.evals.tasks import family_tasks
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.rl.config import RefineConfig
@@ -128,9 +129,8 @@ def refine(
 
 def judged(config: Config, gates: Gates) -> tuple[Plan, list[EvaluatedMethod]]:
     """On what a variant is judged, and as whom."""
-    plan = Plan(
-        ("program",), SHARES, config.samples, seed=4000, split="validation", free="none", batch_size=60, oracle=False
-    )
+    tasks = family_tasks(["program"], split="validation")
+    plan = Plan(tasks, SHARES, config.samples, seed=4000, free="none", batch_size=60, oracle=False)
     return plan, [evaluated_method(gates.method, gates)]
 
 

@@ -32,10 +32,8 @@ from torch import Tensor
 from learnevict import testbed
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.evals.budgets import resolve
 from learnevict.evals.methods import COMPARISON
-from learnevict.evals.plan import check_families
-from learnevict.evals.teacher_forced import read
+from learnevict.evals.tasks import FamilyTask, family_tasks, read, resolve
 from learnevict.files import locked
 from learnevict.hub import weight_hash
 from learnevict.oracle import horizon
@@ -236,7 +234,7 @@ VARIANTS: dict[str, Callable[[Case, Hints], Trace]] = {
 def main(config: Config) -> None:
     """Measure what is missing, cell by cell."""
     families, shares = listed(config.families), listed(config.shares)
-    check_families(families)
+    family_tasks(families)  # refuses those that do not exist
     names = listed(config.variants, ";") or list(VARIANTS)
     if twice := [name for name in (*shares, *names) if (*shares, *names).count(name) > 1]:
         raise UsageError(f"{twice[0]!r} is given twice; give each share and each variant only once")
@@ -305,7 +303,7 @@ def resolved(family: str, share: str) -> int:
     Raises:
         UsageError: a budget that is no number of slots.
     """
-    found = resolve(share, family)
+    found = resolve(share, FamilyTask(family).mean_length)
     if not isinstance(found, int):
         raise UsageError(f"traces are rolled for a number of slots, not {share!r}; give 1/8 or tokens (64)")
     return found

@@ -31,11 +31,11 @@ from learnevict import testbed
 from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
 from learnevict.evals.methods import EvaluatedMethod, evaluated_method
-from learnevict.evals.plan import EvaluatedModel, Plan, count
+from learnevict.evals.plan import EvaluatedModel, Key, Plan, count
+from learnevict.evals.records import MARK, Row, SampleLog
 from learnevict.evals.report import write_report
-from learnevict.evals.sample_log import Key, SampleLog
 from learnevict.evals.suite import run
-from learnevict.evals.summaries import MARK, Row
+from learnevict.evals.tasks import family_tasks
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.hub.run_record import read_record
@@ -157,7 +157,7 @@ def main(out: Path, samples: int, documents: int, steps: int) -> bool:
     gates = {name: Gates.load(GATES_FOLDER / f"testbed-{name}", model) for name in ("lexical", "clausal")}
     gates[JUDGE] = Gates.load(folder, model)
     evaluated_methods = [evaluated_method(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
-    plan = Plan(FAMILIES, BUDGETS, samples, free="all")
+    plan = Plan(family_tasks(FAMILIES), BUDGETS, samples, free="all")
     mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
     rows, log = compare(plan, evaluated_methods, EvaluatedModel(model, tokenizer), mine)
     write(out / "report.json", json.dumps({"rows": rows}, indent=1), MARK)

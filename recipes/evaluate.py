@@ -28,16 +28,16 @@ from learnevict import methods, testbed
 from learnevict.cli.output import progress
 from learnevict.config import Budget
 from learnevict.errors import UsageError, told_in_one_line
-from learnevict.evals import tuning
 from learnevict.evals.methods import EvaluatedMethod, EvaluationSettings, evaluated_method
-from learnevict.evals.plan import EvaluatedModel, Plan, check_families, count
-from learnevict.evals.sample_log import forget
-from learnevict.evals.suite import log_path, run
-from learnevict.evals.summaries import forget_rows
+from learnevict.evals.plan import EvaluatedModel, Plan, count
+from learnevict.evals.suite import run
+from learnevict.evals.tasks import family_tasks
 from learnevict.evals.tuning import Tuned
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.train.run.flags import check_fields, flag, read_flags
+from tools.results import tuning
+from tools.results.records import forget
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
 SHARES = ("1/3", "1/4", "1/6", "1/8", "1/12", "1/15")
@@ -80,7 +80,7 @@ class Config:
 def main(config: Config) -> None:
     """Run the stages asked for, family by family."""
     families = listed(config.families)
-    check_families(families)
+    family_tasks(families)  # refuses those that do not exist
     torch.set_num_threads(config.threads)
     model, tokenizer = testbed.load(device=config.device)
     subject = EvaluatedModel(model, tokenizer)
@@ -113,13 +113,13 @@ def drop(config: Config, stage: str, family: str) -> None:
     out = rows_path(config, stage, family)
     with locked(out if out.parent.exists() else None):
         for name in listed(config.replace):
-            batches, rows = forget(log_path(out), name), forget_rows(out, name)
+            rows, batches = forget(out, name)
             print(f"{stage} {family}: dropped {rows} rows and {batches} batches of {name}")
 
 
 def tune(config: Config, subject: EvaluatedModel, family: str, field: dict[str, EvaluatedMethod]) -> None:
     """Settings of one family's heuristics; the other families' are left as they are."""
-    plan = Plan((family,), budgets(config, SHARES), config.tuning_samples, batch_size=config.batch_size)
+    plan = Plan(family_tasks([family]), budgets(config, SHARES), config.tuning_samples, batch_size=config.batch_size)
     names = tuning.training_free() if not config.smoke else ["random", "h2o"]
     tables = [gates for name in tuning.TABLES if name in field and (gates := field[name].gates) is not None]
     settings = tuning.candidates(names, tables)
@@ -136,7 +136,12 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
     """One table, one family."""
     stage, family = cell
     plan = Plan(
-        (family,), budgets(config, SHARES), config.samples, free="none", batch_size=config.batch_size, lenient=True
+        family_tasks([family]),
+        budgets(config, SHARES),
+        config.samples,
+        free="none",
+        batch_size=config.batch_size,
+        lenient=True,
     )
     trained = [name for name, one in field.items() if one.gates is not None]
     names: Sequence[str] = list(field)
@@ -144,7 +149,10 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
         plan = replace(plan, rules=EvaluationSettings(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
         names = tuning.training_free()  # the others have no window of their own
     elif stage == "long":
-        plan, names = replace(plan, length="long", budgets=budgets(config, ("1/4", "1/8"))), [*FAR, *trained]
+        plan, names = (
+            replace(plan, tasks=family_tasks([family], length="long"), budgets=budgets(config, ("1/4", "1/8"))),
+            [*FAR, *trained],
+        )
     elif stage == "free":
         plan, names = replace(plan, budgets=budgets(config, SPOKEN), teacher=False, free="all"), SPEAKERS
     elif stage == "prompt":

@@ -21,11 +21,12 @@ from learnevict.errors import UsageError, told_in_one_line
 from learnevict.evals.methods import COMPARISON, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, count
 from learnevict.evals.suite import run
-from learnevict.evals.tuning import BONUSES
+from learnevict.evals.tasks import family_tasks
 from learnevict.hub import Gates, weight_hash
 from learnevict.hub.run_record import Record, own_record
 from learnevict.train.run.flags import check_fields, flag, read_flags
 from learnevict.train.trainers.token_tables import fit_tables
+from tools.results.tuning import BONUSES
 
 SEPARATOR = ";"
 SMOKE = {"output_dir": "runs/tables-smoke", "documents": 32, "samples": 2}
@@ -57,7 +58,8 @@ def main(config: Config) -> None:
         separator = tokenizer.get_vocab()[SEPARATOR]
         found = [Gates.make("lexical", model), Gates.make("clausal", model, separator=separator)]
         fit_tables(model, ((b["input_ids"], b["attention_mask"]) for b in batches), found, COMPARISON.block)
-        plan = Plan(budgets=("1/4", "1/8"), num_samples=config.samples, split="validation", free="none", oracle=False)
+        tasks = family_tasks(split="validation")
+        plan = Plan(tasks, budgets=("1/4", "1/8"), num_samples=config.samples, free="none", oracle=False)
         for gates in found:
             tried = tune(gates, plan, EvaluatedModel(model, tokenizer))
             gates.config.training = {**record.origin, "validation": {str(k): round(v, 4) for k, v in tried.items()}}

@@ -18,8 +18,8 @@ from learnevict.cli import output as cli_results
 from learnevict.cli.eval import _show
 from learnevict.cli.output import progress
 from learnevict.errors import DataError, GateError, told_in_one_line
+from learnevict.evals.records import read_rows
 from learnevict.evals.report import write_report
-from learnevict.evals.summaries import read_rows
 from learnevict.evals.viz import page
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
 from learnevict.infer.prompts.printing import printer

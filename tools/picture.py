@@ -19,7 +19,7 @@ import torch
 
 from learnevict import Gates, methods, testbed
 from learnevict.evals.plots import INK, plot, save_figure
-from learnevict.evals.records import read_results
+from learnevict.evals.records import read_rows
 from learnevict.infer.generate import Completion, generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,4 +112,4 @@ if __name__ == "__main__":
     given = vars(parser.parse_args())
     folder = given.pop("docs")
     draw(folder / "kept.png", **given)
-    plot(read_results([ROOT / "docs" / "results" / "main" / "program.jsonl"]).rows, folder / "accuracy.png")
+    plot(read_rows(ROOT / "docs" / "results" / "main" / "program.jsonl"), folder / "accuracy.png")

@@ -74,8 +74,7 @@ def run(
     golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
     from learnevict.cli.evaluation import Evaluation
-    from learnevict.evals.suite import log_path
-    from learnevict.evals.summaries import read_rows
+    from learnevict.evals.records import log_path, read_rows
 
     given = samples.given
     evaluation = Evaluation(model, methods, names(methods.methods), names(methods.budgets))

@@ -13,10 +13,13 @@ from learnevict.cli.options import ModelOptions
 from learnevict.cli.output import progress, say
 from learnevict.errors import GateError, UsageError
 from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
-from learnevict.evals.plan import Cell, EvaluatedModel, Plan, check, check_families, count
-from learnevict.evals.summaries import MARK, Row, read_earlier, text_row, write_rows
+from learnevict.evals.plan import EvaluatedModel, Plan, check, count
+from learnevict.evals.records import MARK, Row, write_rows
+from learnevict.evals.suite import read_earlier, run
+from learnevict.evals.tasks import family_tasks
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
+from learnevict.testbed import FAMILIES
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
@@ -43,10 +46,9 @@ class Evaluation:
 
     def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
         """Returns a comparison on the testbed under the usual settings."""
-        plan = Plan(budgets=self.budgets, rules=self.settings(COMPARISON), **fields)
-        plan = replace(plan, families=families) if families else plan
-        check_families(plan.families)
-        return plan
+        which = {name: fields.pop(name) for name in ("split", "length") if name in fields}
+        tasks = family_tasks(families or FAMILIES, **which)
+        return Plan(tasks, self.budgets, rules=self.settings(COMPARISON), **fields)
 
     def evaluated_methods(self, default: tuple[str, ...]) -> list[EvaluatedMethod]:
         """Returns the methods with their gates and settings.
@@ -86,7 +88,7 @@ class Evaluation:
         of = {name: one.method if one is not None else name for name, one in found.items()}
         return [
             evaluated_method(
-                of[name], one, tuned=known.of(of[name]) if known else None, name=name,
+                of[name], one, tuned=known.of(of[name]) if known else {}, name=name,
                 allow_other_base=self.methods.allow_other_base,
             )
             for name, one in found.items()
@@ -115,8 +117,6 @@ class Evaluation:
             UsageError: a model of another vocabulary, --resume without --out, or an `out` that is not to be gone on with.
             DataError: `out` holds something else than rows.
         """
-        from learnevict.evals.suite import run
-
         if resume and out is None:
             raise UsageError("--resume needs the --out of the run to go on with")
         read_earlier(out, resume=resume)
@@ -157,14 +157,8 @@ class Evaluation:
             COMPARISON if self.opened.speaks_testbed else EvaluationSettings(slack=128, sinks=None, recent=None)
         )
         field = [one for one in self.evaluated_methods(()) if one.method != FULL]
-        cells = [Cell(EvaluatedMethod(FULL, FULL), path.name, FULL, None, ())]
-        for asked in self.budgets:
-            budget = texts.resolve(asked, ids.shape[1])
-            cells += [Cell(one, path.name, asked, budget, ()) for one in field]
-        policies = [
-            None if c.budget is None else texts.policy_for(c.evaluated_method, c.budget, rules, model, ids)
-            for c in cells
-        ]
+        cells = texts.text_cells(path.name, ids, field, self.budgets)
+        policies = [texts.policy_for(cell, rules, model, ids) for cell in cells]
         rows: list[Row] = []
         full = None
         with progress(ids.shape[1] * len(cells)) as advance:
@@ -172,7 +166,7 @@ class Evaluation:
                 label = f"{cell.evaluated_method.name} {cell.asked}"
                 found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
                 full = full or found
-                rows.append(text_row(cell, self.opened.name, found, full))
+                rows.append(texts.text_row(cell, self.opened.name, found, full))
                 if out is not None and (len(rows) == len(cells) or not special(out)):
                     write_rows(out, rows)
         if any(one.method == GOLDEN for one in field):

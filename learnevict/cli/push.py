@@ -81,7 +81,7 @@ def run(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of an evaluation; evals is imported only if there are some."""
-    from learnevict.evals.summaries import read_rows
+    from learnevict.evals.records import read_rows
 
     return read_rows(path)
 

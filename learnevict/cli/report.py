@@ -29,8 +29,8 @@ def run(
 
     Without --out only the table is printed. An earlier report in the folder is replaced.
     """
+    from learnevict.evals.records import read_rows
     from learnevict.evals.report import markdown, write_report
-    from learnevict.evals.summaries import read_rows
 
     found = [row for path in rows for row in read_rows(path)]
     if out is None:

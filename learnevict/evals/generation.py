@@ -3,75 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from learnevict.evals.methods import EvaluationSettings
-from learnevict.evals.teacher_forced import BytesHeld
-from learnevict.infer.generate import Completion, generate, read_text
-from learnevict.methods import golden
-from learnevict.oracle.collect import golden_trace
+from learnevict.evals.methods import EvaluationSettings, golden_policy
+from learnevict.evals.tasks import Task
+from learnevict.infer.generate import Completion, generate
 from learnevict.policy import Governor
-from learnevict.testbed import Sample, verify
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are written: greedy at temperature 0, else `tries` draws per sample (avg@k) from `seed` on."""
-
-    max_new_tokens: int = 400
-    temperature: float = 0.0
-    tries: int = 1
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One entry per sample: share of its tries that are right, and tokens generated in all of them.
-
-    Attributes:
-        seconds: spent on new tokens after each batch's first.
-        agreed: golden only: share of the second text that is still the one the oracle has seen.
-    """
-
-    exact: list[float]
-    tokens: list[int]
-    storage: BytesHeld
-    seconds: float
-    agreed: list[float] | None = None
 
 
 def answer(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], policy: Governor | None, decoding: Decoding
-) -> Answers:
-    """Generates an answer to every prompt, in one batch, under the policy (None: the stock cache)."""
-    prompts = [read_text(tokenizer, sample.prompt) for sample in samples for _ in range(decoding.tries)]
-    return _marked(tokenizer, samples, _generate(model, tokenizer, policy, prompts, decoding), decoding.tries)
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    samples: Sequence[Any],
+    policy: Governor | None,
+    *,
+    tries: int = 1,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Answers every prompt, in one batch, under the policy (None: the stock cache).
+
+    Args:
+        tries: answers to each sample; scores are averaged over them (avg@k).
+        **sampling: see infer.generate: max_new_tokens, temperature, seed.
+
+    Returns:
+        Columns of the log, an entry per sample: `exact`, the mean score of its tries, and `tokens` generated in all of them;
+        for each sample alike: `seconds` after each batch's first token, and bytes held (`peak`, `end`, `full`).
+    """
+    prompts = [task.prompt(tokenizer, sample) for sample in samples for _ in range(tries)]
+    found = generate(model, tokenizer, policy, prompts, batch_size=len(prompts), **sampling)
+    return _scored(tokenizer, task, samples, found, tries)
 
 
 def answer_golden(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], budget: int, rules: EvaluationSettings, decoding: Decoding
-) -> Answers:
-    """Generates answers under golden eviction, in two runs: a ceiling only while their texts agree.
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    samples: Sequence[Any],
+    budget: int,
+    settings: EvaluationSettings,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Answers under golden eviction: a ceiling only while both runs agree (see `generate_golden`).
+
+    Returns:
+        As `answer`; `agreed` is the share of each second text that is still the one the oracle has seen.
+    """
+    prompts = [task.prompt(tokenizer, sample) for sample in samples]
+    found, agreed = generate_golden(model, tokenizer, prompts, budget, settings, **sampling)
+    return {**_scored(tokenizer, task, samples, found, 1), "agreed": agreed}
+
+
+def generate_golden(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    budget: int | str,
+    settings: EvaluationSettings,
+    *,
+    streamer: Any = None,
+    **sampling: Any,
+) -> tuple[list[Completion], list[float]]:
+    """Generates answers under golden eviction, in two runs, and says how far the second text follows the first.
 
     The first run has the full cache; its text gives the labels. The second follows their trace while it writes the same
     text, and falls back on recency behind the guards from a row's first divergence on.
     """
-    prompts = [read_text(tokenizer, sample.prompt) for sample in samples]
-    first = _generate(model, tokenizer, None, prompts, decoding)
-    ids, mask = padded(first, tokenizer.pad_token_id)
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    length = torch.tensor([len(prompt) for prompt in prompts])
-    trace = golden_trace(model, ids, mask, budget=budget, block=rules.block, guard=rules.guard, prompt_length=length)
-    policy = golden.policy(budget, trace=trace, text=ids, **rules.options)
-    second = _generate(model, tokenizer, policy, prompts, decoding)
-    marked = _marked(tokenizer, samples, second, 1)
-    agreed = [agreement(one.tokens, other.tokens) for one, other in zip(first, second, strict=True)]
-    return Answers(marked.exact, marked.tokens, marked.storage, marked.seconds, agreed)
+    first = generate(model, tokenizer, None, prompts, batch_size=len(prompts), **sampling)
+    ids, mask = (part.to(model.device) for part in padded(first, tokenizer.pad_token_id or 0))
+    policy = golden_policy(model, ids, budget, settings, mask=mask, prompt_length=[len(prompt) for prompt in prompts])
+    second = generate(model, tokenizer, policy, prompts, batch_size=len(prompts), streamer=streamer, **sampling)
+    return second, [agreement(one.tokens, other.tokens) for one, other in zip(first, second, strict=True)]
 
 
 def padded(answers: Sequence[Completion], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
@@ -86,29 +93,23 @@ def padded(answers: Sequence[Completion], pad: int) -> tuple[Int[Tensor, "B T"],
 
 
 def agreement(first: Sequence[int], second: Sequence[int]) -> float:
-    """Returns share of the second text before it leaves the first."""
+    """Returns the share of the second text before it leaves the first."""
     pairs = enumerate(zip(first, second, strict=False))
     apart = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
     return apart / len(second)
 
 
-def _generate(
-    model: Any, tokenizer: Any, policy: Governor | None, prompts: list[list[int]], decoding: Decoding
-) -> list[Completion]:
-    return generate(
-        model, tokenizer, policy, prompts, batch_size=len(prompts), max_new_tokens=decoding.max_new_tokens,
-        temperature=decoding.temperature, seed=decoding.seed,
-    )  # fmt: skip
-
-
-def _marked(tokenizer: Any, samples: Sequence[Sample], answers: list[Completion], tries: int) -> Answers:
-    right = [verify(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)]
-    starts = range(0, len(answers), tries)
+def _scored(
+    tokenizer: Any, task: Task, samples: Sequence[Any], answers: list[Completion], tries: int
+) -> dict[str, Any]:
+    scores = [task.score(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)]
+    starts, one = range(0, len(answers), tries), answers[0]
     late = sum(len(one.tokens) - 1 for one in answers)
-    one = answers[0]
-    return Answers(
-        exact=[sum(right[start : start + tries]) / tries for start in starts],
-        tokens=[sum(len(one.tokens) for one in answers[start : start + tries]) for start in starts],
-        storage=BytesHeld(one.kv_bytes_peak, one.kv_bytes, one.kv_bytes_full),
-        seconds=late / one.tokens_per_second,
-    )
+    return {
+        "exact": [sum(scores[start : start + tries]) / tries for start in starts],
+        "tokens": [sum(len(one.tokens) for one in answers[start : start + tries]) for start in starts],
+        "seconds": late / one.tokens_per_second / len(samples),
+        "peak": one.kv_bytes_peak,
+        "end": one.kv_bytes,
+        "full": one.kv_bytes_full,
+    }

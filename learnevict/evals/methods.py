@@ -1,15 +1,21 @@
-"""Who takes part in a comparison, and the rules that hold for all."""
+"""Who takes part in a comparison, and the settings that hold for all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from learnevict import methods
 from learnevict.errors import GateError, UsageError
 from learnevict.hub import Gates, weight_hash
+from learnevict.methods import golden
+from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Guard, Policy
 
 GOLDEN, FULL, RANDOM = "golden", "full", "random"
@@ -33,15 +39,14 @@ class EvaluationSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Returns as arguments of a method's `policy`."""
+        """Returns these settings as arguments of a method's `policy`."""
         given = {"slack": self.slack, "sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def guard(self) -> Guard:
         """Returns the guard of these settings, for the oracle."""
-        free = {name: value for name, value in self.options.items() if name != "slack"}
-        return Guard(**free)
+        return Guard(**{name: value for name, value in self.options.items() if name != "slack"})
 
     @property
     def block(self) -> int:
@@ -61,8 +66,8 @@ class EvaluatedMethod:
         name: what tables call it.
         method: a name of learnevict.methods or an import path.
         gates: its trained part, if it has one.
-        settings: hyperparameters beside budget and rules, for all budgets alike.
-        tuned: settings by (family, budget as asked for), chosen on validation seeds; they win.
+        settings: hyperparameters beside budget and common settings, for all budgets alike.
+        tuned: hyperparameters by (family, budget as asked for), chosen on validation seeds; they win.
         allow_other_base: the gates may serve other weights than they were trained on.
     """
 
@@ -79,7 +84,7 @@ class EvaluatedMethod:
         return methods.load(self.method).PAPER.kind
 
     def options(self, family: str, budget: str) -> dict[str, Any]:
-        """Returns hyperparameters for one cell."""
+        """Returns the hyperparameters for one cell."""
         return {**self.settings, **self.tuned.get((family, budget), {})}
 
     def identity(self, family: str, budget: str) -> dict[str, Any]:
@@ -104,23 +109,43 @@ class EvaluatedMethod:
             raise UsageError(f"method {self.method!r} cannot be made with {given}: {error}") from error
 
 
-def evaluated_method(
-    method: str,
-    gates: Gates | None = None,
-    settings: Mapping[str, Any] | None = None,
-    tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
-    name: str = "",
-    allow_other_base: bool = False,
-) -> EvaluatedMethod:
-    """Returns a method whose parts fit together.
+def evaluated_method(method: str, gates: Gates | None = None, *, name: str = "", **parts: Any) -> EvaluatedMethod:
+    """Returns a method whose parts fit together; `parts`: settings, tuned, allow_other_base.
 
     Raises:
         UsageError: no such method.
         GateError: gates missing, superfluous, or of another method.
     """
-    module = methods.load(method)
-    if module.PAPER.kind == "learned" and gates is None:
+    if methods.load(method).PAPER.kind == "learned" and gates is None:
         raise GateError(f"method {method!r} is learned and needs gates; give --ckpt with a folder or Hub id")
     if gates is not None and gates.method != method:
         raise GateError(f"these gates belong to method {gates.method!r}, not to {method!r}; ask for that method")
-    return EvaluatedMethod(name or method, method, gates, settings or {}, tuned or {}, allow_other_base)
+    return EvaluatedMethod(name or method, method, gates, **parts)
+
+
+def golden_policy(
+    model: Any,
+    ids: Int[Tensor, "B T"],
+    budget: int | str,
+    settings: EvaluationSettings,
+    *,
+    mask: Int[Tensor, "B T"] | None = None,
+    prompt_length: Sequence[int] | None = None,
+) -> Policy:
+    """Returns the policy that follows the golden trace of texts, which the model reads in full for it.
+
+    Raises:
+        UsageError: the budget is no number of slots.
+    """
+    check_golden(budget)
+    length = None if prompt_length is None else torch.tensor(prompt_length)
+    trace = golden_trace(
+        model, ids, mask, budget=int(budget), block=settings.block, guard=settings.guard, prompt_length=length
+    )
+    return golden.policy(int(budget), trace=trace, text=ids, **settings.options)
+
+
+def check_golden(budget: int | str) -> None:
+    """Raises a UsageError for a budget in per cent or bytes, which golden cannot be rolled out for."""
+    if not isinstance(budget, int):
+        raise UsageError(f"golden is rolled out for a number of slots, not {budget}; give 1/4 or tokens (64)")

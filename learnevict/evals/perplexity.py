@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.budgets import resolved
-from learnevict.evals.methods import GOLDEN, EvaluatedMethod, EvaluationSettings
+from learnevict.evals.methods import FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, golden_policy
+from learnevict.evals.plan import Cell
+from learnevict.evals.records import TEXT_KEYS, Row, source, start_row
+from learnevict.evals.tasks import resolve
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
 from learnevict.infer.prompts.text_files import read_file
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.methods import golden
-from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Governor
 
 CHUNK = 512
@@ -121,26 +121,37 @@ def perplexity(
     return Perplexity(total, ids.shape[1] - 1, peak, held, whole)
 
 
-def resolve(text: str, num_tokens: int) -> int | str:
-    """Returns tokens for "1/4" (of this text) and "64"; per cent and bytes are left to the cache.
+def text_cells(
+    name: str, ids: Int[Tensor, "1 T"], methods: Sequence[EvaluatedMethod], budgets: Sequence[str]
+) -> list[Cell]:
+    """Returns the cells of one text, the full cache first; a budget such as "1/4" is a share of this text.
 
     Raises:
-        BudgetError: not understood.
+        BudgetError: a budget that is not understood.
     """
-    return resolved(text, lambda: num_tokens)
+    cells = [Cell(EvaluatedMethod(FULL, FULL), name, FULL, None)]
+    for asked in budgets:
+        budget = resolve(asked, lambda: ids.shape[1])
+        cells += [Cell(one, name, asked, budget) for one in methods if one.method != FULL]
+    return cells
 
 
-def policy_for(
-    one: EvaluatedMethod, budget: int | str, rules: EvaluationSettings, model: Any, ids: Int[Tensor, "1 T"]
-) -> Governor:
-    """Returns the method's policy for this text; golden reads it beforehand.
+def policy_for(cell: Cell, settings: EvaluationSettings, model: Any, ids: Int[Tensor, "1 T"]) -> Governor | None:
+    """Returns the policy of a cell, None for the full cache; golden reads the text beforehand.
 
     Raises:
         UsageError: golden with a budget that is no number of slots.
     """
-    if one.method != GOLDEN:
-        return one.policy(budget, rules)
-    if not isinstance(budget, int):
-        raise UsageError(f"golden is rolled out for a number of slots, not for {budget}; give 1/4 or tokens (64)")
-    trace = golden_trace(model, ids, budget=budget, block=rules.block, guard=rules.guard)
-    return golden.policy(budget, trace=trace, **rules.options)
+    if cell.budget is None:
+        return None
+    if cell.evaluated_method.method == GOLDEN:
+        return golden_policy(model, ids, cell.budget, settings)
+    return cell.evaluated_method.policy(cell.budget, settings)
+
+
+def text_row(cell: Cell, model: str, found: Perplexity, full: Perplexity) -> Row:
+    """Returns a row of `eval --task perplexity`: the family is the text; ratios are to the full cache."""
+    figures = (found.value, found.value / full.value, found.num_tokens)
+    bytes_held = {"kv_bytes_peak": found.peak, "kv_bytes_end": found.end, "kv_bytes_full": found.full}
+    row = start_row(cell, 1) | bytes_held | {"loss_ratio": found.loss / full.loss} | source(cell, model)
+    return row | dict(zip(TEXT_KEYS, figures, strict=True))

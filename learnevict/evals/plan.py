@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from learnevict import testbed
 from learnevict.errors import BudgetError, UsageError
-from learnevict.evals.budgets import resolve
-from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings
-from learnevict.evals.sample_log import Key
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, check_golden
+from learnevict.evals.tasks import Task, family_tasks, is_share, resolve
 from learnevict.hub import weight_hash
 
 
@@ -24,13 +22,23 @@ class EvaluatedModel:
 
 
 @dataclass(frozen=True)
+class Key:
+    """One cell of a comparison in one mode ("teacher" or "free")."""
+
+    method: str
+    family: str
+    budget: str
+    mode: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The settings of one comparison.
 
     Attributes:
-        families, budgets: what every method is run on; budgets as "1/4" (of the family's mean length), "64" or "25%".
-        num_samples, seed: samples seed .. seed + num_samples - 1 of each family.
-        split, length: see testbed.generate.
+        tasks: what every method is run on; all of one origin.
+        budgets: as "1/4" (of a task's mean length), "64" or "25%".
+        num_samples, seed: samples seed .. seed + num_samples - 1 of each task.
         rules: what holds for all methods.
         teacher: measure step accuracy and loss.
         free: who answers freely: nobody, only the full cache, or all.
@@ -40,12 +48,10 @@ class Plan:
         lenient: a method that a budget is too small for has a row that says so, instead of stopping the run.
     """
 
-    families: tuple[str, ...] = testbed.FAMILIES
+    tasks: tuple[Task, ...] = family_tasks()
     budgets: tuple[str, ...] = ("1/4",)
     num_samples: int = 200
     seed: int = 0
-    split: str = "test"
-    length: str = "normal"
     rules: EvaluationSettings = COMPARISON
     teacher: bool = True
     free: Literal["none", "full", "all"] = "full"
@@ -57,13 +63,13 @@ class Plan:
 
     @property
     def seeds(self) -> range:
-        """Returns seeds of the samples."""
+        """Returns the seeds of the samples."""
         return range(self.seed, self.seed + self.num_samples)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one family at one budget, as asked for ("1/4") and in tokens (None: the full cache).
+    """One method on one task at one budget, as asked for ("1/4") and in tokens (None: the full cache).
 
     `impossible`: why the method cannot be held to the budget; it has no modes then.
     """
@@ -72,12 +78,27 @@ class Cell:
     family: str
     asked: str
     budget: int | str | None
-    modes: tuple[str, ...]
+    modes: tuple[str, ...] = ()
     impossible: str | None = None
 
     def key(self, mode: str) -> Key:
         """Returns where the log keeps its numbers."""
         return Key(self.evaluated_method.name, self.family, self.asked, mode)
+
+    @property
+    def share(self) -> str | None:
+        """Returns the budget if it was asked for as a share."""
+        return self.asked if is_share(self.asked) else None
+
+    @property
+    def golden(self) -> int | None:
+        """Returns the budget if it is the oracle that evicts."""
+        return self.budget if self.evaluated_method.method == GOLDEN and isinstance(self.budget, int) else None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Returns what its row is about: family, method, budget in slots and as a share."""
+        return self.family, self.evaluated_method.name, self.budget, self.share
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -90,29 +111,27 @@ class Cell:
         return self.evaluated_method.options(self.family, self.asked)
 
 
-def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], family: str) -> Iterator[Cell]:
-    """Yields cells of one family. The full cache comes first, asked for or not: losses are ratios to it."""
+def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], task: Task) -> Iterator[Cell]:
+    """Yields the cells of one task. The full cache comes first, asked for or not: losses are ratios to it."""
     asked = next((one for one in evaluated_methods if one.method == FULL), None)
-    teacher = ("teacher",) if plan.teacher else ()
-    free = ("free",) if plan.free == "all" else ()
-    modes = teacher if asked is None else teacher + (() if plan.free == "none" else ("free",))
-    yield Cell(asked or EvaluatedMethod(FULL, FULL), family, FULL, None, modes)
+    teacher = ("teacher",) if plan.teacher and "teacher" in task.modes else ()
+    free = ("free",) if plan.free != "none" and "free" in task.modes else ()
+    yield Cell(
+        asked or EvaluatedMethod(FULL, FULL), task.name, FULL, None, teacher if asked is None else teacher + free
+    )
+    modes = teacher + (free if plan.free == "all" else ())
     for budget in plan.budgets:
-        tokens = resolve(budget, family, plan.length, prompt=not plan.rules.prompt)
+        tokens = resolve(budget, lambda: task.mean_length(prompt=not plan.rules.prompt))
         for one in evaluated_methods:
-            if one.method != FULL:
-                yield _possible(plan, Cell(one, family, budget, tokens, teacher + free))
-
-
-def _possible(plan: Plan, cell: Cell) -> Cell:
-    """Returns the cell, or one without modes if the plan is lenient and the budget too small."""
-    if not plan.lenient:
-        return cell
-    try:
-        _check_cell(plan, cell)
-    except BudgetError as error:
-        return replace(cell, modes=(), impossible=str(error))
-    return cell
+            if one.method == FULL:
+                continue
+            cell = Cell(one, task.name, budget, tokens, modes)
+            try:
+                if plan.lenient:
+                    _check_cell(plan, cell)
+            except BudgetError as error:
+                cell = replace(cell, modes=(), impossible=str(error))
+            yield cell
 
 
 def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
@@ -120,43 +139,31 @@ def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
 
     Raises:
         BudgetError: a budget that some method cannot be held to, unless the plan is lenient.
-        UsageError: unknown families, something named twice, nothing to do, or golden where it is not defined.
+        UsageError: something named twice, nothing to do, or golden where it is not defined.
     """
-    check_families(plan.families)
     if plan.num_samples < 1 or plan.batch_size < 1 or plan.tries < 1:
         raise UsageError("samples, batch size and tries must be at least 1")
     if not 0 <= plan.temperature < float("inf"):
         raise UsageError(f"temperature must be 0 (greedy) or more, not {plan.temperature}")
     if len({one.name for one in evaluated_methods}) < len(evaluated_methods) or not evaluated_methods:
         raise UsageError("give at least one method, and each only once")
+    if len({task.name for task in plan.tasks}) < len(plan.tasks) or any(
+        task.origin != plan.tasks[0].origin for task in plan.tasks
+    ):
+        raise UsageError("one log holds tasks of different names and one origin; evaluate others with another --out")
     if len(set(plan.budgets)) < len(plan.budgets):
         raise UsageError(
             f"budgets {', '.join(plan.budgets)}: give each only once, for each is measured on the same samples"
         )
-    if not plan.teacher and plan.free == "none":
-        raise UsageError("nothing to measure: neither teacher-forced nor free")
     if plan.tries > 1 and plan.temperature == 0:
         raise UsageError("greedy answers are all alike: several tries need a temperature above 0")
-    for family in plan.families:
-        for cell in cells(plan, evaluated_methods, family):
+    for task in plan.tasks:
+        planned = list(cells(plan, evaluated_methods, task))
+        if not any(cell.modes or cell.impossible for cell in planned):
+            raise UsageError("nothing to measure: neither teacher-forced nor free")
+        for cell in planned:
             if cell.impossible is None:
                 _check_cell(plan, cell)
-
-
-def check_families(families: Sequence[str]) -> None:
-    """Raises an error for families that do not exist, or are named twice.
-
-    Raises:
-        UsageError: naming those that do exist.
-    """
-    unknown = [family for family in families if family not in testbed.FAMILIES]
-    if unknown or not families:
-        given = ", ".join(unknown) or "none given"
-        raise UsageError(f"no such task family: {given}; choose {', '.join(testbed.FAMILIES)}")
-    if len(set(families)) < len(families):
-        raise UsageError(
-            f"families {', '.join(families)}: give each only once, for each has the same samples every time"
-        )
 
 
 def _check_cell(plan: Plan, cell: Cell) -> None:
@@ -165,25 +172,22 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
     if cell.evaluated_method.method != GOLDEN:
         cell.evaluated_method.policy(cell.budget, plan.rules, cell.options)
         return
+    check_golden(cell.budget)
     smallest = plan.rules.guard.reserved(plan.rules.block) + 1
-    if not isinstance(cell.budget, int):
-        raise UsageError(f"golden is rolled out for a number of slots, not {cell.budget}; give 1/4 or tokens (64)")
-    if cell.budget < smallest:
+    if int(cell.budget) < smallest:
         raise BudgetError(f"budget {cell.budget} on {cell.family} is too small; the smallest that works is {smallest}")
     if plan.temperature > 0 and "free" in cell.modes:
         raise UsageError("golden in free generation follows one greedy text; drop --temperature or golden")
 
 
 def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
-    """Returns all that would make old numbers wrong if it changed; more methods, budgets, families or samples do not."""
+    """Returns all that would make old numbers wrong if it changed; more methods, budgets, tasks or samples do not."""
     sampled = plan.temperature > 0
     return {
         "model": subject.name,
         "weights": weight_hash(subject.model),
         "dtype": str(subject.model.dtype),
-        "tasks": testbed.fingerprint(),
-        "split": plan.split,
-        "length": plan.length,
+        **plan.tasks[0].origin,
         "rules": asdict(plan.rules),
         "decoding": [plan.temperature, plan.tries, plan.batch_size] if sampled else "greedy",
     }
@@ -191,5 +195,5 @@ def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
 
 def count(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> int:
     """Returns samples that a run goes through in all, for a progress bar."""
-    modes = sum(len(cell.modes) for family in plan.families for cell in cells(plan, evaluated_methods, family))
+    modes = sum(len(cell.modes) for task in plan.tasks for cell in cells(plan, evaluated_methods, task))
     return modes * plan.num_samples

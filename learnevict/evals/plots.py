@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.errors import UsageError
-from learnevict.evals.summaries import Row
+from learnevict.evals.records import Row
 from learnevict.files import PICTURE, replacing
 from learnevict.untrusted import one_line
 

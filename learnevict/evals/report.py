@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.evals.plots import plot
-from learnevict.evals.summaries import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
+from learnevict.evals.records import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
 from learnevict.files import MARKDOWN, PICTURE, check, write, writing
 from learnevict.untrusted import one_line, spreadsheet_cell
 

@@ -33,7 +33,7 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
     Args:
         gates: what it tells about.
         source: where they will be.
-        rows: of an evaluation (learnevict.evals.summaries), those of other methods too: they are what to compare with.
+        rows: of an evaluation (learnevict.evals.records), those of other methods too: they are what to compare with.
         license: that the repository states.
 
     Raises:

@@ -28,7 +28,7 @@ from learnevict.cli import app, main
 from learnevict.cli.console import _explain
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError, told_in_one_line
-from learnevict.evals.summaries import KEYS
+from learnevict.evals.records import KEYS
 from learnevict.evals.viz import page
 from learnevict.files import locked
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash

@@ -16,18 +16,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict import testbed
 from learnevict.cli import main
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
-from learnevict.evals import metrics, perplexity, tuning
-from learnevict.evals.budgets import mean_length, resolve
-from learnevict.evals.generation import Decoding, agreement, answer, answer_golden
+from learnevict.evals import metrics, perplexity
+from learnevict.evals.generation import agreement, answer, answer_golden
 from learnevict.evals.methods import COMPARISON, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.metrics import RecoveryCell
-from learnevict.evals.plan import EvaluatedModel, Plan, check
-from learnevict.evals.records import Records, of_run, read_results
+from learnevict.evals.plan import EvaluatedModel, Key, Plan, check
+from learnevict.evals.records import KEYS, ORACLE_KEYS, SampleLog, log_path, read_rows, write_rows
 from learnevict.evals.report import write_report
-from learnevict.evals.sample_log import Key, SampleLog, forget, read_log
-from learnevict.evals.suite import log_path, run
-from learnevict.evals.summaries import KEYS, ORACLE_KEYS, forget_rows, read_rows, write_rows
-from learnevict.evals.teacher_forced import TextBatch, measure, measure_golden, read
+from learnevict.evals.suite import run
+from learnevict.evals.tasks import FamilyTask, TextBatch, family_tasks, read, resolve
+from learnevict.evals.teacher_forced import measure, measure_golden
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
@@ -35,8 +33,9 @@ from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
 from learnevict.oracle.metrics import measure_policy
 from tests.interrupting import ctrl_c_after
-from tools.results import sections, tables
+from tools.results import sections, tables, tuning
 from tools.results.label_table import Tried, TriedLabels, label_tables
+from tools.results.records import Records, forget, of_run, read_results
 
 SMALL = EvaluationSettings(slack=4, sinks=1, recent=2)
 
@@ -88,10 +87,10 @@ def brute_scores(given: TextBatch, logits: torch.Tensor) -> list[tuple[int, int,
 
 
 def assert_same(scores, expected) -> None:
-    assert scores.right == [row[0] for row in expected]
-    assert scores.seen == [row[1] for row in expected]
-    assert scores.loss_tokens == [row[3] for row in expected]
-    assert scores.loss == pytest.approx([row[2] for row in expected], rel=1e-4)
+    assert scores["right"] == [row[0] for row in expected]
+    assert scores["seen"] == [row[1] for row in expected]
+    assert scores["spoken"] == [row[3] for row in expected]
+    assert scores["loss"] == pytest.approx([row[2] for row in expected], rel=1e-4)
 
 
 # --- metrics ---
@@ -214,7 +213,7 @@ def test_the_full_cache_scores_as_the_model_itself():
         part = TextBatch(ids[None], mask[None], given.answer_mask[[row]], given.loss_mask[[row]], [11])
         rows += brute_scores(part, logits)
     assert_same(found, rows)
-    assert found.storage.end == found.storage.full == 2 * 2 * 2 * 8 * 4 * 41
+    assert found["end"] == found["full"] == 2 * 2 * 2 * 8 * 4 * 41
 
 
 @pytest.mark.parametrize("method", [h2o, random, streaming_llm])
@@ -228,7 +227,7 @@ def test_a_teacher_forced_pass_is_the_replay_of_its_trace(method):
     assert trace.evictions > 100
     logits = replay(model, given.input_ids, trace, given.attention_mask).logits
     assert_same(found, brute_scores(given, logits))
-    assert found.storage.peak < found.storage.full
+    assert found["peak"] < found["full"]
 
 
 def test_golden_scores_are_those_of_its_trace_for_each_row_alone():
@@ -244,7 +243,7 @@ def test_golden_scores_are_those_of_its_trace_for_each_row_alone():
         )
         rows += brute_scores(part, replay(model, ids, trace).logits)
     assert_same(found, rows)
-    assert found.storage.peak < found.storage.full
+    assert found["peak"] < found["full"]
 
 
 def test_reading_marks_checked_and_spoken_words(subject):
@@ -264,13 +263,13 @@ def test_reading_marks_checked_and_spoken_words(subject):
 
 def test_golden_with_room_for_all_writes_the_full_text_again(subject):
     samples = [testbed.generate("recall", seed, level=0) for seed in range(2)]
-    decoding = Decoding(max_new_tokens=12)
-    stock = answer(subject.model, subject.tokenizer, samples, None, decoding)
-    roomy = answer_golden(subject.model, subject.tokenizer, samples, 300, COMPARISON, decoding)
-    assert roomy.agreed == [1.0, 1.0] and roomy.tokens == stock.tokens == [12, 12]
+    how = (subject.model, subject.tokenizer, FamilyTask("recall"))
+    stock = answer(*how, samples, None, max_new_tokens=12)
+    roomy = answer_golden(*how, samples, 300, COMPARISON, max_new_tokens=12)
+    assert roomy["agreed"] == [1.0, 1.0] and roomy["tokens"] == stock["tokens"] == [12, 12]
     samples = [testbed.generate("recall", seed) for seed in range(2)]
-    tight = answer_golden(subject.model, subject.tokenizer, samples, 24, COMPARISON, decoding)
-    assert min(tight.agreed) < 1.0 and tight.storage.peak < tight.storage.full
+    tight = answer_golden(*how, samples, 24, COMPARISON, max_new_tokens=12)
+    assert min(tight["agreed"]) < 1.0 and tight["peak"] < tight["full"]
 
 
 def test_right_answers_count(subject, monkeypatch):
@@ -286,8 +285,9 @@ def test_right_answers_count(subject, monkeypatch):
         return torch.cat([given["input_ids"], new], -1)
 
     monkeypatch.setattr(subject.model, "generate", speak)
-    found = answer(subject.model, subject.tokenizer, [sample], full.policy(), Decoding(temperature=1.0, tries=2))
-    assert found.exact == [0.5] and found.tokens == [2 * len(said)]
+    task = FamilyTask("recall")
+    found = answer(subject.model, subject.tokenizer, task, [sample], full.policy(), temperature=1.0, tries=2)
+    assert found["exact"] == [0.5] and found["tokens"] == [2 * len(said)]
 
 
 def test_agreement_ends_with_the_first_other_token():
@@ -318,8 +318,8 @@ def test_a_log_recovers_whole_lines_and_refuses_strangers(tmp_path):
     with pytest.raises(UsageError, match="variant"):
         again.missing(key, range(4), {"variant": "kvpress"})
     again.add(key, [1], {"right": [9], "peak": 1})
-    configuration, found = read_log(path)
-    assert configuration["model"] == "a"
+    found = SampleLog(path, None, resume=True)
+    assert found.configuration["model"] == "a"
     assert found.column(key, [0, 1, 2], "right") == [5, 9, 6] and found.column(key, [2, 1], "peak") == [7.5, 1]
     assert found.column(key, [0, 3], "right") is None
     other = tmp_path / "poem.jsonl"
@@ -331,7 +331,11 @@ def test_a_log_recovers_whole_lines_and_refuses_strangers(tmp_path):
 
 
 def small_plan(**changes) -> Plan:
-    return Plan(**{**dict(families=("recall",), budgets=("1/4", "40"), num_samples=5, batch_size=2), **changes})
+    tasks = family_tasks(changes.pop("families", ("recall",)))
+    return Plan(**{**dict(tasks=tasks, budgets=("1/4", "40"), num_samples=5, batch_size=2), **changes})
+
+
+QUARTER = resolve("1/4", FamilyTask("recall").mean_length)
 
 
 @pytest.fixture(scope="module")
@@ -343,9 +347,8 @@ def finished(subject, tmp_path_factory):
 
 def test_rows_say_all_that_was_promised(finished, subject):
     out, rows, log = finished
-    quarter = resolve("1/4", "recall")
     assert [(row["method"], row["budget"]) for row in rows] == [
-        ("full", None), ("random", quarter), ("golden", quarter), ("random", 40), ("golden", 40)
+        ("full", None), ("random", QUARTER), ("golden", QUARTER), ("random", 40), ("golden", 40)
     ]  # fmt: skip
     for row in rows:
         assert tuple(row)[: len(KEYS)] == KEYS and row["samples"] == 5 and row["exact_match"] is None
@@ -356,8 +359,8 @@ def test_rows_say_all_that_was_promised(finished, subject):
     assert read_rows(out) == json.loads(json.dumps(rows))
     given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
     again = measure(subject.model, given, random.policy(40, **COMPARISON.options))
-    assert log.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again.right
-    assert rows[3]["step_accuracy"] == pytest.approx(sum(again.right) / sum(again.seen))
+    assert log.column(Key("random", "recall", "40", "teacher"), range(5), "right") == again["right"]
+    assert rows[3]["step_accuracy"] == pytest.approx(sum(again["right"]) / sum(again["seen"]))
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
@@ -416,7 +419,7 @@ def test_resuming_loses_no_row(subject, tmp_path):
         assert size <= len(read_rows(out))
         size = len(read_rows(out))
 
-    for changes, name in ((dict(families=("recall",)), "h2o"), (dict(budgets=("40",)), "random")):
+    for changes, name in ((dict(tasks=family_tasks(["recall"])), "h2o"), (dict(budgets=("40",)), "random")):
         found, _ = run(
             dataclasses.replace(plan, **changes), subject, [evaluated_method(name)], out, resume=True, advance=grown
         )
@@ -489,8 +492,13 @@ def test_free_rows_have_tokens_and_speed(subject):
 @pytest.mark.parametrize(
     ("plan", "field", "error", "words"),
     [
-        (small_plan(families=("sudoku",)), ["full"], UsageError, "choose program"),
-        (small_plan(families=("recall", "recall")), ["full"], UsageError, "recall, recall: give each only once"),
+        (small_plan(tasks=2 * family_tasks(["recall"])), ["full"], UsageError, "tasks of different names"),
+        (
+            small_plan(tasks=(FamilyTask("recall"), FamilyTask("program", "validation"))),
+            ["full"],
+            UsageError,
+            "one origin",
+        ),
         (small_plan(budgets=("1/4", "1/4")), ["full"], UsageError, "1/4, 1/4: give each only once"),
         (small_plan(budgets=("4/3",)), ["random"], BudgetError, "share"),
         (small_plan(budgets=("20",)), ["random"], BudgetError, "smallest"),
@@ -509,6 +517,13 @@ def test_an_impossible_plan_is_refused_beforehand(plan, field, error, words):
         check(plan, [evaluated_method(name) for name in field])
 
 
+def test_families_are_those_of_the_testbed():
+    with pytest.raises(UsageError, match="choose program"):
+        family_tasks(["sudoku"])
+    with pytest.raises(UsageError, match="recall, recall: give each only once"):
+        family_tasks(["recall", "recall"])
+
+
 def test_methods_need_parts_that_fit():
     with pytest.raises(GateError, match="--ckpt"):
         evaluated_method("foresightkv")
@@ -518,10 +533,11 @@ def test_methods_need_parts_that_fit():
 
 def test_budgets_are_shares_of_the_mean_length():
     lengths = [len(testbed.generate("recall", seed, split="validation").answer_mask) for seed in range(200)]
-    assert mean_length("recall") == pytest.approx(sum(lengths) / 200)
-    assert resolve("1/4", "recall") == round(sum(lengths) / 800)
-    assert resolve("64", "recall") == 64 and resolve("25%", "recall") == "25%"
-    assert mean_length("recall", prompt=False) < 20
+    task = FamilyTask("recall")
+    assert task.mean_length() == pytest.approx(sum(lengths) / 200)
+    assert resolve("1/4", task.mean_length) == round(sum(lengths) / 800)
+    assert resolve("64", task.mean_length) == 64 and resolve("25%", task.mean_length) == "25%"
+    assert task.mean_length(prompt=False) < 20
 
 
 def test_a_lenient_plan_says_what_is_not_possible(subject, tmp_path):
@@ -543,17 +559,15 @@ def test_what_is_measured_can_be_dropped_and_measured_anew(subject, tmp_path):
     plan = small_plan(free="none", num_samples=2, budgets=("64",))
     field = [evaluated_method("random"), evaluated_method("h2o"), evaluated_method("h2o", name="h2o variant=kvpress")]
     before, _ = run(plan, subject, field, out)
-    assert forget(log_path(out), "h2o") == 2 and forget_rows(out, "h2o") == 2
+    assert forget(out, "h2o") == (2, 2)
     assert [row["method"] for row in read_rows(out)] == ["random"]
     assert "h2o" not in log_path(out).read_text() and len(log_path(out).read_text().splitlines()) == 3
-    assert (
-        forget(log_path(out), "h2o") == forget(tmp_path / "none", "h2o") == forget_rows(tmp_path / "none", "h2o") == 0
-    )
+    assert forget(out, "h2o") == forget(tmp_path / "none", "h2o") == (0, 0)
     again, _ = run(plan, subject, field, out, resume=True)
     assert [row["step_accuracy"] for row in again] == [row["step_accuracy"] for row in before]
-    (tmp_path / "poem").write_text("roses\n")
+    (tmp_path / "poem.samples.jsonl").write_text("roses\n")
     with pytest.raises(DataError, match="not written by this program"):
-        forget(tmp_path / "poem", "h2o")
+        forget(tmp_path / "poem.jsonl", "h2o")
 
 
 def test_rows_tell_how_near_the_oracle_is(finished, subject):
@@ -565,7 +579,7 @@ def test_rows_tell_how_near_the_oracle_is(finished, subject):
     assert random_row["oracle_gap_closed"] == 0.0 and random_row["top_recall"] < 1 < random_row["regret"]
     assert random_row["attention_kept_min"] < random_row["attention_kept"] < golden_row["attention_kept"] < 1
     given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
-    policy = random.policy(resolve("1/4", "recall"), **COMPARISON.options)
+    policy = random.policy(QUARTER, **COMPARISON.options)
     figures = measure_policy(
         subject.model, policy, given.input_ids, given.attention_mask, prompt_length=given.prompt_length,
         loss_mask=given.loss_mask,
@@ -575,6 +589,45 @@ def test_rows_tell_how_near_the_oracle_is(finished, subject):
     plan = small_plan(free="none", oracle=False, num_samples=2, budgets=("64",))
     (row,) = run(plan, subject, [evaluated_method("random")])[0]
     assert row["top_recall"] is None and row["step_accuracy"] is not None
+
+
+class Initials:
+    """A task that is not the testbed's: write the first letters of words; scored by share, without a reference text."""
+
+    name, modes, max_new_tokens, origin = "initials", ("free",), 6, {"tasks": "1", "split": "test"}
+
+    def mean_length(self, *, prompt: bool = True) -> float:
+        return 48.0
+
+    def samples(self, seeds):
+        return [f"<bos> <user> {'fact ann river stone ; ' * (7 + seed)}" for seed in seeds]
+
+    def prompt(self, tokenizer, sample):
+        return tokenizer(sample)["input_ids"]
+
+    def reference(self, tokenizer, samples):
+        raise NotImplementedError
+
+    def score(self, sample, answer):
+        return len(answer.split()) / (10 + len(sample.split()))
+
+
+def test_any_task_goes_through_the_suite_its_log_and_its_reports(subject, tmp_path):
+    plan, out = Plan((Initials(),), ("1/2",), num_samples=3, batch_size=2, free="all"), tmp_path / "rows.jsonl"
+    field = [evaluated_method(name) for name in ("full", "random")]
+    rows, log = run(plan, subject, field, out)
+    assert [(row["family"], row["method"], row["budget"]) for row in rows] == [
+        ("initials", "full", None), ("initials", "random", 24)
+    ]  # fmt: skip
+    expected = [6 / (10 + 2 + 5 * (7 + seed)) for seed in range(3)]
+    assert log.column(Key("random", "initials", "1/2", "free"), range(3), "exact") == pytest.approx(expected)
+    assert rows[1]["exact_match"] == pytest.approx(sum(expected) / 3) and rows[1]["step_accuracy"] is None
+    assert rows[1]["kv_bytes_peak"] < rows[1]["kv_bytes_full"] and rows[1]["split"] == "test"
+    again, _ = run(plan, subject, [*field, evaluated_method("h2o")], out, resume=True)
+    assert again[:2] == rows and len(read_rows(out)) == 3
+    assert "## initials" in write_report(again, tmp_path / "report")[0].read_text()
+    with pytest.raises(UsageError, match="nothing to measure"):
+        check(dataclasses.replace(plan, free="none"), field)
 
 
 # --- tuning ---
@@ -914,7 +967,7 @@ def test_eval_and_report_from_the_command_line(folder, tmp_path, capsys):
     words += ["--methods", "full,random", "--budgets", "1/4", "--no-free"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert f"1/4 = {resolve('1/4', 'recall')}" in shown and "step accuracy" in shown
+    assert f"1/4 = {QUARTER}" in shown and "step accuracy" in shown
     assert main(words) == 2
     assert "--resume" in capsys.readouterr().err
     assert main([*words, "--resume", "--json"]) == 0

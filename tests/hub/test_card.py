@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from learnevict import Gates, methods
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.methods import evaluated_method
-from learnevict.evals.perplexity import Perplexity
+from learnevict.evals.perplexity import Perplexity, text_row
 from learnevict.evals.plan import Cell
-from learnevict.evals.summaries import read_rows, text_row
+from learnevict.evals.records import read_rows
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
 from learnevict.hub.run_record import Record
 from learnevict.rl.config import RefineConfig

@@ -12,6 +12,7 @@ from learnevict.errors import CacheError
 from learnevict.evals.methods import evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan
 from learnevict.evals.suite import run
+from learnevict.evals.tasks import family_tasks
 from learnevict.hub import GATES_FOLDER, Gates
 from learnevict.infer.generate import generate
 
@@ -65,7 +66,7 @@ def test_the_judge_beats_heuristics_and_words():
     plain = ("full", "random", "streaming_llm", "h2o", "snapkv", "keydiff", "golden")
     field = [evaluated_method(name) for name in plain]
     field += [evaluated_method(gates.method, gates, name=name) for name, gates in learned.items()]
-    plan = Plan(("program",), ("1/8",), 24, seed=10_000, free="none", batch_size=24)
+    plan = Plan(family_tasks(["program"]), ("1/8",), 24, seed=10_000, free="none", batch_size=24)
     rows, _ = run(plan, EvaluatedModel(model, tokenizer), field)
     accuracy = {row["method"]: row["step_accuracy"] for row in rows}
     assert accuracy["full"] > 0.98

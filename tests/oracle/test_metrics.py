@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, UsageError
 from learnevict.evals.methods import EvaluationSettings
-from learnevict.evals.teacher_forced import TextBatch
+from learnevict.evals.tasks import TextBatch
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, golden, h2o, keydiff, random, snapkv

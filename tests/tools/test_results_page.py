@@ -9,10 +9,11 @@ import pytest
 
 from learnevict import methods, testbed
 from learnevict.evals import tuning
-from learnevict.evals.records import Records, of_run
-from learnevict.evals.sample_log import Key, SampleLog
+from learnevict.evals.plan import Key
+from learnevict.evals.records import SampleLog
 from tools.results import benchmarks, goals, sections, tables
 from tools.results.goals import MET, MISSED, UNMEASURED, UNSCORED, Evidence
+from tools.results.records import Records, of_run
 
 LEARNED = ("lexical", "foresightkv-sl", "foresightkv", "dbtrimkv")
 SEEDS = range(6)

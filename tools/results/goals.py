@@ -12,8 +12,8 @@ from learnevict import testbed
 from learnevict.evals import tuning
 from learnevict.evals.methods import GOLDEN
 from learnevict.evals.metrics import SMALLEST_GAP
-from learnevict.evals.records import Records
 from learnevict.evals.report import table
+from tools.results.records import Records
 from tools.results.sections import LEXICAL, refined_pairs, signed
 
 EQUAL = "-equal"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from learnevict.errors import UsageError
 from learnevict.evals.methods import EvaluationSettings
-from learnevict.evals.teacher_forced import Scores, TextBatch, score
+from learnevict.evals.tasks import TextBatch
+from learnevict.evals.teacher_forced import Columns, score
 from learnevict.infer.teacher_forcing import replay
 from learnevict.oracle import full_trace
 from learnevict.oracle.reference import held_after, token_losses
@@ -118,9 +119,9 @@ class Case:
         future = torch.nn.functional.pad(future, (0, 1))
         return self.roll().trace(lambda m, _: future[..., m + 1])
 
-    def measure(self, trace: Trace) -> Scores:
+    def measure(self, trace: Trace) -> Columns:
         """Returns what the texts cost under a trace."""
-        return score(self.texts, self.run(trace)[0], None)
+        return score(self.texts, self.run(trace)[0])
 
 
 def from_the_left(texts: TextBatch) -> TextBatch:

@@ -11,7 +11,7 @@ from typing import Any
 from learnevict.errors import DataError, UsageError
 from learnevict.evals import metrics
 from learnevict.evals.report import table
-from learnevict.evals.teacher_forced import Scores
+from learnevict.evals.teacher_forced import Columns
 from learnevict.files import write
 
 REFERENCE = "golden"
@@ -31,11 +31,11 @@ class Tried:
     full_loss: float = 0.0
     seconds: float = 0.0
 
-    def add(self, scores: Scores, full: Sequence[float], seconds: float) -> None:
+    def add(self, scores: Columns, full: Sequence[float], seconds: float) -> None:
         """Adds a batch: scores under the label's trace, and the losses with the full cache."""
-        self.right += scores.right
-        self.seen += scores.seen
-        self.loss += sum(scores.loss)
+        self.right += scores["right"]
+        self.seen += scores["seen"]
+        self.loss += sum(scores["loss"])
         self.full_loss += sum(full)
         self.seconds += seconds
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from learnevict import methods, testbed
 from learnevict.evals import tuning
 from learnevict.evals.metrics import SMALLEST_GAP, Estimate
-from learnevict.evals.records import Records
+from learnevict.evals.records import Row
 from learnevict.evals.report import ORACLE, grid, in_order, provenance, show_accuracy, show_exact, show_oracle, table
-from learnevict.evals.summaries import Row
 from learnevict.testbed.vocabulary import VALUES
+from tools.results.records import Records
 
 LEXICAL = "lexical"
 START = "-sl"

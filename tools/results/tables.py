@@ -12,7 +12,6 @@ from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
 from learnevict.evals.plots import plot
-from learnevict.evals.records import Records, read_results
 from learnevict.evals.report import table
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
@@ -20,6 +19,7 @@ from tools.results.ablations import ablation_table, plot_curves, plot_training, 
 from tools.results.benchmarks import benchmark_tables
 from tools.results.goals import EQUAL, goal_tables
 from tools.results.label_table import TriedLabels, label_tables
+from tools.results.records import Records, read_results
 from tools.results.sections import (
     START,
     agreement_line,
