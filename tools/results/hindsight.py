@@ -18,7 +18,7 @@ from learnevict.evals.methods import EvaluationSettings
 from learnevict.evals.tasks import TextBatch
 from learnevict.evals.teacher_forced import Columns, score
 from learnevict.infer.teacher_forcing import replay
-from learnevict.oracle import full_trace
+from learnevict.oracle import Received, full_trace
 from learnevict.oracle.reference import held_after, token_losses
 from learnevict.oracle.traces import EQUAL, Roll, Share, golden, roll_of
 from learnevict.signals import Trace
