@@ -47,6 +47,7 @@ INSIDE_FUNCTIONS = {
     "peft": {"train", "rl"},
     "trl": {"rl"},
     "wandb": {"train", "rl"},
+    "gguf": {"hub"},
     "matplotlib": {"evals", "cli"},
     "triton": {"ops", "cli"},
     "learnevict_kernels": {"ops"},

@@ -33,6 +33,7 @@ COMMANDS = (
     "pull",
     "import",
     "doctor",
+    "model",
     "demo",
 )
 USAGE, RUNTIME = 2, 1
@@ -74,6 +75,9 @@ for _name in COMMANDS:
     _module = f"learnevict.cli.{_name}{'_' * iskeyword(_name)}"
     if find_spec(_module) is not None:
         _found = import_module(_module)
+        if (_group := vars(_found).get("group")) is not None:
+            app.add_typer(_group, name=_name)
+            continue
         app.command(_name, context_settings=vars(_found).get("SETTINGS"))(prepared(_found.run))
 
 

