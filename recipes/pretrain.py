@@ -36,9 +36,19 @@ from learnevict.errors import UsageError, told_in_one_line
 from learnevict.files import check_folder, locked, replacing_folder
 from learnevict.hub.run_record import Record
 from learnevict.testbed import Sample
-from learnevict.testbed.accuracy import batches, exact_match, step_accuracy, to_tensors
-from learnevict.testbed.curriculum import TOP, Curriculum, Muon, num_ranks, rank, sum_over_ranks
 from learnevict.train.run.flags import check_fields, flag, read_flags
+from tools.pretraining import (
+    TOP,
+    Curriculum,
+    Muon,
+    batches,
+    exact_match,
+    num_ranks,
+    rank,
+    step_accuracy,
+    sum_over_ranks,
+    to_tensors,
+)
 
 TOKENIZER = testbed.build_tokenizer()
 IDS: dict[str, int] = TOKENIZER.get_vocab()

@@ -50,13 +50,13 @@ class Profile(Uniform):
     Attributes:
         level, slope: a number per evicting layer.
         span: smallest and largest `free` that they were learned for, at least 1.
-        shifts: perturbations of the levels, row by row of the batch; empty: none.
+        perturbations: of the levels, row by row of the batch; empty: none.
     """
 
     level: tuple[float, ...]
     slope: tuple[float, ...]
     span: tuple[int, int]
-    shifts: tuple[tuple[float, ...], ...] = ()
+    perturbations: tuple[tuple[float, ...], ...] = ()
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
         """See Allocator."""
@@ -64,7 +64,7 @@ class Profile(Uniform):
 
     def row_budget(self, row: int, budget: int, rank: int, num_layers: int, floor: int) -> int:
         """See Allocator."""
-        shift = self.shifts[row] if self.shifts else (0.0,) * num_layers
+        shift = self.perturbations[row] if self.perturbations else (0.0,) * num_layers
         return self._share_out(budget, rank, num_layers, floor, shift)
 
     def _share_out(self, budget: int, rank: int, num_layers: int, floor: int, shift: tuple[float, ...]) -> int:

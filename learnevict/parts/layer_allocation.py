@@ -41,8 +41,8 @@ class LayerAllocation(nn.Module):
         found = GAIN * (self.level + self.slope * place_in(self.span, free))
         return found - found.mean()
 
-    def allocator(self, shifts: Float[Tensor, "B L"] | None = None) -> Profile:
-        """Returns the allocator with these shares; `shifts` perturb it in each row of a batch."""
+    def allocator(self, perturbations: Float[Tensor, "B L"] | None = None) -> Profile:
+        """Returns the allocator with these shares; `perturbations` of the logits, if any, are of each row of a batch."""
         level, slope = ((GAIN * part.detach().double()).tolist() for part in (self.level, self.slope))
-        rows = () if shifts is None else tuple(tuple(row) for row in shifts.double().tolist())
+        rows = () if perturbations is None else tuple(tuple(row) for row in perturbations.double().tolist())
         return Profile(tuple(level), tuple(slope), self.span, rows)

@@ -9,10 +9,9 @@ baseline, run by TRL's loop. `--credit trace` restores the group advantages of G
 
 config         settings
 distribution   the law by which evictions are sampled, and its exact log-probability
-sampler        the sampling policy, which governs a cache and records every eviction it samples
-trajectory     traces of a batch of texts, sampled in one forward
-rewards        what a trace costs the language model, token by token
-credit         credit assignment, from costs to advantages
+trajectory     the sampling policy, and traces of a batch of texts that it samples in one forward
+rewards        what a trace costs the language model, token by token, and credit assignment
 rollout        one batch of experience, over given texts or in free generation
 trainer        TRL's GRPOTrainer over all of that
+refine         the program
 """

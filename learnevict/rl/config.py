@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from learnevict.errors import BudgetError, UsageError
 from learnevict.policy import Guard
-from learnevict.rl.rewards import COSTS
 from learnevict.train.run.flags import check_fields, flag
 
-CHOICES = {"credit": ("trace", "to_go", "attention"), "scope": ("layer", "model"), "cost": COSTS}
+CHOICES = {
+    "credit": ("trace", "to_go", "attention"), "scope": ("layer", "model"), "cost": ("low_entropy", "thresholded", "plain"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class RefineConfig:
 
     @property
     def guard(self) -> Guard:
-        """The slots that are never evicted."""
+        """Returns the slots that are never evicted."""
         return Guard(self.sinks, self.recent)
 
     @property
     def least(self) -> int:
-        """The smallest budget that works."""
+        """Returns the smallest budget that works."""
         return self.guard.reserved(self.period) + 1
 
     @property
     def span(self) -> tuple[int, int]:
-        """The slots that the smallest and the largest budget hold beyond `least`, at least 1."""
+        """Returns the slots that the smallest and the largest budget hold beyond `least`, at least 1."""
         return max(self.min_budget - self.least, 1), max(self.max_budget - self.least, 1)

@@ -1,7 +1,7 @@
 """The law by which evictions and layer budgets are sampled, and its exact log-probability.
 
-ForesightKV's code samples from a pool by one law and optimises the log-probability of another; here both are the Plackett-Luce
-law of the sampled permutation over the stored candidates (7.4 of the methods' maths; Kool et al., arXiv 1903.06059).
+ForesightKV's code samples by one law and optimises the log-probability of another; here both are the Plackett-Luce law of the
+sampled permutation over the stored candidates (Kool et al., arXiv 1903.06059).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sample_evictions(
     temperature: float,
     noise: Float[Tensor, "*B N"] | None = None,
 ) -> Int[Tensor, "*B K"]:
-    """Samples slots to evict by Gumbel-top-k, first sampled first, NOTHING behind the last; K is the largest count.
+    """Samples a permutation of slots to evict by Gumbel-top-k, NOTHING behind the last; K is the largest count.
 
     Args:
         scores: higher = keep.
@@ -58,10 +58,9 @@ def log_probability(
     permutation: Int[Tensor, "*B K"],
     temperature: float,
 ) -> Float[Tensor, "*B K"]:
-    """Returns the log-probability of every eviction given those before it; 0 for NOTHING.
+    """Returns the log-probability of every eviction given those before it, 0 for NOTHING; differentiable in the scores.
 
     It is log exp(-s_j / tau) / sum over the candidates that are left; summed over K it is that of the permutation.
-    Differentiable in the scores.
     """
     logits = (-scores / temperature).masked_fill(~candidates, LOWEST)
     sampled = permutation != NOTHING
@@ -82,11 +81,7 @@ def entropy(scores: Float[Tensor, "*B N"], candidates: Bool[Tensor, "*B N"], tem
 def sample_perturbations(random_keys: Int[Tensor, "B"], num_layers: int, spread: float) -> Float[Tensor, "B L"]:
     """Samples what is added to the logits of the layers' budget allocation in each row: normal noise less its mean.
 
-    Args:
-        random_keys: what each row's noise is hashed from (ops.random).
-        num_layers: L.
-        spread: standard deviation before the mean is taken off.
-    """
+    `spread` is its standard deviation before the mean is taken off."""
     noise = uniform(hashed(random_keys.unsqueeze(-1), -1, torch.arange(num_layers, device=random_keys.device)))
     found = spread * torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6).double()).float()
     return found - found.mean(-1, keepdim=True)
@@ -95,5 +90,5 @@ def sample_perturbations(random_keys: Int[Tensor, "B"], num_layers: int, spread:
 def allocation_log_probability(
     sampled: Float[Tensor, "B L"], logits: Float[Tensor, "L"], spread: float
 ) -> Float[Tensor, "B"]:
-    """Returns the log-probability of sampled allocation logits, but for a constant. Differentiable in `logits`, their mean."""
+    """Returns the log-probability of sampled allocation logits, but for a constant; differentiable in `logits`, their mean."""
     return -(sampled - logits).square().sum(-1) / (2 * spread**2)

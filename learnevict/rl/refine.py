@@ -9,9 +9,9 @@ Examples:
 
 A text is read G times under sampled evictions, and what a trace adds to the language model's loss, at tokens that the full
 cache is sure of, is what it costs. The base model is frozen and never writes a word (but see --free_every).
-Departures from the paper: the log-probability is that of the sampling law (Plackett-Luce over the stored pool); budgets are
-drawn anew for every step; the cost of a token is capped; and credit is given draw by draw, by the attention that the full
-cache pays from the costly tokens to the evicted ones, where the paper gives one number to all draws of a trace
+Departures from the paper: the log-probability is that of the sampling law (Plackett-Luce over the stored candidates); a budget
+is sampled for every step; the cost of a token is capped; and every eviction gets an advantage of its own, by the attention
+that the full cache pays from the costly tokens to the evicted one, where the paper gives one number to all evictions of a trace
 (--credit trace; --credit to_go counts what comes after an event). Resume with --resume_from_checkpoint true.
 """
 
@@ -111,16 +111,16 @@ def main(config: RefineProgramConfig, refine: RefineConfig, training: Any) -> No
     from learnevict.rl.trainer import EvictionTrainer
 
     budgets = (str(refine.min_budget), str(refine.max_budget))
-    rules = {"sinks": refine.sinks, "recent": refine.recent, "slack": refine.period}
+    options = {"sinks": refine.sinks, "recent": refine.recent, "slack": refine.period}
     settings = {"config": vars(config), "refine": vars(refine)}
     with run("grpo", gates, training, settings, (documents, held_out)) as running:
         running.train(
-            EvictionTrainer(  # rollouts are sampled evictions, rewards the added loss: learnevict/rl/rollout.py
+            EvictionTrainer(  # rollout, reward, advantage and loss of a step, in this order: learnevict/rl/trainer.py
                 gates,
                 base=base,
                 refine=refine,
                 verifier=marked if config.data == "testbed" else None,
-                validation=Validation(held_out, budgets, terms=rules) if held_out else None,
+                validation=Validation(held_out, budgets, terms=options) if held_out else None,
                 args=training,
                 train_dataset=Dataset.from_list([row_of(document) for document in documents]),
                 processing_class=tokenizer,
@@ -129,11 +129,7 @@ def main(config: RefineProgramConfig, refine: RefineConfig, training: Any) -> No
 
 
 def settle(config: RefineProgramConfig, training: Any) -> None:
-    """Makes training arguments, a trl.GRPOConfig, agree with the program's own flags.
-
-    Raises:
-        UsageError: they cannot.
-    """
+    """Makes training arguments, a trl.GRPOConfig, agree with the program's own flags, or raises a UsageError."""
     if config.smoke:
         config.documents, config.eval_documents = 8, 2
         training.max_steps, training.save_steps, training.logging_steps = 2, 2, 1
@@ -162,7 +158,7 @@ def estimated(config: RefineProgramConfig, refine: RefineConfig, training: Any) 
 
 
 def suitable(documents: list[Document], refine: RefineConfig) -> list[Document]:
-    """Texts with an answer, in which something is evicted; says how many are left out."""
+    """Returns the texts with an answer in which something is evicted; warns of those left out."""
     answered = [one for one in documents if one.prompt_length < len(one.input_ids)]
     kept = long_enough(answered, refine.min_budget + refine.period + 2)
     if len(kept) < len(documents):
@@ -174,13 +170,13 @@ def suitable(documents: list[Document], refine: RefineConfig) -> list[Document]:
 
 
 def row_of(document: Document) -> dict[str, Any]:
-    """A document as TRL's datasets have them: its prompt is all that the model reads."""
+    """Returns a document as a row of TRL's datasets: its prompt is all that the model reads."""
     own = {"prompt_length": document.prompt_length, "family": document.family, "seed": document.seed}
     return {"prompt": document.input_ids, **own}
 
 
 def marked(row: dict[str, Any], text: str) -> float:
-    """1 if the answer of a testbed sample is right."""
+    """Returns 1 if the answer of a testbed sample is right."""
     return float(verify(generate(row["family"], row["seed"], split="train"), text))
 
 
@@ -188,7 +184,7 @@ def parse(arguments: list[str], program: str | None = None) -> tuple[RefineProgr
     """Reads flags, over those of a YAML file, over DEFAULTS; the last is a trl.GRPOConfig.
 
     Args:
-        arguments: the words of a command line.
+        arguments: of a command line.
         program: the command's name for --help; None: that of this process.
     """
     with needing("train"):

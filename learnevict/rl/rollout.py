@@ -26,11 +26,9 @@ from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
 from learnevict.parts.slot_scorer import SlotScorer
 from learnevict.rl.config import RefineConfig
-from learnevict.rl.credit import attention_credit, group_relative, of_evictions, to_go_credit
 from learnevict.rl.distribution import NOTHING, allocation_log_probability, entropy, log_probability
-from learnevict.rl.rewards import token_costs
-from learnevict.rl.sampler import SamplingPolicy
-from learnevict.rl.trajectory import TextTrajectory, Trajectory, expired, recorded, sample_trajectory
+from learnevict.rl.rewards import attention_credit, group_relative, of_evictions, to_go_credit, token_costs
+from learnevict.rl.trajectory import SamplingPolicy, TextTrajectory, Trajectory, expired, recorded, sample_trajectory
 
 Verifier = Callable[[dict[str, Any], str], float]
 """From a row of the data and the answer's text to a mark from 0 to 1."""
@@ -73,7 +71,7 @@ class SampledTraces:
 
     @property
     def num_evictions(self) -> int:
-        """How many evictions were sampled."""
+        """Returns how many evictions were sampled."""
         return sum(int((sets.permutation != NOTHING).sum()) for sets in self.trajectory.sets)
 
     def completions(self) -> dict[str, Any]:
@@ -109,15 +107,12 @@ def sample_group(
         texts: each `group` times in a row.
         config: settings.
         group: traces of one text.
-        seeds: of the run, the batch, and how many rows other processes have before this one's: the budget depends on the
-            first two, a row's noise also on its number among those of all processes.
+        seeds: see `sampling_policy`.
         device: of the base.
     """
     ids, mask, loss_mask = padded(texts, device)
-    budget = sample_budget(config, highest(ids.shape[1], device), seeds[:2])
-    keys = row_keys(len(ids), seeds, device)
-    noisy = noisy_layers(num_layers(model), config.layer_share, keys)
-    trajectory = sample_trajectory(model, scorer, ids, mask, config, budget, noisy=noisy, random_keys=keys)
+    policy = sampling_policy(model, scorer, config, ids, length=ids.shape[1], seeds=seeds, share=config.layer_share)
+    trajectory = sample_trajectory(model, policy, ids, mask)
     once = slice(None, None, group)
     full = replay(model, ids[once], full_trace(model, ids[once]), mask[once]).logits.repeat_interleave(group, 0)
     costs = token_costs(config.cost, trajectory.logits, full, ids, loss_mask, config.ceiling)
@@ -134,7 +129,7 @@ def assign_credit(
     if kind == "trace":
         return None
     if kind == "attention":
-        by_token, _ = attention_credit(model, ids, mask, costs, expired(trajectory.trace))
+        by_token = attention_credit(model, ids, mask, costs, expired(trajectory.trace))
         credit = [of_evictions(by_token, sets) for sets in trajectory.sets]
     else:
         credit = [to_go_credit(costs, sets) for sets in trajectory.sets]
@@ -156,23 +151,17 @@ def sample_answers(
     """Generates an answer to every prompt greedily, each under a trace of its own; its cost is 1 less the mark.
 
     Args:
-        model: the base.
-        scorer: whose scores are sampled from.
+        model, scorer, config, seeds, device: as in `sample_group`.
         texts: prompts with reference answers, which bound how long an answer may get; each as often as its group is large.
-        config: settings.
         mark: from the number of a row and the tokens of its answer to a mark from 0 to 1.
-        seeds: as in `sample_group`.
-        device: of the base.
     """
     prompts = [PromptAnswer([*text.input_ids[: text.prompt_length], 0], text.prompt_length) for text in texts]
     ids, mask, _ = (part[:, :-1] for part in padded(prompts, device))
     limit = 2 * highest(max(len(text.input_ids) - text.prompt_length for text in texts), device)
-    budget = sample_budget(config, highest(max(len(text.input_ids) for text in texts), device), seeds[:2])
-    noisy = torch.ones(num_layers(model), len(ids), dtype=torch.bool, device=device)
-    keys = row_keys(len(ids), seeds, device)
-    sampler = SamplingPolicy(config, budget, scorer, noisy, ids.shape[1] + limit, keys)
+    longest = max(len(text.input_ids) for text in texts)
+    policy = sampling_policy(model, scorer, config, ids, length=longest, columns=ids.shape[1] + limit, seeds=seeds)
     generator: Any = model
-    with attach(model, sampler, prompt_length=mask.sum(-1).tolist()) as cache:
+    with attach(model, policy, prompt_length=mask.sum(-1).tolist()) as cache:
         generated = generator.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -185,7 +174,7 @@ def sample_answers(
     answers = generated[:, ids.shape[1] :]
     ends = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
     lengths = answer_lengths(answers, ends if isinstance(ends, list) else [ends])
-    trajectory = recorded(sampler, ids.shape[1] + lengths)
+    trajectory = recorded(policy, ids.shape[1] + lengths)
     marks = [mark(row, answers[row, : int(length)].tolist()) for row, length in enumerate(lengths)]
     return SampledTraces.make(scorer, trajectory, 1 - torch.tensor(marks, device=device), None)
 
@@ -199,7 +188,7 @@ def answer_lengths(answers: Tensor, ends: list[int]) -> Tensor:
 def log_probabilities(
     scorer: SlotScorer, trajectory: Trajectory, rows: Int[Tensor, "b"]
 ) -> tuple[Float[Tensor, "b A"], Float[Tensor, "b A"]]:
-    """Returns the log-probability of every action of some rows under the scorer as it is now, with gradient, and the entropy
+    """Returns the log-probability, with gradient, of every action of some rows under the scorer as it is now, and the entropy
     of the choice."""
     temperature, scores = trajectory.config.draw_temperature, dict[int, Tensor]()
     for layer, features in trajectory.features.items():
@@ -233,15 +222,40 @@ def padded(texts: Sequence[PromptAnswer], device: torch.device) -> tuple[Tensor,
         DataError: a text has no answer.
     """
     width = max(len(text.input_ids) for text in texts)
-    ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
-    loss_mask = torch.zeros(len(texts), width, dtype=torch.bool)
+    ids, mask, loss_mask = torch.zeros(3, len(texts), width, dtype=torch.long)
     for row, text in enumerate(texts):
         start = width - len(text.input_ids)
         ids[row, start:], mask[row, start:] = torch.tensor(text.input_ids), 1
-        loss_mask[row, start + text.prompt_length :] = True
+        loss_mask[row, start + text.prompt_length :] = 1
     if not bool(loss_mask.any(-1).all()):
         raise DataError("a text has no answer behind its prompt, so nothing could be counted; give prompt_length")
-    return ids.to(device), mask.to(device), loss_mask.to(device)
+    return ids.to(device), mask.to(device), loss_mask.bool().to(device)
+
+
+def sampling_policy(
+    model: PreTrainedModel,
+    scorer: SlotScorer,
+    config: RefineConfig,
+    ids: Tensor,
+    *,
+    length: int,
+    seeds: tuple[int, int, int],
+    columns: int | None = None,
+    share: float = 1.0,
+) -> SamplingPolicy:
+    """Returns the policy of a batch: one budget, and noise of each row's own in a share of the layers.
+
+    Args:
+        length: the longest text of this process.
+        seeds: of the run, the batch, and how many rows other processes have before this one's: the budget depends on the
+            first two, a row's noise also on its number among those of all processes.
+        columns: that the text may reach; default those of `ids`.
+        share: of layers whose evictions are random in a row.
+    """
+    budget = sample_budget(config, highest(length, ids.device), seeds[:2])
+    keys = hashed(seeds[0], seeds[1], seeds[2] + torch.arange(len(ids), device=ids.device))
+    noisy = noisy_layers(model.config.get_text_config(decoder=True).num_hidden_layers, share, keys)
+    return SamplingPolicy(config, budget, scorer, noisy, columns or ids.shape[1], keys)
 
 
 def sample_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> int:
@@ -254,21 +268,11 @@ def sample_budget(config: RefineConfig, length: int, seeds: tuple[int, int]) -> 
     longest = length - config.period - 2  # an event of the longest text comes before its last prediction
     if longest < low:
         raise DataError(f"nothing is evicted from texts of {length} tokens at a budget of {low}; use longer texts")
-    draw = torch.rand((), generator=torch.Generator().manual_seed(seeds[0] * 7_368_787 + seeds[1]))
-    return min(round(math.exp(math.log(low) + float(draw) * (math.log(high) - math.log(low)))), longest)
-
-
-def row_keys(rows: int, seeds: tuple[int, int, int], device: torch.device) -> Int[Tensor, "B"]:
-    """Returns the random key of each row; `seeds` as in `sample_group`."""
-    return hashed(seeds[0], seeds[1], seeds[2] + torch.arange(rows, device=device))
+    noise = torch.rand((), generator=torch.Generator().manual_seed(seeds[0] * 7_368_787 + seeds[1]))
+    return min(round(math.exp(math.log(low) + float(noise) * (math.log(high) - math.log(low)))), longest)
 
 
 def noisy_layers(layers: int, share: float, random_keys: Int[Tensor, "B"]) -> Bool[Tensor, "L B"]:
     """Returns the layers whose evictions are random in each row: a share of them, at least one."""
     noise = uniform(hashed(random_keys, torch.arange(layers, device=random_keys.device).view(-1, 1)))
     return noise <= noise.kthvalue(max(1, round(share * layers)), dim=0).values
-
-
-def num_layers(model: PreTrainedModel) -> int:
-    """Returns the number of layers of the base."""
-    return model.config.get_text_config(decoder=True).num_hidden_layers

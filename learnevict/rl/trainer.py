@@ -1,23 +1,23 @@
 """TRL's GRPOTrainer over evictions: its groups, clipping, losses, KL and metrics; our rollouts and log-probabilities.
 
-In TRL's words a prompt is a text that the model reads, a completion is what was evicted: one action per eviction, in the order
-layer, event, head, permutation (or event, permutation, where all heads compete); where the layers' budget allocation is
-perturbed, an action in front of these. The first id of a completion is the number of its rollout; it is masked and counts for
-nothing. Three things differ from what TRL does with generated tokens, and each is covered by tests/rl/test_trainer.py, which
-says what to look at when TRL moves:
+In TRL's words a prompt is a text that the model reads, a completion is what was evicted, one action per eviction (see
+learnevict.rl.rollout). The first id of a completion is the number of its rollout; it is masked and counts for nothing. A step,
+in order, and where it is:
 
-    rollout_func                           samples traces in one teacher-forced forward (or in free generation)
-    _get_per_token_logps_and_entropies     the exact log-probability of the stored evictions under the gate as it is now
-    _generate_and_score_completions        advantages per eviction [rows, actions] instead of TRL's one per row (GRPO), unless
-                                           refine.credit is "trace"
+    rollout      `rollout`, TRL's rollout_func: traces sampled in one teacher-forced forward, or in free generation
+    reward       `language_model_reward`, TRL's reward function: minus what a trace costs
+    advantage    `_generate_and_score_completions`: `scaled` credit per eviction [rows, actions] instead of TRL's one per row
+                 (GRPO), unless refine.credit is "trace"
+    loss         TRL's, of the exact log-probability of the stored evictions under the gate as it is now,
+                 `_get_per_token_logps_and_entropies`
 
-With one update per batch the ratio of these probabilities is 1, and the step is a plain policy gradient: see learnevict.rl.
+tests/rl/test_trainer.py covers each of them, and says what to look at when TRL moves. With one update per batch the ratio of
+these probabilities is 1, and the step is a plain policy gradient: see learnevict.rl.
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
         if refine.free_every and verifier is None:
             raise UsageError("free answers need a verifier that marks them; drop --free_every for data without one")
         self.refine, self.verifier = refine, verifier
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []  # of the batch in hand, as its trajectory and advantages are
         self.batch = (0, 0)
         self.trajectory: Trajectory | None = None
         self.advantages: Tensor | None = None
@@ -100,9 +100,15 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
 
     @property
     def scorer(self) -> SlotScorer:
-        """The scorer that is refined, with gathered weights; all processes ask together."""
+        """Returns the scorer that is refined, with gathered weights; all processes ask together."""
         gate: Any = self.gathered_gates().gate
         return gate
+
+    def mark(self, row: int, answer: list[int]) -> float:
+        """Returns the verifier's mark of a row's answer."""
+        assert self.verifier is not None
+        tokenizer: Any = self.processing_class
+        return self.verifier(self.rows[row], tokenizer.decode(answer))
 
     def next_batch(self) -> int:
         """Returns a number for the next batch of texts: the step's, and another for every further one within the step."""
@@ -111,7 +117,7 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
         return step + (self.batch[1] << 32)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Does as TRL, with advantages per eviction."""
+        """Returns TRL's batch, with advantages per eviction."""
         self.rows = inputs
         output = super()._generate_and_score_completions(inputs)
         if self.advantages is not None:
@@ -121,7 +127,7 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
-        """Returns both [rows, actions], for the evictions of the rollouts named in the first action."""
+        """Returns log-probabilities and entropies [rows, actions] of the rollouts that the first action names."""
         rows = input_ids[:, -logits_to_keep]
         log_probs, entropies = model(log_probabilities, self.trajectory, rows)
         return log_probs, entropies, None
@@ -132,12 +138,51 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
             super().create_model_card(rows)
 
 
-def refuse_unused(args: GRPOConfig) -> None:
-    """Refuses what GRPOConfig has for generated tokens and evictions do not have.
+def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
+    """Samples a trace of every row, and returns its actions, with `reward` and `cost` for the reward function."""
+    refine, batch = trainer.refine, trainer.next_batch()
+    texts = [PromptAnswer(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
+    accelerator, scorer = trainer.accelerator, trainer.scorer
+    seeds = (trainer.args.seed, batch, accelerator.process_index * len(texts))
+    common: Any = {"seeds": seeds, "device": accelerator.device}
+    sampled = None
+    if refine.free_every and trainer.state.global_step % refine.free_every == refine.free_every - 1:
+        sampled = sample_answers(trainer.base, scorer, texts, refine, mark=trainer.mark, **common)
+        if not highest(sampled.num_evictions, accelerator.device):
+            warnings.warn(
+                "all answers of a batch ended before anything was evicted, so its texts are read instead; lower the budgets, "
+                "or give longer prompts",
+                LearnevictWarning,
+                stacklevel=2,
+            )
+            sampled = None
+    if sampled is None:
+        sampled = sample_group(trainer.base, scorer, texts, refine, group=trainer.group, **common)
+    trainer.trajectory = sampled.trajectory
+    trainer.advantages = None if sampled.credit is None else scaled(sampled, accelerator)
+    return {"prompt_ids": prompts, **sampled.completions()}
 
-    Raises:
-        UsageError: naming the flag to use.
-    """
+
+def language_model_reward(*, reward: list[float], cost: list[float], log_metric: Any, **_: Any) -> list[float]:
+    """Returns minus what the traces cost, which the rollout has measured."""
+    log_metric("cost", sum(cost) / len(cost))
+    return reward
+
+
+def scaled(sampled: SampledTraces, accelerator: Any) -> Tensor:
+    """Returns advantages [rows, actions]: credit divided by its root mean square over all processes, that of layer allocations
+    and that of evictions apart."""
+    assert sampled.credit is not None
+    first = 1 if sampled.trajectory.allocation is None else 2
+    parts = [part.split([first, part.shape[1] - first], dim=1) for part in (sampled.credit, sampled.action_mask)]
+    moments = torch.stack([*(part.square().sum() for part in parts[0]), *(part.sum() for part in parts[1])])
+    spread = accelerator.reduce(moments, reduction="sum")
+    sizes = (spread[:2] / spread[2:].clamp_min(1)).sqrt().clamp_min(1e-6)
+    return torch.cat([part / size for part, size in zip(parts[0], sizes, strict=True)], dim=1)
+
+
+def refuse_unused(args: GRPOConfig) -> None:
+    """Raises a UsageError for what GRPOConfig has for generated tokens and evictions do not have."""
     unused = {
         "temperature": (1.0, "evictions have a temperature of their own: --draw_temperature"),
         "beta": (0.0, "the divergence from the gates at the start is weighed by --kl"),
@@ -149,12 +194,7 @@ def refuse_unused(args: GRPOConfig) -> None:
 
 
 def prepare(scorer: Any, refine: RefineConfig, num_layers: int) -> None:
-    """Makes a scorer one that is refined with these settings, so that it remembers them.
-
-    Args:
-        scorer: changed in place.
-        refine: settings.
-        num_layers: of the base, that evict.
+    """Writes the settings of its refinement into a scorer; `num_layers` of the base evict.
 
     Warns:
         TrainedOtherwiseWarning: a learned layer allocation is dropped, for scope "model", or was learned for other budgets.
@@ -171,52 +211,3 @@ def prepare(scorer: Any, refine: RefineConfig, num_layers: int) -> None:
         scorer.share_layers(num_layers, *refine.span)
     if scorer.demand is not None:
         scorer.demand.requires_grad_(refine.share_spread > 0)
-
-
-def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
-    """Samples traces of every row; TRL's rollout_func. Returns actions, with `reward` and `cost` for the reward function."""
-    refine, batch = trainer.refine, trainer.next_batch()
-    texts = [PromptAnswer(prompt, row["prompt_length"]) for prompt, row in zip(prompts, trainer.rows, strict=True)]
-    where, scorer = trainer.accelerator, trainer.scorer
-    common: Any = {"seeds": (trainer.args.seed, batch, where.process_index * len(texts)), "device": where.device}
-    sampled = None
-    if refine.free_every and trainer.state.global_step % refine.free_every == refine.free_every - 1:
-        sampled = sample_answers(trainer.base, scorer, texts, refine, mark=partial(mark, trainer), **common)
-        if not highest(sampled.num_evictions, where.device):
-            warnings.warn(
-                "all answers of a batch ended before anything was evicted, so its texts are read instead; lower the budgets, "
-                "or give longer prompts",
-                LearnevictWarning,
-                stacklevel=2,
-            )
-            sampled = None
-    if sampled is None:
-        sampled = sample_group(trainer.base, scorer, texts, refine, group=trainer.group, **common)
-    trainer.trajectory = sampled.trajectory
-    trainer.advantages = None if sampled.credit is None else scaled(sampled, where)
-    return {"prompt_ids": prompts, **sampled.completions()}
-
-
-def scaled(sampled: SampledTraces, where: Any) -> Tensor:
-    """Returns credit as advantages [rows, actions]: divided by its root mean square over all processes, that of layer
-    allocations and that of evictions apart."""
-    assert sampled.credit is not None
-    first = 1 if sampled.trajectory.allocation is None else 2
-    parts = [part.split([first, part.shape[1] - first], dim=1) for part in (sampled.credit, sampled.action_mask)]
-    moments = torch.stack([*(part.square().sum() for part in parts[0]), *(part.sum() for part in parts[1])])
-    spread = where.reduce(moments, reduction="sum")
-    sizes = (spread[:2] / spread[2:].clamp_min(1)).sqrt().clamp_min(1e-6)
-    return torch.cat([part / size for part, size in zip(parts[0], sizes, strict=True)], dim=1)
-
-
-def language_model_reward(*, reward: list[float], cost: list[float], log_metric: Any, **_: Any) -> list[float]:
-    """Returns minus what the traces cost, as the rollout has found; TRL's reward function."""
-    log_metric("cost", sum(cost) / len(cost))
-    return reward
-
-
-def mark(trainer: EvictionTrainer, row: int, answer: list[int]) -> float:
-    """Returns the verifier's mark of a row's answer."""
-    assert trainer.verifier is not None
-    tokenizer: Any = trainer.processing_class
-    return trainer.verifier(trainer.rows[row], tokenizer.decode(answer))

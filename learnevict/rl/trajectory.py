@@ -1,31 +1,37 @@
-"""Trajectories: texts read under sampled eviction, with everything a policy gradient needs to know about every eviction.
+"""Trajectories: texts read under sampled eviction in one forward, with every sampled eviction recorded.
 
-One forward of a batch runs its whole event loop; nothing is generated. Rows are copies of a text, so a group of traces of one
-text is a group of rows.
+Slots compete within a head, or, where all layers are ranked together, in one candidate set of all heads. Rows are copies of a
+text, so a group of traces of one text is a group of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from learnevict.config import Budget
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
+from learnevict.ops import keep_top
+from learnevict.ops.random import hashed, uniform
+from learnevict.parts.allocators import Together
 from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.policy import Allocator, Schedule, Uniform
 from learnevict.rl.config import RefineConfig
-from learnevict.rl.distribution import NOTHING
-from learnevict.rl.sampler import SampledEvent, SamplingPolicy, side_by_side
-from learnevict.signals import NEVER, Trace
+from learnevict.rl.distribution import NOTHING, lowest_scores, sample_evictions, sample_perturbations
+from learnevict.signals import EMPTY, NEVER, Signals, Trace
 
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """All evictions of some layers: E events of B rows, R candidate sets of N slots each, K evictions from a set.
+    """The evictions of some layers: E events of B rows, R candidate sets of N slots each, K evictions from a set.
 
     R is the number of heads of one layer, or 1 if all heads of all layers compete (then N = L * H * slots).
 
@@ -54,21 +60,15 @@ class CandidateSets:
         )
 
     def scores(self, by_layer: dict[int, Tensor]) -> Float[Tensor, "b E R N"]:
-        """Returns the scores of heads, {layer: [b, E, H, n]}, laid out as the sets are."""
+        """Returns scores {layer: [b, E, H, n]} laid out as the sets are."""
         return side_by_side([by_layer[layer] for layer in self.layers], 0.0)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The evictions of a batch of traces, and what the scorer saw.
+    """The evictions of a batch of traces, and the scorer's features {layer: [B, E, H, n, in]}.
 
-    Attributes:
-        config: settings.
-        budget: slots per (layer, kv head).
-        random_keys: one per row [B].
-        features: {layer: [B, E, H, n, in]}.
-        sets: of layers.
-        allocation: logits of the layers' budget allocation that each row was held to [B, L]; None: the scorer's own.
+    `allocation` are the logits of the layers' budget allocation that each row was held to [B, L]; None: the scorer's own.
     """
 
     config: RefineConfig
@@ -87,44 +87,170 @@ class TextTrajectory(Trajectory):
     trace: Trace
 
 
-@torch.no_grad()
-def sample_trajectory(
-    model: PreTrainedModel,
-    scorer: SlotScorer,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: Int[Tensor, "B T"],
-    config: RefineConfig,
-    budget: int,
-    *,
-    noisy: Bool[Tensor, "L B"] | None = None,
-    random_keys: Int[Tensor, "B"] | None = None,
-) -> TextTrajectory:
-    """Samples one trace per row.
+@dataclass(frozen=True)
+class SampledEvent:
+    """The evictions of one event, as CandidateSets without E; a set of all heads has heads of `width` slots each."""
+
+    candidates: Tensor
+    permutation: Tensor
+    tokens: Tensor
+    end: Tensor
+    width: int
+
+    def widened(self, width: int, joint: bool) -> SampledEvent:
+        """Returns the same with heads of `width` slots, where heads lie side by side in a set."""
+        if not joint:
+            return self
+        permutation = self.permutation // self.width * width + self.permutation % self.width
+        permutation = torch.where(self.permutation == NOTHING, NOTHING, permutation)
+        candidates = self.candidates.unflatten(-1, (-1, self.width))
+        candidates = pad(candidates, (0, width - self.width)).flatten(-2)
+        return replace(self, candidates=candidates, permutation=permutation, width=width)
+
+
+@dataclass
+class SamplingPolicy:
+    """A policy that samples what to evict and records it.
 
     Args:
-        model: the frozen base.
+        num_slots: the budget: slots per (layer, kv head) after an event, on average over all heads for scope "model".
         scorer: whose scores are sampled from.
-        input_ids, attention_mask: texts, padded on the left; give a text several times for a group.
-        config: settings.
-        budget: slots per (layer, kv head).
-        noisy: layers and rows in which evictions are random (with scope "model": rows, if any layer is); default all.
-        random_keys: what each row's noise is hashed from (ops.random); default the row's index.
+        noisy: bool [L, B], where the choice is random; elsewhere the lowest scores go, and nothing is recorded.
+        length: columns of the text.
+        random_keys: int64 [B], what each row's noise is hashed from (ops.random), with layer, head, token and event.
     """
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    noisy = torch.ones(layers, len(input_ids), dtype=torch.bool) if noisy is None else noisy
-    keys = torch.arange(len(input_ids), device=input_ids.device) if random_keys is None else random_keys
-    sampler = SamplingPolicy(config, budget, scorer, noisy.to(input_ids.device), input_ids.shape[1], keys)
-    with attach(model, sampler, record=True) as cache:
+
+    config: RefineConfig
+    num_slots: int
+    scorer: SlotScorer
+    noisy: Tensor
+    length: int
+    random_keys: Tensor
+    name: str = "sampling"
+    probe: None = None
+    features: dict[int, list[Tensor]] = field(default_factory=dict)
+    events: dict[tuple[int, ...], list[SampledEvent]] = field(default_factory=dict)
+    allocation: Tensor | None = None
+    allocator: Allocator = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        config, demand = self.config, self.scorer.demand
+        self.budget = Budget(self.num_slots)
+        self.schedule, self.guard = Schedule(config.period), config.guard
+        self.scope: Literal["layer", "model"] = "model" if config.scope == "model" else "layer"
+        if self.scope == "model":
+            self.allocator = Together(config.floor)
+        elif demand is not None:
+            perturbation = None
+            if config.share_spread:
+                perturbation = sample_perturbations(self.random_keys, len(demand.level), config.share_spread)
+                self.allocation = demand.logits(self.num_slots - config.least).detach() + perturbation
+            self.allocator = demand.allocator(perturbation)
+
+    def keep(self, signals: Signals) -> Tensor:
+        """Samples the evictions of this event, head by head."""
+        return self.keep_together([signals])[0]
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """Samples the evictions of this event from all heads of the layers, and returns what stays in each layer."""
+        config, first, names = self.config, layers[0], tuple(signals.layer for signals in layers)
+        by_head = [self._score(signals) for signals in layers]
+        held = [signals.occupied for signals in layers]
+        scores, occupied = side_by_side(by_head, 0.0), side_by_side(held, False)
+        due = (first.rows.seen % config.period == 0) & (first.rows.seen > first.budget)
+        heads = sum(part.shape[1] for part in held) // occupied.shape[1]
+        count = (occupied.sum(-1) - heads * first.budget.view(-1, 1)).clamp_min(0) * due.view(-1, 1)
+        candidates = side_by_side(self._candidates(layers, by_head), False)
+        if config.pool:
+            candidates = lowest_scores(scores, candidates, config.pool * count)
+        candidates = candidates & (count > 0).unsqueeze(-1)
+        noise = side_by_side([self._noise(signals) for signals in layers], 0.0)
+        sampled = sample_evictions(scores, candidates, count, config.draw_temperature, noise)
+        noisy = self.noisy[list(names)].any(0).view(-1, 1, 1)
+        permutation = torch.where(noisy, sampled, sample_evictions(scores, candidates, count, 0.0))
+        evicted = torch.zeros_like(occupied).scatter(-1, permutation.clamp_min(0), permutation != NOTHING)
+        recorded = torch.where(noisy, permutation, NOTHING)
+        width = max(part.shape[-1] for part in held)
+        event = SampledEvent(candidates, recorded, self._tokens(layers, recorded), first.rows.now.long() + 1, width)
+        self.events.setdefault(names, []).append(event)
+        return per_layer(occupied & ~evicted, held)
+
+    def _score(self, signals: Signals) -> Tensor:
+        """Returns scores [B, H, N], and records the scorer's features."""
+        statistics = self.scorer.statistics(signals)
+        parts = [
+            self.scorer.features(keys, values, statistics[:, :, part]) for part, keys, values in signals.slots.chunks()
+        ]
+        features = torch.cat(parts, dim=2)
+        self.features.setdefault(signals.layer, []).append(features)
+        return self.scorer.score_features(signals.layer, features)
+
+    def _noise(self, signals: Signals) -> Tensor:
+        """Returns noise in [0, 1), float32 [B, H, N], that depends on the token and not on its slot or the batch."""
+        place = signals.place.long()
+        head = torch.arange(place.shape[1], device=place.device).view(-1, 1)
+        event = hashed(self.random_keys, signals.layer, signals.rows.seen).view(-1, 1, 1)
+        return uniform(hashed(event, head, place))
+
+    def _candidates(self, layers: Sequence[Signals], scores: list[Tensor]) -> list[Tensor]:
+        """Returns what may be evicted, bool [B, H, N] of every layer: all but guards and each head's floor."""
+        guarded = [self.guard.protect(signals) for signals in layers]
+        free = [signals.occupied & ~guard for signals, guard in zip(layers, guarded, strict=True)]
+        if self.scope == "layer":
+            return free
+        heads = sum(part.shape[1] for part in free)
+        places = heads * layers[0].budget.long() - torch.stack([part.sum((1, 2)) for part in guarded]).sum(0)
+        own = Together(self.config.floor).least(places.clamp_min(0), heads).view(-1, 1)
+        found = list[Tensor]()
+        for signals, part, score in zip(layers, free, scores, strict=True):
+            ranked = score.masked_fill(~part, -torch.inf)
+            place = torch.where(part, signals.position, EMPTY)
+            found.append(part & ~keep_top(ranked, place, own.expand(part.shape[:2])))
+        return found
+
+    def _tokens(self, layers: Sequence[Signals], permutation: Tensor) -> Tensor:
+        """Returns the tokens in these slots, see CandidateSets.tokens."""
+        heads = layers[0].position.shape[1]
+        row = torch.arange(heads, device=permutation.device).view(1, -1, 1)
+        places = [one.position.long() + (row + number * heads) * self.length for number, one in enumerate(layers)]
+        found = side_by_side(places, 0).gather(-1, permutation.clamp_min(0))
+        return torch.where(permutation == NOTHING, NOTHING, found)
+
+
+def side_by_side(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """Returns one layer [..., H, n] as it is, and several side by side as one set [..., 1, L * H * width]."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.shape[-1] for part in parts)
+    wide = [pad(part, (0, width - part.shape[-1]), value=fill) for part in parts]
+    return torch.cat(wide, -2).flatten(-2).unsqueeze(-2)
+
+
+def per_layer(kept: Tensor, held: list[Tensor]) -> list[Tensor]:
+    """Returns the layers that `side_by_side` has laid out, with the shapes of `held`."""
+    if len(held) == 1:
+        return [kept]
+    width = max(part.shape[-1] for part in held)
+    parts = kept.squeeze(1).unflatten(-1, (-1, width)).split([part.shape[1] for part in held], dim=1)
+    return [part[..., : like.shape[-1]] for part, like in zip(parts, held, strict=True)]
+
+
+@torch.no_grad()
+def sample_trajectory(
+    model: PreTrainedModel, policy: SamplingPolicy, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+) -> TextTrajectory:
+    """Reads texts, padded on the left, under a sampling policy: one trace per row."""
+    with attach(model, policy, record=True) as cache:
         logits = prefill(model, cache, input_ids, attention_mask)
-    found = recorded(sampler, torch.full_like(input_ids[:, 0], input_ids.shape[1]))
+    found = recorded(policy, torch.full_like(input_ids[:, 0], input_ids.shape[1]))
     return TextTrajectory(**vars(found), logits=logits, trace=cache.trace())
 
 
-def recorded(sampler: SamplingPolicy, length: Int[Tensor, "B"]) -> Trajectory:
+def recorded(policy: SamplingPolicy, length: Int[Tensor, "B"]) -> Trajectory:
     """Returns what a policy has recorded, of texts of these lengths."""
-    features = {layer: stack_padded(parts, 0.0) for layer, parts in sorted(sampler.features.items())}
-    sets = [stack_events(names, events).until(length) for names, events in sorted(sampler.events.items())]
-    return Trajectory(sampler.config, sampler.num_slots, sampler.random_keys, features, sets, sampler.allocation)
+    features = {layer: stack_padded(parts, 0.0) for layer, parts in sorted(policy.features.items())}
+    sets = [stack_events(names, events).until(length) for names, events in sorted(policy.events.items())]
+    return Trajectory(policy.config, policy.num_slots, policy.random_keys, features, sets, policy.allocation)
 
 
 def stack_events(layers: tuple[int, ...], events: list[SampledEvent]) -> CandidateSets:
@@ -143,10 +269,10 @@ def stack_events(layers: tuple[int, ...], events: list[SampledEvent]) -> Candida
 def stack_padded(parts: Sequence[Tensor], fill: float) -> Tensor:
     """Stacks tensors [B, H, n, ...] behind the rows, padded to the largest n."""
     rows, heads, _, *rest = parts[0].shape
-    whole = parts[0].new_full((rows, len(parts), heads, max(part.shape[2] for part in parts), *rest), fill)
+    stacked = parts[0].new_full((rows, len(parts), heads, max(part.shape[2] for part in parts), *rest), fill)
     for event, part in enumerate(parts):
-        whole[:, event, :, : part.shape[2]] = part
-    return whole
+        stacked[:, event, :, : part.shape[2]] = part
+    return stacked
 
 
 def expired(trace: Trace) -> Tensor:

@@ -1,7 +1,7 @@
-"""Shared by all families: samples, difficulty levels, filler and the shuffling of true statements among decoys.
+"""Samples, difficulty levels, filler and the shuffling of true statements among decoys, which all families share.
 
-In a generator's text a word that starts with "?" is checked by the verifier (it needs memory or arithmetic); the mark
-is removed when the sample is assembled.
+In a generator's text a word that starts with "?" belongs to the answer mask (it needs memory or arithmetic); the "?" is removed
+when the sample is assembled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from random import Random
 
 from learnevict.testbed.vocabulary import ASSISTANT, BOS, DIGITS, END, LABELS, NAMES, PLACES, VALUES, VARIABLES
 
-CHECKED = "?"
+ANSWER = "?"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The prompt and the response, as the model reads them."""
+        """Returns the prompt and the response, as the model reads them."""
         return f"{self.prompt} {self.response}"
 
 
@@ -45,6 +45,7 @@ class Level:
     chatter: bool = True
 
     def num_items(self, rng: Random) -> int:
+        """Returns the number of true statements."""
         return rng.randint(*self.items)
 
     def num_decoys(self, rng: Random, items: int) -> int:
@@ -55,23 +56,23 @@ class Level:
 
 def assemble(family: str, seed: int, split: str, turns: Sequence[tuple[str, str]]) -> Sample:
     """Turns (role, marked text) pairs, the last by the assistant, into a Sample."""
-    tokens, checked, weights = [BOS], [False], [0.0]
+    tokens, answer_mask, weights = [BOS], [False], [0.0]
     prompt_length = 0
     for role, marked in turns:
         tokens.append(f"<{role}>")
         prompt_length = len(tokens)
-        spoken = [*marked.split(), END]
-        tokens += [word.removeprefix(CHECKED) for word in spoken]
-        checked += [False] + [word.startswith(CHECKED) for word in spoken]
-        weights += [0.0] + [float(role == "assistant")] * len(spoken)
+        message = [*marked.split(), END]
+        tokens += [word.removeprefix(ANSWER) for word in message]
+        answer_mask += [False] + [word.startswith(ANSWER) for word in message]
+        weights += [0.0] + [float(role == "assistant")] * len(message)
     assert tokens[prompt_length - 1] == ASSISTANT
     messages = [
-        {"role": role, "content": " ".join(w.removeprefix(CHECKED) for w in text.split())} for role, text in turns
+        {"role": role, "content": " ".join(w.removeprefix(ANSWER) for w in text.split())} for role, text in turns
     ]
     response = " ".join(tokens[prompt_length:])
     return Sample(
         family=family, seed=seed, split=split, prompt=" ".join(tokens[:prompt_length]), response=response,
-        answer=final_answer(response) or "", messages=messages[:-1], answer_mask=tuple(checked), weights=tuple(weights),
+        answer=final_answer(response) or "", messages=messages[:-1], answer_mask=tuple(answer_mask), weights=tuple(weights),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ LONG = Level((8, 10), 2.4, (210, 270))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Returns one conversation as chat turns; checked words carry a mark. Items count tellings, renewals included."""
+    """Returns one conversation as chat turns; words of the answer mask carry a "?". Items count tellings, renewals included."""
     num_told = level.num_items(rng)
     num_renewed = rng.randint(1, 2) if num_told > 4 else 1
     num_turns = rng.randint(3, 4) if num_told > 4 else 2

@@ -23,7 +23,7 @@ LONG = Level((11, 12), 1.2, (120, 160))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Returns one ledger as chat turns; checked words carry a mark. Balances stay between 0 and 9."""
+    """Returns one ledger as chat turns; words of the answer mask carry a "?". Balances stay between 0 and 9."""
     num_postings = level.num_items(rng)
     names = rng.sample(NAMES, rng.randint(4, 5) if num_postings > 5 else rng.randint(2, 3))
     balances = {name: rng.randint(0, 9) for name in names}

@@ -22,7 +22,7 @@ LONG = Level((15, 16), 1.2, (150, 190))
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Returns one walk as chat turns; checked words carry a mark. At most one open road lies off the path."""
+    """Returns one walk as chat turns; words of the answer mask carry a "?". At most one open road lies off the path."""
     num_hops = level.num_items(rng)
     places = rng.sample(PLACES, min(len(PLACES), num_hops + 2))
     stops = places[:num_hops]

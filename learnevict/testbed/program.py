@@ -55,7 +55,7 @@ def chatter(digit: int, *names: str) -> str:
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Returns one program as chat turns; checked words carry a mark."""
+    """Returns one program as chat turns; words of the answer mask carry a "?"."""
     num_lines = level.num_items(rng)
     pool = rng.sample(VARIABLES, 12)
     start = {name: rng.randint(0, 9) for name in pool[: max(2, num_lines - rng.randint(1, 2))]}

@@ -28,12 +28,12 @@ def tastes(rng: Random, num: int) -> list[str]:
 
 
 def marked(value: str) -> str:
-    """Returns the value with both words marked as checked."""
+    """Returns the value with both words in the answer mask."""
     return " ".join(f"?{word}" for word in value.split())
 
 
 def generate(rng: Random, level: Level) -> list[tuple[str, str]]:
-    """Returns facts, rumours and questions as chat turns; checked words carry a mark. One fact may stay unasked."""
+    """Returns facts, rumours and questions as chat turns; words of the answer mask carry a "?". One fact may stay unasked."""
     num_facts = level.num_items(rng)
     names = rng.sample(NAMES, num_facts + 1)
     facts = dict(zip(names, tastes(rng, num_facts), strict=False))

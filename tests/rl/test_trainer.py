@@ -104,7 +104,7 @@ def test_trl_is_the_release_that_was_read():
     ids=["attention", "to_go", "model", "shares"],
 )
 def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
-    """Minus the sum of advantage x log-probability over drawn actions, over their number: on the first pass ratios are 1."""
+    """Minus the sum of advantage x log-probability over sampled actions, over their number: on the first pass ratios are 1."""
     made = trainer(tmp_path, refine=refine)
     inputs = batch(made)
     rows = inputs["completion_ids"][:, 0]
@@ -134,12 +134,12 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tmp_path, refine):
         values = sets.scores(scores)
         for event in range(sets.candidates.shape[1]):
             for number in range(sets.candidates.shape[2]):
-                for draw in range(sets.permutation.shape[3]):
+                for k in range(sets.permutation.shape[3]):
                     for row in range(2 * GROUP):
-                        slot = int(sets.permutation[row, event, number, draw])
+                        slot = int(sets.permutation[row, event, number, k])
                         if slot == NOTHING:
                             continue
-                        before = sets.permutation[row, event, number, :draw].tolist()
+                        before = sets.permutation[row, event, number, :k].tolist()
                         left = [
                             n
                             for n in sets.candidates[row, event, number].nonzero().flatten().tolist()
@@ -210,7 +210,7 @@ def test_every_variant_trains_and_leaves_gates_behind(tmp_path, refine, options)
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_the_reward_of_generated_answers_is_the_verifiers_mark(tmp_path, scope):
-    """All draws of an answer get its group's advantage, and none behind its end counts."""
+    """All evictions of an answer get its group's advantage, and none behind its end counts."""
     marks = []
 
     def verifier(row, text):
@@ -241,8 +241,8 @@ def test_answers_that_end_before_an_event_are_replaced_by_texts_that_are_read(tm
     made.base.generation_config.eos_token_id = list(range(made.base.config.vocab_size))
     with pytest.warns(LearnevictWarning, match="texts are read instead"):
         inputs = batch(made)
-    assert any(bool((sets.permutation != NOTHING).any()) for sets in made.trajectory.sets), "nothing was drawn"
-    assert inputs["advantages"].shape == inputs["completion_ids"].shape  # credit of draws: texts were read
+    assert any(bool((sets.permutation != NOTHING).any()) for sets in made.trajectory.sets), "nothing was sampled"
+    assert inputs["advantages"].shape == inputs["completion_ids"].shape  # credit of evictions: texts were read
     assert bool(torch.isfinite(made.compute_loss(made.model, inputs).detach()))
 
 

@@ -1,4 +1,4 @@
-"""Sampling, trajectories, costs and credit: against Monte Carlo, brute force and the laws of the cache."""
+"""Sampling, trajectories, costs and credit are compared with Monte Carlo, brute force and the laws of the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from learnevict.oracle.collect import full_trace
 from learnevict.oracle.reference import token_losses
 from learnevict.parts.layer_allocation import GAIN, LayerAllocation
 from learnevict.rl.config import RefineConfig
-from learnevict.rl.credit import attention_credit, group_relative, of_evictions, to_go_credit
 from learnevict.rl.distribution import (
     NOTHING,
     allocation_log_probability,
@@ -30,7 +29,14 @@ from learnevict.rl.distribution import (
     sample_evictions,
     sample_perturbations,
 )
-from learnevict.rl.rewards import sure, token_costs
+from learnevict.rl.rewards import (
+    attention_credit,
+    group_relative,
+    of_evictions,
+    sure,
+    to_go_credit,
+    token_costs,
+)
 from learnevict.rl.rollout import (
     PromptAnswer,
     log_probabilities,
@@ -38,7 +44,7 @@ from learnevict.rl.rollout import (
     sample_budget,
     sample_group,
 )
-from learnevict.rl.trajectory import expired, sample_trajectory
+from learnevict.rl.trajectory import SamplingPolicy, TextTrajectory, expired, sample_trajectory
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
@@ -60,6 +66,14 @@ def texts(length: int = 61, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
+def sampled(model, scorer, ids, mask, config=CONFIG, *, noisy=None, random_keys=None) -> TextTrajectory:
+    """A trace per row; evictions are random in the layers and rows that are noisy, by default in all."""
+    noisy = torch.ones(model.config.num_hidden_layers, len(ids), dtype=torch.bool) if noisy is None else noisy
+    keys = torch.arange(len(ids)) if random_keys is None else random_keys
+    policy = SamplingPolicy(config, BUDGET, scorer, noisy, ids.shape[1], keys)
+    return sample_trajectory(model, policy, ids, mask)
+
+
 def trajectory(**changes: object):
     model = tiny()
     scorer = gate_for(model)
@@ -71,51 +85,51 @@ def trajectory(**changes: object):
         with torch.no_grad():
             demand.level.copy_(torch.linspace(-0.1, 0.1, len(demand.level)))
             demand.slope.copy_(torch.linspace(0.05, -0.05, len(demand.slope)))
-    return model, scorer, ids, mask, sample_trajectory(model, scorer, ids, mask, config, BUDGET, **options)
+    return model, scorer, ids, mask, sampled(model, scorer, ids, mask, config, **options)
 
 
-# --- draws ---
+# --- sampling ---
 
 
-def test_frequencies_of_ordered_draws_are_what_the_log_probability_says():
-    scores, pool = torch.tensor([0.3, -0.5, 1.0, 0.2, -9.0]), torch.tensor([True, True, True, True, False])
+def test_frequencies_of_permutations_are_what_the_log_probability_says():
+    scores, candidates = torch.tensor([0.3, -0.5, 1.0, 0.2, -9.0]), torch.tensor([True, True, True, True, False])
     num = 40_000
     found = sample_evictions(
         scores.expand(num, 5),
-        pool.expand(num, 5),
+        candidates.expand(num, 5),
         torch.full((num,), 2),
         0.7,
         uniform(hashed(torch.arange(num).view(-1, 1), torch.arange(5))),
     )
     for pair in permutations(range(4), 2):
-        said = float(log_probability(scores, pool, torch.tensor(pair), 0.7).sum().exp())
+        said = float(log_probability(scores, candidates, torch.tensor(pair), 0.7).sum().exp())
         seen = float((found == torch.tensor(pair)).all(-1).float().mean())
         assert seen == pytest.approx(said, abs=4 * math.sqrt(said / num))
-    assert not bool((found == 4).any()), "a slot outside the pool was drawn"
+    assert not bool((found == 4).any()), "a slot that is no candidate was sampled"
 
 
 def test_log_probability_is_the_sequential_law_and_its_gradient():
     generator = torch.Generator().manual_seed(5)
     scores = torch.randn(3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
-    pool = torch.tensor([[True] * 7, [True] * 5 + [False] * 2, [False] * 7])
-    order = torch.tensor([[2, 0, 6, 1], [4, 1, NOTHING, NOTHING], [NOTHING] * 4])
-    found = log_probability(scores, pool, order, 0.5)
+    candidates = torch.tensor([[True] * 7, [True] * 5 + [False] * 2, [False] * 7])
+    permutation = torch.tensor([[2, 0, 6, 1], [4, 1, NOTHING, NOTHING], [NOTHING] * 4])
+    found = log_probability(scores, candidates, permutation, 0.5)
     for row in range(3):
-        left = [slot for slot in range(7) if pool[row, slot]]
-        for draw, slot in enumerate(order[row].tolist()):
+        left = [slot for slot in range(7) if candidates[row, slot]]
+        for place, slot in enumerate(permutation[row].tolist()):
             if slot == NOTHING:
-                assert float(found[row, draw].detach()) == 0.0
+                assert float(found[row, place].detach()) == 0.0
                 continue
-            wishes = torch.stack([-scores[row, other] / 0.5 for other in left])
-            expected = (-scores[row, slot] / 0.5 - wishes.logsumexp(0)).detach()
-            assert float(found[row, draw].detach()) == pytest.approx(float(expected), abs=1e-12)
+            logits = torch.stack([-scores[row, other] / 0.5 for other in left])
+            expected = (-scores[row, slot] / 0.5 - logits.logsumexp(0)).detach()
+            assert float(found[row, place].detach()) == pytest.approx(float(expected), abs=1e-12)
             left.remove(slot)
     (gradient,) = torch.autograd.grad(found.sum(), scores)
     assert bool(torch.isfinite(gradient).all())
     assert torch.equal(gradient[2], torch.zeros(7, dtype=torch.float64))
 
 
-def test_a_pool_that_is_used_up_has_probability_one_at_its_last_draw():
+def test_the_last_candidate_has_probability_one():
     scores = torch.randn(4, requires_grad=True)
     found = log_probability(scores, torch.ones(4, dtype=torch.bool), torch.tensor([3, 1, 0, 2]), 1.0)
     close(found[-1], 0.0, scale=1.0)
@@ -125,20 +139,20 @@ def test_a_pool_that_is_used_up_has_probability_one_at_its_last_draw():
 
 def test_without_temperature_the_lowest_scores_go_in_order():
     scores = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
-    pool = torch.tensor([[True, True, True, False]])
-    assert sample_evictions(scores, pool, torch.tensor([2]), 0.0).tolist() == [[1, 2]]
+    candidates = torch.tensor([[True, True, True, False]])
+    assert sample_evictions(scores, candidates, torch.tensor([2]), 0.0).tolist() == [[1, 2]]
 
 
-def test_the_pool_holds_the_lowest_scores_among_candidates():
+def test_the_lowest_scores_are_found_among_candidates():
     scores = torch.tensor([[0.1, 0.0, 0.3, 0.2], [0.0, 0.0, 0.0, 0.0]])
     candidates = torch.tensor([[True, False, True, True], [True, True, True, True]])
-    pool = lowest_scores(scores, candidates, torch.tensor([2, 1]))
-    assert pool.tolist() == [[True, False, False, True], [True, False, False, False]]
+    lowest = lowest_scores(scores, candidates, torch.tensor([2, 1]))
+    assert lowest.tolist() == [[True, False, False, True], [True, False, False, False]]
 
 
 def test_entropy_of_the_first_choice():
-    pool = torch.tensor([[True, True, True, False], [False] * 4])
-    found = entropy(torch.zeros(2, 4), pool, 1.0)
+    candidates = torch.tensor([[True, True, True, False], [False] * 4])
+    found = entropy(torch.zeros(2, 4), candidates, 1.0)
     close(found, [math.log(3), 0.0])
 
 
@@ -154,7 +168,7 @@ def test_a_trajectory_is_the_replay_of_its_trace(config):
 
 
 @LAWS
-def test_draws_are_the_evictions_of_the_trace(config):
+def test_what_was_sampled_are_the_evictions_of_the_trace(config):
     _, _, _, _, found = trajectory(config=config)
     ends = expired(found.trace)
     heads, length = ends.shape[2:]
@@ -169,17 +183,17 @@ def test_draws_are_the_evictions_of_the_trace(config):
 
 
 @pytest.mark.parametrize("length", range(61, 69))
-def test_draws_that_no_later_prediction_sees_do_not_count(length):
+def test_evictions_that_no_later_prediction_sees_do_not_count(length):
     """What goes after the last token but one changes no prediction of the text: it would be noise with a full advantage."""
     model = tiny()
     ids, mask = texts(length)
-    found = sample_trajectory(model, gate_for(model), ids, mask, CONFIG, BUDGET)
+    found = sampled(model, gate_for(model), ids, mask)
     due = [[end for end in range(1, length + 1) if (end - pad) % 8 == 0 and end - pad > 24] for pad in PADS]
     for sets in found.sets:
-        drawn = (sets.permutation != NOTHING).flatten(2).any(-1)
-        assert torch.equal(drawn, sets.candidates.flatten(2).any(-1) & (sets.tokens != NOTHING).flatten(2).any(-1))
+        sampled_at = (sets.permutation != NOTHING).flatten(2).any(-1)
+        assert torch.equal(sampled_at, sets.candidates.flatten(2).any(-1) & (sets.tokens != NOTHING).flatten(2).any(-1))
         for row, ends in enumerate(due):
-            assert sets.end[row][drawn[row]].tolist() == [end for end in ends if end < length - 1]
+            assert sets.end[row][sampled_at[row]].tolist() == [end for end in ends if end < length - 1]
 
 
 @LAWS
@@ -194,14 +208,14 @@ def test_the_log_probability_of_a_trajectory_can_be_had_again(config):
 
 
 @LAWS
-def test_where_nothing_is_random_the_judge_evicts_as_its_policy(config):
+def test_where_nothing_is_random_the_scorer_evicts_as_its_policy(config):
     model = tiny()
     nothing = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
     model, scorer, ids, mask, found = trajectory(noisy=nothing, config=config)
     assert all(bool((sets.permutation == NOTHING).all()) for sets in found.sets)
     rules = {"slack": CONFIG.period, "sinks": CONFIG.sinks, "recent": CONFIG.recent}
     scorer.scope = config.scope
-    if found.allocation is not None:  # shares are tried whatever the noise of draws
+    if found.allocation is not None:  # the allocation is perturbed whatever the noise of evictions
         scorer.demand.level.data = (found.allocation[0] / GAIN).clone()
         scorer.demand.slope.data.zero_()
         ids, mask = ids[:1], mask[:1]
@@ -214,10 +228,8 @@ def test_where_nothing_is_random_the_judge_evicts_as_its_policy(config):
 def test_padding_changes_no_trajectory():
     model, scorer, ids, mask, _ = trajectory()
     still = torch.zeros(model.config.num_hidden_layers, 2, dtype=torch.bool)
-    both = sample_trajectory(model, scorer, ids, mask, CONFIG, BUDGET, noisy=still)
-    alone = sample_trajectory(
-        model, scorer, ids[1:, PADS[1] :], mask[1:, PADS[1] :], CONFIG, BUDGET, noisy=still[:, 1:]
-    )
+    both = sampled(model, scorer, ids, mask, noisy=still)
+    alone = sampled(model, scorer, ids[1:, PADS[1] :], mask[1:, PADS[1] :], noisy=still[:, 1:])
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
@@ -232,14 +244,13 @@ def test_the_seed_makes_the_trajectory():
 @LAWS
 def test_noise_is_the_rows_own_whatever_the_batch(config):
     model, scorer, ids, mask, both = trajectory(config=config)
-    alone = sample_trajectory(
-        model, scorer, ids[1:, PADS[1] :], mask[1:, PADS[1] :], config, BUDGET, random_keys=torch.tensor([2])
-    )
+    own = (ids[1:, PADS[1] :], mask[1:, PADS[1] :])
+    alone = sampled(model, scorer, *own, config, random_keys=torch.tensor([2]))
     ends = torch.where(alone.trace.expiry == NEVER, NEVER, alone.trace.expiry + PADS[1])
     assert torch.equal(both.trace.expiry[:, 1:, :, PADS[1] :], ends)
 
 
-def test_shares_are_tried_row_by_row_and_spend_the_budget():
+def test_allocations_are_perturbed_row_by_row_and_spend_the_budget():
     *_, found = trajectory(config=SHARED)
     ends, length = expired(found.trace), found.trace.expiry.shape[-1]
     held = (ends == length).sum((2, 3)) - ends.shape[2] * torch.tensor(PADS)  # [L, B], over heads
@@ -248,28 +259,28 @@ def test_shares_are_tried_row_by_row_and_spend_the_budget():
     share = (held - heads * (fresh + SHARED.sinks + SHARED.period + 1)) / (len(held) * free * heads)
     close(share.sum(0), torch.ones(2), about="what layers hold beside the budget")
     assert float((share.T - found.allocation.softmax(-1)).abs().max()) < 1 / (len(held) * free)
-    assert not torch.equal(held[:, 0], held[:, 1]), "rows try the same shares"
+    assert not torch.equal(held[:, 0], held[:, 1]), "rows have the same allocation"
 
 
-def test_shares_tried_are_normal_around_the_demand_and_their_probability_says_so():
+def test_perturbed_allocations_are_normal_around_the_learned_one_and_their_probability_says_so():
     num, layers, spread = 40_000, 4, 0.3
-    shifts = sample_perturbations(torch.arange(num), layers, spread)
-    close(shifts.sum(-1), torch.zeros(num), scale=spread)
+    perturbations = sample_perturbations(torch.arange(num), layers, spread)
+    close(perturbations.sum(-1), torch.zeros(num), scale=spread)
     wanted = spread**2 * (torch.eye(layers) - 1 / layers)
-    assert float((shifts.T.cov() - wanted).abs().max()) < 4 * spread**2 * math.sqrt(2 / num)
+    assert float((perturbations.T.cov() - wanted).abs().max()) < 4 * spread**2 * math.sqrt(2 / num)
     logits = torch.tensor([0.3, -0.1, 0.0, -0.2], dtype=torch.float64, requires_grad=True)
-    tried = logits.detach() + shifts[:3].double()
-    found = allocation_log_probability(tried, logits, spread)
+    sampled_logits = logits.detach() + perturbations[:3].double()
+    found = allocation_log_probability(sampled_logits, logits, spread)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
-    close(gradient, shifts[:3].double().sum(0) / spread**2, 1e-9)
+    close(gradient, perturbations[:3].double().sum(0) / spread**2, 1e-9)
     normal = torch.distributions.Normal(logits, spread)
-    other = allocation_log_probability(tried, logits - 0.1, spread)
+    other = allocation_log_probability(sampled_logits, logits - 0.1, spread)
     moved = torch.distributions.Normal(logits - 0.1, spread)
-    expected = (normal.log_prob(tried) - moved.log_prob(tried)).sum(-1)
+    expected = (normal.log_prob(sampled_logits) - moved.log_prob(sampled_logits)).sum(-1)
     close(found - other, expected, 1e-9)
 
 
-def test_demand_follows_the_budget_and_is_equal_until_learned():
+def test_an_allocation_follows_the_budget_and_is_equal_until_learned():
     demand = LayerAllocation(3, 1, 99)
     assert [demand.allocator().layer_budget(40, rank, 3, 21) for rank in range(3)] == [40] * 3
     with torch.no_grad():
@@ -297,13 +308,13 @@ def test_only_layers_that_evict_have_a_share():
     scorer.share_layers(len(kinds), 1, 40)
     ids = torch.randint(4, 64, (2, 61), generator=torch.Generator().manual_seed(3))
     with pytest.warns(StockLayersWarning):
-        found = sample_trajectory(model, scorer, ids, torch.ones_like(ids), SHARED, BUDGET)
+        found = sampled(model, scorer, ids, torch.ones_like(ids), SHARED)
     assert 1 < len(kinds) < model.config.num_hidden_layers
     assert found.allocation.shape == (2, len(kinds)) and found.trace.evictions > 0
     assert len(found.sets) == len(kinds)
 
 
-def test_a_demand_is_part_of_the_gates(tmp_path):
+def test_a_layer_allocation_is_part_of_the_gates(tmp_path):
     model = tiny()
     gates = Gates.make("foresightkv", model, hidden=8)
     demand = gates.gate.share_layers(2, 1, 40)
@@ -369,7 +380,7 @@ def test_credit_by_attention_against_the_whole_matrix():
     ids, mask = ids[:1].repeat(2, 1), mask[:1].repeat(2, 1)  # one text, two traces
     costs = group_relative(torch.rand(2, ids.shape[1], generator=torch.Generator().manual_seed(4)), 2)
     ends = expired(found.trace)
-    credit, logits = attention_credit(model, ids[:1], mask[:1], costs, ends)
+    credit = attention_credit(model, ids[:1], mask[:1], costs, ends)
     seen = {}
 
     def observe(layer, received):
@@ -379,8 +390,7 @@ def test_credit_by_attention_against_the_whole_matrix():
         hidden_part = torch.ones(matrix.shape[-2:], dtype=torch.bool).triu(1)
         seen[layer] = matrix.masked_fill(hidden_part, -torch.inf).softmax(-1).mean(2)[0]
 
-    full = replay(model, ids[:1], full_trace(model, ids[:1]), mask[:1], observe=observe).logits
-    close(full, logits, 1e-5)
+    replay(model, ids[:1], full_trace(model, ids[:1]), mask[:1], observe=observe)
     for layer, weights in seen.items():
         column = torch.arange(ids.shape[1])
         for trace in range(2):
@@ -416,7 +426,7 @@ def test_a_batch_of_experience(rules):
         sample_group(model, scorer, [PromptAnswer(ids[0].tolist(), 61)] * 2, config, **seeds)
 
 
-def test_budgets_and_layers_are_drawn_within_their_limits():
+def test_budgets_and_layers_are_sampled_within_their_limits():
     config = RefineConfig(layer_share=0.5)
     found = {sample_budget(config, 300, (1, step)) for step in range(200)}
     assert min(found) >= 24

@@ -1,15 +1,20 @@
-"""Parts of the bundled model's training beside its loop: a curriculum that climbs by accuracy, Muon, sums over processes."""
+"""Parts of recipes/pretrain.py beside its loop: a curriculum that climbs by accuracy, Muon, accuracy, sums over processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from learnevict import testbed
+from learnevict.testbed import Sample
+from learnevict.testbed.clauses import final_answer
+from learnevict.testbed.vocabulary import PAD
 
 TOP = testbed.NUM_LEVELS - 1
 
@@ -32,7 +37,7 @@ class Curriculum:
         return family, level if rng.random() < 0.8 else rng.randint(0, level)
 
     def update(self, step: int, counts: list[list[float]], promote_at: float) -> None:
-        """Records a step's right and seen checked tokens at each family's highest level; promotes families that pass."""
+        """Takes in right and seen answer-mask tokens of a step at each family's highest level; promotes families that pass."""
         for family, (right, seen) in zip(testbed.FAMILIES, counts, strict=True):
             keep = 0.98 ** (seen / 40)
             self.accuracy[family] = keep * self.accuracy[family] + (1 - keep) * right / max(1.0, seen)
@@ -90,7 +95,7 @@ def num_ranks() -> int:
 
 
 def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
-    """Adds up gradients (in place) and counts in one message. One meeting per step keeps busy cores from waiting."""
+    """Adds up gradients (in place) and counts over processes, in one message per step."""
     if not dist.is_initialized():
         return counts
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [counts.to(gradients[0].device)])
@@ -99,3 +104,61 @@ def sum_over_ranks(gradients: list[Tensor], counts: Tensor) -> Tensor:
     for gradient, piece in zip(gradients, pieces, strict=False):
         gradient.copy_(piece.view_as(gradient))
     return pieces[-1].cpu()
+
+
+def batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Splits samples into groups of similar length whose padded size stays below the limit."""
+    groups: list[list[Sample]] = [[]]
+    for sample in sorted(samples, key=lambda sample: len(sample.answer_mask)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(sample.answer_mask) > max_tokens:
+            groups.append([])
+        groups[-1].append(sample)
+    return groups
+
+
+def to_tensors(samples: Sequence[Sample], ids: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns token ids, loss weights and answer masks [B, T], padded on the right: causal attention then needs no mask."""
+    width = max(len(sample.answer_mask) for sample in samples)
+    tokens = torch.full((len(samples), width), ids[PAD])
+    weights = torch.zeros(len(samples), width)
+    answer_mask = torch.zeros(len(samples), width, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        length = len(sample.answer_mask)
+        tokens[row, :length] = torch.tensor([ids[word] for word in sample.text.split()])
+        weights[row, :length] = torch.tensor(sample.weights)
+        answer_mask[row, :length] = torch.tensor(sample.answer_mask)
+    return tokens, weights, answer_mask
+
+
+@torch.no_grad()
+def step_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> tuple[float, float]:
+    """Returns the share of answer-mask tokens right given the reference text, and of samples with no wrong response token."""
+    ids, right, seen, perfect = tokenizer.get_vocab(), 0, 0, 0
+    for group in batches(samples, 10_000):
+        tokens, weights, answer_mask = (tensor.to(model.device) for tensor in to_tensors(group, ids))
+        hits = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1) == tokens[:, 1:]
+        right, seen = right + int((hits & answer_mask[:, 1:]).sum()), seen + int(answer_mask.sum())
+        perfect += int((hits | (weights[:, 1:] == 0)).all(-1).sum())
+    return right / seen, perfect / len(samples)
+
+
+@torch.no_grad()
+def exact_match(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 400,
+    rows: int = 50,
+) -> float:
+    """Returns the share of final answers right under greedy generation, in left-padded batches of so many rows."""
+    right = 0
+    for start in range(0, len(samples), rows):
+        group = samples[start : start + rows]
+        inputs = tokenizer([sample.prompt for sample in group], return_tensors="pt", padding=True).to(model.device)
+        generated = model.generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+        )
+        texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :])
+        right += sum(final_answer(text) == sample.answer for sample, text in zip(group, texts, strict=True))
+    return right / len(samples)
