@@ -35,7 +35,7 @@ from learnevict.infer.model.modules import (
 )
 from learnevict.infer.model.supported import evicting_layers
 from learnevict.infer.run import RUN, Step, running
-from learnevict.infer.serve import Serve, checked_generate
+from learnevict.infer.serve import Serve, by_name, checked_generate
 from learnevict.infer.soft import Soft, soft_gate
 from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Attention
@@ -182,8 +182,7 @@ def unhook(model: PreTrainedModel) -> None:
 def _open_forward(
     signature: inspect.Signature, decoder: Any, model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    given = signature.bind_partial(*args, **kwargs).arguments
-    given = {**given.pop("kwargs", {}), **given}
+    given = by_name(signature, args, kwargs) if args else kwargs
     if isinstance(RUN.get(), Serve):  # left by a forward that was interrupted
         RUN.set(None)
     cache = next((value for value in given.values() if isinstance(value, EvictingCache)), None)

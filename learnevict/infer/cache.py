@@ -17,7 +17,7 @@ from learnevict.infer.layer import NO_CROP, EvictingLayer
 from learnevict.infer.model.supported import check_rope, evicting_layers, state_shape
 from learnevict.infer.probe import check_questioned
 from learnevict.infer.rows.conversation import Conversation, as_batch
-from learnevict.infer.rows.ends import warn_of_padding
+from learnevict.infer.rows.ends import Ends, warn_of_padding
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.infer.store.storage import Meter, Place, targets
 from learnevict.policy import AnyPolicy, governor
@@ -91,26 +91,27 @@ class EvictingCache(Cache):
     def _slots(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-    def admit(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def admit(
+        self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, ends: Ends
+    ) -> None:
         """A forward is to be read; called by the hook on the model, before any layer runs. See Conversation.admit.
 
         What `mask` hides although it was read as text is taken back, with a PaddingReadWarning: what it has evicted is gone.
         """
-        size, length = source.shape[1], self.clock.length
-        self.conversation.admit(source, tokens, mask, position_ids, self.places)
-        self._warn_of_pieces(size)
-        if mask is not None and size > 1 and length and mask.shape[1] == length + size:
-            hidden = mask[:, :length] == 0
+        hidden = self.conversation.admit(source, tokens, mask, position_ids, self.places, ends)
+        self._warn_of_pieces()
+        if hidden is not None:
             self.conversation.hide(hidden)
             lost = self.clock.hide(hidden)
-            for layer in self._slots() if any(lost) else []:
+            for layer in self._slots():
                 layer.hide(hidden)
             warn_of_padding(max(lost) if self.policy.schedule.active else 0)
 
     def begin(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Plan an admitted forward, or the next piece of one; arguments as in `admit`."""
-        size = source.shape[1]
-        self.clock.read(source.shape[0], size, mask, tokens, source.device, single=self.conversation.open == 1)
+        size, talk = source.shape[1], self.conversation
+        shown = None if talk.step and talk.turn_end else mask
+        self.clock.read(source.shape[0], size, shown, tokens, source.device, single=talk.step, padded=talk.padded)
         for layer in self._slots():
             layer.attended = False
         whole = mask is not None and mask.shape[1] == self.clock.length + size
@@ -151,11 +152,11 @@ class EvictingCache(Cache):
                 "this model's attention modules do not hand keyword arguments on: use its stock cache"
             )
 
-    def _warn_of_pieces(self, size: int) -> None:
+    def _warn_of_pieces(self) -> None:
         """Once per conversation: where the prompt ends cannot be seen when it comes in several forwards."""
         schedule, clock = self.policy.schedule, self.clock
         waits = self.policy.guard.prompt or schedule.prompt == "end"
-        again = size > 1 and clock.length and not clock.decoding and clock.prompt_length is None
+        again = not self.conversation.step and clock.length and not clock.decoding and clock.prompt_length is None
         if waits and again and schedule.active and not self._warned:
             self._warned = True
             warnings.warn(

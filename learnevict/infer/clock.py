@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from learnevict.infer.rows.ends import Ends, Finished
 from learnevict.infer.rows.runs import Run, columns_of, laid_out, lengthen
 from learnevict.policy import Schedule
 from learnevict.signals import NEVER, Rows
@@ -103,7 +102,6 @@ class Clock:
         self.schedule = schedule
         self.given_prompt_length = prompt_length
         self.deferred = deferred
-        self.ends: Ends | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -123,7 +121,6 @@ class Clock:
         self.plan: list[Block] = []
         self.rest: list[list[int]] = []
         self.single = self.all_begun = False
-        self.finished = Finished()
         self._table: tuple[list[list[Run]], Tensor | None] = ([], None)
 
     def prompt_tokens(self, row: int) -> int:
@@ -136,7 +133,6 @@ class Clock:
             old = getattr(self, name)
             setattr(self, name, old if old is None else [old[i] for i in index])
         self.runs = [list(self.runs[i]) for i in index]
-        self.finished.reorder(index)
 
     def read(
         self,
@@ -147,26 +143,28 @@ class Clock:
         device: torch.device,
         *,
         single: bool | None = None,
+        padded: list[bool] | None = None,
     ) -> None:
-        """Plan one forward of `size` columns. `mask`: [B, >= size], 0 = padding. `single`: a step, no piece of a longer text.
+        """Plan one forward of `size` columns.
 
-        Once every row has begun, single tokens are real until the row's end token (see ends.py): reading their mask would make
-        each step wait for the device.
+        Args:
+            mask: [B, >= size], 0 = padding; None if all are real. The host waits for it.
+            single: a step, no piece of a longer text.
+            padded: rows that a step pads because they have ended.
         """
         if not self.seen:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
             self.prompt_seen, self.runs = [0] * batch, [[] for _ in range(batch)]
         single = size == 1 if single is None else single
-        queues = self._queues(batch, size, mask, tokens, single)
+        queues = self._queues(batch, size, mask, padded)
         self.tokens = tokens
         if not self.decoding:
             self._extend_prompt(queues, single)
-        self.plan = []
+        self.plan, self.pending = [], size
         done = [0] * batch
         while any(done[row] < len(queues[row]) for row in range(batch)):
             self.plan.append(self._block(queues, done, single, device))
-        self.pending = size
         self.rest = [
             [sum(block.sizes[row] for block in self.plan[number:]) for row in range(batch)]
             for number in range(len(self.plan))
@@ -176,8 +174,6 @@ class Clock:
     def hide(self, hidden: Tensor) -> list[int]:
         """Take back what was read in columns bool [B, columns read]: how many tokens each row loses."""
         lost, period = [0] * len(hidden), self.schedule.period
-        if hidden.sum(-1).tolist() == [self.length - seen for seen in self.seen]:
-            return lost  # what is hidden is the padding that was known as such
         for row, flags in enumerate(hidden.tolist()):
             columns = [column for column in columns_of(self.runs[row], self.seen[row]) if not flags[column]]
             lost[row], seen = self.seen[row] - len(columns), len(columns)
@@ -207,16 +203,17 @@ class Clock:
         return grid
 
     def _queues(
-        self, batch: int, size: int, mask: Tensor | None, tokens: Tensor | None, single: bool
+        self, batch: int, size: int, mask: Tensor | None, padded: list[bool] | None
     ) -> list[range] | list[list[int]]:
-        if not single:
-            self.finished.forget()
-        elif all(self.seen) and batch > 1 and tokens is not None and self.ends is not None and self.ends.ends:
-            return [range(1 - padded) for padded in self.finished.look(tokens, self.ends)]
-        if mask is None or (single and all(self.seen)):
-            return [range(size)] * batch
+        """The real columns of each row."""
+        if mask is None:
+            return [range(1 - over) for over in padded] if padded else [range(size)] * batch
         flags = mask[:, -size:].bool().tolist()
-        return [[column for column, real in enumerate(row) if real] for row in flags]
+        over = padded or [False] * batch
+        return [
+            [column for column, real in enumerate(row) if real and not ended]
+            for row, ended in zip(flags, over, strict=True)
+        ]
 
     def _extend_prompt(self, queues: list[range] | list[list[int]], single: bool) -> None:
         """Tokens read before the first single step are the prompt, unless its length was given."""
@@ -251,7 +248,7 @@ class Clock:
             due.append(self._due(row, size, done[row] == len(queue), single))
             full.append(self._full(row, size, single))
         rows = self._rows(device)
-        columns, position = self._columns(parts, max(sizes), single, device)
+        columns, position = self._columns(parts, max(sizes), device)
         for row in range(batch):
             if sizes[row] and self.seen[row] % period == 0:
                 self.block[row] = self.now[row] + 1
@@ -281,7 +278,7 @@ class Clock:
         left = self.prompt_length[row] - self.seen[row]
         return left if left > 0 else NEVER
 
-    def _columns(self, parts: list, width: int, single: bool, device: torch.device) -> tuple[slice | Tensor, Tensor]:
+    def _columns(self, parts: list, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor]:
         same = all(len(part) == width and part[0] == parts[0][0] and part[-1] == parts[0][-1] for part in parts)
         if same and parts[0][-1] - parts[0][0] == width - 1:
             start = parts[0][0]
@@ -290,7 +287,7 @@ class Clock:
         columns = [[*part, *([0] * (width - len(part)))] for part in parts]
         places = [[*(self.length + c for c in part), *([-1] * (width - len(part)))] for part in parts]
         position = torch.tensor(places, dtype=torch.int32).to(device, non_blocking=True)
-        return slice(0, 1) if single else torch.tensor(columns, dtype=torch.int64, device=device), position
+        return slice(0, 1) if self.pending == 1 else torch.tensor(columns, dtype=torch.int64, device=device), position
 
     def _rows(self, device: torch.device) -> Rows:
         state = torch.tensor([self.first, self.now, self.seen, self.block, self.prompt_end], dtype=torch.int32)

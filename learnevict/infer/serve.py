@@ -6,6 +6,7 @@ such an event is cut there, and every piece runs through the decoder by itself; 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,7 @@ from learnevict.infer.eviction_after_forward import hold_events
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.supported import check_text
-from learnevict.infer.rows.ends import Ends
+from learnevict.infer.rows.ends import Ends, heard_criteria
 from learnevict.infer.run import RUN, Arguments, Run, running
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.signals import Attention
@@ -34,25 +35,41 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
     Raises:
         CacheError: another prompt; see Conversation.check_prompt.
     """
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, EvictingCache):
+    if not isinstance(kwargs.get("past_key_values"), EvictingCache):
         return generate(*args, **kwargs)
-    model, mask = getattr(generate, "__self__", None), kwargs.get("attention_mask")
-    tokens = next(
-        (found for found in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if found is not None), None
+    given = by_name(inspect.signature(generate), args, kwargs)
+    model, mask, talk = (
+        getattr(generate, "__self__", None),
+        given.get("attention_mask"),
+        given["past_key_values"].conversation,
     )
-    if isinstance(tokens, Tensor) and not tokens.is_floating_point():
-        cache.conversation.check_prompt(tokens, mask)
-    if isinstance(states := kwargs.get("inputs_embeds"), Tensor) and isinstance(model, PreTrainedModel):
-        cache.conversation.check_embeddings(states, model.get_input_embeddings())
-    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    cache.clock.ends = Ends.of(
-        kwargs, vars(config) if config else {}, vars(getattr(model, "generation_config", None) or Ends())
+    found = (given.get(name) for name in ("inputs", "input_ids"))
+    tokens = next((one for one in found if isinstance(one, Tensor) and not one.is_floating_point()), None)
+    states = given.get("inputs_embeds")
+    if tokens is not None:
+        talk.check_prompt(tokens, mask)
+    if isinstance(states, Tensor) and isinstance(model, PreTrainedModel):
+        talk.check_embeddings(states, model.get_input_embeddings())
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    if criteria := heard_criteria(given, configs, talk.finished):
+        given["stopping_criteria"] = criteria
+    width = next((one.shape[1] for one in (mask, tokens, states) if isinstance(one, Tensor)), 0)
+    talk.ends, talk.hears, talk.turn_end = (
+        Ends.of_generate(given, *configs),
+        bool(criteria),
+        max(width, talk.clock.length + 1),
     )
     try:
-        return generate(*args, **kwargs)
+        return generate(**given)
     finally:
-        cache.clock.ends = None
+        talk.ends, talk.hears, talk.turn_end = None, False, 0
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """The arguments of a call by their names, those that the function takes as **kwargs among them."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
+    return {**given.pop(rest, {}), **given}
 
 
 class Serve(Run):
@@ -67,9 +84,9 @@ class Serve(Run):
 
     def __init__(self, cache: EvictingCache, front: nn.Module, decoder: nn.Module, model: Any) -> None:
         self.cache, self.front, self.decoder = cache, front, decoder
+        self.model = model
         self.read: list[Any] = []
         cache.used = True
-        cache.clock.ends = cache.clock.ends or Ends.of(vars(getattr(model, "generation_config", None) or Ends()))
 
     def begin(self, given: Arguments) -> Arguments | None:
         """Begins a forward, and reads all of its pieces but the last; returns the arguments of that one, if there are several.
@@ -82,8 +99,9 @@ class Serve(Run):
         check_arguments(self.decoder, cache, given)
         source, tokens, mask, places = inputs(given)
         batch, size = source.shape[:2]
+        ends = Ends.of(getattr(self.model, "generation_config", None)) if batch > 1 else Ends()
         with ordinary_tensors():
-            cache.admit(source, tokens, mask, places)
+            cache.admit(source, tokens, mask, places, ends)
         flags = None if mask is None or not cache.clock.deferred else mask[:, -size:].bool().tolist()
         *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
         for part in first:

@@ -12,8 +12,20 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, TextStreamer
+from transformers import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from learnevict import EvictingCache, attach, methods
@@ -28,7 +40,7 @@ from tests.laws import zoo
 from tests.laws.cases import Case
 from tests.laws.judge import forgetting, judge, judging
 from tests.laws.policies import hashed
-from tests.laws.run import Reader, batch, occupied, pieces, read
+from tests.laws.run import Reader, Script, batch, occupied, pieces, read
 
 CLOSE = 1e-4
 PROMPT, NEW = 30, 16
@@ -433,18 +445,6 @@ def test_tokens_masked_between_turns_are_gone(name, ragged):
     assert bool((now[cache.evicting, 1, :, PROMPT + 5 : PROMPT + NEW - 1] <= PROMPT + NEW - 1).all())
 
 
-class Script(LogitsProcessor):
-    """Row b writes answers[b]."""
-
-    def __init__(self, answers: list[list[int]]) -> None:
-        self.answers, self.step = answers, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        told = [tokens[min(self.step, len(tokens) - 1)] for tokens in self.answers]
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(told).view(-1, 1), 0.0)
-
-
 def converse(
     model: Any, policy: Any, prompts: list[list[int]], answers: list[list[int]], more: list[list[int]], ends: dict
 ) -> tuple[list[Tensor], list[list[list[list[list[int]]]]]]:
@@ -459,7 +459,8 @@ def converse(
             how = {"max_new_tokens": max(map(len, told)), "logits_processor": [Script(told)]} | ends
             out = answer(model, {"input_ids": ids, "attention_mask": mask}, cache, **how)
             ids, logits = out.sequences, out.logits
-            mask = torch.cat([mask, (ids[:, mask.shape[1] :] > 0).long()], 1)
+            size = torch.tensor([[len(row)] for row in told])
+            mask = torch.cat([mask, (torch.arange(ids.shape[1] - mask.shape[1]) < size).long()], 1)
             place = torch.nn.functional.pad(mask.cumsum(-1) - 1, (0, 1), value=-1)
             layers = [cache.positions(index) for index in cache.evicting]
             held.append(
@@ -468,19 +469,49 @@ def converse(
     return list(torch.stack(logits, 1)), held
 
 
-@pytest.mark.parametrize("given", ["argument", "generation_config"])
+class Stop(StoppingCriteria):
+    """Ends rows with a token, without saying which it is; asked once for each new token."""
+
+    def __init__(self, token: int) -> None:
+        self.token, self.asked = token, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.asked += 1
+        return input_ids[:, -1] == self.token
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters, as many as the zoo's models have tokens."""
+    marks = [*map(chr, range(33, 127)), "\u0120", "\u010a"][: zoo.VOCABULARY]
+    tokenizer = Tokenizer(BPE({mark: index for index, mark in enumerate(marks)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+ENDINGS = ["eos_token_id", "generation_config", "criteria", "criteria without end token", "string", "its criterion"]
+
+
+@pytest.mark.parametrize("given", ENDINGS)
 @pytest.mark.parametrize("method", ["streaming_llm", "adakv"])
 def test_a_row_that_ends_early_goes_on_as_alone(method, given, monkeypatch):
     """Of three rows two end early in the first turn, and write less in the second, each beginning at another column."""
     model, policy = zoo.build("llama"), methods.load(method).policy(18, slack=4, sinks=2, recent=3)
-    text = zoo.tokens(model, 3, 80, 8).tolist()
+    end = 2 if given in ENDINGS[:2] else 50
+    text = zoo.tokens(model, 3, 80, 8)
+    text = torch.where(text == end, 51, text).tolist()
     prompts = [row[: 30 - pad] for row, pad in zip(text, PADS, strict=True)]
-    answers = [[*row[30 : 30 + size], 2] for row, size in zip(text, (25, 4, 9), strict=True)]
+    answers = [[*row[30 : 30 + size], end] for row, size in zip(text, (25, 4, 9), strict=True)]
     more = [row[60 : 60 + size] for row, size in zip(text, (12, 12, 7), strict=True)]
-    ends = {"eos_token_id": 2}
+    tokenizer, ends = letters(), {"eos_token_id": None if given == "criteria without end token" else 2}
     if given == "generation_config":  # which leaves to the model's what it does not say
         monkeypatch.setattr(model.generation_config, "eos_token_id", 2)
         ends = {"generation_config": GenerationConfig(output_logits=True)}
+    if given.startswith("criteria"):
+        ends["stopping_criteria"] = [Stop(end)]
+    if given == "string":
+        ends |= {"stop_strings": [tokenizer.decode([end])], "tokenizer": tokenizer}
+    if given == "its criterion":
+        ends["stopping_criteria"] = [StopStringCriteria(tokenizer, [tokenizer.decode([end])])]
     logits, held = converse(model, policy, prompts, answers, more, ends)
     for row in range(3):
         own = ([part[row]] for part in (prompts, answers, more))
@@ -503,6 +534,75 @@ def test_only_padding_after_an_end_token_is_no_text():
             model(part, past_key_values=cache)
             seen.append(list(cache.clock.seen))
     assert seen == [[2, 2], [3, 3], [4, 3], [5, 4], [6, 5], [7, 6], [8, 6], [8, 7], [8, 7], [8, 8]]
+
+
+@pytest.mark.parametrize(
+    ("eos", "pad", "known"), [(None, 0, [11, 11]), (2, None, [11, 5]), (2, 0, [11, 5]), ([2, 5], None, [11, 5])]
+)
+def test_what_generate_is_told_of_ends_counts(eos, pad, known):
+    """An explicit None is no "not said"; an unset pad token is the first end token, as transformers has it."""
+    model, told = zoo.build("llama"), [[9] * 8, [2, 2, 0, 2, 2, 0, 0, 2]]
+    ids = zoo.tokens(model, 2, 4)
+    with attach(model, hashed(30)) as cache:
+        answer(
+            model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache, logits_processor=[Script(told)],
+            max_new_tokens=8, eos_token_id=eos, pad_token_id=pad,
+        )  # fmt: skip
+    assert cache.clock.seen == known
+
+
+def test_criteria_are_asked_once_and_keep_what_they_say():
+    model, criterion = zoo.build("llama"), Stop(2)
+    with attach(model, hashed(30)) as cache:
+        answer(model, prompt(model), cache, stopping_criteria=[criterion], max_new_tokens=5)
+        assert criterion.asked == 5
+        cache.reset()
+        by_length = StoppingCriteriaList([MaxLengthCriteria(PROMPT + 3)])
+        assert answer(model, prompt(model), cache, stopping_criteria=by_length).sequences.shape[1] == PROMPT + 3
+
+
+def test_a_mask_counts_in_turns_of_one_token():
+    """Padding among them, and what was read as text before, is hidden as in a stock cache; what is padding stays it."""
+    model = zoo.build("llama")
+    ids, mask = zoo.tokens(model, 2, 14), torch.ones(2, 14, dtype=torch.int64)
+    mask[1, 9:11] = 0
+    found, expected = [], []
+    with attach(model, hashed(30)) as cache, torch.no_grad():
+        for held, logits in ((cache, found), (zoo.stock_cache(model), expected)):
+            model(ids[:, :9], past_key_values=held)
+            for column in range(9, 14):
+                shown = mask[:, : column + 1].clone()
+                shown[0, 3] = column < 12
+                places = (shown.cumsum(-1) - 1)[:, -1:]
+                given = {"attention_mask": shown, "position_ids": places, "past_key_values": held}
+                logits.append(model(ids[:, column : column + 1], **given).logits[shown[:, -1] == 1])
+        assert cache.clock.seen == [13, 12]
+        with pytest.raises(CacheError, match="read padding"):
+            model(ids[:, :1], attention_mask=torch.ones(2, 15, dtype=torch.int64), past_key_values=cache)
+    close(torch.cat(found), torch.cat(expected), CLOSE)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_padding_before_a_turn_read_in_chunks(chunk):
+    model = zoo.build("llama")
+    inputs = prompt(model)
+    with attach(model, hashed(200)) as cache:
+        out = answer(model, inputs, cache)
+        ids = torch.cat([out.sequences, zoo.tokens(model, len(PADS), 7, 21)], 1)
+        mask = longer(inputs["attention_mask"], ids.shape[1])
+        mask[1, -7:-3] = 0
+        given = {"input_ids": ids, "attention_mask": mask}
+        found = answer(model, given, cache, prefill_chunk_size=chunk)
+    close(torch.stack(found.logits, 1), torch.stack(answer(model, given).logits, 1), CLOSE)
+
+
+def test_a_turn_without_mask_is_refused_where_padding_was_read():
+    """A stock cache would take the padding for text."""
+    model, inputs = zoo.build("llama"), prompt(zoo.build("llama"))
+    with attach(model, hashed()) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(CacheError, match=r"read padding.*attention_mask"):
+            model(inputs["input_ids"], past_key_values=cache)
 
 
 def test_a_prompt_of_one_token_and_embeddings():

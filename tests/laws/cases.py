@@ -20,7 +20,7 @@ from tests.laws.run import LENGTH, STEPS, TURN, Run, Turns, batch, read
 
 BUDGET, SLACK, SINKS, RECENT = 20, 4, 2, 3
 LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
-AMPLE = 4 * LENGTH
+AMPLE, ENDLESS = 4 * LENGTH, 100 * LENGTH
 
 # Name: (method, options beside those of every case). `together=floor` lets the heads of all layers compete; `made` is what
 # gates are made with, where "demand" stands for one of all evicting layers.

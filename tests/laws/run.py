@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from learnevict import EvictingCache, attach
-from learnevict.infer.serve import cuts
 from learnevict.policy import Policy
 from learnevict.signals import Trace
 from tests.laws.judge import position_ids
@@ -65,16 +65,6 @@ def pieces(prompt: int, length: int) -> list[int]:
     return [prompt, *([1] * (length - prompt))]
 
 
-def cut_at_events(cache: EvictingCache, mask: Tensor, sizes: list[int]) -> list[int]:
-    """The same forwards; where events wait for the end of a forward, cut at those of all rows."""
-    if not cache.clock.deferred:
-        return sizes
-    flags = mask[:, cache.get_seq_length() :].bool().tolist()
-    ends = {sum(sizes[: index + 1]) for index in range(len(sizes))}
-    stops = sorted(ends | {stop for stop in cuts(cache.clock, flags, len(flags), len(flags[0])) if stop <= max(ends)})
-    return [stop - before for before, stop in zip([0, *stops], stops, strict=False)]
-
-
 class Reader:
     """Feeds ids to a model piece by piece, from where its cache stands; several readers may take turns on one model."""
 
@@ -83,7 +73,7 @@ class Reader:
     ) -> None:
         self.model, self.cache, self.ids, self.mask = model, cache, ids, mask
         self.places = position_ids(mask)
-        self.sizes = cut_at_events(cache, mask, sizes)
+        self.sizes = sizes
         self.logits: list[Tensor] = []
         self.moments: list[Moment] = []
 
@@ -130,12 +120,14 @@ class Turns:
         ids: int64 [B, T]; mask [B, T], 0 = padding, the rows' own padding after their end included.
         first: columns of the first turn.
         sizes: of the forwards of both turns.
+        end: the token by which rows end.
     """
 
     ids: Tensor
     mask: Tensor
     first: int
     sizes: tuple[list[int], list[int]]
+    end: int
 
     @classmethod
     def of(cls, ids: Tensor, end: int, pad: int) -> Turns:
@@ -148,14 +140,14 @@ class Turns:
             ids[row, stop:LENGTH], mask[row, stop:LENGTH] = pad, 0
             ids[row, LENGTH : LENGTH + gap], mask[row, LENGTH : LENGTH + gap] = pad, 0
         turn = [TURN, *([1] * (ids.shape[1] - LENGTH - TURN))]
-        return cls(ids, mask, LENGTH, (pieces(PROMPT, LENGTH), turn))
+        return cls(ids, mask, LENGTH, (pieces(PROMPT, LENGTH), turn), end)
 
     def alone(self, row: int) -> Turns:
         """One row without any padding."""
         real = self.mask[row].bool()
         ids, first = self.ids[row : row + 1, real], int(real[: self.first].sum())
         one, two = (self._real(row, start, sizes) for start, sizes in zip((0, self.first), self.sizes, strict=True))
-        return Turns(ids, torch.ones_like(ids), first, (one, two))
+        return Turns(ids, torch.ones_like(ids), first, (one, two), self.end)
 
     def _real(self, row: int, start: int, sizes: list[int]) -> list[int]:
         ends = [start + sum(sizes[: index + 1]) for index in range(len(sizes))]
@@ -183,3 +175,54 @@ def held(expiry: Tensor, mask: Tensor, length: int) -> list[list[list[list[int]]
 def occupied(position: Tensor) -> list[list[list[int]]]:
     """By row and head: columns held, sorted, every slot counted (so a double shows)."""
     return [[sorted(head[head >= 0].tolist()) for head in row] for row in position]
+
+
+class Script(LogitsProcessor):
+    """Row b writes answers[b]."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers, self.step = answers, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        told = [tokens[min(self.step, len(tokens) - 1)] for tokens in self.answers]
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(told).to(scores.device).view(-1, 1), 0.0)
+
+
+@dataclass(frozen=True)
+class SecondTurn:
+    """How the second turn follows a first one in which rows end early.
+
+    Attributes:
+        pad: of generate(): another token than the end, the end token, or None for unset.
+        size: columns of the turn; 1: one token, read by hand as is the last column of the first turn.
+        ones: the mask calls text whatever follows the prompts.
+    """
+
+    pad: int | None
+    size: int
+    ones: bool
+
+    def read(self, model: PreTrainedModel, cache: Any, turns: Turns) -> list[Tensor]:
+        """Both turns through `cache`, an EvictingCache of an attached model or a stock one: logits at what is text, [n, V]."""
+        prompt = {"input_ids": turns.ids[:, :PROMPT], "attention_mask": turns.mask[:, :PROMPT]}
+        answers = turns.ids[:, PROMPT : turns.first].tolist()
+        how = {"past_key_values": cache, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        ends = {"eos_token_id": turns.end, "pad_token_id": self.pad, "max_new_tokens": turns.first - PROMPT}
+        first = model.generate(**prompt, **how, **ends, logits_processor=[Script(answers)])
+        logits = [torch.stack(first.logits, 1)[turns.mask[:, PROMPT - 1 : turns.first - 1].bool()]]
+        stop = turns.first + (self.size if self.size > 1 else 0)
+        ids, mask = torch.cat([first.sequences, turns.ids[:, turns.first : stop]], 1), turns.mask[:, :stop]
+        mask = torch.cat([mask[:, :PROMPT], torch.ones_like(mask[:, PROMPT:])], 1) if self.ones else mask
+        if self.size > 1:
+            script = [Script(turns.ids[:, stop:].tolist())]
+            out = model.generate(
+                ids, attention_mask=mask, **how, eos_token_id=None, max_new_tokens=STEPS, logits_processor=script
+            )
+            return [*logits, torch.stack(out.logits, 1).flatten(0, 1)]
+        more = turns.ids[:, -1:]  # for every row a token
+        for token, shown in ((ids[:, -1:], mask), (more, torch.nn.functional.pad(mask, (0, 1), value=1))):
+            places = position_ids(shown)[:, -1:]
+            with torch.no_grad():
+                out = model(token, attention_mask=shown, position_ids=places, past_key_values=cache).logits[:, -1]
+        return [*logits, out]

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from learnevict import EvictingCache, Gates, attach, methods, replay
+from learnevict.errors import CacheError
 from learnevict.infer.layer import EvictingLayer
 from learnevict.signals import NEVER
 from tests.closeness import close, distance
 from tests.laws import zoo
-from tests.laws.cases import AMPLE, BUDGET, EXEMPT, LEARNED, LONG, RECENT, SINKS, VARIANTS, Case, random_gates
+from tests.laws.cases import AMPLE, BUDGET, ENDLESS, EXEMPT, LEARNED, LONG, RECENT, SINKS, VARIANTS, Case, random_gates
 from tests.laws.judge import judge, stock
 from tests.laws.policies import hashed
-from tests.laws.run import PADS, PROMPT, Reader, Run, batch, held, occupied, pieces, read
+from tests.laws.run import PADS, PROMPT, TURN, Reader, Run, SecondTurn, batch, held, occupied, pieces, read
 
 CLOSE = 1e-4  # of the largest logit: float32 sums in another order, layer upon layer
 SAME = 1e-5
@@ -232,8 +233,29 @@ def turns(case: Case) -> int:
     return run.evictions
 
 
+def unchanged(case: Case) -> int:
+    """Two turns with room for everything, rows ending early in the first, answer as a stock cache does; a mask that takes the
+    padding behind their ends for text is refused."""
+    model, turns = case.model, case.turns
+    policy = case.policy(turns.ids, turns.mask, ENDLESS)
+    right, wrong = ((0, TURN), (turns.end, 1), (None, TURN)), ((turns.end, TURN), (None, 1))
+    for pad, size, ones in (*((*one, False) for one in right), *((*one, True) for one in wrong)):
+        turn = SecondTurn(pad, size, ones)
+        with attach(model, policy) as cache:
+            if ones:
+                with pytest.raises(CacheError, match="read padding"):
+                    turn.read(model, cache, turns)
+                continue
+            found = turn.read(model, cache, turns)
+        expected = turn.read(model, zoo.stock_cache(model), turns)
+        for logits, told in zip(found, expected, strict=True):
+            close(logits, told, SAME)
+    return 0
+
+
 LAWS: dict[str, Callable[[Case], int]] = {
-    law.__name__: law for law in (bounded, identity, masking, padding, isolation, gone, guarded, determinism, turns)
+    law.__name__: law
+    for law in (bounded, identity, masking, padding, isolation, gone, guarded, determinism, turns, unchanged)
 }
 
 

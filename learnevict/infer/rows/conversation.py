@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnevict.errors import CacheError, UsageError
 from learnevict.infer.clock import Clock
+from learnevict.infer.rows.ends import Ends, Finished
 
 EMBEDDED, PADDING = -1, -2
 ROOM = 256
@@ -27,16 +28,26 @@ class Conversation:
     Attributes:
         ids: int32 [B, room], -1 for embeddings, -2 for padding; None before the first forward.
         open: columns of the forward that has been admitted and is not over; 0 if there is none.
+        step: that forward is a single step, no turn or part of one.
+        padded: rows that this step pads; empty if it does not pad.
+        ends: what generate() was told of ends; None outside of it.
+        hears: generate() was given criteria that are heard.
+        turn_end: columns of the prompt that generate() was given; 0 outside of it.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+        self.finished = Finished()
+        self.ends: Ends | None = None
+        self.hears, self.turn_end = False, 0
         self.reset()
 
     def reset(self) -> None:
         """Forget what was read."""
         self.ids: Tensor | None = None
-        self.open = 0
+        self.open, self.step = 0, False
+        self.padded: list[bool] = []
+        self.finished.forget()
 
     def admit(
         self,
@@ -45,18 +56,26 @@ class Conversation:
         mask: Tensor | None,
         places: Tensor | None,
         last: Tensor | None,
-    ) -> None:
+        ends: Ends,
+    ) -> Tensor | None:
         """Check that a forward goes on from where the cache stands, and write its tokens down.
+
+        Inside generate() the mask of a step is not read, which would make it wait for the device: it is the prompt's, and ones.
 
         Args:
             source: input ids [B, S], or embeddings [B, S, E]; `tokens` are the ids, None where embeddings were given.
             mask: [B, S or columns read + S], 0 = padding.
             places: position ids [B or 1, S]; others, of several kinds, are not checked.
             last: position ids of the last column read before, [B or 1, 1].
+            ends: by which rows end outside of generate().
+
+        Returns:
+            Columns that the mask hides, bool [B, columns read], if some of them were read as text; else None.
 
         Raises:
             CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; mask or
-                positions are those of another text; the last forward was interrupted.
+                positions are those of another text; the mask has tokens where padding was read; the last forward was
+                interrupted.
         """
         (batch, size), length = source.shape[:2], self.clock.length
         self._check_rows(batch)
@@ -68,12 +87,47 @@ class Conversation:
                 f"{given} does not fit: this cache has read {length} and {size} come in; a new prompt needs cache.reset() or a "
                 "new cache, a next turn the whole conversation"
             )
-        if size > 1 and length and places is not None and places.ndim == 2:
+        self.step = step = size == 1 and length >= self.turn_end
+        if not step and length and places is not None and places.ndim == 2:
             check_positions(places, last, mask, length, self.clock.seen)
-        if size > 1 and length and mask is not None and mask.shape[1] > size:
-            self._check_padding(mask[:, :length] != 0)
-        self._write(source, tokens, mask)
+        self.padded = self._padded(tokens, ends) if step else []
+        if not step:
+            self.finished.forget()
+        shown = None if step and self.turn_end else mask
+        hidden = self._compare(shown, self.padded) if length and (not step or shown is not None) else None
+        self._write(source, tokens, shown)
         self.open = size
+        return hidden
+
+    def _padded(self, tokens: Tensor | None, ends: Ends) -> list[bool]:
+        """Rows that a step pads; a single one never is."""
+        seen, known = self.clock.seen, self.ends or ends
+        if tokens is None or len(seen) < 2 or not all(seen) or not (known.ends or self.hears):
+            return []
+        padded = self.finished.look(tokens, known)
+        return padded if any(padded) else []
+
+    def _compare(self, mask: Tensor | None, padded: Sequence[bool] = ()) -> Tensor | None:
+        """What of the columns read a mask hides, if that is more than the padding known; no mask calls all of them text."""
+        old, length = self.ids, self.clock.length
+        if old is None or (mask is not None and mask.shape[1] <= length):
+            return None
+        if mask is None:
+            wrong, hidden, more = [seen < length for seen in self.clock.seen], None, False
+        else:
+            known, hidden = old[:, :length] == PADDING, mask[:, :length] == 0
+            found: list[list[bool]] = torch.stack([(known & ~hidden).any(-1), (hidden & ~known).any(-1)]).tolist()
+            wrong, more = found[0], any(found[1])
+        if padded:  # as in generate(), the mask of a row that has ended goes on with ones
+            wrong = [text and not over for text, over in zip(wrong, padded, strict=True)]
+        if any(wrong):
+            row = wrong.index(True)
+            given = "no attention mask came in, or one of ones" if mask is None else "the mask has tokens"
+            raise CacheError(
+                f"{given}, but this cache has read padding in row {row}, in front of a text or where the row had ended before "
+                f"others; give an attention_mask of all columns with 0 there, or {ADVICE}"
+            )
+        return hidden if more else None
 
     def _check_rows(self, batch: int) -> None:
         seen, prompts = self.clock.seen, self.clock.prompt_length
@@ -93,11 +147,6 @@ class Conversation:
                 "(with num_return_sequences, one per returned row)"
             )
 
-    def _check_padding(self, real: Tensor) -> None:
-        old = self.ids
-        if old is not None and bool((real & (old[:, : real.shape[1]] == PADDING)).any()):
-            raise CacheError(f"the mask has tokens where this cache has read padding; {ADVICE}")
-
     def _write(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None) -> None:
         (batch, size), length, old = source.shape[:2], self.clock.length, self.ids
         if old is None or old.shape[1] < length + size:
@@ -111,8 +160,11 @@ class Conversation:
             fresh.fill_(EMBEDDED)
         else:
             fresh.copy_(tokens)
-        if mask is not None and size > 1:  # single tokens are always real
+        if mask is not None:
             fresh.masked_fill_(mask[:, -size:] == 0, PADDING)
+        for row, padded in enumerate(self.padded):
+            if padded:
+                fresh[row].fill_(PADDING)
 
     def hide(self, hidden: Tensor) -> None:
         """Columns bool [B, columns read] were padding after all."""
@@ -123,6 +175,7 @@ class Conversation:
         """Row i becomes what row index[i] was."""
         if self.ids is not None:
             self.ids = self.ids.index_select(0, index.to(self.ids.device))
+        self.finished.reorder(index.tolist())
 
     def starts(self, ids: Tensor, mask: Tensor | None) -> bool:
         """Whether a text begins with all that was read, and goes on; see EvictingCache.starts_with."""
@@ -152,6 +205,8 @@ class Conversation:
         new = mask is not None and mask.shape[1] > ids.shape[1]
         if new or len(self.clock.seen) % len(ids) or self.starts(ids, mask):
             return
+        if mask is not None and mask.shape == ids.shape and self.starts(ids, None):
+            self._compare(mask.repeat_interleave(len(self.clock.seen) // len(ids), 0))
         raise CacheError(
             f"generate() was given {ids.shape[1]} tokens, which are not the {self.clock.length} that this cache has read and "
             f"more; {ADVICE}"

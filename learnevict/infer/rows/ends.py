@@ -1,12 +1,11 @@
 """Rows of a batch that have ended: `generate()` feeds them padding until the last one ends, and its mask calls that text.
 
-A row has ended once it has read an end token in a single step. Pad tokens that follow in single steps are padding; any other
-token is text, so a conversation may also be read token by token. Which ids these are, `generate()` is told; who calls the model
-step by step has them in its generation_config.
+Inside generate() every criterion that ends a row is heard (`Heard`), and end tokens are known. Who calls the model step by step
+has both ids in its generation_config: after an end token, pad tokens in single steps are padding and any other token is text,
+so a conversation may also be read token by token.
 
-Only ids tell, and they are on the device: they are copied to the host while the layers run, and looked at one step later, when
-nobody has to wait. Only in steps after a row's end are a step's own ids awaited, one small copy, as `generate()` itself does in
-every step. A single row is never padded.
+What tells of an end is on the device. It is copied to the host while the layers run and looked at one step later, when nobody
+has to wait; only in steps after an end token are a step's own ids awaited, one small copy, as generate() does in every step.
 """
 
 from __future__ import annotations
@@ -18,6 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from learnevict.errors import PaddingReadWarning
 
@@ -30,19 +37,26 @@ class Ends:
     pads: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, *sources: Mapping[str, Any]) -> Ends:
-        """Returns what the first source says that says anything: arguments of generate(), then generation configs."""
+    def of(cls, config: Any) -> Ends:
+        """What a generation config says; without a pad token nobody knows what a row is padded with."""
+        return cls(*(frozenset(_ids(getattr(config, name, None))) for name in ("eos_token_id", "pad_token_id")))
 
-        def first(name: str) -> frozenset[int]:
-            return _ids(next((found for source in sources if (found := source.get(name)) is not None), None))
+    @classmethod
+    def of_generate(cls, given: Mapping[str, Any], *configs: Any) -> Ends:
+        """What generate() makes of its arguments, where None is an answer, and of the first config that says anything."""
 
-        ends, pads = first("eos_token_id"), first("pad_token_id")
-        return cls(ends, pads or ends)
+        def first(name: str) -> list[int]:
+            if name in given:
+                return _ids(given[name])
+            return next((found for config in configs if (found := _ids(getattr(config, name, None)))), [])
+
+        ends = first("eos_token_id")
+        return cls(frozenset(ends), frozenset(first("pad_token_id") or ends[:1]))
 
 
-def _ids(given: Any) -> frozenset[int]:
+def _ids(given: Any) -> list[int]:
     given = given.flatten().tolist() if isinstance(given, Tensor) else given
-    return frozenset(given if isinstance(given, list | tuple) else [] if given is None else [given])
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 class Finished:
@@ -52,39 +66,84 @@ class Finished:
         self.forget()
 
     def forget(self) -> None:
-        """A forward of several tokens begins: every row goes on."""
+        """A forward that is no step begins: every row goes on."""
         self.padded: list[bool] = []
+        self.over: list[bool] = []
+        self.heard: Tensor | None = None
         self.copy: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def reorder(self, index: list[int]) -> None:
         """Row i becomes what row index[i] was."""
         if self.copy is not None:
-            last = self._last()
-            self.copy = torch.tensor([last[i] for i in index]), None
-            self.padded = [self.padded[i] for i in index]
+            self.copy = self._last()[:, index], None
+            self.padded, self.over = ([rows[i] for i in index] for rows in (self.padded, self.over))
+
+    def hear(self, done: Any) -> None:
+        """A criterion of generate() has spoken of the tokens that the next step reads, bool [B]."""
+        if isinstance(done, Tensor) and done.ndim == 1:
+            self.heard = done if self.heard is None else self.heard | done
 
     def look(self, tokens: Tensor, known: Ends) -> list[bool]:
         """Rows that are given padding now, by ids int64 [B, 1]."""
-        padded = [False] * len(tokens)
+        padded = self.over = self.over or [False] * len(tokens)
         if self.copy is not None:
-            padded = [was or token in known.ends for was, token in zip(self.padded, self._last(), strict=True)]
-        if any(padded):
-            padded = [over and token in known.pads for over, (token,) in zip(padded, tokens.tolist(), strict=True)]
+            last, heard = self._last().tolist()
+            self.over = [was or bool(now) for was, now in zip(self.over, heard, strict=True)]
+            padded = [was or token in known.ends for was, token in zip(self.padded, last, strict=True)]
+            if any(padded):
+                padded = [
+                    ended and token in known.pads for ended, (token,) in zip(padded, tokens.tolist(), strict=True)
+                ]
+            padded = [either or over for either, over in zip(padded, self.over, strict=True)]
+        told = tokens.new_zeros(len(tokens)) if self.heard is None or len(self.heard) != len(tokens) else self.heard
         on_gpu, event = tokens.device.type == "cuda", None
-        copy = tokens.to("cpu", non_blocking=on_gpu, copy=True)
+        copy = torch.stack([tokens[:, 0], told.to(tokens)]).to("cpu", non_blocking=on_gpu)
         if on_gpu:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(tokens.device))
-        self.padded, self.copy = padded, (copy, event)
+        self.padded, self.copy, self.heard = padded, (copy, event), None
         return padded
 
-    def _last(self) -> list[int]:
-        """Ids that each row was given in the last step."""
+    def _last(self) -> Tensor:
+        """Of the last step, int64 [2, B]: each row's id, and 1 where a criterion ended the row with it."""
         assert self.copy is not None
         copy, event = self.copy
         if event is not None:
             event.synchronize()
-        return copy.flatten().tolist()
+        return copy
+
+
+class Heard(StoppingCriteria):
+    """Hands on what another criterion says, and lets the cache know."""
+
+    def __init__(self, criterion: Any, finished: Finished) -> None:
+        self.criterion, self.finished = criterion, finished
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        done = self.criterion(input_ids, scores, **kwargs)
+        self.finished.hear(done)
+        return done
+
+    def __getattr__(self, name: str) -> Any:  # generate() looks for eos_token_id
+        if name == "criterion":
+            raise AttributeError(name)
+        return getattr(self.criterion, name)
+
+
+def heard_criteria(given: Mapping[str, Any], configs: tuple[Any, ...], finished: Finished) -> StoppingCriteriaList:
+    """The criteria for generate() in place of those it was given: all that may end one row before the others are heard.
+
+    Kinds that generate() makes itself stay what they are, for its own give way to them, and are asked once more where they are
+    heard: they keep nothing in mind.
+    """
+    criteria = list(given.get("stopping_criteria") or [])
+    strings = given.get("stop_strings", next((s for c in configs if (s := getattr(c, "stop_strings", None))), None))
+    own = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+    asked = [one for one in criteria if type(one) in (EosTokenCriteria, StopStringCriteria)]
+    if strings and given.get("tokenizer") is not None and not any(type(one) is StopStringCriteria for one in asked):
+        asked.append(StopStringCriteria(given["tokenizer"], strings))
+    kept = [one if type(one) in own else Heard(one, finished) for one in criteria]
+    return StoppingCriteriaList([*kept, *(Heard(one, finished) for one in asked)])
 
 
 def warn_of_padding(num: int) -> None:
@@ -92,8 +151,9 @@ def warn_of_padding(num: int) -> None:
     if num <= 1:
         return
     warnings.warn(
-        f"the attention mask hides {num} tokens that were read as text and may have evicted others; rows that generate() pads "
-        "when they have ended are known by eos_token_id and pad_token_id of model.generation_config: set them there",
+        f"the attention mask hides {num} tokens that were read as text and may have evicted others; rows that are padded when "
+        "they have ended are known inside generate(), else by eos_token_id and pad_token_id of model.generation_config: set "
+        "them there",
         PaddingReadWarning,
         stacklevel=5,
     )
