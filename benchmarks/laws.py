@@ -68,9 +68,9 @@ class Bench:
     def __init__(self, config: Config) -> None:
         from learnevict import replay
         from learnevict.signals import NEVER, Trace
-        from tests.laws import cases, judge, run, zoo
+        from tests.laws import cases, naive, run, zoo
 
-        self.config, self.cases, self.judge, self.run, self.zoo = config, cases, judge, run, zoo
+        self.config, self.cases, self.naive, self.run, self.zoo = config, cases, naive, run, zoo
         self.replay, self.trace, self.never = replay, Trace, NEVER
 
     def cells(self) -> Iterator[tuple[str, str, str]]:
@@ -96,19 +96,19 @@ class Bench:
     def identity(self, case: Any) -> Outcome:
         """Compares a budget that holds everything with the stock model."""
         run = case.fresh_run(budget=self.cases.AMPLE)
-        return self._distance(run.logits, self.judge.stock(case.model, run.ids, run.mask), run.mask, self.config.same)
+        return self._distance(run.logits, self.naive.stock(case.model, run.ids, run.mask), run.mask, self.config.same)
 
     def masking(self, case: Any) -> Outcome:
         """Compares with a model told what each head may see, and with replay."""
         run = case.run
         expiry = run.trace.expiry
-        told = self.judge.judge(case.model, run.ids, run.mask, expiry)
+        told = self.naive.masked_logits(case.model, run.ids, run.mask, expiry)
         with torch.no_grad():
             again = self.replay(case.model, run.ids, run.trace, run.mask).logits
-        judged = self._distance(run.logits, told, run.mask, self.config.close)
+        masked = self._distance(run.logits, told, run.mask, self.config.close)
         replayed = self._distance(run.logits, again, run.mask, self.config.close)
         evicted = f"{case.count} evictions"
-        return Outcome(max(judged.error, replayed.error), self.config.close, note=evicted)
+        return Outcome(max(masked.error, replayed.error), self.config.close, note=evicted)
 
     def padding(self, case: Any) -> Outcome:
         """Compares row by row; on a card sums of another order may break a near tie, so traces are compared as shares."""
@@ -156,8 +156,8 @@ class Bench:
         model, run = self._bfloat16(case)
         with torch.no_grad():
             again = self.replay(model, run.ids, run.trace, run.mask).logits.float()
-        rounded = self.judge.stock(model, run.ids, run.mask).float()
-        exact = self.judge.stock(case.model, run.ids, run.mask)
+        rounded = self.naive.stock(model, run.ids, run.mask).float()
+        exact = self.naive.stock(case.model, run.ids, run.mask)
         noise = max(self._distance(rounded, exact, run.mask, 1.0).error, torch.finfo(torch.bfloat16).eps)
         agree = (run.trace.expiry == case.run.trace.expiry).float().mean().item()
         note = f"free traces agree {agree:.1%} with float32"

@@ -1,4 +1,4 @@
-"""learnevict: train, judge and deploy learned KV-cache eviction.
+"""learnevict: train, evaluate and deploy learned KV-cache eviction.
 
 Importing this package only defines names; transformers is loaded when a name that needs it is first used.
 """

@@ -4,8 +4,8 @@
     scripts/write_tables                                           # the table and the curves of docs/results.md
 
 Variants climb from the paper's letter (arXiv 2602.03203) to recipes/grpo.py; all see the same texts in the same order, and are
-judged on validation samples that none has seen. A variant that is there already is not run again; one that was run from another
-start, for other steps or under other settings is refused, for one table compares what differs in one thing only.
+evaluated on validation samples that none has seen. A variant that is there already is not run again; one that was run from
+another start, for other steps or under other settings is refused, for one table compares what differs in one thing only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Config:
     variants: str = flag("", "names between semicolons; default: all")
     steps: int = flag(60, "of every refinement")
     rows: int = flag(32, "traces per step, in groups of 8")
-    samples: int = flag(60, "to judge on")
+    samples: int = flag(60, "to evaluate on")
     smoke: bool = flag(False, "seconds, the same code")
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ def refine(
         )
         trainer.train()
         log = trainer.state.log_history
-    plan, field = judged(config, gates)
+    plan, field = evaluation(config, gates)
     found, numbers = run(plan, subject, field, advance=advance)
     counts = {}
     for key, cell in numbers.entries.items():
@@ -127,8 +127,8 @@ def refine(
     return {**variant, "cost": [line["cost"] for line in log if "cost" in line], "counts": counts}
 
 
-def judged(config: Config, gates: Gates) -> tuple[Plan, list[EvaluatedMethod]]:
-    """On what a variant is judged, and as whom."""
+def evaluation(config: Config, gates: Gates) -> tuple[Plan, list[EvaluatedMethod]]:
+    """Returns the plan of a variant's evaluation, and the method evaluated."""
     tasks = family_tasks(["program"], split="validation")
     plan = Plan(tasks, SHARES, config.samples, seed=4000, free="none", batch_size=60, oracle=False)
     return plan, [evaluated_method(gates.method, gates)]
@@ -160,7 +160,7 @@ def main(config: Config) -> None:
         one["settings"] = {**asdict(RefineConfig()), **one["settings"]}
     check_same(done, variants, out)
     missing = [one for one in variants if one["name"] not in {other["name"] for other in done}]
-    total = sum(one["steps"] + count(*judged(config, start)) for one in missing)
+    total = sum(one["steps"] + count(*evaluation(config, start)) for one in missing)
     with progress(total) as advance:
         for variant in missing:
             done.append(refine(variant, config, subject, Gates.load(config.start_from, base), advance))

@@ -2,12 +2,12 @@
 
     python recipes/demo.py                       # or scripts/demo, which sets everything up first
 
-Golden labels for a few hundred training texts, a judge trained on them from scratch, then the bundled model reasons under a
-small cache: heuristics, table baselines, the oracle and the judge side by side on unseen samples. Writes report.json,
-table.md and accuracy.png. The judge shipped with the package was trained longer, by the same code, on all five families.
+Golden labels for a few hundred training texts, a scorer trained on them from scratch, then the bundled model reasons under a
+small cache: heuristics, table baselines, the oracle and the scorer side by side on unseen samples. Writes report.json,
+table.md and accuracy.png. The scorer shipped with the package was trained longer, by the same code, on all five families.
 
-Run again, it goes on where it was interrupted: labels are kept shard by shard, a judge trained to its end is not trained again,
-samples that were judged stay judged. Another number of documents or steps, or another base model, begins anew; labels, judge
+Run again, it goes on where it was interrupted: labels are kept shard by shard, a scorer trained to its end is not trained
+again, nor is a sample evaluated again. Another number of documents or steps, or another base model, begins anew; labels, gates
 and numbers of the former run stay beside the new ones.
 """
 
@@ -45,7 +45,7 @@ from learnevict.train.run.flags import check_fields, flag, read_flags
 FAMILIES = ("program", "recall")
 BUDGETS = ("1/4", "1/8")
 BASELINES = ("random", "lexical", "clausal", "streaming_llm", "h2o", "snapkv", "tova", "keydiff")
-JUDGE = "foresightkv"
+SCORER = "foresightkv"
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -63,14 +63,14 @@ class Config:
 
 
 def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
-    """Label what is not labelled yet, and train unless a judge of the same labels, steps and base is there."""
+    """Label what is not labelled yet, and train unless a scorer of the same labels, steps and base is there."""
     console.rule("1. golden labels: what the future attends to")
     labels = out / f"labels-{documents}-{base_hash[:8]}"
     oracle.main(oracle.Config(out=labels, documents=documents, families=",".join(FAMILIES)))
-    console.rule("2. a judge learns to rank tokens as the oracle does")
+    console.rule("2. a scorer learns to rank tokens as the oracle does")
     folder = out / f"gates-{steps}-of-{labels.name}"
     if (read_record(folder) or {}).get("status") == "finished":
-        console.print(f"the judge in {folder} has learned this already", soft_wrap=True)
+        console.print(f"the scorer in {folder} has learned this already", soft_wrap=True)
     else:
         flags = ["--labels", str(labels), "--output_dir", str(folder), "--max_steps", str(steps)]
         distill.main(distill.parse([*flags, "--save_strategy", "no"]))
@@ -97,13 +97,13 @@ def compare(
         )
 
 
-def verdict(log: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
-    """The judge minus every baseline in step accuracy, on the same samples, with paired intervals.
+def comparison(log: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bool]:
+    """Returns a table of the scorer minus every baseline in step accuracy, on the same samples, with paired intervals.
 
     True if all intervals over both families are above 0. Families weigh the same there. Each is shown by itself too: where a
     baseline gets one of them right to the last token, nobody can be better.
     """
-    table = Table(title=f"{JUDGE} minus baseline, step accuracy (95 % paired interval)")
+    table = Table(title=f"{SCORER} minus baseline, step accuracy (95 % paired interval)")
     table.add_column("baseline")
     columns = [(families, budget) for budget in plan.budgets for families in (*((one,) for one in FAMILIES), FAMILIES)]
     for families, budget in columns:
@@ -114,7 +114,7 @@ def verdict(log: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table, bo
         for families, budget in columns:
             right, other, seen = (
                 [value for family in families for value in shares(log, plan, method, family, budget, what)]
-                for method, what in ((JUDGE, "right"), (name, "right"), (JUDGE, "seen"))
+                for method, what in ((SCORER, "right"), (name, "right"), (SCORER, "seen"))
             )
             gain = metrics.paired_difference(right, other, seen)
             better = better and (gain.low > 0 or families != FAMILIES)
@@ -127,10 +127,10 @@ def shares(log: SampleLog, plan: Plan, method: str, family: str, budget: str, wh
     """One number per sample, as a share of the tokens that the family checks."""
     found, seen = (
         log.column(Key(one, family, budget, "teacher"), plan.seeds, kind)
-        for one, kind in ((method, what), (JUDGE, "seen"))
+        for one, kind in ((method, what), (SCORER, "seen"))
     )
     assert found is not None, f"{method} was not run on {family} at {budget}"
-    assert seen is not None, f"{JUDGE} was not run on {family} at {budget}"
+    assert seen is not None, f"{SCORER} was not run on {family} at {budget}"
     return [value / sum(seen) for value in found]
 
 
@@ -149,26 +149,26 @@ def show(rows: Sequence[Row]) -> Table:
 
 
 def main(out: Path, samples: int, documents: int, steps: int) -> bool:
-    """Label, train, compare, report; True if the judge beats every baseline at both budgets."""
+    """Label, train, compare, report; True if the scorer beats every baseline at both budgets."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = testbed.load()
     folder = learn(out, weight_hash(model), documents, steps)
     gates = {name: Gates.load(GATES_FOLDER / f"testbed-{name}", model) for name in ("lexical", "clausal")}
-    gates[JUDGE] = Gates.load(folder, model)
-    evaluated_methods = [evaluated_method(name, gates.get(name)) for name in ("full", "golden", *BASELINES, JUDGE)]
+    gates[SCORER] = Gates.load(folder, model)
+    evaluated_methods = [evaluated_method(name, gates.get(name)) for name in ("full", "golden", *BASELINES, SCORER)]
     plan = Plan(family_tasks(FAMILIES), BUDGETS, samples, free="all")
-    mine = out / f"rows-{weight_hash(gates[JUDGE])[:8]}.jsonl"  # numbers of one judge: another one has its own
+    mine = out / f"rows-{weight_hash(gates[SCORER])[:8]}.jsonl"  # numbers of one scorer: another one has its own
     rows, log = compare(plan, evaluated_methods, EvaluatedModel(model, tokenizer), mine)
     write(out / "report.json", json.dumps({"rows": rows}, indent=1), MARK)
     write_report(rows, out)
     console.rule("4. what came out")
     console.print(show(rows))
-    table, better = verdict(log, plan, BASELINES)
+    table, better = comparison(log, plan, BASELINES)
     console.print(table)
     console.print(f"{out}/report.json, table.md, accuracy.png; {time.monotonic() - began:.0f} s")
     said = "beats" if better else "does NOT beat"
-    console.print(f"over {' and '.join(FAMILIES)} the freshly trained judge {said} every baseline at both budgets")
+    console.print(f"over {' and '.join(FAMILIES)} the freshly trained scorer {said} every baseline at both budgets")
     return better
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and report what they promise; no figure is judged here, except the bytes of a long prompt."""
+"""The benchmarks run and report what they promise; no figure is compared here, except the bytes of a long prompt."""
 
 from __future__ import annotations
 

@@ -297,15 +297,15 @@ def test_answers_of_other_weights_are_not_taken_for_finished(learnevict, folder,
     """The folders are the same, what lies in them is not: gates trained further, another base under the old path."""
     base, gates, out = tmp_path / "base", tmp_path / "gates", tmp_path / "out.jsonl"
     shutil.copytree(folder, base)
-    judge = Gates.make("foresightkv", load(str(folder))[0])
-    judge.save_pretrained(gates)
+    scorer = Gates.make("foresightkv", load(str(folder))[0])
+    scorer.save_pretrained(gates)
     rows = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS})
     words = ("infer", "--model", base, "-n", 4, "--batch", rows, "--out", out)
     evicting = (*words, "--ckpt", gates, "--budget", 48, "--allow-other-base")
     assert learnevict(*evicting)[0] == learnevict(*evicting)[0] == 0
     with torch.no_grad():
-        judge.gate.weight_out[0, 0, 3] += 0.01
-    judge.save_pretrained(gates)
+        scorer.gate.weight_out[0, 0, 3] += 0.01
+    scorer.save_pretrained(gates)
     code, _, err = learnevict(*evicting)
     assert (code, "other weights" in err) == (2, True)
     out.unlink()
@@ -466,8 +466,8 @@ def test_a_full_disk_and_an_output_in_use_are_told(learnevict, tmp_path):
     with locked(out):
         code, _, err = learnevict(*words, out)
         assert (code, "another process is writing" in err, len(err.splitlines())) == (2, True, 1)
-        judged = ("eval", "--model", "MODEL", "--samples", 1, "--methods", "random", "--out", out)
-        assert learnevict(*judged)[0] == 2
+        evaluation = ("eval", "--model", "MODEL", "--samples", 1, "--methods", "random", "--out", out)
+        assert learnevict(*evaluation)[0] == 2
     assert learnevict(*words, out)[0] == 0 and len(rows_of(out)) == 1
     code, _, err = learnevict(*words, "/dev/null")
     assert (code, "1 of 1 rows" in err) == (0, True)

@@ -99,10 +99,10 @@ def test_nothing_of_the_machines_owner(tmp_path, monkeypatch):
 
 
 def test_what_results_carry_away_names_no_folder(tmp_path):
-    config = {"model": "/models/of/somebody/base", "data": "user/chats", "start_from": "runs/judge"}
+    config = {"model": "/models/of/somebody/base", "data": "user/chats", "start_from": "runs/scorer"}
     with Record(tmp_path, "distill", config, training={"output_dir": str(tmp_path)}) as record:
         pass
-    assert record.origin["config"] == {"model": "base", "data": "user/chats", "start_from": "runs/judge"}
+    assert record.origin["config"] == {"model": "base", "data": "user/chats", "start_from": "runs/scorer"}
     assert record.origin["training"] == {"output_dir": tmp_path.name}
     assert read_record(tmp_path)["config"] == config, "the record itself stays here, and says what to give again"
 

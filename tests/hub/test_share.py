@@ -154,7 +154,7 @@ def test_an_address_names_its_branch(hub, client, tmp_path):
 
 def test_no_folder_of_this_machine_is_sent(hub, client, tmp_path):
     folder, owner = save(tmp_path / "gates"), "/users/of/somebody"
-    config = {"model": f"{owner}/base", "data": f"{owner}/chats.jsonl", "documents": 9, "start_from": "runs/judge"}
+    config = {"model": f"{owner}/base", "data": f"{owner}/chats.jsonl", "documents": 9, "start_from": "runs/scorer"}
     record = {
         "config": config, "training": {"output_dir": str(tmp_path), "logging_dir": "~/logs"}, "base_name": "user/base",
         "error": f"ValueError: cannot read '{owner}/a b.txt', nor {owner}/b", "before": {"config": config},
@@ -168,7 +168,7 @@ def test_no_folder_of_this_machine_is_sent(hub, client, tmp_path):
     for name, text in told.items():
         assert not any(word in text for word in ("somebody", str(tmp_path), "~", '"/', "'/")), (name, text)
     run = json.loads(told["run.json"])
-    assert run["config"] == {"model": "base", "data": "chats.jsonl", "documents": 9, "start_from": "runs/judge"}
+    assert run["config"] == {"model": "base", "data": "chats.jsonl", "documents": 9, "start_from": "runs/scorer"}
     assert (run["error"], run["training"]["logging_dir"]) == ("ValueError: cannot read 'a b.txt', nor b", "logs")
     assert json.loads(told["config.json"]) == kept | {"training": run, "base_name": "base"}
     assert "Trained on at most 9 documents of `chats.jsonl`" in told["README.md"]

@@ -32,7 +32,7 @@ from learnevict.policy import Guard
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import judge, stock
+from tests.laws.naive import masked_logits, stock
 from tests.laws.policies import hashed
 from tests.laws.run import PADS, PROMPT, Reader, batch, pieces, read
 
@@ -102,7 +102,7 @@ def test_a_decoder_without_head_can_be_attached():
     ids, mask = alone(model)
     with attach(model.eval(), hashed(), record=True) as cache, torch.no_grad():
         hidden = model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state
-    close(whole.lm_head(hidden), judge(whole, ids, mask, cache.trace().expiry), CLOSE)
+    close(whole.lm_head(hidden), masked_logits(whole, ids, mask, cache.trace().expiry), CLOSE)
     assert num_hooks(model) == 0
 
 
@@ -277,7 +277,7 @@ def test_an_interrupted_forward_asks_for_a_reset():
         again = Reader(model, cache, ids, mask, pieces(PROMPT, LENGTH)).finish()
     assert torch.equal(again.logits, expected.logits)
     assert torch.equal(again.trace.expiry, expected.trace.expiry)
-    close(stock(model, ids, mask), judge(model, ids, mask, None), CLOSE, mask)
+    close(stock(model, ids, mask), masked_logits(model, ids, mask, None), CLOSE, mask)
 
 
 def stock_while_attached(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -373,7 +373,7 @@ def test_any_verb_may_govern(ragged):
 
     for verb in (thrifty, lambda signals: None):
         run = read(model, hashed(ragged=ragged, verb=verb), ids, mask)
-        expected = judge(model, ids, mask, run.trace.expiry)
+        expected = masked_logits(model, ids, mask, run.trace.expiry)
         close(run.logits, expected, CLOSE, mask)
         assert (run.evictions > 0) == (verb is thrifty)
 
@@ -466,7 +466,7 @@ def test_a_protected_prompt_stays_and_the_budget_counts_the_rest(given, ragged):
         taken = int((run.moments[-1].positions[0][row] >= 0).sum())
         over = (70 - PADS[row]) % 4
         assert taken == 2 * (length + 12 + over)
-    close(run.logits, judge(model, ids, mask, expiry), CLOSE, mask)
+    close(run.logits, masked_logits(model, ids, mask, expiry), CLOSE, mask)
 
 
 def test_prompt_length_must_fit_the_batch():
@@ -501,7 +501,7 @@ def test_prefill_end_evicts_once_the_prompt_is_read():
     only = read(model, hashed(prompt="end", decode=False), ids, mask)
     assert set(only.trace.expiry[only.trace.expiry != NEVER].tolist()) == {PROMPT}
     for found in (run, only):
-        close(found.logits, judge(model, ids, mask, found.trace.expiry), CLOSE, mask)
+        close(found.logits, masked_logits(model, ids, mask, found.trace.expiry), CLOSE, mask)
 
 
 def test_a_long_prompt_needs_no_more_room_than_the_budget():
@@ -524,7 +524,7 @@ def test_a_row_of_padding_disturbs_nobody():
     mask[1, :PROMPT] = 0
     run = read(model, hashed(), ids, mask)
     assert bool(run.logits.isfinite().all())
-    expected = judge(model, ids, mask, run.trace.expiry)
+    expected = masked_logits(model, ids, mask, run.trace.expiry)
     close(run.logits, expected, CLOSE, mask)
 
 

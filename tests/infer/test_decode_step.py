@@ -24,7 +24,7 @@ from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle.collect import golden_trace
 from learnevict.policy import Guard, Policy
 from tests.laws.cases import LEARNED, VARIANTS, made_with, make_policy
-from tests.laws.judge import position_ids
+from tests.laws.naive import position_ids
 from tests.laws.policies import hashed
 from tests.laws.run import batch
 
@@ -74,7 +74,7 @@ class Audit(TorchDispatchMode):
 
 
 def feature_widths(model: LlamaForCausalLM, policy: Policy) -> set[int]:
-    """What may be joined: the two halves of a head, by RoPE; and, by its judge, ForesightKV's notes and all its inputs."""
+    """Returns the widths that may be joined: of a head, by RoPE, and of the statistics and all inputs of ForesightKV."""
     head = model.config.head_dim
     if policy.name != "foresightkv":
         return {head}

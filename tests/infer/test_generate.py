@@ -38,7 +38,7 @@ from tests import brute_force as brute
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import Case
-from tests.laws.judge import forgetting, judge, judging
+from tests.laws.naive import forgetting, masked_logits, masking
 from tests.laws.policies import hashed
 from tests.laws.run import Reader, Script, batch, occupied, pieces, read
 
@@ -78,7 +78,7 @@ def agree_with_judge(model: Any, inputs: dict[str, Tensor], out: Any, cache: Evi
     assert bool((trace.expiry[trace.expiry != NEVER] > inputs["input_ids"].shape[1]).any()), (
         "nothing went while decoding"
     )
-    expected = judge(model, read_ids, mask, trace.expiry)[:, -len(out.logits) :]
+    expected = masked_logits(model, read_ids, mask, trace.expiry)[:, -len(out.logits) :]
     close(torch.stack(out.logits, 1), expected, CLOSE)
 
 
@@ -167,7 +167,7 @@ def test_beams_under_eviction(name, slack, ragged):
     policy = hashed(20, slack=slack, ragged=ragged)
     ids = zoo.tokens(model, 1, PROMPT + NEW, 9)
     told = forgetting(read(model, policy, ids, torch.ones_like(ids)).trace.expiry)
-    with judging(model, told):
+    with masking(model, told):
         expected = beams(model, inputs, use_cache=False)
     with attach(model, policy) as cache:
         found = beams(model, inputs, cache)
@@ -326,7 +326,7 @@ class Conversations(RuleBasedStateMachine):
         ids, mask = (torch.tensor([getattr(row, name) for row in self.rows]) for name in ("ids", "mask"))
         found = Reader(self.model, self.cache, ids, mask, pieces).finish().logits
         told = torch.stack([row.ends for row in self.rows], 1)
-        expected = judge(self.model, ids, mask, told)[:, -size:]
+        expected = masked_logits(self.model, ids, mask, told)[:, -size:]
         close(found, expected, CLOSE, mask[:, -size:])
 
     @precondition(lambda self: not self.rows)
@@ -439,7 +439,7 @@ def test_tokens_masked_between_turns_are_gone(name, ragged):
         with pytest.warns(PaddingReadWarning, match="10 tokens"):
             second = answer(model, {"input_ids": ids, "attention_mask": mask}, cache)
     read_ids = second.sequences[:, :-1]
-    expected = judge(model, read_ids, longer(mask, read_ids.shape[1]), cache.trace().expiry)[:, -NEW:]
+    expected = masked_logits(model, read_ids, longer(mask, read_ids.shape[1]), cache.trace().expiry)[:, -NEW:]
     close(torch.stack(second.logits, 1), expected, CLOSE)
     now = cache.trace().expiry
     assert bool((now[cache.evicting, 1, :, PROMPT + 5 : PROMPT + NEW - 1] <= PROMPT + NEW - 1).all())

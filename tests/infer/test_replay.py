@@ -13,7 +13,7 @@ from learnevict.infer.run import RUN
 from learnevict.signals import NEVER, Attention, Trace
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import judge, stock
+from tests.laws.naive import masked_logits, stock
 from tests.laws.policies import hashed
 from tests.laws.run import PADS, batch, read
 
@@ -43,7 +43,7 @@ def test_any_history_can_be_replayed(name):
     expiry = trace.expiry.clone()
     sliding = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or []]
     expiry[[index for index, stays in enumerate(sliding) if stays]] = NEVER
-    close(found, judge(model, ids, mask, expiry), CLOSE, mask)
+    close(found, masked_logits(model, ids, mask, expiry), CLOSE, mask)
 
 
 def test_nothing_evicted_is_the_stock_model():

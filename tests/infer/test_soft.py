@@ -19,7 +19,7 @@ from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.signals import NEVER, Attention, Signals, Trace
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import position_ids, stock
+from tests.laws.naive import position_ids, stock
 from tests.laws.policies import hashed
 from tests.laws.run import PADS, batch, read
 

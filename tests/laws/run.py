@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from learnevict import EvictingCache, attach
 from learnevict.policy import Policy
 from learnevict.signals import Trace
-from tests.laws.judge import position_ids
+from tests.laws.naive import position_ids
 
 PROMPT, LENGTH = 37, 49
 PADS = (0, 5, 14)

@@ -19,7 +19,7 @@ from learnevict.signals import NEVER
 from tests.closeness import close, distance
 from tests.laws import zoo
 from tests.laws.cases import AMPLE, BUDGET, ENDLESS, EXEMPT, LEARNED, LONG, RECENT, SINKS, VARIANTS, Case, random_gates
-from tests.laws.judge import judge, stock
+from tests.laws.naive import masked_logits, stock
 from tests.laws.policies import hashed
 from tests.laws.run import PADS, PROMPT, TURN, Reader, Run, SecondTurn, batch, held, occupied, pieces, read
 
@@ -105,7 +105,7 @@ def masking(case: Case) -> int:
         close(run.logits, stock(case.model, run.ids, run.mask), SAME, run.mask)
         return case.count
     expiry = run.trace.expiry
-    close(run.logits, judge(case.model, run.ids, run.mask, expiry), CLOSE, run.mask)
+    close(run.logits, masked_logits(case.model, run.ids, run.mask, expiry), CLOSE, run.mask)
     with torch.no_grad():
         again = replay(case.model, run.ids, run.trace, run.mask).logits
     close(run.logits, again, CLOSE, run.mask)
@@ -217,7 +217,7 @@ def turns(case: Case) -> int:
     if not run.cache.evicting:
         return 0
     expiry = run.trace.expiry
-    assert distance(run.logits, judge(case.model, run.ids, run.mask, expiry), run.mask) <= CLOSE
+    assert distance(run.logits, masked_logits(case.model, run.ids, run.mask, expiry), run.mask) <= CLOSE
     check_guards(case, run)
     stock = len(run.cache.layers) - len(run.cache.evicting)
     for row in range(0 if stock else len(run.ids)):  # a stock sliding window counts columns
@@ -333,7 +333,7 @@ def test_pages_of_several_slots(method, budget, slack, page):
         assert bool((counts[:, :1] != counts[:, 1:]).any())
     check_slots(run, budget)
     check_bytes(run, budget)
-    close(run.logits, judge(model, ids, mask, run.trace.expiry), CLOSE, mask)
+    close(run.logits, masked_logits(model, ids, mask, run.trace.expiry), CLOSE, mask)
 
 
 def save_and_load(method: str, model: str, folder: str) -> int:
@@ -378,7 +378,7 @@ def test_bfloat16_under_a_forced_trace(model):
     assert torch.equal(run.trace.expiry, case.run.trace.expiry)
     with torch.no_grad():
         again = replay(half, ids, run.trace, mask).logits
-    rounding = distance(again, judge(zoo.build(model), ids, mask, run.trace.expiry).to(again), mask)
+    rounding = distance(again, masked_logits(zoo.build(model), ids, mask, run.trace.expiry).to(again), mask)
     assert distance(run.logits, again, mask) <= 2 * max(rounding, 0.02)
     assert all(
         layer.store.keys.dtype == torch.bfloat16 for layer in run.cache.layers if isinstance(layer, EvictingLayer)

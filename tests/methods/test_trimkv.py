@@ -20,7 +20,7 @@ from learnevict.signals import NEVER, Attention, Rows, Signals
 from tests.closeness import SUMS, close
 from tests.event_loop import Loop, stream
 from tests.laws import zoo
-from tests.laws.judge import judge, position_ids
+from tests.laws.naive import masked_logits, position_ids
 from tests.laws.run import PADS, Run, batch, read
 
 BUDGET, SLACK, SINKS, RECENT, LENGTH = 20, 4, 2, 3, 49
@@ -139,7 +139,7 @@ def test_db_trimkv_ranks_layers_together():
     gate = gate_for(model, DBTrimGate)
     done = run(model, gate, floor=0.1, horizon=16)
     expiry = done.trace.expiry
-    close(done.logits, judge(model, done.ids, done.mask, expiry), 1e-4, done.mask)
+    close(done.logits, masked_logits(model, done.ids, done.mask, expiry), 1e-4, done.mask)
     held = torch.stack([(done.cache.positions(layer) >= 0).sum(-1) for layer in range(2)])  # [L, B, H]
     fresh = (LENGTH - torch.tensor(PADS)) % SLACK
     assert (held.float().mean((0, 2)) <= BUDGET + fresh).all()

@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from learnevict.oracle import gradient_utility
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import position_ids
+from tests.laws.naive import position_ids
 from tests.laws.run import batch
 
 PADS, LENGTH = (0, 5), 14

@@ -21,7 +21,7 @@ from learnevict.policy import Guard, Policy, Schedule
 from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import judge, position_ids
+from tests.laws.naive import masked_logits, position_ids
 from tests.laws.run import batch, pieces, read
 
 SLACK, SINKS, RECENT, FLOOR = 4, 2, 3, 0.25
@@ -146,7 +146,7 @@ def test_a_forced_trace_is_no_more_than_masking(slack):
         logits = prefill(model, cache, ids, mask)
     assert torch.equal(cache.trace().expiry, run.trace.expiry)
     close(logits, run.logits, 1e-4, mask)
-    close(logits, judge(model, ids, mask, run.trace.expiry), 1e-4, mask)
+    close(logits, masked_logits(model, ids, mask, run.trace.expiry), 1e-4, mask)
 
 
 # --- storage ---
@@ -279,7 +279,7 @@ def test_pieces_of_one_token_are_read_as_parts_of_their_turn():
         found = prefill(model, cache, ids[:, 15:], mask)
         handle.remove()
     assert calls[:2] == [1, 1]
-    expected = judge(model, ids, mask, cache.trace().expiry)[:, 15:]
+    expected = masked_logits(model, ids, mask, cache.trace().expiry)[:, 15:]
     close(found, expected, 1e-4, mask[:, 15:])
     for index in cache.evicting:
         held = cache.positions(index)

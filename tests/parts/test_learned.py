@@ -21,7 +21,7 @@ from learnevict.signals import NEVER
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import random_gates
-from tests.laws.judge import judge, position_ids
+from tests.laws.naive import masked_logits, position_ids
 from tests.laws.run import batch, pieces, read
 
 BUDGET, SLACK, SINKS, RECENT = 18, 4, 2, 3
@@ -249,7 +249,7 @@ def test_a_threshold_is_a_cap_under_the_budget(method, scope):
     store = plain.cache.layers[0].store
     middle = float(store.state.columns["estimate"][store.position >= 0].median())
     run = read(model, policy(BUDGET, gate=gate, threshold=middle, **options), ids, mask)
-    close(run.logits, judge(model, ids, mask, run.trace.expiry), 1e-4, mask)
+    close(run.logits, masked_logits(model, ids, mask, run.trace.expiry), 1e-4, mask)
     assert run.evictions > plain.evictions
     first = run.trace.expiry[0][:, 0].amin(-1).tolist()
     assert all(expiry - pad > BUDGET for expiry, pad in zip(first, PADS, strict=True)), "before a budget was full"

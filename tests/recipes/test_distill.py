@@ -139,20 +139,20 @@ def test_a_stream_resumes_exactly(tmp_path, distill, flags):
 @pytest.mark.slow
 def test_evaluations_choose_the_best_and_change_nothing(tmp_path, distill, flags, texts):
     flags = [*flags, *SMALL["foresightkv"], "--eval_documents", "3"]
-    plain, judged, rest = tmp_path / "plain", tmp_path / "judged", tmp_path / "rest.jsonl"
+    plain, validated, rest = tmp_path / "plain", tmp_path / "validated", tmp_path / "rest.jsonl"
     rest.write_text("\n".join(texts.read_text().split("\n")[3:]))  # what is left when three are held out
     distill.main(distill.parse([*flags, "--data", str(rest), "--output_dir", str(plain)]))
-    more = ["--eval_steps", "2", "--eval_budgets", "24", "50%", "--patience", "9", "--output_dir", str(judged)]
+    more = ["--eval_steps", "2", "--eval_budgets", "24", "50%", "--patience", "9", "--output_dir", str(validated)]
     distill.main(distill.parse([*flags, *more]))
-    assert_equal(weights(plain / "checkpoint-4"), weights(judged / "checkpoint-4"))
-    record = read_record(judged)
+    assert_equal(weights(plain / "checkpoint-4"), weights(validated / "checkpoint-4"))
+    record = read_record(validated)
     lines = {line["step"]: line for line in record["log"] if BEST in line}
     assert sorted(lines) == [2, 4]
     assert {"eval_top_recall", "eval_attention_kept", f"{BEST}_24", f"{BEST}_50%"} <= set(lines[2])
     assert lines[2][BEST] == pytest.approx((lines[2][f"{BEST}_24"] + lines[2][f"{BEST}_50%"]) / 2, abs=1e-4)
     best = max(lines, key=lambda step: lines[step][BEST])
     assert record["best"] == {"step": best, BEST: lines[best][BEST]}
-    assert_equal(weights(judged), weights(judged / f"checkpoint-{best}"))
+    assert_equal(weights(validated), weights(validated / f"checkpoint-{best}"))
 
 
 def test_texts_too_short_to_judge_by_are_told(tmp_path, distill, flags):
@@ -302,7 +302,7 @@ def test_gates_are_trained_further(tmp_path, distill, flags):
 
 
 def judge_with_shares(base: Path, level: list[float]) -> Gates:
-    """A judge for whose two layers refinement has found shares."""
+    """Returns a slot scorer whose two layers have shares that refinement has found."""
     model = Qwen3ForCausalLM.from_pretrained(base)
     gates = Gates.make("foresightkv", model, hidden=8, period=8, demand=[2, 1, 29])
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_figures_reach_wandb_without_a_network(tmp_path, flags):
 
 @pytest.mark.slow
 def test_two_processes_learn_from_one_stream(tmp_path, flags):
-    """DDP over gloo, judged by both: killed at a checkpoint and resumed by as many, it ends alike."""
+    """DDP over gloo, validated by both: killed at a checkpoint and resumed by as many, it ends alike."""
     more = ["--streaming", "--use_cpu", "true", "--eval_steps", "2", "--eval_documents", "3", "--eval_budgets", "24"]
     pair = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "recipes/distill.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

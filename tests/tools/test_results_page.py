@@ -1,4 +1,4 @@
-"""What the results page says of itself: goals judged from rows, who is who, and how old a benchmark is."""
+"""The results page: goals reached or missed as the rows say, the gates of every row, and how old a benchmark is."""
 
 from __future__ import annotations
 

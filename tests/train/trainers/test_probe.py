@@ -37,7 +37,7 @@ from learnevict.train.trainers.probe import (
 )
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import position_ids
+from tests.laws.naive import position_ids
 from tests.laws.policies import hashed
 from tests.laws.run import batch, read
 

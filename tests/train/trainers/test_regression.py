@@ -26,7 +26,7 @@ from learnevict.train.trainers.teacher_pass import OBJECTIVES
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.cases import random_gates
-from tests.laws.judge import position_ids
+from tests.laws.naive import position_ids
 from tests.laws.run import batch
 
 PERIOD, BUDGET, LENGTH = 4, 18, 46
@@ -120,15 +120,15 @@ def test_what_a_surrogate_is_asked_is_what_it_state(method):
     ids, mask = text()
     with torch.no_grad(), attach(model, gates.policy(4 * LENGTH, slack=PERIOD, sinks=2, recent=3)) as cache:
         model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
-    positions, judged = UnpaddedPositions.of(ids, mask.bool()), {}
+    positions, predictions = UnpaddedPositions.of(ids, mask.bool()), {}
 
     def see(layer, received):
         one_layer = LayerBatch.of(layer, positions, received)
-        judged[layer] = gates.gate.predictions(one_layer.written(gates.gate.columns))
+        predictions[layer] = gates.gate.predictions(one_layer.written(gates.gate.columns))
 
     with torch.no_grad():
         replay(model, ids, oracle.full_trace(model, ids), mask, observe=see)
-    for layer, found in judged.items():
+    for layer, found in predictions.items():
         store = cache.layers[layer].store
         noted = by_position(store.state.columns["estimate"].flatten(0, 1), store.position.flatten(0, 1))
         asked = by_position(found.flatten(0, 1), positions.column.repeat_interleave(2, 0))

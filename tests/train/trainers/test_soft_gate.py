@@ -15,7 +15,7 @@ from learnevict.train.losses import capacity, objectives
 from learnevict.train.trainers.soft_gate import LOSSES, SoftConfig, SoftTrainer
 from tests.closeness import close
 from tests.laws import zoo
-from tests.laws.judge import stock
+from tests.laws.naive import stock
 
 SETTINGS = {
     "trimkv": {"hidden": 16, "bias": 4.0, "dropout": 0.0},
