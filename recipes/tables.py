@@ -9,9 +9,14 @@ that does not beat the second has learned no context beyond a clause.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from learnevict.cli.output import progress
 from learnevict.data.documents import Collator
@@ -24,8 +29,9 @@ from learnevict.evals.suite import run
 from learnevict.evals.tasks import family_tasks
 from learnevict.hub import Gates, weight_hash
 from learnevict.hub.run_record import Record, own_record
+from learnevict.oracle import golden_labels
 from learnevict.train.run.flags import check_fields, flag, read_flags
-from learnevict.train.trainers.token_tables import fit_tables
+from learnevict.train.trainers.replay_states import look_ahead
 from tools.results.tuning import BONUSES
 
 SEPARATOR = ";"
@@ -65,6 +71,40 @@ def main(config: Config) -> None:
             gates.config.training = {**record.origin, "validation": {str(k): round(v, 4) for k, v in tried.items()}}
             gates.save_pretrained(out / f"testbed-{gates.method}")
             record.add(**{gates.method: gates.config.training["validation"]})
+
+
+@torch.no_grad()
+def fit_tables(
+    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], gates: list[Gates], block: int
+) -> None:
+    """Set each entry of the gates' tables to the mean, over a training set, of the largest label after a token's own block.
+
+    Args:
+        batches: (input_ids, attention_mask) pairs, int64 [B, T].
+        gates: of methods whose gate has a `table` [L, H, entries] and tells the `entries` of a text; filled in place.
+        block: event period.
+    """
+    fitted: list[Any] = [one.gate for one in gates]
+    tables = [torch.zeros_like(one.table) for one in fitted]
+    counts = [torch.zeros(table.shape[-1]) for table in tables]
+    for input_ids, mask in batches:
+        labels, _ = golden_labels(model, input_ids, mask, block=block)
+        unpadded = (mask.cumsum(-1) - 1).clamp_min(0)
+        real = mask.bool()
+        entries = [one.entries(input_ids, mask)[real] for one in fitted]
+        for entry, total in zip(entries, counts, strict=True):
+            total += torch.bincount(entry, minlength=len(total)).float()
+        for layer, part in enumerate(labels):
+            if part is None:
+                continue
+            ahead = look_ahead(part)
+            index = (unpadded // block + 1).clamp_max(ahead.shape[-1] - 1)
+            target = ahead.gather(-1, index[:, None, :, None].expand(*ahead.shape[:3], 1)).squeeze(-1)
+            for head in range(target.shape[1]):
+                for entry, table in zip(entries, tables, strict=True):
+                    table[layer, head].index_add_(0, entry, target[:, head][real])
+    for one, table, total in zip(fitted, tables, counts, strict=True):
+        one.table.copy_(table / total.clamp_min(1))
 
 
 def tune(gates: Gates, plan: Plan, subject: EvaluatedModel) -> dict[float, float]:

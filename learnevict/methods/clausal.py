@@ -4,7 +4,7 @@ score = mean golden label of (first token id of the clause, place in the clause)
 
 The stronger sibling of lexical: where the first word of a statement says whether it counts (as on the testbed), this table
 knows it. What a learned policy has over it is context beyond one clause. Fitted like lexical
-(learnevict.train.trainers.token_tables).
+(recipes/tables.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 score = mean golden label of the token's id, per layer and kv head, - bonus * log(1 + age)
 
-The table is fitted on training seeds (learnevict.train.trainers.token_tables), the recency bonus tuned on
+The table is fitted on training seeds (recipes/tables.py), the recency bonus tuned on
 validation seeds. A policy that only learned "digits stay, filler goes" does no better than this.
 """
 

@@ -86,7 +86,7 @@ def hidden_of(signals: Signals, method: str) -> Tensor:
 
 
 class Table(Gate):
-    """A score per entry, all zeros until fitted (learnevict.train.trainers.token_tables); `write` puts it into the
+    """A score per entry, all zeros until fitted (recipes/tables.py); `write` puts it into the
     column "score".
 
     Attributes:

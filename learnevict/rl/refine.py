@@ -32,10 +32,10 @@ from learnevict.errors import LearnevictWarning, UsageError, needing
 from learnevict.hub import GATES_FOLDER, Gates
 from learnevict.rl.config import RefineConfig
 from learnevict.testbed import generate, verify
-from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
-from learnevict.train.memory.phases import RunPlan
+from learnevict.train.run.estimate import estimate, length_of, memory_of, report
 from learnevict.train.run.flags import check_fields, flag, read_flags
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
+from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.resume import run, smoke_folder
 from learnevict.train.validation import Validation
 

@@ -132,11 +132,6 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
         log_probs, entropies = model(log_probabilities, self.trajectory, rows)
         return log_probs, entropies, None
 
-    def create_model_card(self, *_: Any, rows: Any = (), **__: Any) -> None:
-        """Writes a card only for what is shared, where TRL asks for one at every checkpoint."""
-        if self.args.push_to_hub:
-            super().create_model_card(rows)
-
 
 def rollout(prompts: list[list[int]], trainer: EvictionTrainer) -> dict[str, Any]:
     """Samples a trace of every row, and returns its actions, with `reward` and `cost` for the reward function."""

@@ -1,14 +1,12 @@
 """What all trainers of gates share, whatever their loss: gathered weights, evaluation, checkpoints of gates only, the Hub.
 
-transformers' own card of a model it does not know is empty, and its pushes hold training_args.bin, a pickle. Here a push
-(--push_to_hub, --hub_model_id) is what `learnevict push` shares: the gates, their card and run.json, as one commit. A recipe
-that finishes run.json after `save_model` pushes once more, with `push_to_hub`: only what changed is committed.
+Trainer's own pushes hold training_args.bin, a pickle, and an empty card. Here a push is what `learnevict push` shares: the
+gates, their card and run.json, as one commit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -57,9 +55,8 @@ class BaseTrainer(Trainer):
     def gathered_gates(self) -> Gates:
         """Returns the gates with whole weights, for use outside `model(task, ...)`; all processes have to ask together.
 
-        Under ZeRO-3 and FSDP a process holds a part of every weight, but for the time of a forward or backward pass.
-        Recording runs, sampling traces and evaluating happen outside of these passes, without gradient, and on texts of other
-        lengths in every process, so nothing may be fetched on the way: there this is a copy, which the next call changes.
+        Under ZeRO-3 and FSDP a process holds a part of every weight except in a forward or backward pass, and processes read
+        texts of other lengths, so nothing may be fetched on the way: there this is a copy, which the next call changes.
         """
         gates: Gates = self.gates
         if self.gathered is None:
@@ -104,43 +101,35 @@ class BaseTrainer(Trainer):
         if self.args.should_save:
             self.gates.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *_: Any, **__: Any) -> None:
         """Makes the repository before the training, so that a wrong name or token is found out then.
 
         Raises:
             UsageError: a hub_strategy that would share optimizer states, or no Hub id.
             HubError: not logged in, no access, no network.
         """
-        if self.args.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        args = self.args
+        if args.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
             raise UsageError("optimizer states are pickles and are not shared; give --hub_strategy every_save or end")
         self.push_in_progress = None
         if self.is_world_process_zero():
-            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            hidden = bool(self.args.hub_private_repo if private is None else private)
-            self.hub_model_id = open_repository(name, private=hidden, token=token or self.args.hub_token)
+            name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+            self.hub_model_id = open_repository(name, private=bool(args.hub_private_repo), token=args.hub_token)
 
-    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, rows: Sequence[Mapping[str, Any]] = ()
-    ) -> None:
-        """Writes the card that `learnevict push` makes beside the gates in the output folder; `rows` of an evaluation."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), str(self.hub_model_id), rows)
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes the card that `learnevict push` makes beside the gates in the output folder, if the run is shared."""
+        if self.args.push_to_hub and self.is_world_process_zero():
+            write_card(str(self.args.output_dir), str(self.hub_model_id))
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        commit_message: str | None = "End of training",
-        *,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        rows: Sequence[Mapping[str, Any]] = (),
+        self, commit_message: str | None = "End of training", revision: str | None = None
     ) -> Any:
         """Saves the gates and shares them, as `learnevict push` does; with run.json, if it is there by now."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.hub_model_id:
-            self.init_hf_repo(token, private)
-        return self._share(str(self.args.output_dir), commit_message, token, revision, rows)
+            self.init_hf_repo()
+        return self._share(str(self.args.output_dir), commit_message, revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Shares the gates of a checkpoint, without its optimizer; the training survives if that fails."""
@@ -149,22 +138,12 @@ class BaseTrainer(Trainer):
         try:
             self._share(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
         except HubError as error:
-            warnings.warn(
-                f"step {self.state.global_step} did not reach the Hub: {error}", NotPushedWarning, stacklevel=2
-            )
+            warnings.warn(f"step {self.state.global_step} did not reach the Hub: {error}", NotPushedWarning, 2)
 
-    def _share(
-        self,
-        folder: str,
-        message: str | None,
-        token: str | None = None,
-        revision: str | None = None,
-        rows: Sequence[Mapping[str, Any]] = (),
-    ) -> Any:
+    def _share(self, folder: str, message: str | None, revision: str | None = None) -> Any:
         """Pushes a folder as one commit, from one process."""
+        args, where = self.args, str(self.hub_model_id)
         if not self.is_world_process_zero():
             return None
-        return push_folder(
-            folder, str(self.hub_model_id), revision=revision or self.args.hub_revision, message=message, rows=rows,
-            token=token or self.args.hub_token,
-        )  # fmt: skip
+        revision = revision or args.hub_revision
+        return push_folder(folder, where, revision=revision, message=message, rows=(), token=args.hub_token)

@@ -19,12 +19,7 @@ from learnevict.ops.random import hashed, shift, uniform
 
 @dataclass(frozen=True)
 class BatchRandom:
-    """The random keys (ops.random) of a batch.
-
-    Attributes:
-        batch: int64 [], of the batch, the same in all processes.
-        rows: int64 [B], of the rows that this process has.
-    """
+    """The random keys (ops.random) of a batch, the same in all processes, and of the rows that this process has."""
 
     batch: Int[Tensor, ""]
     rows: Int[Tensor, "B"]
@@ -53,7 +48,6 @@ class BatchRandom:
 
         Args:
             values: of this process's rows, whole numbers of 32 bits.
-            marked: those that may be drawn.
             *what: which draw it is.
         """
         chances = shift(hashed(self.rows, *what), 33)  # the highest wins, and brings its value along

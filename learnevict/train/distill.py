@@ -30,10 +30,10 @@ from learnevict.config import Budget
 from learnevict.data.documents import Collator
 from learnevict.data.opening import describe_base, families_of, load_base, longest_text
 from learnevict.hub import Gates
-from learnevict.train.memory.estimate import estimate, length_of, memory_of, report
-from learnevict.train.memory.phases import RunPlan
+from learnevict.train.run.estimate import estimate, length_of, memory_of, report
 from learnevict.train.run.flags import check_fields, flag, literal, read_file, read_flags, refuse_unknown
 from learnevict.train.run.launch import find_tools, launch_defaults
+from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.registry import required, trainable_method
 from learnevict.train.run.resume import run
 from learnevict.train.run.setup import Arguments, make_gates, read_data, settle

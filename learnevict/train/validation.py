@@ -79,17 +79,7 @@ class Validation:
 def validate(
     gates: Gates, base: PreTrainedModel, validation: Validation, share: slice = slice(None)
 ) -> dict[str, list[PolicyMetrics]]:
-    """Evaluates gates under every budget, on a share of the documents.
-
-    Args:
-        gates: being trained.
-        base: the frozen model, on its device.
-        validation: texts and budgets.
-        share: of the documents, for this process.
-
-    Returns:
-        The metrics of every batch of texts, by budget; `summarise` makes figures of them.
-    """
+    """Returns the metrics of gates on every batch of a share of the documents, by budget; `summarise` makes figures of them."""
     policies = validation.policies(gates)
     found: dict[str, list[PolicyMetrics]] = {budget: [] for budget in policies}
     block = next(iter(policies.values())).schedule.period

@@ -1,8 +1,7 @@
-"""Losses on how many tokens a soft gate holds. Nothing here is [T, T].
+"""Losses on how many tokens a soft gate holds, a sum of weights. Nothing here is [T, T].
 
-A soft gate keeps every token, some with little weight; what it would hold is a sum of weights. Retention gates pay for what
-exceeds a budget (arXiv 2512.03324, 2605.09649), admission gates for every token they admit (arXiv 2512.17452) or for evicting
-less than a share (arXiv 2506.05345).
+Retention gates pay for what exceeds a budget (arXiv 2512.03324, 2605.09649), admission gates for every token they admit (arXiv
+2512.17452) or for evicting less than a share (arXiv 2506.05345).
 """
 
 from __future__ import annotations
@@ -63,8 +62,6 @@ def hinge(
     from one that always does, and jumps when a token stops to.
 
     Args:
-        retention: of each layer.
-        valid: False for padding.
         budget: M, tokens per layer and head.
         together: one hinge on the mean over all layers and heads: they share a budget (arXiv 2605.09649).
     """
@@ -79,12 +76,10 @@ def hinge(
 def admitted(log_gates: Sequence[Float[Tensor, "B H T"]], valid: Bool[Tensor, "B T"], window: int) -> Float[Tensor, ""]:
     """Returns the mean over tokens, heads and layers of o + (1 - o)(1 - (1 - g)^2), o = min(W / (T - i), 1) (arXiv 2512.17452).
 
-    Concave in the gate g, so gates are pushed to 0 or 1; tokens spend a share o of the text's rest in the window, for which
-    everyone pays.
+    Concave in the gate g, so gates are pushed to 0 or 1; in the window, a share o of the text's rest, all are held.
 
     Args:
         log_gates: log g of each layer, at most 0.
-        valid: False for padding.
         window: W, tokens that are not weighed.
     """
     gates = torch.stack(list(log_gates), 1).exp()
@@ -103,7 +98,6 @@ def shortfall(
 
     Args:
         log_gates: log g of each layer, at most 0.
-        valid: False for padding.
         target: 1 - 1 / compression ratio.
     """
     gone = -torch.expm1(torch.stack(list(log_gates), 1))

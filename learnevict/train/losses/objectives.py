@@ -31,7 +31,6 @@ def pairwise(
     Args:
         scores: higher = keep.
         targets: any monotone transform of the future's attention.
-        candidates: slots that compete; pairs with another slot count nothing.
         pairs: sampled per row and head.
         seeds: random keys (ops.random), one per row; None: pairs come from the global generator.
     """
@@ -106,14 +105,9 @@ def kept_share(
 def divergence(
     teacher: Float[Tensor, "B T V"], student: Float[Tensor, "B T V"], loss_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """Returns KL(teacher || student) of next-token distributions, in nats per scored position.
+    """Returns KL(teacher || student) of next-token distributions given by logits, in nats per scored position.
 
     Swap the two for the other direction, as DMS has it (arXiv 2506.05345): the argument that comes first is averaged over.
-
-    Args:
-        teacher: logits.
-        student: logits.
-        loss_mask: positions that count.
     """
     first, second = (part[loss_mask].float().log_softmax(-1) for part in (teacher, student))
     return ratio((first.exp() * (first - second)).sum(), loss_mask.sum())
@@ -122,13 +116,7 @@ def divergence(
 def next_token(
     logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """Returns the cross-entropy of the token after each scored position, in nats per position; the last one has none.
-
-    Args:
-        logits: of the model.
-        tokens: the text it read.
-        loss_mask: positions that count.
-    """
+    """Returns the cross-entropy of the token after each scored position, in nats per position; the last one has none."""
     counted = loss_mask[:, :-1]
     found = torch.nn.functional.cross_entropy(logits[:, :-1][counted].float(), tokens[:, 1:][counted], reduction="sum")
     return ratio(found, counted.sum())
@@ -165,15 +153,10 @@ def log_error(
 def attention_error(
     probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
 ) -> Float[Tensor, ""]:
-    """Returns the squared error of a probe's attention, summed over keys, mean over query heads and rows (Judge Q,
-    arXiv 2509.10798).
+    """Returns the squared error of a probe's mean attention, summed over keys, mean over query heads and `rows` (Judge Q, arXiv
+    2509.10798).
 
     The paper's mean over keys would make short texts weigh more.
-
-    Args:
-        probe: mean attention of the probe's tokens.
-        response: mean attention of the response's tokens.
-        rows: that count.
     """
     return masked_mean((probe - response).square().sum(-1).mean((1, 2)), rows)
 
@@ -181,13 +164,7 @@ def attention_error(
 def attention_divergence(
     probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
 ) -> Float[Tensor, ""]:
-    """Returns KL(response || probe) of distributions over keys, mean over query heads and rows (LookaheadKV, arXiv 2603.10899).
-
-    Args:
-        probe: attention of the probe's tokens, normalised over keys.
-        response: attention of the response's tokens, normalised over keys.
-        rows: that count.
-    """
+    """Returns KL(response || probe) of distributions over keys, mean over query heads and `rows` (arXiv 2603.10899)."""
     tiny = torch.finfo(torch.float32).tiny
     gain = response.clamp_min(tiny).log() - probe.clamp_min(tiny).log()
     return masked_mean((response * gain).sum(-1).mean((1, 2)), rows)

@@ -1,8 +1,8 @@
 """The regret of one ranking over all budgets (KVP, arXiv 2602.10238).
 
-A ranking s_1, s_2, ... of n candidates loses, summed over the budgets 1 .. n-1, C(s) = sum over r of (r - 1) I_{s_r}, I being
-what the future pays a candidate; no ranking loses less than the one by I, whose cost is C*. Scores f stand for the
-Plackett-Luce law over rankings (sort f + Gumbel noise). Under it j comes before i with probability sigmoid(f_j - f_i), so
+A ranking s_1, s_2, ... of n candidates costs, summed over the budgets 1 .. n-1, C(s) = sum over r of (r - 1) I_{s_r}, I being
+the future's attention to a candidate; the ranking by I has the least cost, C*. Scores f stand for the Plackett-Luce law over
+rankings (sort f + Gumbel noise). Under it j comes before i with probability sigmoid(f_j - f_i), so
 
     E[C] = sum over i of I_i sum over j != i of sigmoid(f_j - f_i)
 
@@ -26,8 +26,8 @@ OUTSIDE = -1e9
 
 def best_cost(targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]) -> Float[Tensor, "M H"]:
     """Returns the unit of cost: C*, but at least the sum of I."""
-    paid = targets.masked_fill(~candidates, 0.0)
-    return ranking_cost(paid, paid, candidates).maximum(paid.sum(-1))
+    attention = targets.masked_fill(~candidates, 0.0)
+    return ranking_cost(attention, attention, candidates).maximum(attention.sum(-1))
 
 
 def regret(
@@ -50,19 +50,18 @@ def expected_regret(
     Args:
         scores: higher = keep.
         targets: I, at least 0.
-        candidates: slots that compete.
         pairs: 0 takes all pairs at once, [M, H, N, N]; else so many are drawn per head, and the result is unbiased.
         seeds: random keys (ops.random), one per row; None: pairs come from the global generator.
     """
-    paid = targets.masked_fill(~candidates, 0.0)
+    attention = targets.masked_fill(~candidates, 0.0)
     if pairs == 0:
         behind = torch.sigmoid(scores.unsqueeze(-2) - scores.unsqueeze(-1))  # [i, j]: j comes before i
         both = candidates.unsqueeze(-2) & ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        expected = (paid * (behind * both).sum(-1)).sum(-1)
+        expected = (attention * (behind * both).sum(-1)).sum(-1)
     else:
         left, right = sample_pairs(candidates, pairs, seeds)
         behind = torch.sigmoid(scores.gather(-1, right) - scores.gather(-1, left)) * (left != right)
-        expected = candidates.sum(-1).square() * (paid.gather(-1, left) * behind).mean(-1)
+        expected = candidates.sum(-1).square() * (attention.gather(-1, left) * behind).mean(-1)
     return _mean(expected, best_cost(targets, candidates))
 
 
@@ -94,12 +93,7 @@ def rloo(
 
 
 def log_probability(ordered: Float[Tensor, "*M N"], candidates: Bool[Tensor, "*M N"]) -> Float[Tensor, "*M"]:
-    """Returns the log-probability of a ranking: sum over r of f_r - log(sum over j >= r of exp f_j).
-
-    Args:
-        ordered: scores along the ranking, candidates first.
-        candidates: along the ranking.
-    """
+    """Returns the log-probability of a ranking, sum over r of f_r - log(sum over j >= r of exp f_j), from scores along it."""
     rest = ordered.flip(-1).logcumsumexp(-1).flip(-1)
     return ((ordered - rest) * candidates).sum(-1)
 

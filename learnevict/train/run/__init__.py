@@ -1,1 +1,1 @@
-"""What a training program needs besides data and losses: arguments, launch, setup, resuming, the table of trainable methods."""
+"""What a training program needs besides data and losses: flags, launch, setup, resuming, estimates, trainable methods."""

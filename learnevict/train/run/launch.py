@@ -19,10 +19,9 @@ from learnevict.errors import UsageError
 
 
 def find_tools() -> None:
-    """Programs that lie beside this interpreter can be found, whether or not its environment is activated.
+    """Makes programs beside this interpreter be found, and tells DeepSpeed that it runs on CPUs where it does.
 
-    DeepSpeed compiles a part of itself with ninja when processes first meet. Called before anything of it is loaded; where
-    there is no accelerator it also spares DeepSpeed's warning about that.
+    DeepSpeed compiles a part of itself with ninja when processes first meet. To be called before anything of it is loaded.
     """
     folder = str(Path(sys.executable).parent)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
@@ -32,17 +31,14 @@ def find_tools() -> None:
 
 
 def launch_defaults() -> dict[str, Any]:
-    """Training arguments with which processes on CPUs find each other, over gloo; accelerate does not pass on its own.
-
-    Empty for a single process, and where there is an accelerator.
-    """
+    """Returns TrainingArguments with which processes on CPUs meet over gloo, which accelerate does not pass on; else none."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.accelerator.is_available():
         return {}
     return {"ddp_backend": "gloo"} if _asked("ACCELERATE_USE_DEEPSPEED") else {"use_cpu": True}
 
 
 def check_launch(training: TrainingArguments) -> None:
-    """Compare what was launched with what accelerate made of it.
+    """Compares what was launched with what accelerate made of it.
 
     Raises:
         UsageError: processes that would train by themselves, or DeepSpeed or FSDP that would be left out.

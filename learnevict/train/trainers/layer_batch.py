@@ -56,12 +56,10 @@ class UnpaddedPositions:
         """Returns a random event of each row after which text follows and at which something may be evicted.
 
         Args:
-            guard: slots that may not be evicted.
-            period: tokens between events.
             drawn: from [0, 1), float32 [B].
 
         Returns:
-            tokens seen by then, int64 [B], multiples of `period`; bool [B], whether the row has such an event.
+            The tokens seen by then, int64 [B], multiples of `period`; bool [B], whether the row has such an event.
         """
         low = (guard.reserved(period) // period + 1) * period
         choices = torch.div(self.length - 1 - low, period, rounding_mode="floor") + 1
@@ -97,17 +95,13 @@ class LayerBatch:
         labels: Tensor | None = None,
         expiry: Tensor | None = None,
     ) -> LayerBatch:
-        """Returns the layer's batch, given what it received and expiries by columns."""
+        """Returns the layer's batch, from what came by columns."""
         if expiry is not None:
             expiry = expiry.gather(-1, positions.order.unsqueeze(1).expand_as(expiry))
         return cls(layer, positions, received.at(positions.order), labels, expiry)
 
     def targets(self, block: Tensor) -> Tensor:
-        """Returns the labels by unpadded position, [B, H, T]; of labels of blocks those of one block per token.
-
-        Args:
-            block: int64, broadcast to [B, T]; past the last one, the last one.
-        """
+        """Returns the labels by unpadded position, [B, H, T]; of block labels those of one block per token."""
         labels, at = self.labels, self.positions.order
         assert labels is not None
         if labels.ndim == 4:
@@ -116,12 +110,9 @@ class LayerBatch:
         return labels.gather(-1, at.unsqueeze(1).expand(-1, labels.shape[1], -1))
 
     def written_targets(self, period: int, num_sinks: int) -> tuple[Tensor, Tensor]:
-        """Returns what a token's estimate is compared with when it is written: all tokens but sinks.
+        """Returns targets [B, H, T] and candidates bool [B, 1, T], by unpadded position, of tokens scored as they are written.
 
-        Labels of blocks of `period` tokens count from the block after the token's own, so the last block has no target.
-
-        Returns:
-            targets [B, H, T] and candidates bool [B, 1, T], by unpadded position.
+        Sinks are no candidates. Labels of blocks of `period` tokens count from the block after the token's own.
         """
         index, length = self.positions.index, self.positions.length.unsqueeze(-1)
         candidates = (index < length) & (index >= num_sinks)
@@ -153,11 +144,9 @@ class LayerBatch:
     def event(
         self, seen: Int[Tensor, "B"], period: int, budget: Tensor, state: dict[str, Tensor], window: int = 0
     ) -> Signals:
-        """Returns the event after `seen` tokens of each row: the slots that it finds, the last block fresh.
+        """Returns the event after `seen` tokens of each row, multiples of `period`: the slots, the last block fresh.
 
         Args:
-            seen: multiples of `period`.
-            period: tokens between events.
             budget: int32 [B].
             state: of all tokens.
             window: queries in the ring.
@@ -169,30 +158,27 @@ class LayerBatch:
         position = position.unsqueeze(1).expand(-1, received.key.shape[1], -1)
         if self.expiry is not None:
             position = position.masked_fill(self.expiry[:, :, :num] <= rows.now.view(-1, 1, 1), EMPTY)
-        fresh, where = self._last(seen, period)
+        fresh, where, columns = self._last(seen, period)
         signals = Signals(
             layer=self.layer,
             slots=Sequence(received.key[:, :, :num], received.value[:, :, :num], position),
             rows=rows,
             budget=budget,
             state={name: part[:, :, :num] for name, part in state.items()},
-            query_position=self._columns(where),
-            tokens=self.positions.tokens.gather(1, where.clamp_min(0)),
+            query_position=columns,
+            tokens=self.positions.tokens.gather(1, where),
             **vars(fresh),
         )
         if not window:
             return signals
-        last, where = self._last(seen, window)
-        return replace(signals, ring=(last.query, self._columns(where)))
+        last, _, columns = self._last(seen, window)
+        return replace(signals, ring=(last.query, columns))
 
-    def _last(self, seen: Tensor, num: int) -> tuple[Received, Tensor]:
-        """Returns the last `num` of the tokens seen, and their unpadded positions [B, num], below 0 before the text."""
+    def _last(self, seen: Tensor, num: int) -> tuple[Received, Tensor, Tensor]:
+        """Returns the last `num` of the tokens seen, their unpadded positions [B, num] and columns, -1 before the text."""
         where = seen.unsqueeze(-1) - num + torch.arange(num, device=seen.device)
-        return self.received.at(where.clamp_min(0)), where
-
-    def _columns(self, where: Tensor) -> Tensor:
-        """Returns the columns of unpadded positions, -1 before the text."""
-        return self.positions.column.gather(1, where.clamp_min(0)).masked_fill(where < 0, EMPTY)
+        first = where.clamp_min(0)
+        return self.received.at(first), first, self.positions.column.gather(1, first).masked_fill(where < 0, EMPTY)
 
 
 def _filled(column: StateColumn, like: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Mode "probe": what lookahead queries (soft tokens) attend to is compared with what the text attends to after them.
 
-The base reads a text without gradient into a cache from which nothing is evicted; at some columns the probe's tokens are run,
-through the same code as in inference, with gradient through the frozen base. Tokens of the text never depend on the probe, so
-they are read once for all columns. Texts are aligned at the ends of their prompts, so that one forward serves all rows there;
+The base reads a text without gradient into a full cache; at some columns the probe's tokens are run, by inference's own code,
+with gradient through the frozen base. Texts are aligned at the ends of their prompts, so that one forward serves all rows;
 columns are counted from there, and are the same in all processes.
 """
 
@@ -161,12 +160,7 @@ def response_attention(
 def probe_loss(
     gate: SoftTokens, base: PreTrainedModel, texts: AlignedTexts, cuts: list[Cut], wanted: list[dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Reads the texts, runs the probe at every cut, and compares what it attends to with what the response attends to.
-
-    Returns:
-        loss, mean over cuts and layers; and hits, the share of the quarter that the responses attend to most which is
-        also the probe's.
-    """
+    """Returns the loss and the hit rate, means over cuts and layers, of a probe run at every cut of texts read once."""
     objective = OBJECTIVES[gate.objective]
     mask, losses, hits, before = texts.valid.long(), [], [], 0
     places = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -198,7 +192,7 @@ def at_slots(labels: Float[Tensor, "B Hq n"], position: Int[Tensor, "B H N"]) ->
 def hit_rate(
     probe: Float[Tensor, "B H G N"], response: Float[Tensor, "B H G N"], rows: Bool[Tensor, "B"]
 ) -> Float[Tensor, ""]:
-    """Returns the share of the quarter of slots best by the response, group means, that is in the best by the probe."""
+    """Returns the share of the quarter of slots that the responses attend to most, group means, which is also the probe's."""
     most = max(1, probe.shape[-1] // 4)
     marks = [
         torch.zeros_like(part[:, :, 0], dtype=torch.bool).scatter_(-1, part.mean(2).topk(most).indices, value=True)

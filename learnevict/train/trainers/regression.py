@@ -1,8 +1,7 @@
 """Mode "stream": gates that need no gradient of the base learn from one frozen pass per batch, layer by layer.
 
-What a layer's attention receives, and the oracle's labels of it, go into the loss of that layer's gates at once and are
-dropped: no hidden state is stored. All of it happens inside one `model(stream_loss, ...)`, so DDP sees one forward per step.
-Linear surrogates may start from their closed form.
+What a layer receives, and the oracle's labels of it, go into the loss of that layer's gates at once and are dropped. All of it
+happens inside one `model(stream_loss, ...)`, so DDP sees one forward per step.
 """
 
 from __future__ import annotations
@@ -74,14 +73,11 @@ def stream_loss(
     """Reads a batch once and compares the gate's scores with the oracle's labels.
 
     Args:
-        gate: surrogates or rankers of all layers.
-        base: frozen.
         inputs: input_ids and attention_mask [B, T]; golden labels [L, B, H, T, M] of the period as "stored_labels", or None.
-        config: what to learn from.
         draws: of the batch; None: from the global generator.
 
     Returns:
-        loss, with gradient if it is enabled, and all-budget regret of the gate's rankings (1 at best).
+        The loss, with gradient if it is enabled, and all-budget regret of the gate's rankings (1 at best).
 
     Raises:
         DataError: no text of the batch has a candidate with a future.
@@ -137,19 +133,13 @@ def fit_linear(
     *,
     strength: float = 1e-4,
 ) -> None:
-    """Fits gates of kvzap's kind "linear" by ridge regression, in place and the same in all processes.
+    """Fits gates of kvzap's kind "linear" by ridge regression (arXiv 2601.07891), in place and the same in all processes.
 
-    KVzap (arXiv 2601.07891) fits its linear surrogate so. Per layer, with inputs h, a constant and targets y = log s,
-
-        W = (sum of h h' + strength n I)^-1 sum of h y'
-
-    from sums that one pass over the texts fills; the constant is not shrunk.
+    Per layer, with inputs h, a constant and targets y = log s, W = (sum of h h' + strength n I)^-1 sum of h y', from sums that
+    one pass over the texts fills; the constant is not shrunk.
 
     Args:
-        base: the frozen model.
-        gates: with a `weight` [L, E, H] and a `bias` [L, H].
-        batches: as the trainer takes them: input_ids, attention_mask and stored_labels; as many in every process.
-        config: what to learn from; its objective is the squared error on logarithms.
+        batches: as the trainer takes them; as many in every process.
         strength: of the penalty, per token.
 
     Raises:

@@ -1,7 +1,7 @@
 """States to learn from: what a scorer sees at every event of a teacher-forced run, with the oracle's labels of it.
 
-The recorder governs a cache like any policy. In some rows it evicts as the oracle would, in the others as the scorer itself
-does, so that the scorer also meets the states that its own mistakes lead to.
+In some rows of the run the oracle evicts, in the others the scorer itself, so that it also meets the states that its own
+mistakes lead to.
 """
 
 from __future__ import annotations
@@ -143,13 +143,9 @@ def record_states(
     Where a scorer has learned how layers share a budget, and they do not compete anyway, they share it so.
 
     Args:
-        model: the frozen base.
-        gate: the scorer being trained.
         labels: per layer [B, H, T, M], None for stock layers.
-        input_ids: int64 [B, T]; attention_mask [B, T].
         budget: slots per (layer, kv head) after an event, on average over layers.
         schedule: its period must be the labels' block.
-        guard: never evicted, never candidates.
         own: bool [B], rows that follow the scorer; the others follow the oracle.
         scope: who competes: slots of a head, or of all heads and layers.
 

@@ -92,33 +92,22 @@ class SoftBatch:
         return [decay.log_retention * self.power for decay in self.decay_biases]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss; `needs` names what it compares ("logits", "hidden_states"), "" if it is about what is held."""
-
-    value: Callable[[SoftBatch], Tensor]
-    needs: str = ""
-
-
-LOSSES: dict[str, Loss] = {
-    "divergence": Loss(
-        lambda one: objectives.divergence(one.teacher.logits, one.student.logits, one.loss_mask), "logits"
+LOSSES: dict[str, tuple[str, Callable[[SoftBatch], Tensor]]] = {
+    "divergence": ("logits", lambda one: objectives.divergence(one.teacher.logits, one.student.logits, one.loss_mask)),
+    "student_divergence": (
+        "logits", lambda one: objectives.divergence(one.student.logits, one.teacher.logits, one.loss_mask)
     ),
-    "student_divergence": Loss(
-        lambda one: objectives.divergence(one.student.logits, one.teacher.logits, one.loss_mask), "logits"
-    ),
-    "next_token": Loss(lambda one: objectives.next_token(one.student.logits, one.tokens, one.loss_mask), "logits"),
-    "hidden_error": Loss(
-        lambda one: objectives.hidden_error(
-            one.teacher.hidden_states[-1], one.student.hidden_states[-1], one.loss_mask
-        ),
+    "next_token": ("logits", lambda one: objectives.next_token(one.student.logits, one.tokens, one.loss_mask)),
+    "hidden_error": (
         "hidden_states",
+        lambda one: objectives.hidden_error(one.teacher.hidden_states[-1], one.student.hidden_states[-1], one.loss_mask),
     ),
-    "hinge": Loss(lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget)),
-    "hinge_together": Loss(lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget, together=True)),
-    "admitted": Loss(lambda one: capacity.admitted(one.log_retentions, one.valid, one.decay_biases[0].window or 0)),
-    "shortfall": Loss(lambda one: capacity.shortfall(one.log_retentions, one.valid, one.target)),
-}
+    "hinge": ("", lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget)),
+    "hinge_together": ("", lambda one: capacity.hinge(one.log_retentions, one.valid, one.budget, together=True)),
+    "admitted": ("", lambda one: capacity.admitted(one.log_retentions, one.valid, one.decay_biases[0].window or 0)),
+    "shortfall": ("", lambda one: capacity.shortfall(one.log_retentions, one.valid, one.target)),
+}  # fmt: skip
+"""Losses by name: which outputs of the model they compare, none if they are about what is held; and their value."""
 
 
 class SoftTrainer(GateTrainer):
@@ -145,7 +134,7 @@ class SoftTrainer(GateTrainer):
     def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
         """Reads the batch with plain and with weighed attention, and returns the sum of the gate's losses."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        needs = {LOSSES[name].needs for name in self.gate.losses}
+        needs = {LOSSES[name][0] for name in self.gate.losses}
         text = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -180,9 +169,10 @@ class SoftTrainer(GateTrainer):
         )
         total = torch.zeros((), device=valid.device)
         for name, weight in gate.losses.items():
-            value = LOSSES[name].value(batch)
+            needs, loss = LOSSES[name]
+            value = loss(batch)
             self.record(**{name: value.detach()})
-            total = total + value * weight * (1.0 if LOSSES[name].needs else config.capacity)
+            total = total + value * weight * (1.0 if needs else config.capacity)
         return total
 
     def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:

@@ -129,14 +129,9 @@ class TeacherPass:
     """Reads a batch with the frozen base once, or as often as labels and states need.
 
     Args:
-        config: what is learned from.
         gate: that learns; its oracle says how labels are reduced.
-        inputs: input_ids and attention_mask [B, T]; golden labels [L, B, H, T, M] of the period as "stored_labels", or None.
+        inputs: as of `stream_loss`.
         draws: of the batch.
-
-    Attributes:
-        positions: where the real tokens stand.
-        budget: slots per head, drawn.
 
     Raises:
         UsageError: stored labels are not those of the target.

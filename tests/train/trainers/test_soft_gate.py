@@ -148,5 +148,5 @@ def test_every_gate_of_this_kind_asks_for_losses_that_exist():
     for gate in gates:
         assert gate.mode == "soft"
         assert set(gate.losses) <= set(LOSSES)
-        assert any(not LOSSES[name].needs for name in gate.losses)  # something makes it forget
-        assert any(LOSSES[name].needs for name in gate.losses)  # and something makes it remember
+        assert any(not LOSSES[name][0] for name in gate.losses)  # something makes it forget
+        assert any(LOSSES[name][0] for name in gate.losses)  # and something makes it remember

@@ -4,7 +4,7 @@ Letters are those of the package; s is the size of a number of the base, p the e
 something goes, N slots per head at an event. What is not of the base is float32, 4 bytes. Assumptions:
 
 - Labels, caches and recorded states follow from their shapes, budgets being those that take most.
-- What a backward pass keeps grows evenly with tokens; it is measured on a few of them (learnevict.train.memory.estimate).
+- What a backward pass keeps grows evenly with tokens; it is measured on a few of them (learnevict.train.run.estimate).
 - A pass without gradient holds its widest layer: residual, normed input, queries, keys, values and output, or the three
   products of the MLP, and a tile of attention with its probabilities, 128 queries each.
 - Rows are as long as the longest, and cuts fall evenly: the last of B is at B / (B + 1) of the text, its square at B / (B + 2).
@@ -59,12 +59,9 @@ class RunPlan:
 
 
 class Shapes:
-    """Sizes that the modes share.
+    """The sizes that the modes share.
 
     Args:
-        config: of the base.
-        gate: of these shapes; may stand on the meta device.
-        plan: of the run.
         gate_bytes: saved for the backward pass of one layer's gates: per slot of all heads for slot scorers, else per token.
         base_bytes: saved in all layers of the base for each token, where gradients pass through them.
     """
@@ -80,17 +77,14 @@ class Shapes:
         self.heads = self.layers * self.layout.num_heads
         self.mlp = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
         self.features = gate.num_features if isinstance(gate, SlotScorer) else 0
-        self.at_cuts = isinstance(gate, Learner) and gate.at_cuts
-        """Whether slots are ranked at events, and not tokens as they are written."""
+        self.at_cuts = isinstance(gate, Learner) and gate.at_cuts  # slots are ranked at events, not tokens when written
         low, high = (min(max(budget, 1), plan.tokens) for budget in plan.budgets)
         most = min(max((plan.tokens - plan.period) // 2, low), high)
         recorded = [
             max(plan.tokens // plan.period - n // plan.period, 0) * (n + plan.period) for n in (low, most, high)
         ]
-        self.states = plan.rows * self.heads * max(recorded)
-        """Slots of all heads, rows and events of a recorded run, B L H E N."""
-        self.largest = min(plan.budgets[1] + plan.period, plan.tokens)
-        """Slots that an evicting cache holds at most."""
+        self.states = plan.rows * self.heads * max(recorded)  # slots of a recorded run, B L H E N
+        self.largest = min(plan.budgets[1] + plan.period, plan.tokens)  # slots that an evicting cache holds at most
         self.state_gates = round(gate_bytes * self.states / self.layout.num_heads)
         self.tile = 2 * 4 * plan.rows * self.layout.num_query_heads * min(TILE, plan.tokens) * plan.tokens
 

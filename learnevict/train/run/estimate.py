@@ -1,10 +1,7 @@
 """Estimates what a run takes, from the configuration of the base alone: bytes in every process, operations, and how many GPUs.
 
-    print(report(estimate(load_config("user/model"), "foresightkv", RunPlan("replay", tokens=32768)), "80GiB"))
-
-No weight is loaded or allocated. Torch counts what it can: weights and operations of the base on the meta device, and what a
-backward pass saves, on fake tensors and on a few tokens of a gate of one layer. The rest are formulas whose assumptions
-learnevict.train.memory.phases states. It is an estimate: leave room.
+No weight is loaded. Torch counts what it can: weights and operations of the base on the meta device, and what a backward pass
+saves, on fake tensors and on a few tokens of a gate of one layer. The rest are the formulas of learnevict.train.run.phases.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from learnevict.parts.learned import Learner
 from learnevict.parts.slot_scorer import SlotScorer
 from learnevict.policy import Gate
 from learnevict.signals import Attention
-from learnevict.train.memory.phases import PHASES, Phases, RunPlan, Shapes
+from learnevict.train.run.phases import PHASES, Phases, RunPlan, Shapes
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
 FEW, MORE = 32, 96
@@ -52,12 +49,8 @@ class Figures:
 
     @property
     def working(self) -> int:
-        """Bytes beside the weights in the phase that needs most."""
+        """The bytes beside the weights in the phase that needs most."""
         return max(sum(parts.values()) for parts in self.phases.values())
-
-    def total(self, stage: str) -> int:
-        """Bytes of a process, at most."""
-        return self.base + self.gates[stage] + self.working
 
 
 def estimate(config: PreTrainedConfig, method: str, plan: RunPlan) -> Figures:
@@ -104,6 +97,7 @@ def saved_bytes(run: Callable[[], Any], *modules: nn.Module) -> int:
 
 
 def _slope(measured: Callable[[int], float]) -> float:
+    """Returns by how much a measure grows with every token."""
     return (measured(MORE) - measured(FEW)) / (MORE - FEW)
 
 
@@ -191,9 +185,8 @@ def report(figures: Figures, gpu_memory: str) -> str:
         lines.append(f"  {what:<44}{readable(count):>12}  {note}".rstrip())
 
     lines += [
-        f"An estimate of mode {plan.mode}: {plan.rows} x {plan.tokens} tokens a process, {plan.processes} processes"
-    ]
-    lines += [""]
+        f"An estimate of mode {plan.mode}: {plan.rows} x {plan.tokens} tokens a process, {plan.processes} processes", ""
+    ]  # fmt: skip
     row("base, frozen, all of it in every process", figures.base, f"{figures.parameters:,} weights")
     row("gates, gradients, AdamW: DDP", figures.gates["DDP"], f"{figures.gate_parameters:,} weights")
     row("the same: ZeRO-2", figures.gates["ZeRO-2"])
@@ -206,7 +199,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
             row(what, parts[what])
     lines += [""]
     for stage in figures.gates:
-        row(f"a process at its peak: {stage}", figures.total(stage))
+        row(f"a process at its peak: {stage}", figures.base + figures.gates[stage] + figures.working)
     step = sum(figures.operations.values()) * plan.processes
     lines += ["", *(f"  {what + ', per step':<44}{count:>12.3g} FLOP" for what, count in figures.operations.items())]
     lines += [f"  {f'all of it, in {plan.steps} steps of all processes':<44}{step * plan.steps:>12.3g} FLOP"]

@@ -19,8 +19,8 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle import golden_labels
 from learnevict.policy import Guard, Policy, Schedule
-from learnevict.train.memory.estimate import Figures, estimate, memory_of, report, saved_bytes
-from learnevict.train.memory.phases import PHASES, RunPlan
+from learnevict.train.run.estimate import Figures, estimate, memory_of, report, saved_bytes
+from learnevict.train.run.phases import PHASES, RunPlan
 from learnevict.train.trainers.pairwise import score_all
 from learnevict.train.trainers.regression import StreamConfig, stream_loss
 from learnevict.train.trainers.replay_states import record_states

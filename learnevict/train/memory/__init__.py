@@ -1,1 +1,0 @@
-"""Estimates of the memory and the operations of a training run."""
