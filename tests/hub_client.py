@@ -91,9 +91,13 @@ def listen() -> None:
     """Do jobs until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    fetch, share = (import_module(f"learnevict.hub.{name}") for name in ("download", "share"))
+    fetch, share, repo = (import_module(f"learnevict.hub.{name}") for name in ("download", "share", "repo"))
     fetch.GRACE = 300.0
-    fetch.PATIENCE = share.PATIENCE = 60.0  # a busy machine may be slower than a person is patient
+    repo.ANSWER, fetch.PATIENCE, share.PATIENCE = (
+        300.0,
+        60.0,
+        60.0,
+    )  # a busy machine may be slower than a person is patient
     for line in sys.stdin:
         job = json.loads(line)
         changed = {name: os.environ.get(name) for name in job["environment"]}

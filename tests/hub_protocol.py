@@ -106,6 +106,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, content: object = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self.kind == "dawdle":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not self.hub.never.wait(0.05):
+                self.wfile.write(b"-")
         if self.kind in ("swap", "swell"):
             body = body[::-1] * (1 if self.kind == "swap" else 3)
         self.send_response(status)

@@ -9,6 +9,7 @@ armed with `fail` and strikes the next requests that match:
     swap     a GET gets other bytes, as many as were announced
     swell    a GET gets three times as many
     trickle  a GET gets 20 bytes a second
+    dawdle   a GET gets 20 bytes of an endless header a second
     hold     half of the body of a PUT is read, `held` is set, and nothing more happens until the client is gone
 """
 

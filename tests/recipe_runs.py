@@ -1,10 +1,12 @@
-"""Recipes run as programs inside this process, which has imported already what a new one would import for seconds."""
+"""Recipes run as programs: inside this process, which has imported already what a new one would import for seconds, or two."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import warnings
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +38,33 @@ def run_recipe(*words: str) -> subprocess.CompletedProcess[str]:
             os.environ.clear()
             os.environ.update(environment)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def refuse_stale_locks() -> None:
+    """Fails where a compile that was killed has left its lock, for which the next run would wait without a word.
+
+    Whoever compiles holds the file open; what no process holds is named and not removed, for not all processes can be seen.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = {path.resolve() for path in root.rglob("lock")}
+    held = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            held.add(link.readlink())
+    if stale := sorted(str(path) for path in locks if path not in held and path.exists()):
+        pytest.fail(
+            f"{stale[0]} is left of a compile that was killed, and DeepSpeed would wait for it: remove that file"
+        )
+
+
+def launch(config: str, *commands: list[str]) -> str:
+    """Runs recipes to their end, one after another, by the processes of one `accelerate launch`; returns what they said."""
+    refuse_stale_locks()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LEARNEVICT_DEBUG": "1"}
+    path = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
+    words = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(path)]
+    words += ["--main_process_port", "0", "tests/one_start.py", *map(shlex.join, commands)]  # 0: any free port
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return said

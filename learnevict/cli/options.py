@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -225,12 +225,26 @@ class EvictionOptions:
         return {**found, "schedule": schedule, "prompt": found.pop("keep_prompt") or None}
 
 
+def path(word: str) -> Path:
+    """Returns a path that was given on a command line.
+
+    Raises:
+        BadParameter: it is empty, as "$UNSET" is; pathlib would take that for the current folder.
+    """
+    if not word:
+        raise typer.BadParameter("it is empty; name a file or a folder")
+    return Path(word)
+
+
 def prepared(function: Callable[..., None]) -> Callable[..., None]:
     """Returns a command for typer: parameters that are dataclasses of options become these options.
 
     A command that is stopped with Ctrl-C says so and exits with 130.
     """
     hints = get_type_hints(function, include_extras=True)
+    for hint in hints.values():
+        if get_origin(hint) is Annotated and Path in (hint.__origin__, *get_args(hint.__origin__)):
+            hint.__metadata__[0].parser = path
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():

@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from learnevict.errors import DataError, FromCacheWarning, GateError, HubError
-from learnevict.hub.repo import PATIENCE, PAUSE, Address, HTTPError, asking, insist, offline, unreachable
+from learnevict.hub.repo import PATIENCE, PAUSE, SLOWEST, Address, HTTPError, asking, insist, offline, unreachable
 
 CONFIG, WEIGHTS, CARD, RUN = "config.json", "model.safetensors", "README.md", "run.json"
 FILES = (CONFIG, WEIGHTS, CARD, RUN)
 """What gates consist of on the Hub; nothing else is sent or fetched. The card and the run's record may be missing."""
 LARGEST = {CONFIG: 2**20, WEIGHTS: 2**31, CARD: 2**20, RUN: 10 * 2**20}
 """Bytes. Gates are small: more than this is something else."""
-GRACE, SLOWEST, TRIES = 60.0, 2**14, 5
-"""A download may take so many seconds and the time of so many bytes a second; a connection may break so often."""
+GRACE, TRIES = 60.0, 5
+"""A download may take so many seconds on top of its size's; a connection may break so often."""
 AGAIN = "give the same command again, and tell the owner if it stays so"
 MODEL_TYPE = "learnevict-gates"
 ORIGIN = "origin.json"
@@ -86,8 +87,8 @@ def fetch(source: Address, token: str | None = None) -> Snapshot:
         for file in files[1:]:
             _download(source, info.sha, file, token)
         # By the branch's name, so that the cache remembers what it meant: without a network that is what one gets.
-        folder = Path(hf_hub_download(source.repo_id, CONFIG, revision=source.revision, token=token)).parent
-    return Snapshot(source, folder, info.sha)
+        config = insist(hf_hub_download, source.repo_id, CONFIG, revision=source.revision, token=token)
+    return Snapshot(source, Path(config).parent, info.sha)
 
 
 def _download(source: Address, commit: str, file: Any, token: str | None) -> Path:
@@ -128,9 +129,10 @@ def _read(source: Address, commit: str, file: Any, place: Path, token: str | Non
         HubError: it is more, or too slow.
     """
     name, size, arrived, start = file.rfilename, file.size, 0, time.monotonic()
-    options: dict[str, Any] = {"headers": build_hf_headers(token=token), "timeout": PATIENCE, "follow_redirects": True}
+    session, url = get_session(), hf_hub_url(source.repo_id, name, revision=commit)
+    question = session.build_request("GET", url, headers=build_hf_headers(token=token), timeout=PATIENCE)
     with (
-        get_session().stream("GET", hf_hub_url(source.repo_id, name, revision=commit), **options) as answer,
+        closing(insist(session.send, question, stream=True, follow_redirects=True)) as answer,
         tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None if name == WEIGHTS else True) as bar,
         place.open("wb") as out,
     ):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
@@ -22,10 +21,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from learnevict.errors import HubError, LearnevictError, UsageError
+from learnevict.infer.load import ANSWER, Answer, answer_of
 
-Answer = TypeVar("Answer")
 PATIENCE = 10.0
-"""Seconds that a request may take."""
+"""Seconds from one byte of an answer to the next."""
+SLOWEST = 2**14
+"""Files have the time of so many bytes a second."""
 PAUSE = 1.0
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -77,15 +78,24 @@ def asking(where: Address, *, to_write: bool = False) -> Generator[None]:
         raise HubError(explain(error, where, to_write=to_write)) from error
 
 
-def insist(call: Callable[..., Answer], *args: object, **options: object) -> Answer:
-    """Returns the call's answer; asks a second time if the Hub itself failed (status 5xx), as it does in passing."""
+def insist(call: Callable[..., Answer], *args: object, num_bytes: int = 0, **options: object) -> Answer:
+    """Returns the call's answer; asks a second time if the Hub itself failed (status 5xx), as it does in passing.
+
+    Args:
+        call: with `args` and `options`.
+        num_bytes: that it sends.
+
+    Raises:
+        TimeoutError: the answer takes too long as a whole.
+    """
+    within = ANSWER if not num_bytes else 5 * ANSWER + num_bytes / SLOWEST  # a commit is several questions
     try:
-        return call(*args, **options)
+        return answer_of(call, *args, within=within, **options)
     except HfHubHTTPError as error:
         if _status(error) // 100 != 5:
             raise
     time.sleep(PAUSE)
-    return call(*args, **options)
+    return answer_of(call, *args, within=within, **options)
 
 
 def unreachable(error: BaseException) -> bool:
@@ -119,6 +129,8 @@ def explain(error: BaseException, where: Address, *, to_write: bool) -> str:
         return f"this token may not {'write to' if to_write else 'read'} {where.repo_id}; {log_in} there"
     if status:
         return f"the Hub answered {status} for {where}: {_said(error)}; try again later"
+    if any(type(one) is TimeoutError for one in chain):
+        return f"the Hub sends {chain[0]} for {where}; check the network and give the same command again"
     if unreachable(error):
         return (
             f"the Hub cannot be reached for {where}, or the connection broke off ({type(chain[-1]).__name__}); check the "

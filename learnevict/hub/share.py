@@ -90,7 +90,8 @@ def push_folder(
         stale = {sibling.rfilename for sibling in head.siblings or []} & ({*FILES} - {*sent})
         summary = message or f"{gates.method} gates for {gates.config.base_name or 'a base model'}"
         # Again as a whole if the Hub fails: what has arrived is recognised, so nothing is committed twice.
-        made = insist(_commit, api, Address(where.repo_id, branch), sent, stale, summary)
+        size = sum(len(one) if isinstance(one, bytes) else Path(one).stat().st_size for one in sent.values())
+        made = insist(_commit, api, Address(where.repo_id, branch), sent, stale, summary, num_bytes=size)
     return Pushed(
         where, made.commit_url, info is None, made.oid != head.sha, tuple(name for name in FILES if name in sent)
     )
@@ -191,7 +192,7 @@ def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
     if not ownerless:
         return where
     with asking(where, to_write=True):
-        return replace(where, repo_id=f"{api.whoami()['name']}/{where.repo_id.partition('/')[2]}")
+        return replace(where, repo_id=f"{insist(api.whoami)['name']}/{where.repo_id.partition('/')[2]}")
 
 
 def _folder(source: str | Path) -> Path:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -25,6 +27,9 @@ from learnevict.infer.catalogue import MODELS, folder_of_known
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+ANSWER = 60.0
+"""Seconds in which the Hub has to answer a question; files have the time of their size on top."""
+Answer = TypeVar("Answer")
 INDEX = "model.safetensors.index.json"
 PICKLED = (
     "cannot load model {0!r}: {1} is not safetensors, and pickles can run code; convert it with save_pretrained, or pass "
@@ -195,7 +200,7 @@ def on_hub(name: str) -> bool:
         ModelError: the Hub knows no such model, or neither Hub nor cache can be asked.
     """
     try:
-        HfApi().model_info(name, timeout=10)
+        answer_of(HfApi().model_info, name, timeout=10)
     except GatedRepoError:
         return True
     except RepositoryNotFoundError as error:
@@ -211,6 +216,26 @@ def on_hub(name: str) -> bool:
             "folder or check the network"
         ) from error
     return True
+
+
+def answer_of(call: Callable[..., Answer], *arguments: object, within: float = ANSWER, **options: object) -> Answer:
+    """Returns what a call to the Hub returns: timeouts of HTTP count from byte to byte, and a server may send one now and then.
+
+    Raises:
+        TimeoutError: it takes longer than `within` seconds; whatever the call raises.
+    """
+    done: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call(*arguments, **options))
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            done.set_exception(error)
+
+    Thread(target=work, daemon=True).start()  # no executor, which would be waited for when the program ends
+    if not wait([done], within).done:
+        raise TimeoutError(f"no whole answer within {within:.0f} s")
+    return done.result()
 
 
 def pick_device(name: str) -> torch.device:

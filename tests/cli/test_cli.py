@@ -22,9 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from typer.models import ArgumentInfo
 
 from learnevict import methods, testbed
-from learnevict.cli import app, main
+from learnevict.cli import app, main, options
 from learnevict.cli.console import _explain
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError, told_in_one_line
@@ -39,6 +40,7 @@ from learnevict.policy import Guard, Schedule
 from learnevict.signals import NEVER, Trace
 from learnevict.untrusted import printable
 from tests.interrupting import ctrl_c_after
+from tests.recipe_runs import run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = " ".join(testbed.generate("recall", 0).messages[0]["content"].split()[:8])
@@ -395,6 +397,21 @@ def test_gates_of_another_model(learnevict, tmp_path):
     assert learnevict(*words)[0] == 0
 
 
+def test_no_command_takes_an_empty_path(learnevict, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tried = []
+    for command in app.registered_commands:
+        for name, hint in command.callback.__annotations__.items():
+            option = getattr(hint, "__metadata__", [None])[0]
+            if getattr(option, "parser", None) is options.path:
+                flag = [] if isinstance(option, ArgumentInfo) else [(option.param_decls or [f"--{name}"])[0]]
+                code, _, err = learnevict(command.name, *flag, "")
+                assert (code, "it is empty; name a file or a folder" in err) == (2, True), (command.name, name, err)
+                tried.append(f"{command.name} {name}")
+    assert {"oracle out", "infer out", "infer batch", "eval out", "pull out", "viz out", "report rows"} <= {*tried}
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_cannot_be_written(learnevict, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", {"prompt": WORDS})
     other = write_rows(tmp_path / "other.jsonl", {"id": "mine", "prompt": WORDS})
@@ -537,11 +554,6 @@ def test_the_source_distribution_holds_what_the_readme_names(tmp_path):
 # --- recipes ---
 
 
-def call_recipe(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"recipes/{name}.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_a_program_tells_in_one_line_and_says_how_to_go_on(capsys, monkeypatch):
     for error, code, line in (
         (KeyboardInterrupt(), 130, "interrupted; give the command again"),
@@ -575,7 +587,8 @@ def test_every_recipe_runs_under_the_same_guard():
     ],
 )
 def test_a_mistake_with_a_recipe_is_told(words, code, message):
-    done = call_recipe(*words)
+    recipe, *flags = words
+    done = run_recipe(f"recipes/{recipe}.py", *flags)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
     assert message in done.stderr
 

@@ -26,6 +26,7 @@ from learnevict.evals.report import write_report
 from learnevict.evals.suite import run
 from learnevict.evals.tasks import FamilyTask, TextBatch, family_tasks, read, resolve
 from learnevict.evals.teacher_forced import measure, measure_golden
+from learnevict.files import locked
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
@@ -404,6 +405,16 @@ def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):
         run(plan, subject, field, out, resume=True)
     out.write_text("")
     assert len(run(plan, subject, field, out)[0]) == 1
+
+
+def test_results_that_share_a_log_are_not_written_at_once(subject, tmp_path):
+    """r.json and r.jsonl have one log."""
+    plan = small_plan(free="none", num_samples=2, budgets=("1/4",))
+    for name, other in (("r.json", "r.jsonl"), ("r.jsonl", "r.json"), ("r.json", "r.json")):
+        held, said = locked(log_path(tmp_path / other)), "another process is writing"
+        with locked(tmp_path / other), held, pytest.raises(UsageError, match=said):
+            run(plan, subject, [evaluated_method("random")], tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_loses_no_row(subject, tmp_path):

@@ -588,6 +588,34 @@ def test_a_trickle_is_not_waited_for(hub, client, tmp_path):
     assert client("pull", "me/trickle", "--out", tmp_path / "back")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "path", "kind"),
+    [
+        (("pull", "me/slow"), "/api/models/me/slow", "trickle"),
+        (("pull", "me/slow"), "/api/models/me/slow", "dawdle"),
+        (("pull", "me/slow"), "/me/slow/resolve/.*README", "dawdle"),
+        (("push", "GATES", "me/slow"), "/api/models/me/slow", "trickle"),
+        (("push", "GATES", "slow"), "/api/whoami", "dawdle"),
+    ],
+)
+def test_the_answer_to_a_question_has_a_limit_as_a_whole(hub, client, tmp_path, words, path, kind):
+    """Bytes of its header or its body may come now and then for ever."""
+    folder = save(tmp_path / "gates")
+    client("push", folder, "me/slow")
+    code = "from learnevict.hub import repo\nresult, repo.ANSWER = repo.ANSWER, given"
+    usual = client.run(code, given=1.0)
+    hub.fail("GET", path, kind, times=9)
+    start = time.monotonic()
+    words = [folder if word == "GATES" else word for word in words]
+    words += ["--out", tmp_path / "back"] * (words[0] == "pull")
+    told = client(*words)
+    client.run(code, given=usual)
+    hub.mishaps.clear()
+    is_told(told, 1, "no whole answer within 1 s", "give the same command again")
+    assert time.monotonic() - start < 20
+    assert not (tmp_path / "back").exists()
+
+
 # --- the card, there ---
 
 

@@ -28,6 +28,7 @@ from learnevict.train.run.registry import trainable_method
 from learnevict.train.trainer import last_checkpoint
 from learnevict.train.trainers.replay_states import record_states
 from learnevict.train.validation import BEST, Patience
+from tests.recipe_runs import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TAUGHT = {"replay": "foresightkv", "stream": "kvzap", "soft": "trimkv", "probe": "judge_q"}
@@ -376,19 +377,16 @@ def test_figures_reach_wandb_without_a_network(tmp_path, flags):
 def test_two_processes_learn_from_one_stream(tmp_path, flags):
     """DDP over gloo, validated by both: killed at a checkpoint and resumed by as many, it ends alike."""
     more = ["--streaming", "--use_cpu", "true", "--eval_steps", "2", "--eval_documents", "3", "--eval_budgets", "24"]
-    pair = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "recipes/distill.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, lost = tmp_path / "whole", tmp_path / "lost"
-
-    def run(*words: str) -> None:
-        command = [*pair, *flags, *SMALL["foresightkv"], *more, *words]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert "Traceback" not in done.stderr, done.stderr[-3000:]  # gloo may abort at exit, when all is done
-
-    run("--output_dir", str(whole))
+    train = ["recipes/distill.py", *flags, *SMALL["foresightkv"], *more, "--output_dir"]
+    whole, lost, copy = tmp_path / "whole", tmp_path / "lost", tmp_path / "copy.py"
+    copy.write_text("import os, shutil, sys\nif os.environ['RANK'] == '0':\n    shutil.copytree(*sys.argv[1:])\n")
+    launch(
+        "ddp_cpu",
+        [*train, str(whole)],
+        [str(copy), str(whole / "checkpoint-2"), str(lost / "checkpoint-2")],
+        [*train, str(lost), "--resume_from_checkpoint", "true"],
+    )
     assert read_record(whole)["status"] == "finished"
-    shutil.copytree(whole / "checkpoint-2", lost / "checkpoint-2")
-    run("--output_dir", str(lost), "--resume_from_checkpoint", "true")
     assert_same(whole, lost)
 
 

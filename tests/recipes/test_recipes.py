@@ -18,6 +18,7 @@ import pytest
 
 from learnevict.errors import DataError, LearnevictError, UsageError
 from learnevict.evals import tuning
+from learnevict.files import locked
 from tools.results.ablations import check_same
 
 # TRL and what it brings: a flag has a new name that the oldest transformers does not know, rollouts are experimental.
@@ -165,6 +166,7 @@ def test_words_that_make_no_sense_are_refused_before_a_model_is_opened(name, wor
         ["--hidden", "0"], ["--report_to", "zzz"], ["--output_dir", ""], ["--lr_scheduler_kwargs", "zzz"], ["--deepspeed", "1"],
         ["--accelerator_config", "nowhere.json"], ["--eval_budgets", "zz"], ["--eval_budgets", "64", "-1"],
         ["--families", "zzz"], ["--gpu_memory", "zzz"], ["--max_steps", "0"], ["--save_steps", "0"], ["nowhere.yaml"],
+        ["--optim_args", "zzz"], ["--optim", "sgd", "--lr_scheduler_kwargs", '{"zzz": 1}'], ["--optim", "adamw_bnb_8bit"],
     ],
 )  # fmt: skip
 def test_distilling_is_refused_before_any_work(words, parsed):
@@ -263,9 +265,18 @@ def test_a_model_goes_where_it_is_told_and_over_nothing_else(parsed, tmp_path, c
     with pytest.raises(UsageError, match="no checkpoint in"):
         pretrain.main(parsed("pretrain", ["--export", "--smoke", "--out", str(tmp_path / "new")]))
     assert not (tmp_path / "runs").exists()
+    with locked(out / "data.export"), pytest.raises(UsageError, match="another process is writing"):
+        pretrain.main(parsed("pretrain", words))
 
 
 # --- tables ---
+
+
+def test_a_table_of_labels_that_is_being_written_is_left_alone(parsed, tmp_path):
+    out = tmp_path / "labels.json"
+    with locked(out), pytest.raises(UsageError, match="another process is writing"):
+        imported("compare_labels").main(parsed("compare_labels", ["--smoke", "--out", str(out)]))
+    assert not out.exists()
 
 
 def test_tables_of_another_run_stay(parsed, tmp_path):

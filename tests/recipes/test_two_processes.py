@@ -8,9 +8,6 @@ differ as gradients do: by rounding. In refining, a draw may hang on the last bi
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,8 @@ from safetensors.torch import load_file
 
 from learnevict import testbed
 from tests.closeness import close
-from tests.recipe_runs import run_recipe
+from tests.recipe_runs import launch, refuse_stale_locks, run_recipe
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5  # of the largest weight, and moved by up to half of it: a hundred times the rounding that was measured
@@ -39,7 +35,6 @@ RUNS = {
         "--max_steps 1",  # a draw that rounding turns shows in all later steps
     ),
 }
-ABORTED = "terminate called without an active exception", "Signal 6 (SIGABRT)"
 
 
 @pytest.fixture(scope="module")
@@ -77,61 +72,45 @@ def command(name: str, texts: Path, rows: int, folder: Path) -> list[str]:
     recipe, own = RUNS[name]
     rows = 2 * rows if recipe == "grpo" else rows  # each text twice
     words = f"recipes/{recipe}.py --data {texts} --output_dir {folder / name} --per_device_train_batch_size {rows}"
-    return f"{words} {own} {SHARED}".split()
+    return f"{words} {SHARED} {own}".split()
 
 
-def run(words: list[str]) -> str:
-    """Run a program to its end; what it said.
-
-    Processes that talk over gloo sometimes abort at interpreter exit, when all is done and saved (docs/scale.md): that exact
-    end, and no other, is tried once more.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LEARNEVICT_DEBUG": "1"}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, "timeout": 400}
-    said = ""
-    for _ in range(2):
-        done = subprocess.run(words, **options)
-        said += done.stdout + done.stderr
-        if done.returncode == 0 or not all(sign in done.stderr for sign in ABORTED):
-            break
-    assert done.returncode == 0, said[-4000:]
-    return said
-
-
-def launch(config: str, words: list[str]) -> str:
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    path = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    return run(
-        [accelerate, "launch", "--config_file", str(path), "--main_process_port", "0", *words]
-    )  # 0: any free one
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ("ddp_cpu", "replay"),
-        ("ddp_cpu", "probe"),
-        ("zero2", "soft"),
-        ("zero2", "stream"),
-        ("zero3", "replay"),
-        ("zero3", "grpo"),
-    ],
-)
-def test_two_processes_are_one(config, name, texts, alone, tmp_path):
-    launch(config, command(name, texts, 2, tmp_path))
-    found, wanted = load_file(tmp_path / name / "model.safetensors"), alone(name)
+def check(name: str, folder: Path, wanted: dict) -> None:
+    found = load_file(folder / name / "model.safetensors")
     assert found.keys() == wanted.keys()
     largest = max(float(weights.float().abs().max()) for weights in wanted.values())
     for part, weights in wanted.items():
-        close(found[part], weights, TOLERANCE, scale=largest, about=part)
-    assert not list((tmp_path / name).rglob("*.bin"))
+        close(found[part], weights, TOLERANCE, scale=largest, about=f"{name}: {part}")
+    assert not list((folder / name).rglob("*.bin"))
 
 
-def test_labels_are_shared_out(tmp_path):
-    said = launch("ddp_cpu", ["recipes/oracle.py", "--smoke", "--out", str(tmp_path / "two")])
-    assert "by 2 processes" in said
-    run_recipe("recipes/oracle.py", "--smoke", "--out", str(tmp_path / "one"))
+@pytest.mark.parametrize(("config", "names"), [("zero2", ["soft", "stream"]), ("zero3", ["replay", "grpo"])])
+def test_two_processes_under_deepspeed_are_one(config, names, texts, alone, tmp_path):
+    launch(config, *(command(name, texts, 2, tmp_path) for name in names))
+    for name in names:
+        check(name, tmp_path, alone(name))
+
+
+def test_two_processes_are_one_and_share_labels_out(texts, alone, tmp_path):
+    label = ["recipes/oracle.py", "--smoke", "--out"]
+    names = ("replay", "probe")
+    commands = [command(name, texts, 2, tmp_path) for name in names]
+    assert "by 2 processes" in launch("ddp_cpu", *commands, [*label, str(tmp_path / "two")])
+    for name in names:
+        check(name, tmp_path, alone(name))
+    run_recipe(*label, str(tmp_path / "one"))
     shards = sorted(path.name for path in (tmp_path / "one" / "data").iterdir())
     assert len(shards) == 2
     for shard in shards:
         assert (tmp_path / "one" / "data" / shard).read_bytes() == (tmp_path / "two" / "data" / shard).read_bytes()
+
+
+def test_the_lock_of_a_killed_compile_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "op").mkdir()
+    refuse_stale_locks()
+    with (tmp_path / "op" / "lock").open("w"):
+        refuse_stale_locks()
+    with pytest.raises(pytest.fail.Exception, match=r"op/lock is left of a compile that was killed.*remove that file"):
+        refuse_stale_locks()
+    assert (tmp_path / "op" / "lock").exists()

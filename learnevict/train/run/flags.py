@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -258,6 +259,7 @@ def check_training(training: TrainingArguments) -> None:
         raise UsageError("--max_steps 0: give 1 or more, or -1 to count epochs")
     if not str(training.output_dir or ""):
         raise UsageError("--output_dir is empty; name a folder")
+    _check_optimizer(training)
     wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
     if unknown := [name for name in wanted if name not in (*INTEGRATION_TO_CALLBACK, "all", "none")]:
         raise UsageError(
@@ -266,3 +268,25 @@ def check_training(training: TrainingArguments) -> None:
     missing = [name for name in wanted if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None]
     if missing:
         raise UsageError(f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or drop it")
+
+
+def _check_optimizer(training: TrainingArguments) -> None:
+    """Makes an optimizer and a schedule as training will, for one weight. A few kinds of optimizer need the model: those not.
+
+    Raises:
+        UsageError: they cannot be made.
+    """
+    from transformers import Trainer, get_scheduler  # which programs that do not train need not import
+
+    name, kind = str(training.optim), str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    given = f"--optim {getattr(training.optim, 'value', name)} --optim_args {training.optim_args!r}"
+    try:
+        if not any(one in name.lower() for one in ("galore", "lomo", "apollo")):
+            made, options = Trainer.get_optimizer_cls_and_kwargs(training)
+            optimizer = made([torch.nn.Parameter(torch.zeros(1))], **options)
+            more: Any = training.lr_scheduler_kwargs
+            given = f"--lr_scheduler_type {kind} --lr_scheduler_kwargs {json.dumps(more)}"
+            get_scheduler(kind, optimizer, 0, 10, scheduler_specific_kwargs=more)
+    except Exception as error:  # each raises what it likes
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"{given} cannot be used ({said}); write names and values that these know") from error
