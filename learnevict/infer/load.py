@@ -40,7 +40,7 @@ PICKLED = (
 def load(
     name: str, *, device: str = "auto", dtype: str = "auto", allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """A causal language model in eval mode and its tokenizer.
+    """Returns a causal language model in eval mode and its tokenizer.
 
     Args:
         name: a folder that `save_pretrained` wrote, or a Hub id (downloaded, or taken from the local cache).
@@ -49,8 +49,8 @@ def load(
         allow_pickle: read weights that are pickles (.bin) too; otherwise safetensors only.
 
     Raises:
-        ModelError: nothing there, nothing that transformers can load without running code of the model's author, pickles
-            that were not allowed, or weights that are not those of the model that config.json describes.
+        ModelError: nothing there that transformers can load without the author's code, pickles that were not allowed, or
+            weights that are not those of the model in config.json.
         UsageError: no such device or dtype on this machine.
     """
     where, kind = pick_device(device), pick_dtype(dtype)
@@ -77,11 +77,7 @@ def load(
 
 
 def refuse_pickles(name: str, source: str, local: bool, config: PreTrainedConfig) -> None:
-    """Refuse what transformers would unpickle although it was asked for safetensors: files that other files name.
-
-    Raises:
-        ModelError: a config, an index or an adapter that names weights in another format.
-    """
+    """Raises a ModelError for pickles that a config, an index or an adapter names: transformers would read those anyway."""
 
     def find(file: str) -> str | None:
         return cached_file(source, file, local_files_only=local, _raise_exceptions_for_missing_entries=False)
@@ -97,13 +93,11 @@ def refuse_pickles(name: str, source: str, local: bool, config: PreTrainedConfig
 
 
 def check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Compare the tensors of a checkpoint with those of the model, by what `output_loading_info=True` returns.
-
-    Tensors of parts that the model lacks, such as a head for another task, are named in an UnusedWeightsWarning.
+    """Compares the tensors of a checkpoint with those of the model, by what `output_loading_info=True` returns.
 
     Raises:
-        ModelError: tensors are missing (transformers fills them with random numbers), have another shape, or belong to
-            layers and modules of the model that does not take them.
+        ModelError: tensors are missing (transformers makes random ones), of another shape, or left over in modules that the
+            model has; those of other parts, such as a head for another task, are named in an UnusedWeightsWarning.
     """
     wrong = {
         "missing": set(found["missing_keys"]),
@@ -133,16 +127,15 @@ def check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -
 
 
 def _shape_of(key: str) -> str:
-    """A tensor's or module's name with N for the numbers of layers and experts."""
+    """Returns a tensor's or module's name with N for the numbers of layers and experts."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
 
 
 @contextmanager
 def whole_weights() -> Generator[None]:
-    """What `from_pretrained` loads inside is whole in every process.
+    """Inside, `from_pretrained` loads whole weights in every process, also under ZeRO-3.
 
-    Under ZeRO-3, transformers would deal each weight out to the processes. That suits what DeepSpeed trains and wraps; the base
-    is neither, and gates are dealt out by DeepSpeed itself when training begins.
+    transformers would deal them out. The base is not trained, and gates are dealt out by DeepSpeed when training begins.
     """
     asked = deepspeed_integration._hf_deepspeed_config_weak_ref  # transformers has no public name for it
     config = None if asked is None else asked()
@@ -155,11 +148,7 @@ def whole_weights() -> Generator[None]:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration alone, without weights.
-
-    Raises:
-        ModelError: as `load`.
-    """
+    """Returns the configuration alone; a ModelError as from `load`."""
     source, local = locate(name)
     try:
         return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
@@ -192,9 +181,7 @@ def locate(name: str) -> tuple[str, bool]:
 
 
 def on_hub(name: str) -> bool:
-    """Whether the Hub answers for this id; False if only the local cache can.
-
-    Asked once and without the retries of a download, which would keep a person without a network waiting for minutes.
+    """Returns whether the Hub answers for this id; False if only the local cache can. Asked once, without a download's retries.
 
     Raises:
         ModelError: the Hub knows no such model, or neither Hub nor cache can be asked.
@@ -219,11 +206,7 @@ def on_hub(name: str) -> bool:
 
 
 def answer_of(call: Callable[..., Answer], *arguments: object, within: float = ANSWER, **options: object) -> Answer:
-    """Returns what a call to the Hub returns: timeouts of HTTP count from byte to byte, and a server may send one now and then.
-
-    Raises:
-        TimeoutError: it takes longer than `within` seconds; whatever the call raises.
-    """
+    """Returns what a call returns within so many seconds, else a TimeoutError: those of HTTP count from byte to byte."""
     done: Future[Answer] = Future()
 
     def work() -> None:
@@ -239,11 +222,7 @@ def answer_of(call: Callable[..., Answer], *arguments: object, within: float = A
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; auto is the first accelerator, else the CPU.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
+    """Returns the device of this name; auto is the first accelerator, else the CPU. A UsageError if it is not here."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -261,18 +240,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype | str:
-    """The torch dtype of this name; auto stays "auto".
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Returns the torch dtype of this name; auto stays "auto"."""
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES.get(name, name)
 
 
 def _explain(name: str, error: Exception) -> str:
-    """One line: what transformers said, and what to do about it."""
+    """Returns one line: what transformers said, and what to do about it."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
         return (
@@ -290,10 +265,13 @@ def _explain(name: str, error: Exception) -> str:
 
 
 def damage(source: str, error: Exception) -> str:
-    """Which file of weights is damaged, and what to do about it; `source` is a folder or a Hub id."""
-    broken = next((path for path in sorted(Path(source).glob("*.safetensors")) if not _opens(path)), None)
-    if broken is not None:
-        return f"{str(broken)!r} is damaged or cut short ({error}); copy or download it again"
+    """Returns which file of weights is damaged, and what to do about it; `source` is a folder or a Hub id."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:  # noqa: PERF203
+            return f"{str(path)!r} is damaged or cut short ({error}); copy or download it again"
     return (
         f"a weight file of {source!r} is damaged or cut short ({error}); remove it from the cache (`hf cache rm "
         f"model/{source}`) and download it again"
@@ -301,25 +279,13 @@ def damage(source: str, error: Exception) -> str:
 
 
 def check_finite(weights: Mapping[str, Tensor], whose: str, remedy: str) -> None:
-    """Refuse weights that are no numbers.
-
-    Raises:
-        GateError: naming the first tensor with NaN or infinity.
-    """
+    """Raises a GateError that names the first tensor with NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise GateError(f"{name} of {whose} holds NaN or infinity; {remedy}")
 
 
-def _opens(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
-
-
 def quiet(*, bars: bool) -> None:
-    """Only errors from transformers; progress bars on request. For programs whose own lines should be readable."""
+    """Lets transformers write errors only, and progress bars on request."""
     transformers_logging.set_verbosity_error()
     (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
