@@ -93,7 +93,7 @@ class Advancing(TrainerCallback):
 def refine(
     variant: dict[str, Any], config: Config, subject: EvaluatedModel, gates: Gates, advance: Any
 ) -> dict[str, Any]:
-    """One short refinement: its settings, its curve, and how many checked tokens are right under it, sample by sample."""
+    """One short refinement: its settings, its curve, and how many answer-mask tokens are right under it, sample by sample."""
     base, tokenizer, steps = subject.model, subject.tokenizer, variant["steps"]
     log: list[dict[str, Any]] = []
     if steps:

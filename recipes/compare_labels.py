@@ -5,7 +5,7 @@
     scripts/write_tables                                      # then: the table in docs/results.md
 
 Every variant turns a full-cache pass into an eviction trace of the same total size, which is replayed in one pass and measured
-on checked tokens.
+on answer-mask tokens.
 - Labels: golden attention (Section 3.1 of arXiv 2602.03203) and other reductions of it; weighted by values; CAOTE's form (arXiv
   2504.14051), attention / (1 - attention) x distance between value and output; the gradient of the loss.
 - Horizons: max, sums, squares, and an optimal plan ("priced": the dual of keeping what the future uses most, per head).

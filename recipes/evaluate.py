@@ -41,10 +41,10 @@ from tools.results.records import forget
 
 STAGES = ("tune", "main", "published", "prompt", "long", "free")
 SHARES = ("1/3", "1/4", "1/6", "1/8", "1/12", "1/15")
-SPOKEN = ("1/4", "1/6", "1/8", "1/12")
+FREE_BUDGETS = ("1/4", "1/6", "1/8", "1/12")
 BESIDE_PROMPT = ("32", "24")  # answers have about 100 tokens; those of recall and dialogue have 15: nothing to evict
 TALKATIVE = ("program", "ledger", "procedure")
-SPEAKERS = ("full", "random", "keydiff", "golden", "foresightkv-sl", "foresightkv")
+FREE_METHODS = ("full", "random", "keydiff", "golden", "foresightkv-sl", "foresightkv")
 FAR = ("full", "random", "h2o", "keydiff", "golden")  # and whoever has gates
 SMOKE = {"families": "recall", "samples": 4, "tuning_samples": 4, "out": "runs/evaluate-smoke"}
 
@@ -154,7 +154,7 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
             [*FAR, *trained],
         )
     elif stage == "free":
-        plan, names = replace(plan, budgets=budgets(config, SPOKEN), teacher=False, free="all"), SPEAKERS
+        plan, names = replace(plan, budgets=budgets(config, FREE_BUDGETS), teacher=False, free="all"), FREE_METHODS
     elif stage == "prompt":
         if family not in TALKATIVE:
             return

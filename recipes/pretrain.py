@@ -209,7 +209,7 @@ def schedule(config: Config, step: int, fresh: int) -> float:
 
 
 def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
-    """Per family on validation seeds: accuracy on checked tokens and share of samples with every token right."""
+    """Per family on validation seeds: accuracy on answer-mask tokens and share of samples with every token right."""
     result: dict[str, dict[str, float]] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]

@@ -1,6 +1,6 @@
 """Eviction written a second time, from the formulas: one row, plain loops, float64, nothing of learnevict's methods.
 
-A row is a stream without padding, so a position is a row time. `history` evicts by the rules of budget and slack and returns
+A row is a stream without padding, so positions are unpadded. `history` evicts by the rules of budget and slack and returns
 one expiry per (kv head, token); what a method adds is a function of `Moment` that gives every held token of a head a
 number.
 """

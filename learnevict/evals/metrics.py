@@ -79,7 +79,7 @@ def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draw
 
 
 def step_accuracy(right: Sequence[float], seen: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Returns share of checked tokens predicted right (micro-average)."""
+    """Returns share of answer-mask tokens predicted right (micro-average)."""
     return ratio(right, seen, seed=seed)
 
 

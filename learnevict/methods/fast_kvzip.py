@@ -4,8 +4,8 @@
     a_g = k . q_g / 4 + b_g;  r_{g,s} = sink_s . q_g / 4         16 learned sinks per kv head
     s   = mean over g of  exp(a_g) / (exp(a_g) + sum over s of exp(r_{g,s}))      in (0, 1)
 
-h is what the attention module reads; s is what a token keeps of attention that it shares with the sinks. Taught KVzip's scores
-s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entropy.
+h is what the attention module reads; s is what a token keeps of attention that it shares with the sinks. Trained on KVzip's
+scores s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entropy.
 
 Departures: b is added once, in training as at inference (the authors' training code adds it twice); heads are held to one
 budget each, where the paper ranks all layers and heads together: scope="model" does that, with a floor of 0.2 of an equal

@@ -46,7 +46,7 @@ class Hindsight(Gate):
         self.register_buffer("until", until.clamp(max=length).expand(trace.expiry.shape[1]).clone())
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Whether a row has left the text, noted at every token since: the newest slot always knows."""
+        """Whether a row has left the text, stored with every token since: the newest slot always knows."""
         if self.text is None:
             return {}
         if signals.tokens is None:

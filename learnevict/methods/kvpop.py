@@ -5,8 +5,9 @@
 
 A token's use shows only after it was written, so the score of a slot sees the state of the text at its own time and the
 state now. Every slot carries the state of its time in the state column "state"; the newest slot's is the current one, from
-which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Taught golden labels, the attention
-of the future, at random events of a pass along golden eviction, through the recurrence (learnevict.train.trainers.regression).
+which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Trained on golden labels, the
+attention of the future, at random events of a pass along golden eviction, through the recurrence
+(learnevict.train.trainers.regression).
 
 Known of the paper (openreview R54wzDIb0L) are its outlines: stateful, delayed scoring at eviction time under a fixed budget
 per head, a future-attention target, guidance by an xLSTM. Ours and not the paper's: a GRU in place of the xLSTM, one small

@@ -2,7 +2,7 @@
 
     linear:  log s = W h + b          mlp:  log s = W' GELU(W h + b) + b', width E / 8          per layer, h -> kv heads
 
-h is what the attention module reads. Taught log s+, s+ = max over the repetition's queries of attention x |W_O v| / |h|
+h is what the attention module reads. Trained on log s+, s+ = max over the repetition's queries of attention x |W_O v| / |h|
 (oracle.KVZIP_PLUS), by squared error: one pass, no gradient through the model; the linear one may start from its closed form
 (StreamConfig.closed_form). A slot keeps the number it was written with.
 

@@ -1,4 +1,4 @@
-"""How many, when, never, which: the other words of a policy's sentence."""
+"""The components of a policy beside its scorer: allocator, schedule, guard, draw and probe."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Guard:
 
     @property
     def terms(self) -> tuple[int, int, bool]:
-        """Sinks, recent window, prompt protection; what a trace notes down."""
+        """Returns sinks, recent window and prompt protection, as a trace stores them."""
         return self.sinks, self.recent, self.prompt
 
     def reserved(self, period: int) -> int:

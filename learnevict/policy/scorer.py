@@ -1,4 +1,4 @@
-"""Who is worth keeping: scorers, gates (scorers with parameters), and what gates are taught and asked with."""
+"""Scorers, gates (scorers with parameters), and what gates are trained with: soft gates and probes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scorer(ABC):
     """Gives each slot a number; higher stays.
 
     Attributes:
-        columns: notes it keeps per slot; the cache owns them.
+        columns: its per-slot state; the cache owns it.
         window: how many past queries it wants to look back at (0: none). The cache keeps a ring of that many.
         observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
         refreshes: True if `refresh` must be called at the end of every period of a row, also where the schedule waits with its
@@ -37,15 +37,15 @@ class Scorer(ABC):
         """float32 [B, H, N]; values of empty slots are ignored."""
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Notes for fresh tokens, {name: [B, H, S, ...]}; columns not named start at their fill."""
+        """Returns the state of fresh tokens, {name: [B, H, S, ...]}; columns not named start at their fill."""
         return {}
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
-        """Updated notes of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
+        """Returns the updated state of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
         return {}
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
-        """Updated notes of all slots after a period, {name: [B, H, N, ...]}; the cheap place for what is due once a period."""
+        """Returns the updated state of all slots, {name: [B, H, N, ...]}, once a period."""
         return {}
 
     @property
@@ -103,7 +103,7 @@ class Gate(nn.Module, Scorer):
     """A Scorer with parameters, for all layers of one base model; trained with the base frozen.
 
     Attributes:
-        mode: which trainer of learnevict.train teaches it: "replay", "stream", "soft" or "probe"; "" if none does.
+        mode: which trainer of learnevict.train trains it: "replay", "stream", "soft" or "probe"; "" if none does.
     """
 
     mode: str = ""
@@ -144,10 +144,10 @@ class DecayBias:
 
 
 class SoftGate(Gate):
-    """A gate that notes a rate when a token is written, and in training weighs attention by it instead of evicting.
+    """A gate that stores a rate when a token is written, and in training weighs attention by it instead of evicting.
 
     Attributes:
-        losses: what it is taught by: weights by name in learnevict.train.trainers.soft_gate.LOSSES.
+        losses: what it is trained with: weights by name in learnevict.train.trainers.soft_gate.LOSSES.
         random_keys: int64 [B] of ops.random, from which noise in the rows of a batch is drawn while it is trained; None: it
             comes from torch's global generator.
     """
@@ -163,7 +163,7 @@ class SoftGate(Gate):
 
     @abstractmethod
     def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
-        """The law of fading that the notes of `write`, {name: [B, H, T, ...]}, stand for."""
+        """Returns the decay bias of the state that `write` gave, {name: [B, H, T, ...]}."""
 
 
 class Probe(Protocol):

@@ -53,7 +53,7 @@ class BaseTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def gathered_gates(self) -> Gates:
-        """Returns the gates with whole weights, for use outside `model(task, ...)`; all processes have to ask together.
+        """Returns the gates with gathered weights, for use outside `model(task, ...)`; all processes have to ask together.
 
         Under ZeRO-3 and FSDP a process holds a part of every weight except in a forward or backward pass, and processes read
         texts of other lengths, so nothing may be fetched on the way: there this is a copy, which the next call changes.

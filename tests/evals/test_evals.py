@@ -58,8 +58,8 @@ def texts(lengths=(37, 30, 41), prompt=11) -> TextBatch:
     mask = torch.stack([(column >= width - length).long() for length in lengths])
     ids = torch.randint(0, 12, mask.shape) * mask
     marks = (torch.rand(mask.shape) < 0.5) & (mask.cumsum(-1) > 1)
-    spoken = torch.stack([column >= width - length + prompt for length in lengths])
-    return TextBatch(ids, mask, marks, spoken, [prompt] * len(lengths))
+    loss_mask = torch.stack([column >= width - length + prompt for length in lengths])
+    return TextBatch(ids, mask, marks, loss_mask, [prompt] * len(lengths))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def brute_scores(given: TextBatch, logits: torch.Tensor) -> list[tuple[int, int,
     """Right, checked, loss and response tokens of every row, in plain loops."""
     rows = []
     for row in range(len(given.input_ids)):
-        right = seen = spoken = 0
+        right = seen = counted = 0
         loss = 0.0
         for column in range(1, given.input_ids.shape[1]):
             token = int(given.input_ids[row, column])
@@ -81,9 +81,9 @@ def brute_scores(given: TextBatch, logits: torch.Tensor) -> list[tuple[int, int,
                 seen += 1
                 right += int(int(guess.argmax()) == token)
             if given.loss_mask[row, column]:
-                spoken += 1
+                counted += 1
                 loss += float(guess.logsumexp(0) - guess[token])
-        rows.append((right, seen, loss, spoken))
+        rows.append((right, seen, loss, counted))
     return rows
 
 

@@ -64,7 +64,7 @@ class Dense:
         self.query, self.key, self.value = query.double(), key.double(), value.double()
         self.scaling = scaling
         self.held: list[int] = []
-        self.notes: dict[int, dict[str, torch.Tensor]] = {}
+        self.state: dict[int, dict[str, torch.Tensor]] = {}
 
     def attention(self, now: int) -> torch.Tensor:
         """[window, held, G] of the last queries over the held tokens."""
@@ -82,24 +82,31 @@ class Dense:
         for column, i in enumerate(self.held):
             a = paid[:, column]
             mean, top = a.sum(0) / min(seen, WINDOW), a.amax(0)
-            note = self.notes.setdefault(
+            own = self.state.setdefault(
                 i, {"paid": 0 * mean, "decayed": 0 * mean, "peak": 0 * mean, "n": 0.0, "idle": 0.0}
             )
             left = DECAY ** (PERIOD / 16)
-            note["paid"] = note["paid"] + PERIOD * mean
-            note["decayed"] = left * note["decayed"] + (1 - left) * mean
-            note["peak"] = torch.maximum(note["peak"], top)
-            note["n"] += PERIOD
-            note["idle"] = 0.0 if float(top.max()) > NEEDED else note["idle"] + PERIOD
+            own["paid"] = own["paid"] + PERIOD * mean
+            own["decayed"] = left * own["decayed"] + (1 - left) * mean
+            own["peak"] = torch.maximum(own["peak"], top)
+            own["n"] += PERIOD
+            own["idle"] = 0.0 if float(top.max()) > NEEDED else own["idle"] + PERIOD
             recent = [a[-span:].sum(0) / span for span in RECENT]
-            attention = [mean, top, *recent, note["paid"] / note["n"], note["decayed"], note["peak"]]
+            attention = [
+                mean,
+                top,
+                *recent,
+                own["paid"] / own["n"],
+                own["decayed"],
+                own["peak"],
+            ]
             key = self.key[i]
             pairs = [math.hypot(float(key[c]), float(key[c + len(key) // 2])) for c in range(len(key) // 2)]
             scalars = [
                 math.log1p(now - i),
                 math.log(seen),
                 math.log(min(1.0, BUDGET / seen)),
-                math.log1p(note["idle"]),
+                math.log1p(own["idle"]),
                 math.log1p(i),
             ]
             x = torch.cat(
@@ -131,7 +138,7 @@ class Dense:
             free = [i for i in self.held if i >= 4 and i <= t - max(8, PERIOD)]
             for i in sorted(free, key=lambda i: (scores[i], i))[: max(0, len(self.held) - BUDGET)]:
                 self.held.remove(i)
-                del self.notes[i]
+                del self.state[i]
                 expiry[i] = t + 1
         return expiry
 
@@ -177,20 +184,20 @@ def test_accumulators_do_not_share_storage():
     original = gate.refresh
 
     def refresh(signals):
-        notes = original(signals)
-        assert notes["received"].data_ptr() != notes["decayed"].data_ptr()
+        state = original(signals)
+        assert state["received"].data_ptr() != state["decayed"].data_ptr()
         if signals.layer == 0:
-            events.append((signals.memo["window_mean"], {name: note.clone() for name, note in notes.items()}))
-        return notes
+            events.append((signals.memo["window_mean"], {name: own.clone() for name, own in state.items()}))
+        return state
 
     gate.refresh = refresh  # type: ignore[method-assign]
     run(model, gate, ids)
-    (first, _), (second, notes) = events[:2]  # nothing is evicted before 24 tokens, so slots stay where they are
+    (first, _), (second, state) = events[:2]  # nothing is evicted before 24 tokens, so slots stay where they are
     first = torch.nn.functional.pad(first, (0, 0, 0, second.shape[2] - first.shape[2]))
     left = DECAY ** (PERIOD / 16)
     assert not torch.allclose(first, second)
-    close(notes["received"], PERIOD * first + PERIOD * second)
-    close(notes["decayed"], left * (1 - left) * first + (1 - left) * second)
+    close(state["received"], PERIOD * first + PERIOD * second)
+    close(state["decayed"], left * (1 - left) * first + (1 - left) * second)
 
 
 def test_notes_under_steady_attention_do_not_depend_on_the_period():
@@ -202,20 +209,20 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
     paid = (query.view(1, 2, 2, 8) @ key.mT * 0.5).softmax(-1).mT  # [B, H, N, G]
     position = torch.arange(num, dtype=torch.int32).expand(1, 2, -1)
 
-    def event(end: int, period: int, notes: dict[str, torch.Tensor]) -> Signals:
+    def event(end: int, period: int, state: dict[str, torch.Tensor]) -> Signals:
         at = [torch.tensor([column], dtype=torch.int32) for column in (0, end - 1, end, end - period, num)]
         ring = (query.expand(-1, -1, WINDOW, -1), torch.arange(end - WINDOW, end, dtype=torch.int32).unsqueeze(0))
         rows, budget = Rows(*at), torch.tensor([BUDGET], dtype=torch.int32)
         slots = Sequence(key, key, position)
-        return Signals(0, slots, rows, budget, notes, ring[0], ring[1], Attention(0.5), ring=ring)
+        return Signals(0, slots, rows, budget, state, ring[0], ring[1], Attention(0.5), ring=ring)
 
     found, shown = {}, {}
     for period in (1, 8, 32):
-        notes = {one.name: torch.full((1, 2, num, *one.shape), one.fill) for one in gate.columns}
+        state = {one.name: torch.full((1, 2, num, *one.shape), one.fill) for one in gate.columns}
         start = num + WINDOW  # from here on all queries of the window come after the slots
         for end in range(start + period, start + tokens + 1, period):
-            notes = gate.refresh(event(end, period, notes))
-        found[period], shown[period] = notes, gate.statistics(event(start + tokens, period, notes))
+            state = gate.refresh(event(end, period, state))
+        found[period], shown[period] = state, gate.statistics(event(start + tokens, period, state))
     wanted = {
         "received": tokens * paid,
         "decayed": (1 - DECAY ** (tokens / 16)) * paid,
@@ -224,9 +231,9 @@ def test_notes_under_steady_attention_do_not_depend_on_the_period():
         "idle": torch.where(paid.amax(-1) > NEEDED, 0.0, float(tokens)),
     }
     assert 0 < int((wanted["idle"] > 0).sum()) < 2 * num
-    for period, notes in found.items():
-        for name, note in wanted.items():
-            close(notes[name], note, about=f"{name}, {period}")
+    for period, state in found.items():
+        for name, own in wanted.items():
+            close(state[name], own, about=f"{name}, {period}")
         close(shown[period], shown[1])
 
 
@@ -250,8 +257,8 @@ def test_training_sees_what_inference_sees():
     taken = []
     original = gate.features
 
-    def watch(keys, values, notes):
-        taken.append(original(keys, values, notes))
+    def watch(keys, values, state):
+        taken.append(original(keys, values, state))
         return taken[-1]
 
     states = record_states(

@@ -53,7 +53,7 @@ def retention_of_first_layer(model, gate: RetentionGate, ids: Tensor) -> Tensor:
     return -torch.log1p(torch.exp(-z)).transpose(1, 2)
 
 
-def expected_expiry(notes: Tensor, pad: int, score) -> list[int]:
+def expected_expiry(rates: Tensor, pad: int, score) -> list[int]:
     """One head of one row, token by token: expiries in columns of the padded text."""
     held, expiry = [], [NEVER] * LENGTH
     for t in range(pad, LENGTH):
@@ -62,7 +62,7 @@ def expected_expiry(notes: Tensor, pad: int, score) -> list[int]:
         if seen % SLACK or len(held) <= BUDGET:
             continue
         free = [i for i in held if i >= pad + SINKS and i <= t - RECENT and i <= t - SLACK]
-        free.sort(key=lambda i: (score(float(notes[i]), t, i), i))
+        free.sort(key=lambda i: (score(float(rates[i]), t, i), i))
         for i in free[: len(held) - BUDGET]:
             expiry[i] = t + 1
             held.remove(i)
@@ -82,12 +82,12 @@ def test_the_first_layers_history_is_that_of_the_formulas(kind):
     model = zoo.build("llama")
     gate = gate_for(model, kind)
     done = run(model, gate, scope="layer")
-    notes = retention_of_first_layer(model, gate, done.ids)
+    rates = retention_of_first_layer(model, gate, done.ids)
     for head in range(2):
         for row, pad in enumerate(PADS):
-            expected = expected_expiry(notes[row, head], pad, fading)
+            expected = expected_expiry(rates[row, head], pad, fading)
             assert done.trace.expiry[0, row, head].tolist()[pad:] == expected[pad:]
-            assert expected != expected_expiry(notes[row, head], pad, still)  # it matters that retention ages
+            assert expected != expected_expiry(rates[row, head], pad, still)  # it matters that retention ages
 
 
 def test_retentions_are_those_of_the_formulas_after_another_precision():
@@ -117,7 +117,7 @@ def test_an_untrained_gate_ranks_by_what_it_says_and_then_by_age(kind):
     seen = column[done.cache.positions(0) >= 0]
     assert (seen < 0).all()
     assert len(seen.unique()) > len(seen) // 2
-    with torch.no_grad():  # exact ties: of equal notes the older has faded more; of equal scores the older goes
+    with torch.no_grad():  # exact ties: of equal rates the older has faded more; of equal scores the older goes
         gate.weight_out.zero_()
         gate.bias_out.fill_(200.0)
     done = run(model, gate)

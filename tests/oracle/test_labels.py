@@ -279,7 +279,7 @@ SCORES = {
 
 
 def naive_row(labels, guard, prompt, case):
-    """Delete and recompute: expiry in row time of one row and head, labels a list [tokens][blocks]."""
+    """Returns the expiry of one row and head in unpadded positions, by deleting and recomputing; labels [tokens][blocks]."""
     block, target_size = case["block"], case["budget"] - (case["block"] == 1)
     expiry, held = [NEVER] * len(labels), []
     for m in range(len(labels) // block):

@@ -1,4 +1,4 @@
-"""Admission gates (WG-KV, DMS) against formulas written anew: inputs, notes, histories, noise, clamps, refusals."""
+"""Admission gates (WG-KV, DMS) against formulas written anew: inputs, per-slot state, histories, noise, clamps, refusals."""
 
 from __future__ import annotations
 
@@ -73,26 +73,26 @@ def writes(model, gate: WriteGate, ids: Tensor) -> Tensor:
     return -torch.log1p(torch.exp(-out)).permute(0, 2, 1)
 
 
-def expected_expiry(notes: Tensor, pad: int) -> list[int]:
+def expected_expiry(state: Tensor, pad: int) -> list[int]:
     """One head of one row, token by token; scores never change."""
     held, expiry = [], [NEVER] * LENGTH
     for t in range(pad, LENGTH):
         held.append(t)
         if (t - pad + 1) % SLACK or len(held) <= BUDGET:
             continue
-        free = sorted((i for i in held if pad + SINKS <= i <= t - RECENT), key=lambda i: (float(notes[i]), i))
+        free = sorted((i for i in held if pad + SINKS <= i <= t - RECENT), key=lambda i: (float(state[i]), i))
         for i in free[: len(held) - BUDGET]:
             expiry[i] = t + 1
             held.remove(i)
     return expiry
 
 
-@pytest.mark.parametrize(("method", "notes"), [("dms", marks), ("wg_kv", writes)])
-def test_the_first_layers_history_is_that_of_the_formulas(method, notes):
+@pytest.mark.parametrize(("method", "state"), [("dms", marks), ("wg_kv", writes)])
+def test_the_first_layers_history_is_that_of_the_formulas(method, state):
     model = zoo.build("llama")
     gate = gate_for(method, model)
     done = run(method, model, gate)
-    expected = notes(model, gate, done.ids)
+    expected = state(model, gate, done.ids)
     store = done.cache.layers[0].store
     held = store.position >= 0
     seen = expected.gather(-1, store.position.clamp_min(0).long())[held]
@@ -172,14 +172,14 @@ def test_noise_is_the_tokens_own_whatever_the_batch():
 
 def test_only_wg_kv_is_clamped_and_only_in_training():
     """Below 0.001 a write gate weighs alike, but still ranks."""
-    notes = {"admission": torch.tensor([[[-20.0, -9.0, -0.5]]], requires_grad=True)}
+    state = {"admission": torch.tensor([[[-20.0, -9.0, -0.5]]], requires_grad=True)}
     layout = layout_of(zoo.build("llama").config)
-    decay = WriteGate(layout).decay_bias(notes)
+    decay = WriteGate(layout).decay_bias(state)
     assert decay.log_retention.tolist() == [[pytest.approx([math.log(1e-3), math.log(1e-3), -0.5])]]
     assert decay.window == 256
-    assert SparsityGate(layout).decay_bias(notes).log_retention is notes["admission"]
-    signals = replace(signals_of(zoo.build("llama")), state={"admission": notes["admission"]})
-    assert WriteGate(layout).score(signals) is notes["admission"]
+    assert SparsityGate(layout).decay_bias(state).log_retention is state["admission"]
+    signals = replace(signals_of(zoo.build("llama")), state={"admission": state["admission"]})
+    assert WriteGate(layout).score(signals) is state["admission"]
 
 
 def test_a_fresh_gate_starts_near_full_attention():

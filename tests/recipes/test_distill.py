@@ -31,7 +31,7 @@ from learnevict.train.validation import BEST, Patience
 from tests.recipe_runs import launch
 
 ROOT = Path(__file__).resolve().parents[2]
-TAUGHT = {"replay": "foresightkv", "stream": "kvzap", "soft": "trimkv", "probe": "judge_q"}
+TRAINED = {"replay": "foresightkv", "stream": "kvzap", "soft": "trimkv", "probe": "judge_q"}
 BUDGETS = ["--budgets", "24", "40"]
 SMALL = {
     "foresightkv": [*BUDGETS, "--hidden", "8"],
@@ -101,10 +101,10 @@ def drop_times(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", sorted(TAUGHT))
+@pytest.mark.parametrize("mode", sorted(TRAINED))
 def test_every_mode_resumes_exactly(mode, tmp_path, distill, flags):
     """A run that is lost after its first checkpoint and resumed, against one that is not."""
-    method = TAUGHT[mode]
+    method = TRAINED[mode]
     assert trainable_method(method, {}).mode == mode
     flags = [*flags, "--method", method, *SMALL[method]]
     whole, lost = tmp_path / "whole", tmp_path / "lost"
@@ -299,7 +299,7 @@ def test_gates_are_trained_further(tmp_path, distill, flags):
     with pytest.raises(UsageError, match="holds gates of --hidden 8"):
         distill.main(distill.parse([*shorter, *more, "--hidden", "4"]))
     with pytest.raises(UsageError, match="holds gates of foresightkv; give --method foresightkv"):
-        distill.main(distill.parse([*shorter, *more, "--method", TAUGHT["stream"]]))
+        distill.main(distill.parse([*shorter, *more, "--method", TRAINED["stream"]]))
 
 
 def judge_with_shares(base: Path, level: list[float]) -> Gates:

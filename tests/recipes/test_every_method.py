@@ -1,4 +1,4 @@
-"""Every method that is taught by steps of gradient, all the way: trained by one command, shared, fetched, and answering."""
+"""Every method that is trained by gradient steps, all the way: trained by one command, shared, fetched, and answering."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def is_taught(name: str) -> bool:
+def is_trainable(name: str) -> bool:
     """Whether a method has gates, and a trainer for them."""
     build = vars(methods.load(name)).get("build")
     return build is not None and build(ANY_LAYOUT).mode in MODES
 
 
-TAUGHT = tuple(filter(is_taught, methods.METHODS))
+TRAINED = tuple(filter(is_trainable, methods.METHODS))
 
 
 def run(client: Client, *words: object) -> str:
@@ -35,10 +35,10 @@ def run(client: Client, *words: object) -> str:
 
 
 def test_ten_papers_are_covered():
-    assert len(TAUGHT) >= 10
+    assert len(TRAINED) >= 10
 
 
-@pytest.mark.parametrize("method", TAUGHT)
+@pytest.mark.parametrize("method", TRAINED)
 def test_from_training_to_an_answer(method, distill, hub, client, tmp_path):
     folder, back, repository = tmp_path / "run", tmp_path / "back", f"me/{method}"
     distill.main(distill.parse(["--method", method, "--smoke", "--output_dir", str(folder), "--disable_tqdm", "true"]))

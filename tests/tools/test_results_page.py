@@ -20,7 +20,7 @@ SEEDS = range(6)
 
 
 def results(right: dict[tuple[str, str, str], int], exact: dict[tuple[str, str, str], float] | None = None) -> Records:
-    """Six samples of ten checked tokens each; every sample of a (method, family, budget) has so many right."""
+    """Six samples of ten answer-mask tokens each; every sample of a (method, family, budget) has so many right."""
     log, rows = SampleLog(None, {}), []
     for (method, family, budget), count in right.items():
         log.add(Key(method, family, budget, "teacher"), SEEDS, {"right": [count] * 6, "seen": [10] * 6})

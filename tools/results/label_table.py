@@ -19,7 +19,7 @@ REFERENCE = "golden"
 
 @dataclass
 class Tried:
-    """One label on one family at one budget: checked tokens right and seen, by sample, and summed losses of responses."""
+    """One label on one family at one budget: answer-mask tokens right and seen, by sample, and summed losses of responses."""
 
     family: str
     share: str

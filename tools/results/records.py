@@ -69,7 +69,7 @@ class Records:
         return self.logs[family].column(Key(method, family, budget or FULL, mode), self.seeds[family], name)
 
     def shares(self, method: str, family: str, budget: str | None, mode: str) -> Share | None:
-        """Returns what was right and of how many, by sample: checked tokens ("teacher") or whole answers ("free")."""
+        """Returns what was right and of how many, by sample: answer-mask tokens ("teacher") or whole answers ("free")."""
         if mode == "free":
             exact = self.counts(method, family, budget, "exact", mode)
             return None if exact is None else (exact, [1.0] * len(exact))

@@ -1,4 +1,4 @@
-"""Probes against a stock model that reads text and probe as one sequence, and the trainer that teaches them."""
+"""Probes against a stock model that reads text and probe as one sequence, and the trainer that trains them."""
 
 from __future__ import annotations
 

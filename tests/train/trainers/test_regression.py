@@ -1,4 +1,4 @@
-"""The streamed trainer: what a gate is shown in training is what inference shows it, and the verdicts beside it are right."""
+"""The streamed trainer: what a gate is shown in training is what inference shows it, and the targets beside it are right."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_verdicts_of_a_repetition(monkeypatch):
             assert candidates[row, 0].tolist() == [2 <= i < LENGTH - pad for i in range(LENGTH)]
 
 
-def test_verdicts_at_cuts(monkeypatch):
+def test_targets_at_cuts(monkeypatch):
     """KVP: attention summed over all queries after the cut, the largest of the group; what guards hold is no candidate."""
     model, ids, mask = zoo.build("qwen3"), *text()
     gate = random_gates("kvp", "qwen3").gate
@@ -208,7 +208,7 @@ def test_verdicts_at_cuts(monkeypatch):
 
 
 def test_cuts_of_texts_read_under_eviction(monkeypatch):
-    """Along golden eviction the slots are those that are left, and verdicts still those of the full cache."""
+    """Along golden eviction the slots are those that are left, and targets still those of the full cache."""
     _, ids, mask = zoo.build("qwen3"), *text()
     gate = random_gates("kvpop", "qwen3").gate
     shown = []
@@ -297,14 +297,14 @@ def trainer(method: str, folder, steps: int, config: StreamConfig = CONFIG, num:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kvzap", "fast_kvzip", "kvp", "kvpop"])
 def test_training_learns(method, tmp_path):
-    taught = trainer(method, tmp_path, 10)
-    taught.train()
-    log = [line for line in taught.state.log_history if "loss" in line]
+    trained = trainer(method, tmp_path, 10)
+    trained.train()
+    log = [line for line in trained.state.log_history if "loss" in line]
     assert log[-1]["loss"] < log[0]["loss"]
     assert all(line["regret"] > 0 for line in log)
-    taught.save_model(str(tmp_path / "gates"))
+    trained.save_model(str(tmp_path / "gates"))
     again = Gates.load(tmp_path / "gates", zoo.build("qwen3"))
-    for name, tensor in taught.model.state_dict().items():
+    for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
 
 
