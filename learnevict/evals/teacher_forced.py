@@ -30,8 +30,8 @@ TOLERANCE = 1e-3
 Columns = dict[str, Any]
 """What goes into the log: a list has an entry per sample, a number holds for each of them.
 
-`right` and `seen` are answer-mask tokens, `loss` is summed over the `spoken` tokens of the response; `peak`, `end` and `full` are
-bytes of keys and values, per row; what was kept beside what the oracle would have kept is in the columns of KeptSlots.
+`right` and `seen` are answer-mask tokens, `loss` is summed over the `spoken` tokens of the response; `peak`, `end` and `full`
+are bytes of keys and values, per row; what was kept beside what the oracle would have kept is in the columns of KeptSlots.
 """
 
 
