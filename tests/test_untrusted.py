@@ -15,8 +15,7 @@ import torch
 from learnevict import Gates
 from learnevict.cli import console
 from learnevict.cli import output as cli_results
-from learnevict.cli.eval import _show
-from learnevict.cli.output import progress
+from learnevict.cli.output import progress, show_rows
 from learnevict.errors import DataError, GateError, told_in_one_line
 from learnevict.evals.records import read_rows
 from learnevict.evals.report import write_report
@@ -79,7 +78,7 @@ def test_nothing_of_a_stranger_reaches_the_terminal_raw(capsys, monkeypatch):
 
     monkeypatch.setattr(console, "app", fail)
     assert console.main(["--debug"]) == 1
-    _show([evil_row()])
+    show_rows([evil_row()])
     tokenizer: Any = Gates  # only its `decode` is asked for
     monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: CONTROL, raising=False)
     streamer: Any = printer(tokenizer)

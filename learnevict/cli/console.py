@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
-from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
@@ -20,22 +18,23 @@ from learnevict.cli.options import prepared
 from learnevict.cli.output import say, tell
 from learnevict.errors import BudgetError, LearnevictError, UsageError, debugging, unforeseen, unusable
 
-COMMANDS = (
-    "infer",
-    "list",
-    "oracle",
-    "train",
-    "refine",
-    "eval",
-    "report",
-    "viz",
-    "push",
-    "pull",
-    "import",
-    "doctor",
-    "model",
-    "demo",
-)
+COMMANDS = {
+    "infer": "infer.infer",
+    "list": "first_steps.list_methods",
+    "oracle": "oracle.run",
+    "train": "train.run",
+    "refine": "refine.run",
+    "eval": "eval.evaluate",
+    "report": "eval.report",
+    "viz": "infer.viz",
+    "push": "gates.push",
+    "pull": "gates.pull",
+    "import": "gates.import_weights",
+    "doctor": "first_steps.doctor",
+    "model": "model.group",
+    "demo": "first_steps.demo",
+}
+"""The function, or the group of functions, behind each command."""
 USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -71,14 +70,13 @@ def learnevict(
     """Options of all commands."""
 
 
-for _name in COMMANDS:
-    _module = f"learnevict.cli.{_name}{'_' * iskeyword(_name)}"
-    if find_spec(_module) is not None:
-        _found = import_module(_module)
-        if (_group := vars(_found).get("group")) is not None:
-            app.add_typer(_group, name=_name)
-            continue
-        app.command(_name, context_settings=vars(_found).get("SETTINGS"))(prepared(_found.run))
+for _name, _place in COMMANDS.items():
+    _module = import_module(f"learnevict.cli.{_place.partition('.')[0]}")
+    _found = getattr(_module, _place.partition(".")[2])
+    if isinstance(_found, typer.Typer):
+        app.add_typer(_found, name=_name)
+    else:
+        app.command(_name, context_settings=vars(_module).get("SETTINGS"))(prepared(_found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

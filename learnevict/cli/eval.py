@@ -1,61 +1,170 @@
-"""learnevict eval: how much accuracy a small cache costs, on the testbed's tasks or on your own text."""
+"""learnevict eval and report: how much accuracy a small cache costs, on the testbed's tasks or on your own text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import learnevict.cli.eval_options as e
 import learnevict.cli.options as o
-from learnevict.cli.output import INTERRUPTED, cell, for_tables, say, tell
-from learnevict.errors import UsageError
+from learnevict.cli.output import INTERRUPTED, say, show_rows, tell
+from learnevict.config import Budget
+from learnevict.errors import DataError, UsageError
 from learnevict.files import special
+from learnevict.infer.prompts.text_files import read_file
+
+TASKS, ANSWERS = "What to evaluate", "How to evaluate"
 
 
-def run(
+class Task(str, Enum):
+    """What is evaluated."""
+
+    testbed = "testbed"
+    perplexity = "perplexity"
+
+
+class Split(str, Enum):
+    """Which samples; training has seen none of either."""
+
+    test = "test"
+    validation = "validation"
+
+
+class Length(str, Enum):
+    """Lengths of texts."""
+
+    normal = "normal"
+    long = "long"
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which samples of the testbed are read, and how their answers are evaluated; None where nothing was said."""
+
+    samples: Annotated[int | None, o.option(TASKS, "Samples per family. [dim]200[/dim]", min=1)] = None
+    split: Annotated[Split | None, o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]")] = None
+    length: Annotated[
+        Length | None, o.option(TASKS, "long: longer than in training. [dim]normal[/dim]", "--length")
+    ] = None
+    seed: Annotated[
+        int | None, o.option(TASKS, "First sample of each family. [dim]0[/dim]", min=0, max=o.LARGEST_SEED)
+    ] = None
+    teacher: Annotated[
+        bool | None,
+        o.option(ANSWERS, "Step accuracy and loss along the reference text. [dim]yes[/dim]", "--teacher/--no-teacher"),
+    ] = None
+    oracle: Annotated[
+        bool | None,
+        o.option(
+            ANSWERS,
+            "Compare what is kept with what the oracle would keep: recall, regret, attention kept; takes a fifth longer. "
+            "[dim]yes[/dim]",
+            "--oracle/--no-oracle",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, o.option(ANSWERS, "Of free answers; 0 takes the likeliest token. [dim]0[/dim]", min=0.0)
+    ] = None
+    tries: Annotated[
+        int | None, o.option(ANSWERS, "Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", min=1)
+    ] = None
+    batch_size: Annotated[int | None, o.option(o.MACHINE, "Samples per forward. [dim]32[/dim]", min=1)] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was said, by the names of evals.plan.Plan and evals.tasks.family_tasks."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in said.items()}
+        return {("num_samples" if name == "samples" else name): value for name, value in plain.items()}
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The methods to compare and their settings.
+
+    Raises:
+        UsageError: no such method, except for names of gates that ship with the testbed.
+        BudgetError: a budget that is not understood.
+    """
+
+    methods: Annotated[
+        str,
+        o.option(
+            o.POLICY,
+            "Who evicts, separated by commas. [dim]full, random, lexical, some heuristics, golden, foresightkv[/dim]",
+            "--methods",
+            "--method",
+        ),
+    ] = ""
+    budgets: Annotated[
+        str,
+        o.option(
+            o.POLICY,
+            "Slots per layer and kv head, separated by commas: 1/4 (of the mean length), 64 (tokens) or 25% (of the tokens "
+            "read so far).",
+            "--budgets",
+            "--budget",
+            "-b",
+        ),
+    ] = "1/4"
+    ckpt: Annotated[
+        list[str] | None,
+        o.option(
+            o.POLICY,
+            "Trained gates: a folder or a Hub id; may be repeated. The testbed brings its own.",
+            "--ckpt",
+        ),
+    ] = None
+    tuned: Annotated[
+        bool,
+        o.option(o.POLICY, "Heuristics with settings tuned on validation samples of the testbed.", "--tuned"),
+    ] = False
+    allow_other_base: o.OtherBase = False
+    sinks: o.Sinks = None
+    recent: o.Recent = None
+    slack: o.Slack = None
+    keep_prompt: Annotated[
+        bool,
+        o.option(
+            o.POLICY,
+            "Never evict the prompt; budgets count the rest, and 1/4 is of the mean answer.",
+            "--keep-prompt",
+            "--prompt-protect",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        for budget in listed(self.budgets):
+            Budget.parse(budget)
+
+
+def evaluate(
     *,
-    task: Annotated[
-        e.Task, typer.Option("--task", help="The testbed, or perplexity of --text.", rich_help_panel=e.TASKS)
-    ] = e.Task.testbed,
-    families: Annotated[
-        str, typer.Option(help="Task families, separated by commas. [dim]all five[/dim]", rich_help_panel=e.TASKS)
-    ] = "",
-    samples: e.SampleOptions,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, for --task perplexity.", rich_help_panel=e.TASKS)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read only the beginning of the text.", rich_help_panel=e.TASKS)
-    ] = None,
-    methods: e.MethodOptions,
+    task: Annotated[Task, o.option(TASKS, "The testbed, or perplexity of --text.", "--task")] = Task.testbed,
+    families: Annotated[str, o.option(TASKS, "Task families, separated by commas. [dim]all five[/dim]")] = "",
+    samples: SampleOptions,
+    text: Annotated[Path | None, o.option(TASKS, "UTF-8 file, for --task perplexity.")] = None,
+    max_tokens: Annotated[int | None, o.option(TASKS, "Read only the beginning of the text.", min=2)] = None,
+    methods: MethodOptions,
     free: Annotated[
         bool | None,
-        typer.Option(
-            "--free/--no-free",
-            help="Exact match of the model's own answers. [dim]of the full cache only[/dim]",
-            rich_help_panel=e.ANSWERS,
+        o.option(
+            ANSWERS, "Exact match of the model's own answers. [dim]of the full cache only[/dim]", "--free/--no-free"
         ),
     ] = None,
     model: o.ModelOptions,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Rows as JSON lines on standard output.", rich_help_panel=o.OUTPUT)
-    ] = False,
+    as_json: Annotated[bool, o.option(o.OUTPUT, "Rows as JSON lines on standard output.", "--json")] = False,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="JSONL file for rows; per-sample numbers go beside it.", rich_help_panel=o.OUTPUT
-        ),
+        Path | None, o.option(o.OUTPUT, "JSONL file for rows; per-sample numbers go beside it.", "--out", "-o")
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with --out: skip what is finished, add what is new.", rich_help_panel=o.OUTPUT
-        ),
+        bool, o.option(o.OUTPUT, "Go on with --out: skip what is finished, add what is new.", "--resume")
     ] = False,
 ) -> None:
     """Evaluate methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
@@ -73,12 +182,10 @@ def run(
     "Loss gap closed from random" is 0 where a method loses as much as random eviction and 1 where it loses as little as
     golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
-    from learnevict.cli.evaluation import Evaluation
-    from learnevict.evals.records import log_path, read_rows
-
-    given = samples.given
-    evaluation = Evaluation(model, methods, names(methods.methods), names(methods.budgets))
-    if task is e.Task.perplexity:
+    given, content = samples.given, ""
+    for words in (families, methods.methods, methods.budgets):
+        _warn_of_doubles(words)
+    if task is Task.perplexity:
         flags = {
             "families": families or None, "keep_prompt": methods.keep_prompt or None, "tuned": methods.tuned or None,
             "free": free, "resume": resume or None,
@@ -86,20 +193,40 @@ def run(
         _refuse({**given, **flags}, "the testbed, not to --task perplexity")
         if text is None:
             raise UsageError("--task perplexity needs a text: --text FILE")
-        with _told(out, out, "to evaluate the rest choose another --out"):
-            rows = evaluation.perplexity(text, max_tokens, out)
+        content = read_text(text)
     else:
         _refuse({"text": text, "max_tokens": max_tokens}, "--task perplexity")
-        plan = evaluation.plan(names(families), free={None: "full", True: "all", False: "none"}[free], **given)
+        if resume and out is None:
+            raise UsageError("--resume needs the --out of the run to go on with")
+    from learnevict.cli.evaluation import compare, compare_on_text
+    from learnevict.evals.records import log_path, read_rows
+
+    if text is not None:
+        with _told(out, out, "to evaluate the rest choose another --out"):
+            rows = compare_on_text(model, methods, (text.name, content), max_tokens, out)
+    else:
+        given["free"] = {None: "full", True: "all", False: "none"}[free]
         with _told(out, out and log_path(out), "the same command with --resume goes on"):
-            rows = evaluation.testbed(plan, out, resume)
+            rows = compare(model, methods, listed(families), given, out, resume)
     if as_json:
         for row in rows:
             tell(json.dumps(row))
     else:
-        _show(rows)
+        show_rows(rows)
     if out is not None and not special(out):
         say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of the user's file.
+
+    Raises:
+        DataError: no such file, not UTF-8, or empty.
+    """
+    text = read_file(path)
+    if not text.strip():
+        raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")
+    return text
 
 
 FLAGS = {
@@ -130,74 +257,40 @@ def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
         raise typer.Exit(INTERRUPTED) from error
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Returns the names between commas, each once; says which were given more often."""
+def listed(text: str) -> tuple[str, ...]:
+    """Returns the names between commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _warn_of_doubles(text: str) -> None:
     given = [word.strip() for word in text.split(",") if word.strip()]
     if again := [word for word in dict.fromkeys(given) if given.count(word) > 1]:
         say(f"warning: {', '.join(again)} named more than once; counted once")
-    return tuple(dict.fromkeys(given))
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
-    """A table on standard output; only columns with something in them."""
-    from rich.table import Table
+def report(
+    rows: Annotated[list[Path], typer.Argument(help="JSONL files of `learnevict eval`, or report.json of the demo.")],
+    out: Annotated[
+        Path | None, o.option(o.OUTPUT, "Folder for table.md, table.csv and accuracy.png.", "--out", "-o")
+    ] = None,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Make a Markdown table, a CSV file and a plot of accuracy against budget.
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = {title: show for title, show in COLUMNS.items() if any(show(row) for row in rows)}
-    for title in columns:
-        table.add_column(title, justify="left" if title in ("family", "method") else "right")
-    last = None
-    for row in rows:
-        if last not in (None, row["family"]):
-            table.add_section()
-        last = row["family"]
-        table.add_row(*(cell(show(row) or "–") for show in columns.values()))
-    for_tables().print(table)
+    Examples:
 
+        learnevict report rows.jsonl --out report
 
-def _interval(row: dict[str, Any], value: str, low: str, high: str) -> str:
-    if row.get(value) is None:
-        return ""
-    return f"{row[value]:.3f}" + (f" [{row[low]:.3f}, {row[high]:.3f}]" if row.get(low) is not None else "")
+        learnevict report checkpoints/demo/report.json
 
+    Without --out only the table is printed. An earlier report in the folder is replaced.
+    """
+    from learnevict.evals.records import read_rows
+    from learnevict.evals.report import markdown, write_report
 
-def _number(row: dict[str, Any], name: str, form: str) -> str:
-    return "" if row.get(name) is None else format(row[name], form)
-
-
-def _budget(row: dict[str, Any]) -> str:
-    if row["budget"] is None:
-        return "full"
-    return f"{row['budget_share']} = {row['budget']}" if row.get("budget_share") else str(row["budget"])
-
-
-def _kib(row: dict[str, Any]) -> str:
-    if row.get("kv_bytes_peak") is None:
-        return ""
-    return f"{row['kv_bytes_peak'] / 1024:.0f} / {row['kv_bytes_full'] / 1024:.0f}"
-
-
-def _attention(row: dict[str, Any]) -> str:
-    if row.get("attention_kept") is None:
-        return ""
-    return f"{row['attention_kept']:.3f} ({row['attention_kept_min']:.3f})"
-
-
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "family": lambda row: row["family"],
-    "method": lambda row: row["method"],
-    "budget": _budget,
-    "step accuracy": lambda row: _interval(row, "step_accuracy", "ci_low", "ci_high"),
-    "exact match": lambda row: _interval(row, "exact_match", "exact_low", "exact_high"),
-    "perplexity": lambda row: _number(row, "perplexity", ".3f"),
-    "ratio": lambda row: _number(row, "perplexity_ratio", ".3f"),
-    "loss ratio": lambda row: _number(row, "loss_ratio", ".3g"),
-    "loss gap closed from random": lambda row: _number(row, "oracle_gap_closed", ".3f"),
-    "recall": lambda row: _number(row, "top_recall", ".3f"),
-    "regret": lambda row: _number(row, "regret", ".3f"),
-    "attention kept (min)": _attention,
-    "tokens": lambda row: _number(row, "tokens_generated", ".0f"),
-    "tokens/s": lambda row: _number(row, "tokens_per_second", ".0f"),
-    "KiB peak / full": _kib,
-    "samples": lambda row: _number(row, "samples", "d"),
-}
+    found = [row for path in rows for row in read_rows(path)]
+    if out is None:
+        tell(markdown(found).rstrip("\n"))
+        return
+    for path in write_report(found, out, overwrite=overwrite):
+        say(f"wrote {path}")

@@ -2,173 +2,158 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.cli.eval_options import MethodOptions
+from learnevict.cli.eval import MethodOptions, listed
 from learnevict.cli.opened_model import TESTBED, OpenedModel, open_model
-from learnevict.cli.options import ModelOptions
+from learnevict.cli.options import ModelOptions, check_method
 from learnevict.cli.output import progress, say
 from learnevict.errors import GateError, UsageError
-from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
+from learnevict.evals import perplexity as texts
+from learnevict.evals import tuning
+from learnevict.evals.methods import COMPARISON, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, check, count
 from learnevict.evals.records import MARK, Row, write_rows
 from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import family_tasks
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
+from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.testbed import FAMILIES
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The methods and budgets that a user compares on a model."""
+def compare(
+    model: ModelOptions,
+    options: MethodOptions,
+    families: tuple[str, ...],
+    given: dict[str, Any],
+    out: Path | None,
+    resume: bool,
+) -> list[Row]:
+    """Returns the rows of a comparison on the testbed's tasks.
 
-    model: ModelOptions
-    methods: MethodOptions
-    names: tuple[str, ...]
-    budgets: tuple[str, ...]
+    Args:
+        given: what was said of samples and answers, by the names of Plan and family_tasks.
 
-    @cached_property
-    def opened(self) -> OpenedModel:
-        """The model, loaded when first needed."""
-        return open_model(self.model)
+    Raises:
+        UsageError: a model of another vocabulary, or an `out` that is not to be gone on with.
+        DataError: `out` holds something else than rows.
+    """
+    which = {name: given.pop(name) for name in ("split", "length") if name in given}
+    plan = Plan(
+        family_tasks(families or FAMILIES, **which),
+        listed(options.budgets),
+        rules=_settings(options, COMPARISON),
+        **given,
+    )
+    read_earlier(out, resume=resume)
+    opened = _opened(model, options)
+    if not opened.speaks_testbed:
+        raise UsageError(
+            f"{model.model!r} does not speak the testbed's words; evaluate it on a text: --task perplexity --text FILE"
+        )
+    field = evaluated_methods(opened, options, DEFAULT_METHODS)
+    check(plan, field)
+    tuned = {budget for one in field for _, budget in one.tuned}
+    if options.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned]):
+        say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
+    subject = EvaluatedModel(opened.model, opened.tokenizer, opened.name)
+    with progress(count(plan, field)) as advance:
+        return run(plan, subject, field, out, resume=resume, advance=advance)[0]
 
-    def settings(self, base: EvaluationSettings) -> EvaluationSettings:
-        """Returns what was given, over what holds otherwise."""
-        found = {name: getattr(self.methods, name) for name in ("sinks", "recent", "slack")}
-        given = {name: value for name, value in found.items() if value is not None}
-        return replace(base, prompt=self.methods.keep_prompt, **given)
 
-    def plan(self, families: tuple[str, ...], **fields: Any) -> Plan:
-        """Returns a comparison on the testbed under the usual settings."""
-        which = {name: fields.pop(name) for name in ("split", "length") if name in fields}
-        tasks = family_tasks(families or FAMILIES, **which)
-        return Plan(tasks, self.budgets, rules=self.settings(COMPARISON), **fields)
+def compare_on_text(
+    model: ModelOptions, options: MethodOptions, text: tuple[str, str], max_tokens: int | None, out: Path | None
+) -> list[Row]:
+    """Returns the rows of methods on one text, the full cache first; written as they come.
 
-    def evaluated_methods(self, default: tuple[str, ...]) -> list[EvaluatedMethod]:
-        """Returns the methods with their gates and settings.
+    Args:
+        text: its name and its content.
 
-        Raises:
-            GateError: gates missing, of another model, or of a method that is not compared.
-            UsageError: two checkpoints of one method, or no such method.
-        """
-        from learnevict import methods
-        from learnevict.evals import tuning
-        from learnevict.hub import Gates, weight_hash
-
-        for name in self.names:
-            if self._shipped_in(name) is None:
-                methods.load(name)  # of one's own: imported because it is named here, so that gates may be of it
-        opened = self.opened
-        gates: dict[str, Gates] = {}
-        sources: dict[str, str] = {}
-        for source in self.methods.ckpt or ():
-            one = Gates.load(source, opened.model, allow_other_base=self.methods.allow_other_base)
-            if one.method in gates:
-                raise UsageError(
-                    f"--ckpt {sources[one.method]!r} and --ckpt {source!r} both hold gates of {one.method}; a table "
-                    "shows one of them: evaluate the other in a run of its own, with another --out"
-                )
-            gates[one.method], sources[one.method] = one, source
-        wanted = self.names or (*default, *(name for name in gates if name not in default))
-        unused = sorted(set(gates) - set(wanted))
-        if unused:
-            raise GateError(
-                f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
-            )
-        known = tuning.load() if self.methods.tuned else None
-        found = {name: gates.get(name) or self._shipped(name) for name in wanted}
-        if known is not None:
-            known.check(weight_hash(opened.model), found)
-        of = {name: one.method if one is not None else name for name, one in found.items()}
-        return [
-            evaluated_method(
-                of[name], one, tuned=known.of(of[name]) if known else {}, name=name,
-                allow_other_base=self.methods.allow_other_base,
-            )
-            for name, one in found.items()
-        ]  # fmt: skip
-
-    def _shipped_in(self, name: str) -> Path | None:
-        """Returns the folder of the testbed's own gates for a learned method or for its stage before refinement ("NAME-sl")."""
-        from learnevict.hub import GATES_FOLDER
-
-        folder = GATES_FOLDER / f"{TESTBED}-{name}"
-        return folder if Path(name).name == name and self.opened.speaks_testbed and folder.is_dir() else None
-
-    def _shipped(self, name: str) -> Any:
-        """Returns these gates; None if there are none."""
-        from learnevict.hub import Gates
-
-        folder = self._shipped_in(name)
-        if folder is None:
-            return None
-        return Gates.load(folder, self.opened.model, allow_other_base=self.methods.allow_other_base)
-
-    def testbed(self, plan: Plan, out: Path | None, resume: bool) -> list[Row]:
-        """Returns the rows of a comparison on the testbed's tasks.
-
-        Raises:
-            UsageError: a model of another vocabulary, --resume without --out, or an `out` that is not to be gone on with.
-            DataError: `out` holds something else than rows.
-        """
-        if resume and out is None:
-            raise UsageError("--resume needs the --out of the run to go on with")
-        read_earlier(out, resume=resume)
-        opened = self.opened
-        if not opened.speaks_testbed:
-            raise UsageError(
-                f"{self.model.model!r} does not speak the testbed's words; evaluate it on a text: --task perplexity --text FILE"
-            )
-        evaluated_methods = self.evaluated_methods(DEFAULT_METHODS)
-        check(plan, evaluated_methods)
-        tuned = {budget for one in evaluated_methods for _, budget in one.tuned}
-        if self.methods.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned]):
-            say(f"no tuned settings for budgets {', '.join(rest)}: methods use their own there")
-        subject = EvaluatedModel(opened.model, opened.tokenizer, opened.name)
-        with progress(count(plan, evaluated_methods)) as advance:
-            return run(plan, subject, evaluated_methods, out, resume=resume, advance=advance)[0]
-
-    def perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
-        """Returns the rows of methods on one text, the full cache first; written as they come.
-
-        Raises:
-            UsageError: `out` holds something, or is being written by another process.
-            DataError: the text cannot be read, or `out` cannot be written.
-        """
-        with locked(out):
-            return self._perplexity(path, max_tokens, out)
-
-    def _perplexity(self, path: Path, max_tokens: int | None, out: Path | None) -> list[Row]:
-        from learnevict.evals import perplexity as texts
-
-        text = texts.read_text(path)
+    Raises:
+        UsageError: `out` holds something, or is being written by another process.
+        DataError: nothing in the text, or `out` cannot be written.
+    """
+    with locked(out):
         read_earlier(out, resume=False)
         if out is not None:
             check_file(out, MARK)
-        model = self.opened.model
-        ids = texts.encode(model, self.opened.tokenizer, text, max_tokens=max_tokens)
-        rules = self.settings(
-            COMPARISON if self.opened.speaks_testbed else EvaluationSettings(slack=128, sinks=None, recent=None)
-        )
-        field = [one for one in self.evaluated_methods(()) if one.method != FULL]
-        cells = texts.text_cells(path.name, ids, field, self.budgets)
-        policies = [texts.policy_for(cell, rules, model, ids) for cell in cells]
+        opened = _opened(model, options)
+        ids = texts.encode(opened.model, opened.tokenizer, text[1], max_tokens=max_tokens)
+        usual = COMPARISON if opened.speaks_testbed else EvaluationSettings(slack=128, sinks=None, recent=None)
+        settings = _settings(options, usual)
+        cells = texts.text_cells(text[0], ids, evaluated_methods(opened, options, ()), listed(options.budgets))
+        policies = [texts.policy_for(cell, settings, opened.model, ids) for cell in cells]
         rows: list[Row] = []
         full = None
         with progress(ids.shape[1] * len(cells)) as advance:
             for cell, policy in zip(cells, policies, strict=True):
                 label = f"{cell.evaluated_method.name} {cell.asked}"
-                found = texts.perplexity(model, ids, policy, advance=lambda n, label=label: advance(label, n))
+                found = texts.perplexity(opened.model, ids, policy, advance=lambda n, label=label: advance(label, n))
                 full = full or found
-                rows.append(texts.text_row(cell, self.opened.name, found, full))
+                rows.append(texts.text_row(cell, opened.name, found, full))
                 if out is not None and (len(rows) == len(cells) or not special(out)):
                     write_rows(out, rows)
-        if any(one.method == GOLDEN for one in field):
-            say("golden has read the whole text beforehand: it is a reference, not a method")
-        return rows
+    if any(cell.evaluated_method.method == GOLDEN for cell in cells):
+        say("golden has read the whole text beforehand: it is a reference, not a method")
+    return rows
+
+
+def _opened(model: ModelOptions, options: MethodOptions) -> OpenedModel:
+    """Opens the model, if all methods are there: by name, as gates that ship, or as modules of the user's."""
+    for name in listed(options.methods):
+        if _shipped(name) is None:
+            check_method(name)
+    return open_model(model)
+
+
+def _shipped(name: str) -> Path | None:
+    """Returns the folder of the testbed's own gates for a learned method or its stage before refinement ("NAME-sl")."""
+    folder = GATES_FOLDER / f"{TESTBED}-{name}"
+    return folder if Path(name).name == name and folder.is_dir() else None
+
+
+def _settings(options: MethodOptions, usual: EvaluationSettings) -> EvaluationSettings:
+    """Returns what was given, over what holds otherwise."""
+    found = {name: getattr(options, name) for name in ("sinks", "recent", "slack")}
+    given = {name: value for name, value in found.items() if value is not None}
+    return replace(usual, prompt=options.keep_prompt, **given)
+
+
+def evaluated_methods(opened: OpenedModel, options: MethodOptions, default: tuple[str, ...]) -> list[EvaluatedMethod]:
+    """Returns the methods with their gates and settings.
+
+    Raises:
+        GateError: gates missing, of another model, or of a method that is not compared.
+        UsageError: two checkpoints of one method, or no such method.
+    """
+    how: Any = {"allow_other_base": options.allow_other_base}
+    gates: dict[str, Gates] = {}
+    sources: dict[str, str] = {}
+    for source in options.ckpt or ():
+        one = Gates.load(source, opened.model, **how)
+        if one.method in gates:
+            raise UsageError(
+                f"--ckpt {sources[one.method]!r} and --ckpt {source!r} both hold gates of {one.method}; a table "
+                "shows one of them: evaluate the other in a run of its own, with another --out"
+            )
+        gates[one.method], sources[one.method] = one, source
+    wanted = listed(options.methods) or (*default, *(name for name in gates if name not in default))
+    if unused := sorted(set(gates) - set(wanted)):
+        raise GateError(
+            f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
+        )
+    found: dict[str, Gates | None] = {}
+    for name in wanted:
+        folder = _shipped(name) if opened.speaks_testbed and name not in gates else None
+        found[name] = gates.get(name) if folder is None else Gates.load(folder, opened.model, **how)
+    known = tuning.load() if options.tuned else None
+    if known is not None:
+        known.check(weight_hash(opened.model), found)
+    of = {name: name if one is None else one.method for name, one in found.items()}
+    tuned = {name: known.of(method) if known else {} for name, method in of.items()}
+    return [evaluated_method(of[name], one, name=name, tuned=tuned[name], **how) for name, one in found.items()]

@@ -1,4 +1,4 @@
-"""learnevict infer: generate under a small cache and say what it cost."""
+"""learnevict infer and viz: generate under a small cache and say what it cost, or show what each head keeps."""
 
 from __future__ import annotations
 
@@ -13,33 +13,29 @@ from learnevict.cli.opened_model import OpenedModel, open_model
 from learnevict.cli.output import INTERRUPTED, ResultsFile, say, size, tell
 from learnevict.cli.prompts import Request, make_request, make_requests, read_rows, weight_hashes
 from learnevict.errors import UsageError
-from learnevict.files import locked
+from learnevict.files import PAGE, check, locked, write
+from learnevict.infer.prompts.text_files import read_file
 
 NUM_TOGETHER = 8
 """Rows of a batch file at a time."""
 
 
-def run(
+def infer(
     *,
     prompt: o.PromptOptions,
     batch: Annotated[
         Path | None,
-        typer.Option(
-            help='JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": ...}.',
-            rich_help_panel=o.PROMPT,
-        ),
+        o.option(o.PROMPT, 'JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": ...}.'),
     ] = None,
     eviction: o.EvictionOptions,
     model: o.ModelOptions,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Longest answer.", rich_help_panel=o.MACHINE)
-    ] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=o.MACHINE)] = 0.0,
+    max_new_tokens: Annotated[int, o.option(o.MACHINE, "Longest answer.", "--max-new-tokens", "-n")] = 400,
+    temperature: Annotated[float, o.option(o.MACHINE, "0 takes the likeliest token.")] = 0.0,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of a --batch at a time. [dim]8[/dim]", rich_help_panel=o.MACHINE)
+        int | None, o.option(o.MACHINE, "Prompts of a --batch at a time. [dim]8[/dim]", min=1)
     ] = None,
     as_json: o.AsJson = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write.", rich_help_panel=o.OUTPUT)] = None,
+    out: Annotated[Path | None, o.option(o.OUTPUT, "File to write.", "--out", "-o")] = None,
 ) -> None:
     """Generate text while a policy keeps the cache small. The answer streams; what it cost goes to standard error.
 
@@ -56,37 +52,36 @@ def run(
     A batch goes on where it was interrupted: give the same command again. --prompt - reads standard input.
     --method golden runs every prompt twice, because the oracle has to see the future first.
     """
-    check_sources(prompt, batch, out)
-    if batch_size is not None and batch is None:
-        raise UsageError("--batch-size belongs to --batch: one prompt is one row; drop it")
+    _check_sources(prompt, batch, out, batch_size)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    row = prompt.row()
-    rows = read_rows(batch) if batch is not None else []
+    if batch is None:
+        row = prompt.row()
+        opened = open_model(model, bars=not as_json).under(eviction)
+        request = make_request(opened, row, chat=prompt.chat, name="1")
+        _answer_one(opened, request, as_json, seed=prompt.seed, **sampling)
+        return
+    rows, num_together = read_rows(batch), batch_size or NUM_TOGETHER
     with locked(out):
         results = ResultsFile(out)
-        opened = open_model(model, bars=not as_json).under(eviction)
-        if batch is None:
-            request = make_request(opened, row, chat=prompt.chat, name="1")
-            _answer_one(opened, request, sampling, prompt.seed, as_json)
-            return
+        opened = open_model(model).under(eviction)
         settings = {
             **eviction.settings, **sampling, "model": model.model, "dtype": model.dtype.value, "seed": prompt.seed,
             "chat": prompt.chat, "weights": weight_hashes(opened.model, opened.policy),
         }  # fmt: skip
-        num_together = batch_size or NUM_TOGETHER
         if temperature > 0:
             settings["batch_size"] = num_together  # rows of a batch share random numbers
         good, bad = make_requests(opened, rows, settings, chat=prompt.chat)
         for line in bad:
             say(f"error: {batch}, {line}")
-        _answer_all(opened, good, results, sampling, prompt.seed, num_together)
+        batches = [good[start : start + num_together] for start in range(0, len(good), num_together)]
+        _answer_all(opened, batches, results, sampling, prompt.seed)
     if bad:
         say(f"{len(bad)} of {len(rows)} rows could not be read and were left out")
         raise typer.Exit(1)
 
 
-def check_sources(prompt: o.PromptOptions, batch: Path | None, out: Path | None) -> None:
-    """Raises a UsageError unless there is one thing to read, and --out suits it."""
+def _check_sources(prompt: o.PromptOptions, batch: Path | None, out: Path | None, batch_size: int | None) -> None:
+    """Raises a UsageError unless there is one thing to read, and --out and --batch-size suit it."""
     sources = {"--prompt": prompt.prompt, "--task": prompt.task, "--batch": batch}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -100,53 +95,52 @@ def check_sources(prompt: o.PromptOptions, batch: Path | None, out: Path | None)
         raise UsageError(
             "--out belongs to --batch; for one prompt redirect standard output, with --json for the figures"
         )
+    if batch_size is not None and batch is None:
+        raise UsageError("--batch-size belongs to --batch: one prompt is one row; drop it")
 
 
-def _answer_one(opened: OpenedModel, request: Request, sampling: dict[str, Any], seed: int, as_json: bool) -> None:
+def _answer_one(opened: OpenedModel, request: Request, as_json: bool, **sampling: Any) -> None:
     """Streams the answer, then the figures; or prints both as one JSON object."""
     from learnevict.infer.prompts.printing import printer
 
-    if opened.golden:
+    if opened.eviction.golden:
         say("golden runs twice: first with a full cache, to learn what the future needs, then under that trace")
     streamer = None if as_json else printer(opened.tokenizer)
-    (answer,) = opened.answer([request], seed=seed, streamer=streamer, **sampling)
+    ((_, record),) = opened.answer([request], streamer=streamer, **sampling)
     if as_json:
-        tell(json.dumps(answer.record, ensure_ascii=False))
+        tell(json.dumps(record, ensure_ascii=False))
         return
     kind = str(opened.model.dtype).removeprefix("torch.")
     names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    for line in figures(answer.record, f"{opened.model.device}, {names.get(kind, kind)}"):
+    for line in figures(record, f"{opened.model.device}, {names.get(kind, kind)}"):
         say(line)
 
 
 def _answer_all(
-    opened: OpenedModel,
-    requests: list[Request],
-    results: ResultsFile,
-    sampling: dict[str, Any],
-    seed: int,
-    batch_size: int,
+    opened: OpenedModel, batches: list[list[Request]], results: ResultsFile, sampling: dict[str, Any], seed: int
 ) -> None:
     """Answers what is not finished yet, writing rows as their batches finish.
 
     A batch of which some rows are finished is drawn again as a whole if temperature > 0, and only what is missing is
     written: rows share random numbers, so the rest of a batch alone would get other ones.
     """
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     missing = [[one for one in batch if not results.has(one.name, one.key)] for batch in batches]
-    todo = [(index, part) for index, part in enumerate(missing) if part]
-    count = len(requests) - sum(len(part) for _, part in todo)
+    total = sum(map(len, batches))
+    count = total - sum(map(len, missing))
     if count:
         say(f"{count} rows are finished in {results} already")
+    begins = 0
     try:
-        for index, part in todo:
-            read = batches[index] if sampling["temperature"] > 0 else part
-            answers = opened.answer(read, seed=seed + index * batch_size, **sampling)
-            for answer in answers:
-                if answer.request in part:
-                    results.add(answer.record, answer.request.key)
-            count += len(part)
-            say(f"{count} of {len(requests)} rows, {answers[0].completion.tokens_per_second:.1f} tokens/s")
+        for batch, part in zip(batches, missing, strict=True):
+            if part:
+                read = batch if sampling["temperature"] > 0 else part
+                answers = opened.answer(read, seed=seed + begins, **sampling)
+                for request, (_, record) in zip(read, answers, strict=True):
+                    if request in part:
+                        results.add(record, request.key)
+                count += len(part)
+                say(f"{count} of {total} rows, {answers[0][0].tokens_per_second:.1f} tokens/s")
+            begins += len(batch)
     except KeyboardInterrupt as error:
         remedy = (
             "the same command goes on from there" if results.path else "with --out FILE the same command could go on"
@@ -159,9 +153,9 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
     """Returns the lines under an answer, from its record and what it ran on."""
     kept, read = record["kept"], record["prompt_tokens"] + record["tokens_generated"] - 1
     spread = "" if kept["min"] == kept["max"] else f" ({kept['min']} to {kept['max']})"
-    asked = record["budget"] if str(record["budget"]) == str(record["budget_tokens"]) else None
     budget = "" if record["budget"] is None else f", budget {record['budget_tokens']}"
-    budget += "" if asked or record["budget"] is None else f" = {record['budget']}"
+    if record["budget"] is not None and str(record["budget"]) != str(record["budget_tokens"]):
+        budget += f" = {record['budget']}"
     now, peak, full = (size(record[f"kv_bytes_{name}"]) for name in ("end", "peak", "full"))
     share = record["kv_bytes_peak"] / max(record["kv_bytes_full"], 1)
     lines = [
@@ -172,12 +166,72 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
         f"keys and values: now {now}, peak {peak}, full cache {full} (peak is {share:.0%} of it)",
     ]
     if "runs" in record:
-        same = (
-            "the same text"
-            if record["agreement"] == 1
-            else f"the same text for {record['agreement']:.0%}, then recency"
-        )
+        same = f"the same text for {record['agreement']:.0%}, then recency"
+        same = "the same text" if record["agreement"] == 1 else same
         lines.append(f"golden ran twice: a full cache for the labels, then under their trace; {same}")
     if "correct" in record:
         lines.append(f"answer: {'right' if record['correct'] else 'wrong'}, expected: {record['expected']}")
     return lines
+
+
+def viz(
+    *,
+    prompt: o.PromptOptions,
+    file: Annotated[Path | None, o.option(o.PROMPT, "A text file, UTF-8.", "--file", "-f")] = None,
+    eviction: o.EvictionOptions,
+    model: o.ModelOptions,
+    max_new_tokens: Annotated[
+        int,
+        o.option(
+            o.MACHINE,
+            "Let the model answer under the policy; 0 shows the text as it is (a task with its reference answer).",
+            "--max-new-tokens",
+            "-n",
+            min=0,
+        ),
+    ] = 0,
+    out: Annotated[Path, o.option(o.OUTPUT, "The page to write.", "--out", "-o")] = Path("viz.html"),
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Write a page that shows which tokens each layer and head keeps while a text is read: one file, no network.
+
+    Examples:
+
+        learnevict viz --task recall --seed 3 --budget 48
+
+        learnevict viz --task program --method h2o --budget 48 --max-new-tokens 200 --out h2o.html
+
+        learnevict viz --model ./my-model --file story.txt --method snapkv --budget 256
+    """
+    if [prompt.prompt, file, prompt.task].count(None) != 2:
+        raise UsageError(
+            "give one of --prompt TEXT, --file PATH and --task FAMILY; try --task recall --seed 3 --budget 48"
+        )
+    row = {"prompt": read_file(file)} if file is not None else prompt.row()
+    check(out, PAGE, overwrite=overwrite)
+    if eviction.full:
+        raise UsageError("a full cache keeps everything; give --budget 48, and --method or --ckpt to choose who evicts")
+    from learnevict.evals.viz import page, record, visible
+    from learnevict.infer.generate import read_text
+
+    opened = open_model(model).under(eviction)
+    request = make_request(opened, row, chat=prompt.chat)
+    sample = request.sample
+    if max_new_tokens:
+        how = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": prompt.seed}
+        ((answer, _),) = opened.answer([request], record=True, **how)
+        ids, trace = answer.prompt + answer.tokens[:-1], answer.trace
+        assert trace is not None
+    else:
+        ids = request.ids if sample is None else read_text(opened.tokenizer, sample.text)
+        trace = record(opened.model, opened.policy_for(ids, len(request.ids)), ids, len(request.ids))
+    layers, _, heads, length = trace.expiry.shape
+    about = (
+        f"{opened.method} on {opened.name}: {length} tokens read, budget {eviction.budget}, {trace.evictions} "
+        f"evictions in {layers} layers x {heads} heads"
+    )
+    named = f"{sample.family} {sample.seed}: " if sample is not None else ""
+    title = f"{named}what the cache keeps under {opened.method}"
+    text = page(trace, visible(opened.tokenizer, ids), title, about)
+    write(out, text, PAGE, overwrite=overwrite)
+    say(f"wrote {out} ({len(text) // 1024} KiB); open it in a browser")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from learnevict import methods
 from learnevict.cli.output import INTERRUPTED, say
 from learnevict.config import Budget
 from learnevict.errors import UsageError
@@ -21,6 +22,11 @@ from learnevict.infer.prompts.text_files import decode
 PROMPT, POLICY, MACHINE, OUTPUT = "What to read", "Who evicts", "Model and machine", "Output"
 LARGEST_SEED = 2**63 - 1
 """Half of what torch takes: rows of a batch add to it."""
+
+
+def option(panel: str | None, told: str, *names: str, **more: Any) -> Any:
+    """Returns an option in a panel of the help page."""
+    return typer.Option(*names, help=told, rich_help_panel=panel, **more)
 
 
 class When(str, Enum):
@@ -42,44 +48,27 @@ class Precision(str, Enum):
 
 Model = Annotated[
     str,
-    typer.Option(
+    option(
+        MACHINE,
+        "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you ask for it). "
+        "Code that comes with a model is never run.",
         "--model",
         "-m",
-        help="testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you "
-        "ask for it). Code that comes with a model is never run.",
-        rich_help_panel=MACHINE,
     ),
 ]
-Dtype = Annotated[
-    Precision, typer.Option(help="auto keeps what the model was saved in (testbed: fp32).", rich_help_panel=MACHINE)
-]
-OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Accept gates trained on other weights.", rich_help_panel=POLICY)
-]
-Sinks = Annotated[int | None, typer.Option(help="First tokens that always stay. [dim]4[/dim]", rich_help_panel=POLICY)]
+Device = Annotated[str, option(MACHINE, "auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[Precision, option(MACHINE, "auto keeps what the model was saved in (testbed: fp32).")]
+OtherBase = Annotated[bool, option(POLICY, "Accept gates trained on other weights.", "--allow-other-base")]
+Sinks = Annotated[int | None, option(POLICY, "First tokens that always stay. [dim]4[/dim]")]
 Recent = Annotated[
-    int | None,
-    typer.Option(
-        help="Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]", rich_help_panel=POLICY
-    ),
+    int | None, option(POLICY, "Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]")
 ]
 Slack = Annotated[
     int | None,
-    typer.Option(
-        help="Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]",
-        rich_help_panel=POLICY,
-    ),
+    option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]"),
 ]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer.", rich_help_panel=MACHINE)]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=MACHINE)]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Prompts of a --batch at a time. [dim]8[/dim]", rich_help_panel=MACHINE)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=OUTPUT)]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace files that learnevict did not write.", rich_help_panel=OUTPUT)
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="File to write.", rich_help_panel=OUTPUT)]
+AsJson = Annotated[bool, option(OUTPUT, "One JSON object on standard output.", "--json")]
+Overwrite = Annotated[bool, option(OUTPUT, "Replace files that learnevict did not write.", "--overwrite")]
 
 
 @dataclass(frozen=True)
@@ -90,25 +79,15 @@ class PromptOptions:
         UsageError: a chat template for a task.
     """
 
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.", rich_help_panel=PROMPT)] = (
-        None
-    )
+    prompt: Annotated[str | None, option(PROMPT, "The prompt itself.", "--prompt", "-p")] = None
     task: Annotated[
         str | None,
-        typer.Option(
-            help="A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which.",
-            rich_help_panel=PROMPT,
-        ),
+        option(PROMPT, "A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which."),
     ] = None
     seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=LARGEST_SEED, help="Of the task, and of the draws if temperature > 0.", rich_help_panel=PROMPT
-        ),
+        int, option(PROMPT, "Of the task, and of the draws if temperature > 0.", min=0, max=LARGEST_SEED)
     ] = 0
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.", rich_help_panel=PROMPT)
-    ] = False
+    chat: Annotated[bool, option(PROMPT, "Put the prompt into the model's chat template.", "--chat")] = False
 
     def __post_init__(self) -> None:
         if self.chat and self.task is not None:
@@ -131,50 +110,49 @@ class ModelOptions:
     """Which model is opened, where, and in which number format."""
 
     model: Model = "testbed"
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=MACHINE)] = "auto"
+    device: Device = "auto"
     dtype: Dtype = Precision.auto
     allow_pickle: Annotated[
         bool,
-        typer.Option(
-            "--allow-pickle",
-            help="Read a model's weights from pickles (.bin) too; otherwise safetensors only.",
-            rich_help_panel=MACHINE,
+        option(
+            MACHINE, "Read a model's weights from pickles (.bin) too; otherwise safetensors only.", "--allow-pickle"
         ),
     ] = False
 
 
 @dataclass(frozen=True)
 class EvictionOptions:
-    """What the user said about eviction; None where nothing was said.
+    """What the user said about eviction, checked as far as that goes without a model; None where nothing was said.
 
     Raises:
         BudgetError: a budget that cannot be parsed.
+        UsageError: an unknown method, a budget without a method or the reverse, options of an eviction not asked for.
     """
 
     method: Annotated[
         str | None,
-        typer.Option(
-            help="A name from [bold]learnevict list[/bold], or the import path of your own module. Without method, gates "
-            "and budget the cache stays full.",
-            rich_help_panel=POLICY,
+        option(
+            POLICY,
+            "A name from [bold]learnevict list[/bold], or the import path of your own module. Without method, gates and budget "
+            "the cache stays full.",
         ),
     ] = None
     budget: Annotated[
         str | None,
-        typer.Option(
+        option(
+            POLICY,
+            "Slots kept per layer and kv head: 512 (tokens), 25% or 1/4 (of the tokens read) or 64MiB (keys and values of one "
+            "row).",
             "--budget",
             "-b",
-            help="Slots kept per layer and kv head: 512 (tokens), 25% or 1/4 (of the tokens read) or 64MiB (keys and "
-            "values of one row).",
-            rich_help_panel=POLICY,
         ),
     ] = None
     checkpoint: Annotated[
         str | None,
-        typer.Option(
+        option(
+            POLICY,
+            "Trained gates: a folder, or user/repo or user/repo@revision on the Hub. The testbed brings its own.",
             "--ckpt",
-            help="Trained gates: a folder, or user/repo or user/repo@revision on the Hub. The testbed brings its own.",
-            rich_help_panel=POLICY,
         ),
     ] = None
     allow_other_base: OtherBase = False
@@ -183,26 +161,49 @@ class EvictionOptions:
     slack: Slack = None
     schedule: Annotated[
         When | None,
-        typer.Option(
-            metavar="WHEN",
-            help="blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
+        option(
+            POLICY,
+            "blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
             "prefill_only then never again.",
-            rich_help_panel=POLICY,
+            metavar="WHEN",
         ),
     ] = None
     keep_prompt: Annotated[
-        bool,
-        typer.Option(
-            "--keep-prompt", help="Never evict the prompt; the budget counts the rest.", rich_help_panel=POLICY
-        ),
+        bool, option(POLICY, "Never evict the prompt; the budget counts the rest.", "--keep-prompt")
     ] = False
-    variant: Annotated[
-        str | None, typer.Option(help="A method's variant, where repositories differ.", rich_help_panel=POLICY)
-    ] = None
+    variant: Annotated[str | None, option(POLICY, "A method's variant, where repositories differ.")] = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None:
-            Budget.parse(self.budget)
+        parsed = None if self.budget is None else Budget.parse(self.budget)
+        if self.method is not None:
+            check_method(self.method)
+        written = [f"--{name}" if name != "prompt" else "--keep-prompt" for name in self.given]
+        written += ["--allow-other-base"] * self.allow_other_base
+        if self.full and written:
+            raise UsageError(
+                f"{' and '.join(written)} without --budget: the cache would stay full; give --budget 48, and "
+                "--method or --ckpt to choose who evicts"
+            )
+        if self.method == "full" and not self.full:
+            raise UsageError(
+                "method full keeps everything, so a budget means nothing to it; drop --budget or name another method"
+            )
+        if parsed is None and not self.full:
+            raise UsageError("say how much may be kept: --budget 512 (tokens), 25%, 1/4 or 64MiB")
+        if self.golden and parsed is not None and parsed.unit != "tokens":
+            raise UsageError("golden is rolled for one budget in tokens; give --budget 64 rather than a share or bytes")
+        if self.golden and (self.variant or self.schedule not in (None, When.blocks)):
+            raise UsageError("golden has no variant, and its events fall in blocks; drop --variant and --schedule")
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is to be evicted."""
+        return self.method in (None, "full") and self.checkpoint is None and self.budget is None
+
+    @property
+    def golden(self) -> bool:
+        """Whether the oracle evicts, which has to see a text in full first."""
+        return self.method == "golden" and self.checkpoint is None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -212,17 +213,17 @@ class EvictionOptions:
         return {name: found[name] for name in names if found[name] is not None}
 
     @property
-    def flags(self) -> list[str]:
-        """What was given as it is written, such as "--slack"."""
-        written = [f"--{name}" if name != "prompt" else "--keep-prompt" for name in self.given]
-        return written + ["--allow-other-base"] * self.allow_other_base
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Everything that was said, as JSON knows it; a resumed file of answers compares it."""
         found = asdict(self)
         schedule = None if self.schedule is None else self.schedule.value
         return {**found, "schedule": schedule, "prompt": found.pop("keep_prompt") or None}
+
+
+def check_method(name: str) -> None:
+    """Raises a UsageError for a method that is not there; one of the user's own is imported, so that gates may be of it."""
+    if name not in methods.METHODS:
+        methods.load(name)
 
 
 def path(word: str) -> Path:
@@ -254,11 +255,8 @@ def prepared(function: Callable[..., None]) -> Callable[..., None]:
         groups[name] = hints[name]
         types = get_type_hints(hints[name], include_extras=True)
         for one in fields(groups[name]):
-            parameters.append(
-                inspect.Parameter(
-                    one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name]
-                )
-            )
+            how: Any = {"default": one.default, "annotation": types[one.name]}
+            parameters.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, **how))
 
     @wraps(function)
     def run(**options: Any) -> None:

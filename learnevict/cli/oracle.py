@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import learnevict.cli.options as o
 from learnevict.cli.output import progress, say, tell
 
@@ -17,46 +15,33 @@ TEXTS = "What to label"
 
 def run(
     *,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the labels; what is in it is kept.", rich_help_panel=o.OUTPUT)
-    ] = Path("runs/labels"),
+    out: Annotated[Path, o.option(o.OUTPUT, "Folder of the labels; what is in it is kept.", "--out", "-o")] = Path(
+        "runs/labels"
+    ),
     data: Annotated[
         str,
-        typer.Option(
-            help="testbed, a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the Hub (downloaded "
-            "because you ask for it).",
-            rich_help_panel=TEXTS,
+        o.option(
+            TEXTS,
+            "testbed, a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the Hub (downloaded because you ask "
+            "for it).",
         ),
     ] = "testbed",
-    data_config: Annotated[str | None, typer.Option(help="Of a dataset.", rich_help_panel=TEXTS)] = None,
-    data_split: Annotated[str, typer.Option(help="Of a dataset.", rich_help_panel=TEXTS)] = "train",
+    data_config: Annotated[str | None, o.option(TEXTS, "Of a dataset.")] = None,
+    data_split: Annotated[str, o.option(TEXTS, "Of a dataset.")] = "train",
     column: Annotated[
         str | None,
-        typer.Option(
-            help="Where the text or the chat is. [dim]text, messages, or prompt and completion[/dim]",
-            rich_help_panel=TEXTS,
-        ),
+        o.option(TEXTS, "Where the text or the chat is. [dim]text, messages, or prompt and completion[/dim]"),
     ] = None,
-    families: Annotated[
-        str, typer.Option(help="Of the testbed, comma-separated. [dim]all[/dim]", rich_help_panel=TEXTS)
-    ] = "",
-    documents: Annotated[int, typer.Option(min=1, help="Texts at most.", rich_help_panel=TEXTS)] = 2000,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text at most.", rich_help_panel=TEXTS)] = 4096,
-    packed: Annotated[
-        bool,
-        typer.Option("--packed", help="Join texts and cut them into pieces of that length.", rich_help_panel=TEXTS),
-    ] = False,
+    families: Annotated[str, o.option(TEXTS, "Of the testbed, comma-separated. [dim]all[/dim]")] = "",
+    documents: Annotated[int, o.option(TEXTS, "Texts at most.", min=1)] = 2000,
+    max_length: Annotated[int, o.option(TEXTS, "Tokens of a text at most.", min=1)] = 4096,
+    packed: Annotated[bool, o.option(TEXTS, "Join texts and cut them into pieces of that length.", "--packed")] = False,
     block: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Queries per label block: the event period of the policies to be trained.",
-            rich_help_panel=TEXTS,
-        ),
+        int, o.option(TEXTS, "Queries per label block: the event period of the policies to be trained.", min=1)
     ] = 16,
     model: o.ModelOptions,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.", rich_help_panel=o.MACHINE)] = 16,
-    per_shard: Annotated[int, typer.Option(min=1, help="Texts in a file.", rich_help_panel=o.OUTPUT)] = 200,
+    batch_size: Annotated[int, o.option(o.MACHINE, "Texts at a time.", min=1)] = 16,
+    per_shard: Annotated[int, o.option(o.OUTPUT, "Texts in a file.", min=1)] = 200,
     as_json: o.AsJson = False,
 ) -> None:
     """Label texts with golden attention: how much each block of later tokens attends to each token.

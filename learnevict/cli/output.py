@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,3 +126,63 @@ def progress(total: int) -> Generator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda label, number: bar.update(task, advance=number, description=printable(label))
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Prints rows of an evaluation as a table; only columns with something in them."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = {title: show for title, show in COLUMNS.items() if any(show(row) for row in rows)}
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("family", "method") else "right")
+    last = None
+    for row in rows:
+        if last not in (None, row["family"]):
+            table.add_section()
+        last = row["family"]
+        table.add_row(*(cell(show(row) or "–") for show in columns.values()))
+    for_tables().print(table)
+
+
+def _budget(row: dict[str, Any]) -> str:
+    if row["budget"] is None:
+        return "full"
+    return f"{row['budget_share']} = {row['budget']}" if row.get("budget_share") else str(row["budget"])
+
+
+def _shown(form: str, *names: str) -> Callable[[dict[str, Any]], str]:
+    """Returns what shows some figures of a row; what stands in brackets is left out where the second is unknown."""
+
+    def show(row: dict[str, Any]) -> str:
+        found = [row.get(name) for name in names]
+        if found[0] is None:
+            return ""
+        return (form.partition(" [")[0] if None in found else form).format(*found)
+
+    return show
+
+
+def _kib(row: dict[str, Any]) -> str:
+    peak, full = row.get("kv_bytes_peak"), row.get("kv_bytes_full")
+    return "" if peak is None or full is None else f"{peak / 1024:.0f} / {full / 1024:.0f}"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "family": lambda row: row["family"],
+    "method": lambda row: row["method"],
+    "budget": _budget,
+    "step accuracy": _shown("{:.3f} [{:.3f}, {:.3f}]", "step_accuracy", "ci_low", "ci_high"),
+    "exact match": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_match", "exact_low", "exact_high"),
+    "perplexity": _shown("{:.3f}", "perplexity"),
+    "ratio": _shown("{:.3f}", "perplexity_ratio"),
+    "loss ratio": _shown("{:.3g}", "loss_ratio"),
+    "loss gap closed from random": _shown("{:.3f}", "oracle_gap_closed"),
+    "recall": _shown("{:.3f}", "top_recall"),
+    "regret": _shown("{:.3f}", "regret"),
+    "attention kept (min)": _shown("{:.3f} ({:.3f})", "attention_kept", "attention_kept_min"),
+    "tokens": _shown("{:.0f}", "tokens_generated"),
+    "tokens/s": _shown("{:.0f}", "tokens_per_second"),
+    "KiB peak / full": _kib,
+    "samples": _shown("{:d}", "samples"),
+}

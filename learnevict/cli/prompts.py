@@ -1,4 +1,4 @@
-"""Requests and their answers: one prompt, one testbed task, or the rows of a file, checked before anything runs."""
+"""Requests: one prompt, one testbed task, or the rows of a file, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -49,15 +49,6 @@ class Request:
         return {**named, "correct": verify(self.sample, text), "expected": self.sample.answer}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model answered: the completion, and the row of figures about it."""
-
-    request: Request
-    completion: Any
-    record: dict[str, Any]
-
-
 def make_request(
     opened: OpenedModel, content: dict[str, Any], *, chat: bool = False, name: str = "", key: str = ""
 ) -> Request:
@@ -74,7 +65,16 @@ def make_request(
         raise DataError(f"a row needs exactly one of prompt, {', '.join(CHATS)} and task, as in {FORMS}")
     given = content[forms[0]]
     if forms == ["task"]:
-        sample = make_task(opened, content)
+        from learnevict import testbed
+
+        if not opened.speaks_testbed:
+            raise UsageError(
+                f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt"
+            )
+        seed = content.get("seed", 0)
+        if not isinstance(seed, int):
+            raise DataError(f"seed must be a whole number, not {seed!r}")
+        sample = testbed.generate(str(given), seed)
         return Request(name, read_text(opened.tokenizer, sample.prompt), sample, key)
     if forms == ["prompt"] and not isinstance(given, str | list):
         raise DataError(f"prompt must be text, not {type(given).__name__}")
@@ -87,24 +87,6 @@ def make_request(
         warn_of_tools(messages, opened.tokenizer)
         return Request(name, read_chat(opened.tokenizer, messages), None, key)
     return Request(name, read_text(opened.tokenizer, given), None, key)
-
-
-def make_task(opened: OpenedModel, content: dict[str, Any]) -> Any:
-    """Returns the testbed sample that a row names.
-
-    Raises:
-        UsageError: this model does not speak the testbed's language, or there is no such task.
-    """
-    from learnevict import testbed
-
-    if not opened.speaks_testbed:
-        raise UsageError(
-            f"model {opened.name!r} does not know the testbed's words; use --model testbed, or give a prompt"
-        )
-    seed = content.get("seed", 0)
-    if not isinstance(seed, int):
-        raise DataError(f"seed must be a whole number, not {seed!r}")
-    return testbed.generate(str(content["task"]), seed)
 
 
 def check_words(opened: OpenedModel, text: str) -> None:
@@ -133,31 +115,29 @@ def check_words(opened: OpenedModel, text: str) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a JSONL file, broken ones with their problem; empty lines are passed over.
 
+    A row's name is its id, or the number of its line.
+
     Raises:
         DataError: no such file, or no rows in it.
     """
     rows: list[Row] = []
     used: dict[str, int] = {}
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            row = read_row(number, line, used)
-            used[row.name] = number
-            rows.append(row)
+        if not line.strip():
+            continue
+        name, content, problem = f"line {number}", {}, ""
+        try:
+            content = parse_row(line)
+            name = checked(str(content.get("id", number)))
+        except DataError as error:
+            problem = f"{error}; a row is an object such as {FORMS}"
+        if name in used:
+            problem = f"id {name!r} was taken by line {used[name]}; ids must differ"
+        used.setdefault(name, number)
+        rows.append(Row(number, name, content, problem))
     if not rows:
         raise DataError(f"{str(path)!r} has no rows; give a JSONL file with rows such as {FORMS}")
     return rows
-
-
-def read_row(number: int, line: bytes, used: dict[str, int]) -> Row:
-    """One line; its name is its id, or the number of the line."""
-    try:
-        content = parse_row(line)
-        name = checked(str(content.get("id", number)))
-    except DataError as error:
-        return Row(number, f"line {number}", {}, f"{error}; a row is an object such as {FORMS}")
-    if name in used:
-        return Row(number, f"line {number}", {}, f"id {name!r} was taken by line {used[name]}; ids must differ")
-    return Row(number, name, content)
 
 
 def make_requests(
@@ -188,10 +168,10 @@ def weight_hashes(model: Any, policy: Any) -> dict[str, Any]:
     """
     from learnevict.hub import weight_hash
 
-    return {"base": weight_hash(model), "gates": [hash_module(part) for part in gates_in(policy)]}
+    return {"base": weight_hash(model), "gates": [_hash(part) for part in _gates_in(policy)]}
 
 
-def gates_in(part: Any) -> Iterator[Any]:
+def _gates_in(part: Any) -> Iterator[Any]:
     """Yields the torch modules in a policy, wherever its parts keep them."""
     from torch.nn import Module
 
@@ -199,10 +179,10 @@ def gates_in(part: Any) -> Iterator[Any]:
         yield part
     elif is_dataclass(part):
         for one in fields(part):
-            yield from gates_in(getattr(part, one.name))
+            yield from _gates_in(getattr(part, one.name))
 
 
-def hash_module(module: Any) -> str:
+def _hash(module: Any) -> str:
     """Returns a short hash of all values of a module; gates are small."""
     from torch import uint8
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from learnevict.evals.records import TEXT_KEYS, Row, source, start_row
 from learnevict.evals.tasks import resolve
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import stored_bytes
-from learnevict.infer.prompts.text_files import read_file
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.policy import Governor
 
@@ -46,18 +44,6 @@ class Perplexity:
     def value(self) -> float:
         """Returns exp of the mean loss."""
         return math.exp(self.loss / self.num_tokens)
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of the user's file.
-
-    Raises:
-        DataError: no such file, not UTF-8, or empty.
-    """
-    text = read_file(path)
-    if not text.strip():
-        raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")
-    return text
 
 
 def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = None) -> Int[Tensor, "1 T"]:

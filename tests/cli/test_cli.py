@@ -384,6 +384,35 @@ def test_a_mistake_is_one_line_with_its_remedy(name, learnevict, tmp_path):
     assert remedy in err
 
 
+def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path):
+    """In one process: none of these mistakes imports torch or transformers, and all of them end with code 2 or 1."""
+    (tmp_path / "empty.txt").write_text(" ")
+    wrong = [
+        ("infer", "--task", "recall", "--method", "h3o", "--budget", "48"),
+        ("infer", "--task", "recall", "--method", "h2o", "--budget", "lots"),
+        ("infer", "--task", "recall", "--method", "h2o"),
+        ("infer", "--task", "recall", "--method", "golden", "--budget", "25%"),
+        ("infer", "--task", "recall", "--slack", "4"),
+        ("infer", "--batch", "nowhere.jsonl"),
+        ("infer",),
+        ("viz", "--file", "nowhere.txt", "--budget", "48"),
+        ("eval", "--budgets", "many"),
+        ("eval", "--resume"),
+        ("eval", "--task", "perplexity", "--text", "empty.txt"),
+        ("report",),
+        ("pull", "me/gates", "--method", "h3o"),
+        ("doctor", "--context", "long"),
+    ]
+    code = (
+        "import sys; from learnevict.cli import main\n"
+        f"for words in {wrong}:\n"
+        "    assert main(words) in (1, 2), words\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, len(wrong)), done.stderr
+
+
 def test_gates_of_another_model(learnevict, tmp_path):
     Gates.make("foresightkv", tiny(num_heads=1)).save_pretrained(tmp_path / "shape")
     code, _, err = learnevict(*TASK, "--ckpt", tmp_path / "shape", "--budget", 48)

@@ -15,6 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.cli import main
+from learnevict.cli.eval import read_text
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
 from learnevict.evals import metrics, perplexity
 from learnevict.evals.generation import agreement, answer, answer_golden
@@ -941,15 +942,15 @@ def test_perplexity_is_that_of_the_replayed_trace():
 def test_texts_that_cannot_be_read_are_refused(subject, tmp_path):
     path = tmp_path / "text.txt"
     with pytest.raises(DataError, match="cannot read"):
-        perplexity.read_text(path)
+        read_text(path)
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        perplexity.read_text(path)
+        read_text(path)
     path.write_bytes(b"\xef\xbb\xbffact ann\n")
-    assert perplexity.read_text(path) == "fact ann\n"
+    assert read_text(path) == "fact ann\n"
     path.write_text(" \n")
     with pytest.raises(DataError, match="empty"):
-        perplexity.read_text(path)
+        read_text(path)
     with pytest.raises(DataError, match="such as zebra"):
         perplexity.encode(subject.model, subject.tokenizer, "fact ann zebra ;")
     with pytest.raises(DataError, match="two tokens"):

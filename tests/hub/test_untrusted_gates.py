@@ -12,8 +12,8 @@ from transformers import AutoModel
 
 from learnevict import Gates, methods
 from learnevict.cli import main
-from learnevict.cli.eval_options import MethodOptions
-from learnevict.cli.evaluation import Evaluation
+from learnevict.cli.eval import MethodOptions
+from learnevict.cli.evaluation import _opened, evaluated_methods
 from learnevict.cli.options import ModelOptions
 from learnevict.errors import GateError, UsageError
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, push_folder, write_card
@@ -100,9 +100,8 @@ def test_or_named_on_the_command_line(here, capsys):
     assert main(words) == 1
     assert main([*words, "--method", "own_named"]) == 0, capsys.readouterr().err
     listed = str(gates_of(here / "listed", "own_listed"))
-    names = ("own_listed", "foresightkv")
-    evaluation = Evaluation(ModelOptions(device="cpu"), MethodOptions(ckpt=[listed]), names, ("48",))
-    found = evaluation.evaluated_methods(())
+    options = MethodOptions("own_listed,foresightkv", "48", [listed])
+    found = evaluated_methods(_opened(ModelOptions(device="cpu"), options), options, ())
     assert [(one.name, one.kind) for one in found] == [("own_listed", "learned"), ("foresightkv", "learned")]
 
 

@@ -1,0 +1,178 @@
+"""learnevict push, pull and import: gates to the Hub, from the Hub, and from weights that authors published."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+import learnevict.cli.options as o
+from learnevict.cli.output import say, tell
+from learnevict.errors import UsageError
+
+Method = Annotated[
+    str | None,
+    o.option(
+        None,
+        "Where the gates are of a method of your own: its import path. None is imported otherwise.",
+        metavar="MODULE",
+    ),
+]
+
+
+def push(
+    gates: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Gates: a folder, or testbed-foresightkv and others that ship here.")
+    ],
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist. user/repo@branch is fine too."),
+    ],
+    private: Annotated[bool, o.option(None, "Make a new repository private.", "--private")] = False,
+    revision: Annotated[str | None, o.option(None, "Branch to commit to. [dim]main[/dim]", metavar="BRANCH")] = None,
+    message: Annotated[str | None, o.option(None, "Of the commit.", "--message", "-m")] = None,
+    method: Method = None,
+    results: Annotated[
+        list[Path] | None,
+        o.option(
+            "The card",
+            "JSONL of `learnevict eval --out`, for the card; may be given again. The card shows rows of these very gates, and "
+            "compares them with rows of other methods.",
+            "--results",
+            metavar="ROWS",
+        ),
+    ] = None,
+) -> None:
+    """Share gates on the Hub: config.json, model.safetensors, run.json if there is one, and a model card, as one commit.
+
+    Examples:
+
+        learnevict push runs/foresightkv me/my-gates --private
+
+        learnevict push runs/foresightkv me/my-gates --results rows.jsonl --message "with measurements"
+
+        learnevict push testbed-foresightkv me/testbed-gates --results docs/results/main/program.jsonl
+
+    Nothing else in the folder is sent, and of paths of this machine only the last part; the folder is only read. Log in
+    with `hf auth login`, or set HF_TOKEN. If the connection breaks, give the same command again: what has arrived is not
+    sent twice, and nothing shows before all of it is there. The card is made from the gates' record and from --results;
+    without it, it says that nothing was measured. A README.md that you wrote yourself goes up as it is.
+    """
+    if method is not None:
+        o.check_method(method)
+    from learnevict.hub import push_folder
+
+    rows = []
+    if results:
+        from learnevict.evals.records import read_rows
+
+        rows = [row for path in results for row in read_rows(path)]
+    _quieten()
+    pushed = push_folder(gates, repo, private=private, revision=revision, message=message, rows=rows)
+    if not pushed.changed:
+        say(f"{pushed.address} has all of it already; nothing was committed")
+    else:
+        kind = "a new repository" if pushed.created else "a new commit of a repository that exists"
+        made = f"from {len(rows)} rows" if rows else "without measurements (--results gives some)"
+        say(f"{', '.join(pushed.files)} in {pushed.address}: {kind}; card {made}")
+    tell(pushed.url)
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="Gates on the Hub; user/repo@revision is fine too.")],
+    revision: Annotated[
+        str | None, o.option(None, "Branch, tag or commit. [dim]main[/dim]", metavar="REVISION")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        o.option(None, "Folder: new, empty, or pulled from there before. [dim]./REPO[/dim]", "--out", "-o"),
+    ] = None,
+    method: Method = None,
+) -> None:
+    """Bring gates from the Hub into a folder; `infer --ckpt FOLDER` then needs no network.
+
+    Examples:
+
+        learnevict pull me/my-gates
+
+        learnevict pull me/my-gates --revision v1 --out gates-v1
+
+    `infer --ckpt me/my-gates@v1` does without: it keeps what it fetches in the cache of the Hub. Which model the gates
+    belong to is checked when they are used (--allow-other-base accepts another). The same command again brings a pulled
+    folder up to date, or finishes a pull that broke off; what you changed in it is never overwritten.
+    """
+    if method is not None:
+        o.check_method(method)
+    from learnevict.hub import pull_folder
+
+    _quieten()
+    pulled = pull_folder(repo, out, revision=revision)
+    news = ", ".join(pulled.changed) if pulled.changed else "nothing new"
+    say(f"{news} from {repo} at commit {pulled.commit[:8]}")
+    tell(str(pulled.folder))
+
+
+def import_weights(
+    weights: Annotated[
+        str, typer.Argument(metavar="WEIGHTS", help="A file of published weights, or a folder that holds one.")
+    ],
+    model: o.Model,
+    out: Annotated[Path, o.option(o.OUTPUT, "Folder: new or empty.", "--out", "-o")],
+    allow_pickle: Annotated[
+        bool,
+        o.option(
+            None,
+            "Read weights that are pickles (.pt, .pth, .bin), of gates and model. Only if you trust who made them.",
+            "--allow-pickle",
+        ),
+    ] = False,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = o.Precision.auto,
+) -> None:
+    """Make gates from weights that the authors of KVzap, Fast KVzip, TRIM-KV or DBTrimKV published.
+
+    Examples:
+
+        hf download nvidia/KVzap-mlp-Qwen3-8B --local-dir KVzap-mlp-Qwen3-8B
+
+        learnevict import KVzap-mlp-Qwen3-8B --model Qwen/Qwen3-8B --out gates
+
+        learnevict import q4_dim16_sink16.pt --model Qwen/Qwen3-8B --out gates --allow-pickle
+
+    `infer --ckpt gates` then opens them. The method is known by the names of the tensors, whose values are taken over exactly.
+    --model is the model that they were trained on: its shape is checked, and its weights are what the gates belong to from
+    then on. Pickles are read once, tensors only, and the result is safetensors.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{str(out)!r} exists already, and nothing is replaced; choose another --out")
+    from learnevict.cli.opened_model import open_model
+    from learnevict.hub import write_card
+    from learnevict.hub.published import import_gates
+
+    opened = open_model(o.ModelOptions(model, device, dtype, allow_pickle))
+    gates = import_gates(weights, opened.model, allow_pickle=allow_pickle)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".import-") as draft:
+        folder = Path(draft) / "gates"
+        gates.save_pretrained(folder)
+        write_card(folder, f"user/{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.resolve().name).strip('-.') or 'gates'}")
+        os.replace(folder, out)
+    say(f"{gates.method}, {gates.num_parameters():,} parameters, for {gates.config.base_name}")
+    tell(str(out))
+
+
+def _quieten() -> None:
+    """Leaves messages and bars of the Hub's client out where nobody sees them."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    from learnevict.infer.load import quiet
+
+    quiet(bars=False)
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
