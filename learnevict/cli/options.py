@@ -50,8 +50,8 @@ Model = Annotated[
     str,
     option(
         MACHINE,
-        "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you ask for it). "
-        "Code that comes with a model is never run.",
+        "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you ask for "
+        "it). Code that comes with a model is never run.",
         "--model",
         "-m",
     ),
