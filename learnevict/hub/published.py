@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import GateError, TrainedOtherwiseWarning
 from learnevict.hub.gates import Gates, name_of
-from learnevict.parts.retention import ACTIVATIONS
+from learnevict.parts.soft_gates import ACTIVATIONS
 
 PICKLES = (".pt", ".pth", ".bin")
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]

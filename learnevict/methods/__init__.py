@@ -1,8 +1,9 @@
 """Every method, one paper a file. The command line, the README's table, the test matrix and the docs derive from METHODS.
 
-A method module has `PAPER`, `policy(budget, ...)`, and if it is learned a final `Gate`. An import path such as
-`my_package.my_method` is accepted wherever a name is: that is the whole plugin system. Who gives the name decides what is
-imported: a user's is (`load`), a file's is not (`known`).
+A method has `PAPER` and `policy(budget, **options)`: a budget is a number of tokens, "25%" or "64MiB", options are its own and
+those of parts.options.Options. A learned one has `build(layout, **settings)`, which makes a fresh gate; its policy takes a
+trained one, from `Gates.from_pretrained(...)`. An import path such as `my_package.my_method` is accepted wherever a name is: that
+is the plugin system. Who gives the name decides what is imported: a user's is (`load`), a file's is not (`known`).
 """
 
 from __future__ import annotations
@@ -15,33 +16,10 @@ from types import ModuleType
 from learnevict.errors import GateError, UsageError
 
 METHODS: tuple[str, ...] = (
-    "full",
-    "random",
-    "lexical",
-    "clausal",
-    "streaming_llm",
-    "knorm",
-    "h2o",
-    "tova",
-    "snapkv",
-    "pyramidkv",
-    "adakv",
-    "rkv",
-    "expected_attention",
-    "keydiff",
-    "golden",
-    "foresightkv",
-    "trimkv",
-    "dbtrimkv",
-    "wg_kv",
-    "dms",
-    "kvzap",
-    "fast_kvzip",
-    "kvp",
-    "kvpop",
-    "judge_q",
-    "lookahead_kv",
-)
+    "full", "random", "lexical", "clausal", "streaming_llm", "knorm", "h2o", "tova", "snapkv", "pyramidkv", "adakv", "rkv",
+    "expected_attention", "keydiff", "golden", "foresightkv", "trimkv", "dbtrimkv", "wg_kv", "dms", "kvzap", "fast_kvzip",
+    "kvp", "kvpop", "judge_q", "lookahead_kv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

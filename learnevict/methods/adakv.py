@@ -38,7 +38,6 @@ def policy(
         alpha: share that heads divide equally; 1 is uniform.
         window: queries that vote (32: section 5.1); None: `recent` if given.
         recent: last tokens that stay; None: the window.
-        **options: see ScheduleOptions.
     """
     if window is None:
         window = 32 if recent is None else max(recent, 1)

@@ -10,14 +10,13 @@ knows it. What a learned policy has over it is context beyond one clause. Fitted
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
-from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.learned import Table, table_policy
 from learnevict.parts.options import Options
+from learnevict.parts.tables import Table, table_policy, tokens_of
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
 
@@ -25,7 +24,7 @@ PAPER = Paper("Clausal baseline: mean golden label per clause opening and place"
 
 
 class ClausalGate(Table):
-    """A score per (first token id of the clause, place in it); all zeros until fitted.
+    """A score per (first token id of the clause, place in it).
 
     Args:
         num_layers: of the base model; num_heads: its kv heads; vocab_size: its token ids.
@@ -34,25 +33,23 @@ class ClausalGate(Table):
     """
 
     columns = (
-        StateColumn("score"),
+        *Table.columns,
         StateColumn("opening", dtype=torch.int32),
         StateColumn("following", dtype=torch.int32),
     )
 
     def __init__(self, num_layers: int, num_heads: int, vocab_size: int, separator: int, places: int) -> None:
-        super().__init__()
+        super().__init__(num_layers, num_heads, vocab_size * places)
+        self.made = {"separator": separator, "places": places}
         self.separator, self.places = separator, places
-        self.table = nn.Parameter(torch.zeros(num_layers, num_heads, vocab_size * places), requires_grad=False)
-        self.bonus = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def settings(self) -> dict[str, int]:
-        """What `build` needs besides the layout."""
-        return {"separator": self.separator, "places": self.places}
 
     def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Table entries of whole texts, int64 [B, T]; padding ends a clause."""
         start = tokens.new_zeros(len(tokens))
         opening, place = self._clauses(torch.where(mask.bool(), tokens, self.separator), start, start)
+        return self._entry(opening, place)
+
+    def _entry(self, opening: Tensor, place: Tensor) -> Tensor:
         return opening * self.places + place.clamp_max(self.places - 1)
 
     def _clauses(self, tokens: Tensor, opening: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,25 +64,19 @@ class ClausalGate(Table):
         return first, torch.where(own, index - start, following.unsqueeze(1) + index)
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Look the fresh tokens up; the newest slot knows how far its clause has come.
-
-        Raises:
-            GateError: the model was called with embeddings, so there are no ids.
-        """
-        if signals.tokens is None:
-            raise GateError("clausal scores token ids, but the model was called with inputs_embeds; pass input_ids")
-        first, following = signals.tokens.new_zeros(2, len(signals.tokens)).unbind(0)
+        """See Scorer; the newest slot knows how far its clause has come. Raises GateError without token ids."""
+        tokens = tokens_of(signals, "clausal")
+        first, following = tokens.new_zeros(2, len(tokens)).unbind(0)
         if signals.position.shape[-1]:
             newest = signals.position[:, :1].argmax(-1, keepdim=True)
             there = signals.position[:, :1].amax(-1)[:, 0] >= 0
             before = [signals.state[name][:, :1].gather(-1, newest)[:, 0, 0] for name in ("opening", "following")]
             first, following = (torch.where(there, part, 0).long() for part in before)
-        opening, place = self._clauses(signals.tokens, first, following)
-        entry = opening * self.places + place.clamp_max(self.places - 1)
+        opening, place = self._clauses(tokens, first, following)
+        after = torch.where(tokens == self.separator, 0, place + 1)
         heads = self.table.shape[1]
-        after = torch.where(signals.tokens == self.separator, 0, place + 1)
         return {
-            "score": self.table[signals.layer][:, entry].transpose(0, 1),
+            "score": self.looked_up(signals.layer, self._entry(opening, place)),
             "opening": opening.int().unsqueeze(1).expand(-1, heads, -1),
             "following": after.int().unsqueeze(1).expand(-1, heads, -1),
         }

@@ -16,8 +16,6 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
@@ -25,7 +23,7 @@ from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
 from learnevict.parts.options import Options, compose
-from learnevict.parts.retention import RetentionGate, RetentionSum, normal
+from learnevict.parts.soft_gates import RetentionGate, RetentionSum
 from learnevict.policy import Policy
 
 PAPER = Paper(
@@ -47,7 +45,7 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.01,
     "max_steps": 300,
     "per_device_train_batch_size": 4,
-}  # trimkv compares them with its paper
+}  # fmt: skip - trimkv compares them with its paper
 
 
 class DBTrimGate(RetentionGate):
@@ -55,9 +53,7 @@ class DBTrimGate(RetentionGate):
 
     Args:
         layout: of the base model.
-        hidden: width of both hidden layers.
-        bias: initial b3.
-        dropout, noise, activation: see RetentionGate.
+        hidden, bias, dropout, noise, activation: see RetentionGate.
         shared_output: False gives each layer its own output projection, as published gates have.
     """
 
@@ -74,30 +70,11 @@ class DBTrimGate(RetentionGate):
         activation: str = "gelu",
         shared_output: bool = True,
     ) -> None:
-        super().__init__(dropout, noise, activation)
-        self.made = {
-            "hidden": hidden, "bias": bias, "dropout": dropout, "noise": noise, "activation": activation,
-            "shared_output": shared_output,
-        }  # fmt: skip
-        layers, outputs = layout.num_layers, 1 if shared_output else layout.num_layers
-        self.weight_in = normal(layers, layout.hidden_size, hidden)
-        self.bias_in = nn.Parameter(torch.zeros(layers, hidden))
-        self.weight_mid = normal(layers, hidden, hidden)
-        self.bias_mid = nn.Parameter(torch.zeros(layers, hidden))
-        self.weight_out = normal(outputs, hidden, layout.num_heads)
-        self.bias_out = nn.Parameter(torch.full((outputs, layout.num_heads), float(bias)))
-
-    def logits(self, layer: int, hidden: Tensor) -> Tensor:
-        """Logits of beta, float32 [B, S, H]."""
-        x = self.units(hidden, self.weight_in[layer], self.bias_in[layer])
-        x = self.units(x, self.weight_mid[layer], self.bias_mid[layer])
-        output = layer if len(self.weight_out) > 1 else 0
-        return (x @ self.weight_out[output]).float() + self.bias_out[output].float()
+        super().__init__(layout, hidden, bias, dropout, noise, activation, num_hidden=2, shared_output=shared_output)
+        self.made = {**self.made, "shared_output": shared_output}
 
 
-def build(layout: Layout, **settings: Any) -> DBTrimGate:
-    """Fresh gates for a base model."""
-    return DBTrimGate(layout, **settings)
+build = DBTrimGate
 
 
 def policy(
@@ -112,10 +89,8 @@ def policy(
 
     Args:
         budget: slots per (layer, kv head), on average: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
         floor: share of the budget beside guards that no head falls below.
         horizon: tokens ahead over which retention is summed.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
 
     Raises:
         UsageError: a floor beyond 0 to 1, or a horizon below 1.

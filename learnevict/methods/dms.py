@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
-from learnevict.errors import GateError
 from learnevict.methods import Paper
-from learnevict.parts.admission import AdmissionGate, admit
+from learnevict.parts.learned import hidden_of
 from learnevict.parts.options import Options
+from learnevict.parts.soft_gates import AdmissionGate, admit
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
@@ -59,34 +59,20 @@ class SparsityGate(AdmissionGate):
 
     def __init__(self, layout: Layout, window: int = 256, bias: float = -5.0, noise: float = 1.0) -> None:
         super().__init__(window, noise)
-        self.bias_at_first = bias
+        self.made = {"window": window, "bias": bias, "noise": noise}
         self.weight = nn.Parameter(0.02 * torch.randn(layout.num_layers, layout.hidden_size, layout.num_heads))
         self.bias = nn.Parameter(torch.full((layout.num_layers, layout.num_heads), float(bias)))
 
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return {"window": self.window_size, "bias": self.bias_at_first, "noise": self.noise}
-
     def logits(self, signals: Signals) -> Tensor:
-        """Logits of 1 - alpha, float32 [B, H, S]."""
-        if signals.hidden is None:
-            raise GateError("dms reads what attention modules are given, but this run has no hidden states")
-        layer = signals.layer
-        marks = (signals.hidden.to(self.weight.dtype) @ self.weight[layer]).float() + self.bias[layer].float()
+        """Returns the logits of 1 - alpha, float32 [B, H, S]."""
+        layer, hidden = signals.layer, hidden_of(signals, "dms", self.weight.dtype)
+        marks = (hidden @ self.weight[layer]).float() + self.bias[layer].float()
         return -marks.transpose(1, 2)
 
 
-def build(layout: Layout, **settings: Any) -> SparsityGate:
-    """A fresh gate for a base model."""
-    return SparsityGate(layout, **settings)
+build = SparsityGate
 
 
 def policy(budget: int | str | Budget, *, gate: SparsityGate, **options: Unpack[Options]) -> Policy:
-    """Evict what is most surely marked; the last `recent` tokens, by default the gate's window, stay.
-
-    Args:
-        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Evict what is most surely marked; the last `recent` tokens, by default the gate's window, stay."""
     return admit("dms", budget, gate, **options)

@@ -20,9 +20,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
-from learnevict.errors import ModelError
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.rotary import frequencies_of, turned
 from learnevict.parts.window import HIGHEST
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Attention, Signals
@@ -77,37 +77,24 @@ class ExpectedAttention(Scorer):
         return where, signals.rows.place(where) >= self.skip
 
     def _ahead(self, signals: Signals) -> Iterator[tuple[Tensor, Tensor]]:
-        """Queries moved to the average of the next positions, float32 [B, Hq, w, d], with [B, 1, w, 1] 1 where they
-        count.
+        """Yields queries moved to the average of the next positions, float32 [B, Hq, w, d], and which count, [B, 1, w, 1].
 
         A few at a time. Only distances enter, so it does not matter whether positions count padding.
         """
         assert signals.ring is not None
-        frequency = signals.attention.frequencies
-        if frequency is None:
-            raise ModelError(
-                "expected_attention undoes rotary embeddings, but this model's were not recognised (halves of the head "
-                "dimension rotated by `rotary_emb.inv_freq`); use another method"
-            )
-        frequency = frequency.float()
+        frequency = frequencies_of(signals, "expected_attention")
         steps = torch.arange(1, self.future + 1, device=frequency.device).unsqueeze(-1) * frequency
         cos, sin = steps.cos().mean(0), steps.sin().mean(0)
         where, real = self._ring(signals)
-        queries, half = signals.ring[0], frequency.shape[0]
+        queries, room = signals.ring[0], signals.slots.room
         group = queries.shape[1] // signals.position.shape[1]
-        room = signals.slots.room
         size = max(1, min(room, queries.shape[-1] * room // signals.position.shape[-1]) // (4 * group))
         for start in range(0, where.shape[1], size):
             part = slice(start, start + size)
             angle = signals.rows.age(where[:, part]).unsqueeze(-1) * frequency
-            real_part = (cos * angle.cos() - sin * angle.sin()).unsqueeze(1)
-            imaginary = (sin * angle.cos() + cos * angle.sin()).unsqueeze(1)
-            query = queries[:, :, part].float()
-            first, second = query[..., :half], query[..., half : 2 * half]
-            moved = query.clone()
-            moved[..., :half] = first * real_part - second * imaginary
-            moved[..., half : 2 * half] = first * imaginary + second * real_part
-            yield moved, real[:, None, part, None].float()
+            to_cos = (cos * angle.cos() - sin * angle.sin()).unsqueeze(1)
+            to_sin = (sin * angle.cos() + cos * angle.sin()).unsqueeze(1)
+            yield turned(queries[:, :, part], to_cos, to_sin), real[:, None, part, None].float()
 
 
 def policy(
@@ -122,12 +109,9 @@ def policy(
     """Keep what queries to come are expected to attend to.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
         window: recent queries that give the statistics.
         future: positions ahead that are averaged over (512: section 4.1).
         epsilon: share every token gets before the value's norm (0.02 with Ada-KV in kvpress).
-        recent: last tokens that stay.
-        **options: see ScheduleOptions.
     """
     return compose(
         "expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options

@@ -31,8 +31,7 @@ from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
 from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
-from learnevict.parts.selection import Above
-from learnevict.policy import Policy
+from learnevict.policy import Above, Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction", "2601.17668", 2026, "learned")
@@ -61,6 +60,7 @@ class FastKVzipGate(Surrogate):
 
     def __init__(self, layout: Layout, rank: int = 16, num_sinks: int = 16) -> None:
         super().__init__()
+        self.made = {"rank": rank, "num_sinks": num_sinks}
         self.rank, self.num_sinks = rank, num_sinks
         self.group = layout.num_query_heads // layout.num_heads
         layers, heads, width = layout.num_layers, layout.num_heads, layout.hidden_size
@@ -72,10 +72,6 @@ class FastKVzipGate(Surrogate):
         self.norm_key = nn.Parameter(torch.ones(layers, rank))
         self.sinks = nn.Parameter(torch.randn(layers, heads, num_sinks, rank))
         self.bias = nn.Parameter(torch.zeros(layers, heads, self.group))
-
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return {"rank": self.rank, "num_sinks": self.num_sinks}
 
     def estimate(self, signals: Signals) -> Tensor:
         """s of fresh tokens, float32 [B, H, S]."""
@@ -95,9 +91,7 @@ def rms_norm(values: Tensor, weight: Tensor) -> Tensor:
     return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def build(layout: Layout, **settings: Any) -> FastKVzipGate:
-    """Fresh gates for a base model."""
-    return FastKVzipGate(layout, **settings)
+build = FastKVzipGate
 
 
 def policy(
@@ -111,11 +105,8 @@ def policy(
     """Keep what the gate takes for most needed to repeat the text.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
         scope: "layer" gives every head the budget; "model" shares it out among the heads of all layers by score.
         threshold: of s, 0 to 1, below which slots go even where budget and floor would hold them; None: those alone decide.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
     if scope not in ("layer", "model"):
         raise UsageError(f"scope is 'layer' or 'model', not {scope!r}")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
+from learnevict.parts.learned import Scope, SlotScorer
 from learnevict.parts.options import Options, compose
-from learnevict.parts.slot_scorer import Scope, SlotScorer
 from learnevict.parts.window import window_statistics
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
@@ -97,9 +96,7 @@ class ForesightGate(SlotScorer):
         return torch.cat([*(torch.log(part + 1e-4) for part in attention), torch.stack(scalars, -1)], dim=-1)
 
 
-def build(layout: Layout, **settings: Any) -> ForesightGate:
-    """Fresh gates for a base model."""
-    return ForesightGate(layout, **settings)
+build = ForesightGate
 
 
 def policy(
@@ -116,11 +113,9 @@ def policy(
 
     Args:
         budget: slots per (layer, kv head), for scope "model" on average over all of them: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
         scope: "layer", as in the paper: every head holds the budget; "model": slots of all heads and layers compete, which
             takes scores that compare (a gate trained for it). None: as trained.
         floor: share of an equal split that every head keeps, for scope "model".
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
     if gate.period is not None:
         options.setdefault("slack", gate.period)

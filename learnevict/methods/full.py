@@ -12,13 +12,12 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
-from learnevict.parts.recency import Recency
-from learnevict.policy import Policy
+from learnevict.policy import Policy, Unscored
 
 PAPER = Paper("Full cache", None, 2017, kind="reference")
 
 
 def policy(budget: int | str | Budget = "100%", **options: Unpack[Options]) -> Policy:
-    """A policy that never evicts; it is not bounded."""
-    checked = compose("full", Budget.parse("100%"), Recency(), **options)
+    """Never evict; not bounded."""
+    checked = compose("full", Budget.parse("100%"), Unscored(), **options)
     return replace(checked, budget=Budget.parse(budget), schedule=replace(checked.schedule, active=False))

@@ -59,10 +59,8 @@ def policy(
     """Keep heavy hitters.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
         variant: "paper" or "kvpress", see above.
         recent: last tokens that stay; None: half of the budget (section 5: half heavy, half recent).
-        **options: see ScheduleOptions.
     """
     if variant not in ("paper", "kvpress"):
         raise unknown_variant("h2o", variant, ("paper", "kvpress"))

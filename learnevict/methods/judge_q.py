@@ -21,7 +21,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.parts.probes import SoftTokens
@@ -48,17 +48,9 @@ class JudgeQGate(SoftTokens):
     oracle = "judgeq"
 
 
-def build(layout: Layout, **settings: int) -> JudgeQGate:
-    """Fresh soft tokens for a base model."""
-    return JudgeQGate(layout, **settings)
+build = JudgeQGate
 
 
 def policy(budget: int | str | Budget, *, gate: JudgeQGate, **options: Unpack[Options]) -> Policy:
-    """Keep what the soft tokens attend to.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Keep what the soft tokens attend to."""
     return replace(compose("judge_q", budget, gate, **options), probe=gate)

@@ -46,11 +46,5 @@ def directions(vectors: Tensor) -> Tensor:
 
 
 def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
-    """Keep keys that differ from the average.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        recent: last tokens that stay.
-        **options: see ScheduleOptions.
-    """
+    """Keep keys that differ from the average."""
     return compose("keydiff", budget, Unlikeness(), recent=recent, **options)

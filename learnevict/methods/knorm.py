@@ -34,11 +34,5 @@ class KeyNorm(Scorer):
 
 
 def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
-    """Keep keys of small norm.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        recent: last tokens that stay.
-        **options: see ScheduleOptions.
-    """
+    """Keep keys of small norm."""
     return compose("knorm", budget, KeyNorm(), recent=recent, **options)

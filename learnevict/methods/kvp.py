@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.headwise import HeadwiseMLP
-from learnevict.parts.learned import Ranker
+from learnevict.parts.learned import NetworkRanker
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Signals
@@ -41,7 +41,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-class KVPGate(Ranker):
+class KVPGate(NetworkRanker):
     """Rankers of all layers and kv heads.
 
     Args:
@@ -54,45 +54,17 @@ class KVPGate(Ranker):
 
     def __init__(self, layout: Layout, hidden: int = 64) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.made = {"hidden": hidden}
         self.network = HeadwiseMLP(layout, {"key": layout.head_dim, "value": layout.value_dim, "place": 2}, hidden)
 
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return {"hidden": self.hidden}
-
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
-        place = places(signals)
-        for part, keys, values in signals.pieces(self.network.width):
-            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, "place": place[:, :, part]})
-        return out
-
-    def calibrate(self, signals: Signals) -> None:
-        """See Learner."""
-        assert signals.key is not None
-        assert signals.value is not None
-        fresh = {"key": signals.key, "value": signals.value}
-        self.network.calibrate(signals.layer, fresh, signals.query_position >= 0)
+    def inputs(self, signals: Signals) -> dict[str, Tensor]:
+        """Returns log(1 + position in the row) and log(1 + age) of every slot, [B, H, N, 2]."""
+        return {"place": torch.stack([signals.place, signals.age], -1).clamp_min(0).float().log1p()}
 
 
-def places(signals: Signals) -> Tensor:
-    """log(1 + position in the row) and log(1 + age) of every slot, float32 [B, H, N, 2]."""
-    return torch.stack([signals.place, signals.age], -1).clamp_min(0).float().log1p()
-
-
-def build(layout: Layout, **settings: Any) -> KVPGate:
-    """Fresh rankers for a base model."""
-    return KVPGate(layout, **settings)
+build = KVPGate
 
 
 def policy(budget: int | str | Budget, *, gate: KVPGate, **options: Unpack[Options]) -> Policy:
-    """Evict what the ranker puts last.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Evict what the ranker puts last."""
     return compose("kvp", budget, gate, **options)

@@ -16,7 +16,6 @@ one per layer, read through its state alone; what the score network is given; th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.headwise import HeadwiseMLP
-from learnevict.parts.learned import Ranker, hidden_of
+from learnevict.parts.learned import NetworkRanker, hidden_of
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
@@ -44,7 +43,7 @@ TRAINING: dict[str, Any] = {
 }  # of the paper's settings none are known
 
 
-class KVpopGate(Ranker):
+class KVpopGate(NetworkRanker):
     """Recurrent cells of all layers, and score networks of all layers and kv heads.
 
     Args:
@@ -58,17 +57,14 @@ class KVpopGate(Ranker):
 
     def __init__(self, layout: Layout, state: int = 16, hidden: int = 64) -> None:
         super().__init__()
-        self.state, self.hidden, self.num_heads = state, hidden, layout.num_heads
+        self.made = {"state": state, "hidden": hidden}
+        self.num_heads = layout.num_heads
         self.columns = (StateColumn("state", (state,)),)
         self.cells = nn.ModuleList(
             nn.GRU(layout.hidden_size, state, batch_first=True) for _ in range(layout.num_layers)
         )
         widths = {"key": layout.head_dim, "value": layout.value_dim, "then": state, "now": state, "clock": 2}
         self.network = HeadwiseMLP(layout, widths, hidden)
-
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return {"state": self.state, "hidden": self.hidden}
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """The states of fresh tokens, the same for all heads, float32 [B, H, S, state]."""
@@ -77,22 +73,13 @@ class KVpopGate(Ranker):
         states = self.cells[signals.layer](hidden, before)[0]
         return {"state": states.unsqueeze(1).expand(-1, self.num_heads, -1, -1)}
 
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
+    def inputs(self, signals: Signals) -> dict[str, Tensor]:
+        """Returns the states now and then, and log(1 + age) with log(budget / length), [B, H, N or 1, width]."""
         now = current(signals)[:, None, None].expand(-1, self.num_heads, -1, -1)
-        then, clock = signals.state["state"], clocks(signals)
-        for part, keys, values in signals.pieces(self.network.width):
-            own: Mapping[str, Tensor] = {"then": then[:, :, part], "clock": clock[:, :, part]}
-            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, "now": now, **own})
-        return out
-
-    def calibrate(self, signals: Signals) -> None:
-        """See Learner."""
-        assert signals.key is not None
-        assert signals.value is not None
-        fresh = {"key": signals.key, "value": signals.value}
-        self.network.calibrate(signals.layer, fresh, signals.query_position >= 0)
+        age = signals.age.clamp_min(0).float().log1p()
+        share = (signals.budget.float() / signals.rows.seen).clamp_max(1.0).log()
+        clock = torch.stack([age, share.view(-1, 1, 1).expand_as(age)], -1)
+        return {"now": now, "then": signals.state["state"], "clock": clock}
 
 
 def current(signals: Signals) -> Tensor:
@@ -103,24 +90,9 @@ def current(signals: Signals) -> Tensor:
     return found * signals.occupied[:, 0].any(-1, keepdim=True)
 
 
-def clocks(signals: Signals) -> Tensor:
-    """log(1 + age) of every slot and log(budget / length), float32 [B, H, N, 2]."""
-    age = signals.age.clamp_min(0).float().log1p()
-    share = (signals.budget.float() / signals.rows.seen).clamp_max(1.0).log()
-    return torch.stack([age, share.view(-1, 1, 1).expand_as(age)], -1)
-
-
-def build(layout: Layout, **settings: Any) -> KVpopGate:
-    """Fresh cells and networks for a base model."""
-    return KVpopGate(layout, **settings)
+build = KVpopGate
 
 
 def policy(budget: int | str | Budget, *, gate: KVpopGate, **options: Unpack[Options]) -> Policy:
-    """Evict what the network ranks lowest, seen from now.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Evict what the network ranks lowest, seen from now."""
     return compose("kvpop", budget, gate, **options)

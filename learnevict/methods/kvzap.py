@@ -28,8 +28,7 @@ from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
-from learnevict.parts.selection import Above
-from learnevict.policy import Policy
+from learnevict.policy import Above, Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", "2601.07891", 2026, "learned")
@@ -57,9 +56,10 @@ class KVzapGate(Surrogate):
 
     def __init__(self, layout: Layout, kind: str = "mlp", hidden: int | None = None) -> None:
         super().__init__()
+        self.made = {"kind": kind, "hidden": hidden}
         if kind not in ("mlp", "linear"):
             raise UsageError(f"a kvzap surrogate is an 'mlp' or 'linear', not {kind!r}")
-        self.kind, self.asked = kind, hidden
+        self.kind = kind
         layers, width = layout.num_layers, layout.hidden_size
         last = width
         if kind == "mlp":
@@ -69,10 +69,6 @@ class KVzapGate(Surrogate):
         self.weight = nn.Parameter(torch.zeros(layers, last, layout.num_heads))
         self.bias = nn.Parameter(torch.zeros(layers, layout.num_heads))
 
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return {"kind": self.kind, "hidden": self.asked}
-
     def estimate(self, signals: Signals) -> Tensor:
         """log s+ of fresh tokens, float32 [B, H, S]."""
         layer, inner = signals.layer, hidden_of(signals, "kvzap")
@@ -81,9 +77,7 @@ class KVzapGate(Surrogate):
         return (inner @ self.weight[layer] + self.bias[layer]).transpose(1, 2)
 
 
-def build(layout: Layout, **settings: Any) -> KVzapGate:
-    """A fresh surrogate for a base model."""
-    return KVzapGate(layout, **settings)
+build = KVzapGate
 
 
 def policy(
@@ -92,10 +86,7 @@ def policy(
     """Keep what the surrogate takes for most needed to repeat the text.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
         threshold: of log s+, below which slots go even where the budget would hold them; None: the budget alone decides.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
     """
     plain = compose("kvzap", budget, gate, **options)
     return plain if threshold is None else replace(plain, draw=Above(threshold))

@@ -78,17 +78,9 @@ class LookaheadGate(SoftTokens):
         return mean / mean.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def build(layout: Layout, **settings: Any) -> LookaheadGate:
-    """Fresh soft tokens and deltas for a base model."""
-    return LookaheadGate(layout, **settings)
+build = LookaheadGate
 
 
 def policy(budget: int | str | Budget, *, gate: LookaheadGate, **options: Unpack[Options]) -> Policy:
-    """Keep what the soft tokens attend to.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Keep what the soft tokens attend to."""
     return replace(compose("lookahead_kv", budget, gate, **options), probe=gate)

@@ -40,7 +40,6 @@ def policy(
         variant: of SnapKV.
         window: queries that vote, see snapkv.
         recent: last tokens that stay, see snapkv.
-        **options: see ScheduleOptions.
     """
     scorer, recent = observer(variant, window, recent)
     return compose("pyramidkv", budget, scorer, recent=recent, allocator=Pyramid(beta), **options)

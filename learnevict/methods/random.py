@@ -41,9 +41,6 @@ def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **opti
     """Keep a random subset beside the guards.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
         seed: another seed, another subset.
-        recent: last tokens that stay.
-        **options: see ScheduleOptions.
     """
     return compose("random", budget, Hashed(seed), recent=recent, **options)

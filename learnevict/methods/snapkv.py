@@ -80,11 +80,9 @@ def policy(
     """Keep what the last `window` queries attend to.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
         variant: see above.
         window: queries that vote; None: `recent` if given, else the variant's.
         recent: last tokens that stay; None: the window, as in the paper.
-        **options: see ScheduleOptions.
     """
     scorer, recent = observer(variant, window, recent)
     return compose("snapkv", budget, scorer, recent=recent, **options)

@@ -9,18 +9,29 @@ step, unless slack=0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose
-from learnevict.parts.recency import Recency
-from learnevict.policy import Policy
+from learnevict.policy import Policy, Scorer
+from learnevict.signals import Signals
 
 PAPER = Paper("Efficient Streaming Language Models with Attention Sinks", "2309.17453", 2023)
+
+
+@dataclass(frozen=True)
+class Recency(Scorer):
+    """Minus the age in tokens."""
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        return -signals.age.float()
 
 
 def policy(
@@ -33,10 +44,8 @@ def policy(
     """Keep sinks (4: section 3.2, table 2) and the most recent tokens.
 
     Args:
-        budget: tokens, "25%" or "64MiB".
         recent: last tokens that stay; without effect here, since recency is the score.
         positions: "true" keeps every key's own position.
-        **options: see ScheduleOptions.
 
     Raises:
         UsageError: positions="slot".

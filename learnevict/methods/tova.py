@@ -38,11 +38,5 @@ class LastAttention(Scorer):
 
 
 def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
-    """Keep what the newest query looks at.
-
-    Args:
-        budget: tokens, "25%" or "64MiB".
-        recent: last tokens that stay.
-        **options: see ScheduleOptions.
-    """
+    """Keep what the newest query looks at."""
     return compose("tova", budget, LastAttention(), recent=recent, **options)

@@ -18,15 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
 from learnevict.errors import UsageError
 from learnevict.methods import Paper, dbtrimkv
 from learnevict.parts.options import Options, compose
-from learnevict.parts.retention import RetentionGate, normal
+from learnevict.parts.soft_gates import RetentionGate
 from learnevict.policy import Policy
 
 PAPER = Paper("Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs", "2512.03324", 2025, "learned")
@@ -47,38 +45,20 @@ TRAINING: dict[str, Any] = {
 
 
 class TrimGate(RetentionGate):
-    """A network per layer with one hidden layer and an output per kv head.
-
-    Args:
-        layout: of the base model.
-        hidden: width of the hidden layer; 512 in the paper's code.
-        bias: initial b2. At 18, of the paper's recipe, beta is 1 - 1.5e-8: the model starts with full attention.
-        dropout, noise, activation: see RetentionGate; 0.1, 0 and the base model's in the paper.
-    """
+    """A network per layer with one hidden layer and an output per kv head; arguments as of RetentionGate."""
 
     losses = {"divergence": 1.0, "next_token": 1.0, "hinge": 1.0}  # noqa: RUF012
 
     def __init__(
         self,
         layout: Layout,
-        hidden: int = 512,
-        bias: float = 18.0,
+        hidden: int = 512,  # the paper's code
+        bias: float = 18.0,  # the paper's recipe
         dropout: float = 0.1,
         noise: float = 0.0,
-        activation: str = "gelu",
+        activation: str = "gelu",  # paper: the base model's
     ) -> None:
-        super().__init__(dropout, noise, activation)
-        self.made = {"hidden": hidden, "bias": bias, "dropout": dropout, "noise": noise, "activation": activation}
-        layers = layout.num_layers
-        self.weight_in = normal(layers, layout.hidden_size, hidden)
-        self.bias_in = nn.Parameter(torch.zeros(layers, hidden))
-        self.weight_out = normal(layers, hidden, layout.num_heads)
-        self.bias_out = nn.Parameter(torch.full((layers, layout.num_heads), float(bias)))
-
-    def logits(self, layer: int, hidden: Tensor) -> Tensor:
-        """Logits of beta, float32 [B, S, H]."""
-        x = self.units(hidden, self.weight_in[layer], self.bias_in[layer])
-        return (x @ self.weight_out[layer]).float() + self.bias_out[layer].float()
+        super().__init__(layout, hidden, bias, dropout, noise, activation)
 
 
 def build(layout: Layout, *, tied: bool = False, **settings: Any) -> RetentionGate:
@@ -87,7 +67,7 @@ def build(layout: Layout, *, tied: bool = False, **settings: Any) -> RetentionGa
         settings.pop("shared_output", None)  # older gates name it here too
         return TrimGate(layout, **settings)
     gate = dbtrimkv.build(layout, **settings)
-    gate.made["tied"] = True
+    gate.made = {**gate.made, "tied": True}
     return gate
 
 
@@ -103,11 +83,8 @@ def policy(
     """Evict what has decayed most (paper: every 128 tokens).
 
     Args:
-        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
         scope: "layer": every head holds the budget; "model": as dbtrimkv. None: as the gate was made.
         floor, horizon: see dbtrimkv; only with scope="model".
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
 
     Raises:
         UsageError: another scope, a floor beyond 0 to 1, or a horizon below 1.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget, Layout
-from learnevict.errors import ModelError
 from learnevict.methods import Paper
-from learnevict.parts.admission import AdmissionGate, admit
 from learnevict.parts.options import Options
+from learnevict.parts.rotary import frequencies_of, turned
+from learnevict.parts.soft_gates import AdmissionGate, admit
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
@@ -76,10 +76,6 @@ class WriteGate(AdmissionGate):
         self.weight_out = nn.Parameter(torch.zeros(*heads, width, 1))
         self.bias_out = nn.Parameter(torch.full((*heads, 1, 1), float(bias)))
 
-    def settings(self) -> dict[str, Any]:
-        """What __init__ needs to build this gate again, as JSON."""
-        return self.made
-
     def logits(self, signals: Signals) -> Tensor:
         """Logits of g, float32 [B, H, S]."""
         assert signals.key is not None
@@ -89,47 +85,17 @@ class WriteGate(AdmissionGate):
         def grouped(keys: Tensor) -> Tensor:  # heads lead, so weights are not copied per row
             return nn.functional.rms_norm(keys, (width,)).transpose(0, 1).reshape(heads, -1, width).to(kind)
 
-        x = grouped(unrotated(signals)) @ self.weight_before[layer]
+        place = signals.rows.place(signals.query_position).clamp_min(0).unsqueeze(-1)
+        angle = (place * frequencies_of(signals, "wg_kv")).unsqueeze(1)
+        x = grouped(turned(signals.key, angle.cos(), -angle.sin())) @ self.weight_before[layer]
         x = x + grouped(signals.key.float()) @ self.weight_after[layer] + self.bias_in[layer]
         logits = nn.functional.gelu(x) @ self.weight_out[layer] + self.bias_out[layer]
         return logits.float().view(heads, batch, size).transpose(0, 1)
 
 
-def unrotated(signals: Signals) -> Tensor:
-    """Fresh keys turned back by their positions in the row, float32 [B, H, S, d].
-
-    Raises:
-        ModelError: the model's rotary embedding is not known.
-    """
-    frequency = signals.attention.frequencies
-    if frequency is None:
-        raise ModelError(
-            "wg_kv undoes rotary embeddings, but this model's were not recognised (halves of the head dimension rotated by "
-            "`rotary_emb.inv_freq`); use another method"
-        )
-    assert signals.key is not None
-    key, half = signals.key.float(), frequency.shape[0]
-    place = signals.rows.place(signals.query_position).clamp_min(0)
-    angle = (place.unsqueeze(-1) * frequency.float()).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = key[..., :half], key[..., half : 2 * half]
-    out = key.clone()
-    out[..., :half] = first * cos + second * sin
-    out[..., half : 2 * half] = second * cos - first * sin
-    return out
-
-
-def build(layout: Layout, **settings: Any) -> WriteGate:
-    """Fresh gates for a base model."""
-    return WriteGate(layout, **settings)
+build = WriteGate
 
 
 def policy(budget: int | str | Budget, *, gate: WriteGate, **options: Unpack[Options]) -> Policy:
-    """Keep what the gate would write; the last `recent` tokens, by default the gate's window, stay.
-
-    Args:
-        budget: slots per (layer, kv head): tokens, "25%" or "64MiB".
-        gate: trained, from `Gates.from_pretrained(...)`.
-        **options: sinks, recent, prompt, slack, schedule; see parts.options.Options.
-    """
+    """Keep what the gate would write; the last `recent` tokens, by default the gate's window, stay."""
     return admit("wg_kv", budget, gate, **options)

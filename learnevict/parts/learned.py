@@ -1,19 +1,24 @@
-"""Kinds of learned gates and what their trainers need: rankers of slots, surrogates of the oracle, tables."""
+"""Kinds of learned gates and what their trainers need: surrogates of the oracle, rankers of slots, slot scorers."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from learnevict.config import Budget
-from learnevict.errors import GateError
-from learnevict.parts.options import Options, compose
-from learnevict.policy import Gate, Policy, WrappedScorer
+from learnevict.config import Layout
+from learnevict.errors import GateError, TrainedOtherwiseWarning
+from learnevict.parts.allocators import LayerAllocation
+from learnevict.parts.headwise import HeadwiseMLP, centre_and_scale
+from learnevict.policy import Gate
 from learnevict.signals import Signals, StateColumn
+
+Scope = Literal["layer", "model"]
 
 
 class Learner(Gate):
@@ -36,7 +41,7 @@ class Learner(Gate):
         """Returns what is compared with the oracle's labels, with gradient, float32 [B, H, tokens or slots]."""
 
     def calibrate(self, signals: Signals) -> None:
-        """Take the scale of inputs from whole texts of one layer, once and before training; nothing by default."""
+        """Takes the scale of inputs from whole texts of one layer, once and before training; nothing by default."""
 
 
 class Surrogate(Learner):
@@ -72,8 +77,38 @@ class Ranker(Learner):
         return self.score(signals)
 
 
-def hidden_of(signals: Signals, method: str) -> Tensor:
-    """Inputs of the attention module for fresh tokens, float32 [B, S, E].
+class NetworkRanker(Ranker):
+    """Ranks by a network per layer and kv head.
+
+    Attributes:
+        network: its inputs are "key", "value" and those of `inputs`; keys and values are centred and scaled by whole texts.
+    """
+
+    network: HeadwiseMLP
+
+    @abstractmethod
+    def inputs(self, signals: Signals) -> Mapping[str, Tensor]:
+        """Returns the other inputs by name, float32 [B, H, N or 1, width]."""
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
+        others = self.inputs(signals)
+        for part, keys, values in signals.pieces(self.network.width):
+            here = {name: x if x.shape[2] == 1 else x[:, :, part] for name, x in others.items()}
+            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, **here})
+        return out
+
+    def calibrate(self, signals: Signals) -> None:
+        """See Learner."""
+        assert signals.key is not None
+        assert signals.value is not None
+        fresh = {"key": signals.key, "value": signals.value}
+        self.network.calibrate(signals.layer, fresh, signals.query_position >= 0)
+
+
+def hidden_of(signals: Signals, method: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the inputs of the attention module for fresh tokens, [B, S, E].
 
     Raises:
         GateError: there are none, as in a replay from stored queries.
@@ -82,56 +117,130 @@ def hidden_of(signals: Signals, method: str) -> Tensor:
         raise GateError(
             f"{method} reads hidden states, but layer {signals.layer} was given none; run it inside a model"
         )
-    return signals.hidden.float()
+    return signals.hidden.to(dtype)
 
 
-class Table(Gate):
-    """A score per entry, all zeros until fitted (recipes/tables.py); `write` puts it into the
-    column "score".
+class SlotScorer(Gate):
+    """score = w3 . GELU(W2 GELU(W1 x + b1) + b2) for features x = [key; sizes of its rotary pairs; value; statistics].
 
-    Attributes:
-        table: float32 [L, H, entries].
-        bonus: float32 [], the recency bonus.
-    """
-
-    table: nn.Parameter
-    bonus: nn.Parameter
-
-    @abstractmethod
-    def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Table entries of whole texts, int64 [B, T]; mask [B, T], 0 = padding."""
-
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        return aged(signals, self.bonus)
-
-
-@dataclass(frozen=True)
-class OtherBonus(WrappedScorer):
-    """The same table under another recency bonus than the one it was saved with."""
-
-    bonus: float
-
-    def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
-        return aged(signals, self.bonus)
-
-
-def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
-    """Returns the token's score less `bonus` for every e-fold of age, float32 [B, H, N]."""
-    return signals.state["score"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
-
-
-def table_policy(
-    name: str, budget: int | str | Budget, gate: Table, bonus: float | None, **options: Unpack[Options]
-) -> Policy:
-    """Returns the policy of a table.
+    Weights of all layers and kv heads are grouped linear maps [L, H, in, out]. They are trained on recorded states
+    (learnevict.train.trainers.pairwise) and refined by reinforcement (learnevict.rl).
 
     Args:
-        name: of the method.
-        budget: tokens, "25%" or "64MiB".
-        gate: fitted, from `Gates.from_pretrained(...)`.
-        bonus: recency bonus; None: the gate's own, one for all budgets.
-        **options: see parts.options.Options.
+        layout: of the base model.
+        num_statistics: statistics of a slot, c.
+        hidden: width of the two hidden layers.
+        window: past queries looked at per event.
+        period: tokens between events in training; None before.
+        scope: who competed in training: slots of a head ("layer"), or of all heads and layers ("model").
+        demand: layer budget allocation: evicting layers, and the smallest and largest number of slots beyond the floor that it
+            was learned for; None: layers share equally. Stored gates have this name.
+
+    Attributes:
+        calibrated: bool [], whether `calibrate` has been called.
+        num_features: inputs of the network per slot.
     """
-    return compose(name, budget, gate if bonus is None else OtherBonus(gate, bonus), **options)
+
+    mode = "replay"
+
+    def __init__(
+        self,
+        layout: Layout,
+        num_statistics: int,
+        *,
+        hidden: int,
+        window: int,
+        period: int | None,
+        scope: Scope,
+        demand: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        self.hidden, self.window, self.period = hidden, window, period
+        self.scope: Scope = scope
+        self.demand = None if demand is None else LayerAllocation(*demand)
+        heads = (layout.num_layers, layout.num_heads)
+        self.num_features = inputs = layout.head_dim + layout.head_dim // 2 + layout.value_dim + num_statistics
+        self.mean = nn.Buffer(torch.zeros(*heads, 1, inputs))
+        self.scale = nn.Buffer(torch.ones(*heads, 1, inputs))
+        self.calibrated = nn.Buffer(torch.zeros((), dtype=torch.bool))
+        self.weight_in = nn.Parameter(torch.randn(*heads, inputs, hidden) / math.sqrt(inputs))
+        self.bias_in = nn.Parameter(torch.zeros(*heads, 1, hidden))
+        self.weight_mid = nn.Parameter(torch.randn(*heads, hidden, hidden) / math.sqrt(hidden))
+        self.bias_mid = nn.Parameter(torch.zeros(*heads, 1, hidden))
+        self.weight_out = nn.Parameter(torch.zeros(*heads, hidden, 1))
+
+    @abstractmethod
+    def statistics(self, signals: Signals) -> Tensor:
+        """Returns statistics of each slot's attention and age, float32 [B, H, N, c]."""
+
+    def settings(self) -> dict[str, Any]:
+        """See Gate; what was not chosen is left out."""
+        own: dict[str, Any] = {"hidden": self.hidden, "window": self.window, "period": self.period}
+        own |= {} if self.scope == "layer" else {"scope": self.scope}
+        return own if self.demand is None else {**own, "demand": [len(self.demand.level), *self.demand.span]}
+
+    def share_layers(self, num_layers: int, smallest: int, largest: int) -> LayerAllocation:
+        """Returns its layer budget allocation; if it has none, makes one of so many evicting layers and slots beyond the floor.
+
+        Warns:
+            TrainedOtherwiseWarning: it has one already, for other numbers of slots; that one stays.
+        """
+        if self.demand is None:
+            self.demand = LayerAllocation(num_layers, smallest, largest).to(self.mean.device)
+        elif self.demand.span != (smallest, largest):
+            warnings.warn(
+                f"these gates have learned how layers share {self.demand.span[0]} to {self.demand.span[1]} slots beyond the "
+                f"floor, not {smallest} to {largest}: beyond theirs, shares stay as at the end; start from gates without",
+                TrainedOtherwiseWarning,
+                stacklevel=2,
+            )
+        return self.demand
+
+    def score(self, signals: Signals) -> Tensor:
+        """float32 [B, H, N]."""
+        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
+        statistics = self.statistics(signals)
+        for part, keys, values in signals.pieces(max(self.num_features, self.hidden)):
+            out[:, :, part] = self.score_features(signals.layer, self.features(keys, values, statistics[:, :, part]))
+        return out
+
+    def features(self, keys: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
+        """Joins keys [B, H, n, d], values [B, H, n, dv] and statistics [B, H, n, c] into float32 [B, H, n, in]."""
+        keys = keys.float()
+        half = keys.shape[-1] // 2
+        pairs = torch.hypot(keys[..., :half], keys[..., half : 2 * half])
+        return torch.cat([keys, pairs, values.float(), statistics], dim=-1)
+
+    def score_features(self, layer: int, features: Tensor) -> Tensor:
+        """Returns scores [B, H, n] of features float32 [B, H, n, in]."""
+        batch, heads, num, width = features.shape
+        x = features.transpose(0, 1).reshape(heads, batch * num, width)  # heads lead, so weights are not copied per row
+        x = (x - self.mean[layer]) / self.scale[layer]
+        x = nn.functional.gelu(x @ self.weight_in[layer] + self.bias_in[layer])
+        x = nn.functional.gelu(x @ self.weight_mid[layer] + self.bias_mid[layer])
+        return (x @ self.weight_out[layer]).view(heads, batch, num).transpose(0, 1)
+
+    @torch.no_grad()
+    def calibrate(self, features: dict[int, Tensor], candidates: dict[int, Tensor]) -> None:
+        """Centres and scales features by those of one batch, that of all processes; once, before training.
+
+        Args:
+            features: {layer: float32 [M, H, n, in]}; candidates: {layer: bool [M, H, n]}.
+        """
+        for layer, part in features.items():
+            self.mean[layer, :, 0], self.scale[layer, :, 0] = centre_and_scale(part, candidates[layer].unsqueeze(-1))
+        self.calibrated.fill_(1)
+
+    def warn_if_trained_otherwise(self, slack: int | None, scope: Scope | None) -> None:
+        """Warns (TrainedOtherwiseWarning) of another slack or scope than the gate was trained with."""
+        for trained, given, what, flag in (
+            (self.period, slack, "an event every {} tokens, not every {}", "period"),
+            (self.scope, scope, "scope {!r}, not {!r}", "scope"),
+        ):
+            if None not in (trained, given) and trained != given:
+                warnings.warn(
+                    f"these gates were trained for {what.format(trained, given)}; drop {'slack' if flag == 'period' else flag} "
+                    f"to use that, or train some with --{flag} {given}",
+                    TrainedOtherwiseWarning,
+                    stacklevel=3,
+                )

@@ -4,7 +4,7 @@ A Policy composes it of when, who, how many, never, which: Policy(budget, scorer
 package says what these components must offer; the library of components is `learnevict.parts`.
 """
 
-from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
+from learnevict.policy.components import Above, Allocator, Draw, Guard, Schedule, TopK, Uniform
 from learnevict.policy.governor import AnyPolicy, Assembly, Governor, Keeps, Rule, Unscored, governor
 from learnevict.policy.policy import Policy, keep_best
 from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, WrappedScorer
@@ -12,4 +12,5 @@ from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, W
 __all__ = [
     "Policy", "Governor", "Assembly", "Keeps", "AnyPolicy", "Rule", "Unscored", "governor", "keep_best", "Scorer",
     "WrappedScorer", "Gate", "SoftGate", "DecayBias", "Probe", "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
+    "Above",
 ]  # fmt: skip

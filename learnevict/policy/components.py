@@ -1,7 +1,8 @@
-"""The components of a policy beside its scorer: allocator, schedule, guard, draw and probe."""
+"""Components of a Policy beside its scorer: allocators (how many), schedules (when), guards (never), draws (which)."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,7 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from learnevict.config import MOST_TOKENS
-from learnevict.errors import BudgetError
+from learnevict.errors import BudgetError, UsageError
 from learnevict.ops import keep_top
 from learnevict.signals import Signals
 
@@ -137,6 +138,30 @@ class TopK:
     def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
         """See Draw."""
         return keep_top(scores, position, counts)
+
+
+@dataclass(frozen=True)
+class Above:
+    """The best slots that score no less than a threshold: fewer than the budget allows, never more.
+
+    It is heard at events, so nothing goes before a row has filled its budget; slots that it empties stay allocated, for tokens
+    to come.
+
+    Attributes:
+        threshold: in the units of the scores; protected slots are above any.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.threshold):
+            raise UsageError(
+                f"a threshold of {self.threshold} keeps all or nothing; give a number that scores can reach"
+            )
+
+    def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
+        """See Draw."""
+        return keep_top(scores, position, counts) & (scores >= self.threshold)
 
 
 @dataclass(frozen=True)

@@ -104,17 +104,19 @@ class Gate(nn.Module, Scorer):
 
     Attributes:
         mode: which trainer of learnevict.train trains it: "replay", "stream", "soft" or "probe"; "" if none does.
+        made: arguments that it was made with besides the layout, as JSON.
     """
 
     mode: str = ""
+    made: Mapping[str, Any] = {}
 
     def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
         """task(self, ...): trainers use parameters inside a forward only, because DDP and ZeRO watch for it."""
         return task(self, *args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        """What the method's `build` needs besides the layout to make this gate again, as JSON."""
-        return {}
+        """Returns what the method's `build` needs besides the layout to make this gate again, as JSON."""
+        return dict(self.made)
 
     def to(self, *args: Any, **kwargs: Any) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As nn.Module.to."""

@@ -24,7 +24,7 @@ from learnevict.infer.teacher_forcing import replay
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import SlotScorer
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.distribution import NOTHING, allocation_log_probability, entropy, log_probability
 from learnevict.rl.rewards import attention_credit, group_relative, of_evictions, to_go_credit, token_costs

@@ -30,7 +30,7 @@ from learnevict.errors import LearnevictWarning, TrainedOtherwiseWarning, UsageE
 from learnevict.hub import Gates
 from learnevict.infer.model.supported import evicting_layers
 from learnevict.ops.distributed import highest
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import SlotScorer
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.rollout import PromptAnswer, SampledTraces, Verifier, log_probabilities, sample_answers, sample_group
 from learnevict.rl.trajectory import Trajectory

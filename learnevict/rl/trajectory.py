@@ -22,7 +22,7 @@ from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops import keep_top
 from learnevict.ops.random import hashed, uniform
 from learnevict.parts.allocators import Together
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Allocator, Schedule, Uniform
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.distribution import NOTHING, lowest_scores, sample_evictions, sample_perturbations

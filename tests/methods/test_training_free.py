@@ -13,9 +13,9 @@ import torch
 
 from learnevict import methods
 from learnevict.errors import BudgetError, GateError, LearnevictError, TraceError, UsageError
+from learnevict.methods.rkv import redundancy
 from learnevict.oracle import golden as roll
 from learnevict.parts.allocators import Ada, Pyramid
-from learnevict.parts.redundancy import redundancy
 from learnevict.parts.window import WindowAttention
 from learnevict.policy import Guard
 from learnevict.signals import NEVER, Signals, Trace

@@ -15,7 +15,7 @@ from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.soft import Sequence
 from learnevict.methods.dbtrimkv import DBTrimGate
 from learnevict.methods.trimkv import TrimGate
-from learnevict.parts.retention import RetentionGate, log_geometric
+from learnevict.parts.soft_gates import RetentionGate, log_geometric
 from learnevict.signals import NEVER, Attention, Rows, Signals
 from tests.closeness import SUMS, close
 from tests.event_loop import Loop, stream

@@ -18,7 +18,7 @@ from learnevict.infer.teacher_forcing import prefill, replay
 from learnevict.ops.random import hashed, uniform
 from learnevict.oracle.collect import full_trace
 from learnevict.oracle.reference import token_losses
-from learnevict.parts.layer_allocation import GAIN, LayerAllocation
+from learnevict.parts.allocators import GAIN, LayerAllocation
 from learnevict.rl.config import RefineConfig
 from learnevict.rl.distribution import (
     NOTHING,

@@ -24,8 +24,7 @@ from learnevict.errors import UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.memory import num_parameters, readable
 from learnevict.oracle import Received
-from learnevict.parts.learned import Learner
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 from learnevict.signals import Attention
 from learnevict.train.run.phases import PHASES, Phases, RunPlan, Shapes

@@ -22,8 +22,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from learnevict.errors import UsageError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.parts.learned import Learner
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 
 TILE = 128

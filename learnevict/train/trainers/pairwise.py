@@ -12,7 +12,7 @@ from learnevict.errors import BudgetError, DataError
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed
 from learnevict.oracle import golden_labels
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Guard, Schedule
 from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives

@@ -20,7 +20,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops import keep_top
 from learnevict.parts.allocators import Together
-from learnevict.parts.slot_scorer import SlotScorer
+from learnevict.parts.learned import SlotScorer
 from learnevict.policy import Allocator, Guard, Schedule, TopK, Uniform, keep_best
 from learnevict.signals import Signals
 

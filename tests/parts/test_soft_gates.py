@@ -14,8 +14,8 @@ from learnevict.errors import BudgetError, GateError, ModelError
 from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.soft import Sequence
 from learnevict.methods.dms import SparsityGate
-from learnevict.methods.wg_kv import WriteGate, unrotated
-from learnevict.parts.admission import logistic
+from learnevict.methods.wg_kv import WriteGate
+from learnevict.parts.soft_gates import logistic
 from learnevict.signals import NEVER, Attention, Rows, Signals
 from tests.closeness import close
 from tests.event_loop import Loop, stream
@@ -197,7 +197,7 @@ def test_what_admission_gates_refuse():
     with pytest.raises(GateError, match="hidden states"):
         loop.read(10)
     with pytest.raises(ModelError, match="rotary"):
-        unrotated(signals_of(model))
+        WriteGate(layout_of(model.config)).write(signals_of(model))
 
 
 @pytest.mark.parametrize(
