@@ -1,7 +1,6 @@
-"""What a policy may look at, and what it leaves behind.
+"""Signals, what a policy may look at: one layer at one moment; and Trace, the eviction history that it leaves behind.
 
-Signals describe one layer at one moment. Slots have no order: `position` says which token a slot holds (-1: none).
-Trace is an eviction history: one integer per (layer, row, kv head, token).
+Slots have no order: `position` says which token a slot holds (-1: none).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class StateColumn:
-    """A per-slot note that lives and dies with its slot: [B, H, N, *shape], `fill` in a slot just taken."""
+    """Per-slot state that lives and dies with its slot, [B, H, N, *shape]; `fill` in a slot just taken."""
 
     name: str
     shape: tuple[int, ...] = ()
@@ -41,11 +40,11 @@ class Slots(Protocol):
         ...
 
     def logits(self, query: Tensor) -> Tensor:
-        """[B, H, R, d] -> [B, H, R, N], unscaled products with every slot's key."""
+        """Returns the unscaled products of [B, H, R, d] with every slot's key, [B, H, R, N]."""
         ...
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Slot ranges with their keys and values [B, H, n, d], each smaller than half of the layer's keys."""
+        """Yields slot ranges with their keys and values [B, H, n, d], each smaller than half of the layer's keys."""
         ...
 
 
@@ -67,7 +66,7 @@ class Rows:
     runs: Tensor | None = None
 
     def place(self, column: Tensor) -> Tensor:
-        """Real tokens of its row before each of the columns int32 [B, ...]: the token's place in the row's own time."""
+        """Returns how many real tokens of its row stand before each of the columns int32 [B, ...]: the unpadded position."""
         if self.runs is None:
             return column - self.first.view(-1, *[1] * (column.ndim - 1))
         flat = column.reshape(column.shape[0], -1).contiguous()
@@ -75,7 +74,7 @@ class Rows:
         return (flat - self.runs[1].gather(1, run)).view_as(column)
 
     def age(self, column: Tensor) -> Tensor:
-        """Real tokens of its row read since each of the columns int32 [B, ...]; 0 for the newest."""
+        """Returns how many real tokens of its row were read since each of the columns int32 [B, ...]; 0 for the newest."""
         shape = (-1, *[1] * (column.ndim - 1))
         if self.runs is None:
             return self.now.view(shape) - column
@@ -97,16 +96,16 @@ class Attention:
     window: int | None = None
 
     def scores(self, logits: Tensor) -> Tensor:
-        """What the softmax sees: scaled, capped, float32."""
+        """Returns what the softmax sees: scaled, capped, float32."""
         scores = logits.float() * self.scaling
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
     def probabilities(self, logits: Tensor, visible: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Softmax in float32 over slots.
+        """Returns the softmax over slots, in float32; rows that see nothing become zeros.
 
         Args:
             logits: [B, H, G, S, N], unscaled.
-            visible: bool, broadcastable to logits. Rows that see nothing become zeros.
+            visible: bool, broadcastable to logits.
             bias: float32, broadcastable to logits, added after scaling and cap; never a factor, which would favour
                 negative logits.
         """
@@ -174,27 +173,27 @@ class Signals:
 
     @property
     def age(self) -> Tensor:
-        """Tokens since each slot's token was read, int32 [B, H, N]; 0 for the newest, meaningless where empty."""
+        """int32 [B, H, N]: tokens since each slot's token was read; 0 for the newest, meaningless where empty."""
         return self.rows.age(self.position)
 
     @property
     def place(self) -> Tensor:
-        """Which of its row's tokens each slot holds, padding not counted, int32 [B, H, N]; meaningless where empty."""
+        """int32 [B, H, N]: the unpadded position of each slot's token; meaningless where empty."""
         return self.rows.place(self.position)
 
     @property
     def order(self) -> Tensor:
-        """Slot indices from the oldest token to the newest, empty slots last, int64 [B, H, N]."""
+        """int64 [B, H, N]: slot indices from the oldest token to the newest, empty slots last."""
         if "order" not in self.memo:
             key = torch.where(self.occupied, self.position, NEVER)
             self.memo["order"] = key.argsort(dim=-1, stable=True)
         return self.memo["order"]
 
     def in_order(self, values: Tensor, function: Callable[[Tensor], Tensor], empty: float) -> Tensor:
-        """Apply a neighbourhood operation along tokens, not slots.
+        """Returns a function of neighbouring tokens, [B, H, N], for values [B, H, N] per slot.
 
         Args:
-            values: [B, H, N] per slot.
+            values: per slot.
             function: maps [B, H, N] ordered by position to the same shape; empty slots come last, filled with `empty`.
             empty: what an empty slot contributes.
         """
@@ -202,7 +201,7 @@ class Signals:
         return torch.empty_like(values).scatter_(-1, self.order, function(ordered).to(values.dtype))
 
     def pieces(self, width: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Slot ranges with keys and values [B, H, n, d], so short that `width` float32 numbers per slot stay small."""
+        """Yields slot ranges with keys and values [B, H, n, d], so short that `width` float32 numbers per slot stay small."""
         for part, keys, values in self.slots.chunks():
             step = max(1, self.slots.room * keys.shape[-1] * keys.element_size() // (8 * width))
             for start in range(0, keys.shape[2], step):
@@ -210,23 +209,20 @@ class Signals:
                 yield slice(part.start + start, part.start + stop), keys[:, :, start:stop], values[:, :, start:stop]
 
     def per_slot(self, function: Callable[[Tensor, Tensor], Tensor], width: int = 1) -> Tensor:
-        """Evaluate function(keys [B, H, n, d], values [B, H, n, dv]) -> [B, H, n] piece by piece: float32 [B, H, N]."""
+        """Returns function(keys [B, H, n, d], values [B, H, n, dv]) -> [B, H, n], taken piece by piece, float32 [B, H, N]."""
         out = torch.empty(self.position.shape, dtype=torch.float32, device=self.position.device)
         for part, keys, values in self.pieces(width):
             out[:, :, part] = function(keys, values)
         return out
 
     def window(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Attention of the last `size` queries over the slots, in small groups of queries from oldest to newest.
-
-        Yields:
-            probabilities float32 [B, H, G, w, N] (zeros for missing queries) and query positions int32 [B, w].
-        """
+        """Yields the attention of the last `size` queries, a few at a time from oldest to newest: probabilities float32
+        [B, H, G, w, N], zeros for missing queries, and query positions int32 [B, w]."""
         for logits, where in self.window_logits(size):
             yield self.attention.probabilities(logits, self.visible(where)), where
 
     def window_logits(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `window`, before scaling, cap, visibility and softmax: logits [B, H, G, w, N] and positions int32 [B, w]."""
+        """Yields the same before scaling, cap, visibility and softmax."""
         assert self.ring is not None, "the scorer must declare window > 0 to look back at queries"
         queries, positions = self.ring
         width = queries.shape[2]
@@ -241,7 +237,7 @@ class Signals:
             yield self.slots.logits(query).view(batch, heads, group, -1, num), positions.gather(1, pick)
 
     def visible(self, query_position: Tensor) -> Tensor:
-        """bool [B, H, 1, S, N]: occupied slots whose token is not after the query; nothing for a missing query."""
+        """Returns the occupied slots whose token is not after the query, bool [B, H, 1, S, N]; none for a missing query."""
         slot = self.position[:, :, None, None, :]
         return (slot >= 0) & (slot <= query_position[:, None, None, :, None])
 
@@ -251,7 +247,7 @@ class Trace:
     """An eviction history. Token i of a head is visible to query t iff i <= t < expiry[i].
 
     Attributes:
-        expiry: int32 [L, B, H, T] in columns of the (padded) input; NEVER where a token was not evicted.
+        expiry: int32 [L, B, H, T], in columns of the padded input; NEVER where a token was not evicted.
         source: what produced it ("golden", a method's name).
         budget: slots per (layer, kv head) after an event, where one number says it.
         period: tokens between events.
@@ -270,6 +266,6 @@ class Trace:
         return int((self.expiry != NEVER).sum())
 
     def held(self, query: int) -> Tensor:
-        """Slots visible to query column `query`, int64 [L, B, H]; padding is not told apart."""
+        """Returns how many slots query column `query` sees, int64 [L, B, H]; padding is not told apart."""
         column = torch.arange(self.expiry.shape[-1], device=self.expiry.device)
         return ((column <= query) & (self.expiry > query)).sum(-1)

@@ -2,8 +2,8 @@
 
 A method has `PAPER` and `policy(budget, **options)`: a budget is a number of tokens, "25%" or "64MiB", options are its own and
 those of parts.options.Options. A learned one has `build(layout, **settings)`, which makes a fresh gate; its policy takes a
-trained one, from `Gates.from_pretrained(...)`. An import path such as `my_package.my_method` is accepted wherever a name is: that
-is the plugin system. Who gives the name decides what is imported: a user's is (`load`), a file's is not (`known`).
+trained one, from `Gates.from_pretrained(...)`. An import path such as `my_package.my_method` is accepted wherever a name is:
+that is the plugin system. Who gives the name decides what is imported: a user's is (`load`), a file's is not (`known`).
 """
 
 from __future__ import annotations

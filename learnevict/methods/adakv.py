@@ -34,7 +34,6 @@ def policy(
     """Keep what the last queries attend to, more of it in heads that spread their attention.
 
     Args:
-        budget: tokens, "25%" or "64MiB", on average over the heads of a layer.
         alpha: share that heads divide equally; 1 is uniform.
         window: queries that vote (32: section 5.1); None: `recent` if given.
         recent: last tokens that stay; None: the window.

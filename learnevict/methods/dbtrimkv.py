@@ -32,20 +32,10 @@ PAPER = Paper(
     2026,
     "learned",
 )
-TRAINING: dict[str, Any] = {
-    "hidden": 128,
-    "bias": 6.0,
-    "dropout": 0.0,
-    "noise": 1.0,
-    "budgets": (12, 32),
-    "power": 0.5,
-    "answers_only": True,
-    "capacity": 1.0,
-    "learning_rate": 4e-3,
-    "weight_decay": 0.01,
-    "max_steps": 300,
-    "per_device_train_batch_size": 4,
-}  # fmt: skip - trimkv compares them with its paper
+TRAINING: dict[str, Any] = {  # trimkv compares them with its paper
+    "hidden": 128, "bias": 6.0, "dropout": 0.0, "noise": 1.0, "budgets": (12, 32), "power": 0.5, "answers_only": True,
+    "capacity": 1.0, "learning_rate": 4e-3, "weight_decay": 0.01, "max_steps": 300, "per_device_train_batch_size": 4,
+}  # fmt: skip
 
 
 class DBTrimGate(RetentionGate):
@@ -88,7 +78,6 @@ def policy(
     """Evict what has least retention left, wherever it is.
 
     Args:
-        budget: slots per (layer, kv head), on average: tokens, "25%" or "64MiB".
         floor: share of the budget beside guards that no head falls below.
         horizon: tokens ahead over which retention is summed.
 

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.parts.rotary import frequencies_of, turned
 from learnevict.parts.window import HIGHEST
 from learnevict.policy import Policy, Scorer
@@ -50,15 +50,13 @@ class ExpectedAttention(Scorer):
         return ((share + self.epsilon) * size).masked_fill(~support, HIGHEST)
 
     def logits(self, signals: Signals) -> Tensor:
-        """Logarithm of the expected exponential of future logits, float32 [B, H, G, N]."""
+        """Returns the logarithm of the expected exponential of future logits, float32 [B, H, G, N]."""
         batch, heads, num = signals.position.shape
-        ring = self._ring(signals)[1]
-        count = ring.sum(-1).clamp_min(1).view(-1, 1, 1, 1)
-        mean: Tensor | float = 0.0
+        count = self._ring(signals)[1].sum(-1).clamp_min(1).view(-1, 1, 1, 1)
+        mean = torch.zeros((), device=signals.position.device)
         for query, real in self._ahead(signals):
             mean = mean + (query * real).sum(2, keepdim=True) / count
-        assert isinstance(mean, Tensor)
-        spread: Tensor | float = 0.0
+        spread = torch.zeros((), device=signals.position.device)
         for query, real in self._ahead(signals):
             apart = ((query - mean) * real).view(batch, heads, -1, query.shape[-1])
             products = self._products(signals, apart).view(batch, heads, -1, query.shape[2], num)
@@ -71,7 +69,7 @@ class ExpectedAttention(Scorer):
         return signals.slots.logits(query.to(signals.query.dtype)).float()
 
     def _ring(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Positions of the queries in the ring, int32 [B, W], and which of them count, bool [B, W]."""
+        """Returns the positions of the queries in the ring, int32 [B, W], and which of them count, bool [B, W]."""
         assert signals.ring is not None
         where = signals.ring[1]
         return where, signals.rows.place(where) >= self.skip
@@ -103,8 +101,7 @@ def policy(
     window: int = 64,
     future: int = 512,
     epsilon: float = 0.0,
-    recent: int = 8,
-    **options: Unpack[ScheduleOptions],
+    **options: Unpack[Options],
 ) -> Policy:
     """Keep what queries to come are expected to attend to.
 
@@ -113,6 +110,4 @@ def policy(
         future: positions ahead that are averaged over (512: section 4.1).
         epsilon: share every token gets before the value's norm (0.02 with Ada-KV in kvpress).
     """
-    return compose(
-        "expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), recent=recent, **options
-    )
+    return compose("expected_attention", budget, ExpectedAttention(window, future, 4, epsilon), **options)

@@ -4,15 +4,14 @@
     a_g = k . q_g / 4 + b_g;  r_{g,s} = sink_s . q_g / 4         16 learned sinks per kv head
     s   = mean over g of  exp(a_g) / (exp(a_g) + sum over s of exp(r_{g,s}))      in (0, 1)
 
-h is what the attention module reads; s is what a token keeps of attention that it shares with the sinks. Trained on KVzip's
-scores s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entropy.
+h is what the attention module reads; s is what a token keeps of attention that it shares with the sinks. It is trained on
+KVzip's scores s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entropy.
 
 Departures: b is added once, in training as at inference (the authors' training code adds it twice); heads are held to one
 budget each, where the paper ranks all layers and heads together: scope="model" does that, with a floor of 0.2 of an equal
-split for every head, because a pure threshold leaves heads without slots (`threshold` is a cap under the budget, as in kvzap);
-the paper's windows (4096 tokens or 2 % while reading, 128 while writing) are `recent` and the fresh block. Where the model
-cannot repeat a text, as the testbed's cannot, s* is the largest attention of the text's own later blocks
-(StreamConfig.target="future").
+split for every head (`threshold` is a cap under the budget, as in kvzap); the paper's windows (4096 tokens or 2 % while
+reading, 128 while writing) are `recent` and the fresh block. Where the model cannot repeat a text, as the testbed's cannot, s*
+is the largest attention of the text's own later blocks (StreamConfig.target="future").
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 4,  # paper: 1 % of the steps
     "per_device_train_batch_size": 8,
 }
-FLOOR = 0.2
 
 
 class FastKVzipGate(Surrogate):
@@ -51,8 +49,8 @@ class FastKVzipGate(Surrogate):
 
     Args:
         layout: of the base model.
-        rank: numbers per query and key, d'; 16 in the paper.
-        num_sinks: learned sinks per kv head, S; 16 in the paper, 0 is a plain sigmoid of a.
+        rank: numbers per query and key, d' (paper: 16).
+        num_sinks: learned sinks per kv head, S (paper: 16); 0 is a plain sigmoid of a.
     """
 
     oracle = "kvzip"
@@ -61,9 +59,8 @@ class FastKVzipGate(Surrogate):
     def __init__(self, layout: Layout, rank: int = 16, num_sinks: int = 16) -> None:
         super().__init__()
         self.made = {"rank": rank, "num_sinks": num_sinks}
-        self.rank, self.num_sinks = rank, num_sinks
-        self.group = layout.num_query_heads // layout.num_heads
         layers, heads, width = layout.num_layers, layout.num_heads, layout.hidden_size
+        self.rank, self.group = rank, layout.num_query_heads // heads
         spread = 1 / math.sqrt(width)
         self.weight_query = nn.Parameter(torch.randn(layers, width, heads * self.group * rank) * spread)
         self.bias_query = nn.Parameter(torch.zeros(layers, heads * self.group * rank))
@@ -74,20 +71,20 @@ class FastKVzipGate(Surrogate):
         self.bias = nn.Parameter(torch.zeros(layers, heads, self.group))
 
     def estimate(self, signals: Signals) -> Tensor:
-        """s of fresh tokens, float32 [B, H, S]."""
-        layer, hidden = signals.layer, hidden_of(signals, "fast_kvzip")
-        heads = self.sinks.shape[1]
+        """Returns s of fresh tokens, float32 [B, H, S]."""
+        layer, hidden, heads = signals.layer, hidden_of(signals, "fast_kvzip"), self.sinks.shape[1]
         query = (hidden @ self.weight_query[layer] + self.bias_query[layer]).unflatten(-1, (heads, self.group, -1))
         query = rms_norm(query, self.norm_query[layer])
         key = rms_norm((hidden @ self.weight_key[layer]).unflatten(-1, (heads, 1, -1)), self.norm_key[layer])
         own = (query * key).sum(-1) / math.sqrt(self.rank) + self.bias[layer]
-        rivals = torch.einsum("bshgr,hnr->bshgn", query, self.sinks[layer]) / math.sqrt(self.rank)
-        share = torch.sigmoid(own - rivals.logsumexp(-1)) if self.num_sinks else torch.sigmoid(own)
-        return share.mean(-1).transpose(1, 2)
+        if self.sinks.shape[2]:
+            rivals = torch.einsum("bshgr,hnr->bshgn", query, self.sinks[layer]) / math.sqrt(self.rank)
+            own = own - rivals.logsumexp(-1)
+        return torch.sigmoid(own).mean(-1).transpose(1, 2)
 
 
 def rms_norm(values: Tensor, weight: Tensor) -> Tensor:
-    """values / root mean square over the last dimension, times weight."""
+    """Returns values / their root mean square over the last dimension, times weight."""
     return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
@@ -113,4 +110,4 @@ def policy(
     made = compose("fast_kvzip", budget, gate, **options)
     if threshold is not None:
         made = replace(made, draw=Above(threshold))
-    return made if scope == "layer" else replace(made, allocator=Together(FLOOR), scope="model")
+    return made if scope == "layer" else replace(made, allocator=Together(0.2), scope="model")

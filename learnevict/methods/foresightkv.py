@@ -4,14 +4,13 @@
     score = w3 . GELU(W2 GELU(W1 x + b1) + b2)           per layer and kv head, higher stays (Section 3.2)
 
 The network is trained to order tokens as golden eviction does (learnevict.train). Departures from the paper and its code:
-features are means over queries (not sums) and their clock counts tokens (not events), so under steady attention they do not
-depend on the event period; recent-window features slice the query axis; decayed and undecayed sums are separate per-slot
-state; probabilities enter as logarithms; the size of every rotary pair is given beside the rotated key, because it survives
-rotation; age and budget / length let one network serve many budgets; two more statistics, the peak so far and the tokens since
-a token was last needed; two hidden layers; higher means keep. Attention is read from the last `window` queries of every
-period: gates remember the period they were trained with, and `policy` uses that unless told otherwise; so with the scope:
-beside the paper's equal budgets ("layer"), slots of all heads and layers may compete ("model"), or layers may get the budget
-allocation that refinement has learned (`demand`).
+features are means over queries (not sums) and their clock counts tokens (not events), so that they do not depend on the event
+period; decayed and undecayed sums are separate per-slot state; probabilities enter as logarithms; the size of every rotary pair
+is given beside the rotated key, because it survives rotation; age and budget / length let one network serve many budgets; two
+more statistics, the peak so far and the tokens since a token was last needed; two hidden layers; higher means keep. Attention
+is read from the last `window` queries of every period: gates remember the period they were trained with, and `policy` uses that
+unless told otherwise; so with the scope: beside the paper's equal budgets ("layer"), slots of all heads and layers may compete
+("model"), or layers may get the budget allocation that refinement has learned (`demand`).
 """
 
 from __future__ import annotations
@@ -57,13 +56,8 @@ class ForesightGate(SlotScorer):
         group = layout.num_query_heads // layout.num_heads
         statistics = (5 + len(RECENT)) * group + 5
         super().__init__(layout, statistics, hidden=hidden, window=window, period=period, scope=scope, demand=demand)
-        self.columns = (
-            StateColumn("received", (group,)),
-            StateColumn("decayed", (group,)),
-            StateColumn("peak", (group,)),
-            StateColumn("tokens"),
-            StateColumn("idle"),
-        )
+        of_queries = [StateColumn(name, (group,)) for name in ("received", "decayed", "peak")]
+        self.columns = (*of_queries, StateColumn("tokens"), StateColumn("idle"))
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Adds the attention of the last queries to the per-slot state; once per event."""
@@ -109,10 +103,9 @@ def policy(
 ) -> Policy:
     """Evict what the network ranks lowest, every `slack` tokens (paper: 256 in training, 128 in its inference code).
 
-    Another slack or scope than the gate was trained with is allowed; a TrainedOtherwiseWarning says so.
+    Warns of another slack or scope than the gate was trained with (TrainedOtherwiseWarning).
 
     Args:
-        budget: slots per (layer, kv head), for scope "model" on average over all of them: tokens, "25%" or "64MiB".
         scope: "layer", as in the paper: every head holds the budget; "model": slots of all heads and layers compete, which
             takes scores that compare (a gate trained for it). None: as trained.
         floor: share of an equal split that every head keeps, for scope "model".

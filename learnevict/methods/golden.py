@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
@@ -33,20 +33,17 @@ class Hindsight(Gate):
     """
 
     columns = (StateColumn("left", dtype=torch.bool),)
-    expiry: Tensor
-    text: Tensor | None
-    until: Tensor
 
     def __init__(self, trace: Trace, text: Tensor | None, divergence: int | Sequence[int] | Tensor | None) -> None:
         super().__init__()
         length = trace.expiry.shape[-1]
         until = torch.as_tensor(length if divergence is None else divergence, dtype=torch.int32)
-        self.register_buffer("expiry", trace.expiry)
-        self.register_buffer("text", text)
-        self.register_buffer("until", until.clamp(max=length).expand(trace.expiry.shape[1]).clone())
+        self.expiry = nn.Buffer(trace.expiry)
+        self.text = None if text is None else nn.Buffer(text)
+        self.until = nn.Buffer(until.clamp(max=length).expand(trace.expiry.shape[1]).clone())
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Whether a row has left the text, stored with every token since: the newest slot always knows."""
+        """Returns whether a row has left the text, at every token since: the newest slot always knows."""
         if self.text is None:
             return {}
         if signals.tokens is None:
@@ -79,15 +76,11 @@ def policy(
     divergence: int | Sequence[int] | Tensor | None = None,
     **options: Unpack[Options],
 ) -> Policy:
-    """Evict as the trace says.
+    """Evict as the trace says, under its own budget, guard and period: others would silently leave it.
 
     Args:
-        budget: must be the trace's.
-        trace: from `oracle.golden`, or recorded; its period is the slack.
-        text: int64 [B, T], see Hindsight; needed in free generation.
-        divergence: see Hindsight.
-        **options: see Options; they are the trace's own unless given, and must agree with it: another guard or period
-            would silently leave it. Events fall on its grid ("blocks").
+        trace: from `oracle.golden`, or recorded; its period is the slack, its events fall in "blocks".
+        text, divergence: see Hindsight; a text is needed in free generation.
 
     Raises:
         TraceError: another budget, guard, period or schedule than the trace's.
@@ -102,10 +95,8 @@ def policy(
         raise TraceError(
             f"the trace has an event every {trace.period} tokens, not every {slack}; roll labels of that block"
         )
-    if options.get("schedule", "blocks") != "blocks":
-        raise TraceError(
-            f"the trace has its events in blocks, so schedule={options.get('schedule')!r} cannot follow it"
-        )
+    if (when := options.get("schedule", "blocks")) != "blocks":
+        raise TraceError(f"the trace has its events in blocks, so schedule={when!r} cannot follow it")
     sinks, recent, prompt = trace.guard or (4, 8, False)
     terms: Options = {"sinks": sinks, "recent": recent, "prompt": prompt, **options, "slack": slack}
     given = (terms.get("sinks"), terms.get("recent"), terms.get("prompt"))

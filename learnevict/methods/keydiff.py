@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -45,6 +45,6 @@ def directions(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
+def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
     """Keep keys that differ from the average."""
-    return compose("keydiff", budget, Unlikeness(), recent=recent, **options)
+    return compose("keydiff", budget, Unlikeness(), **options)

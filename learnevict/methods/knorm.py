@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -33,6 +33,6 @@ class KeyNorm(Scorer):
         return -signals.per_slot(lambda keys, values: torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
+def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
     """Keep keys of small norm."""
-    return compose("knorm", budget, KeyNorm(), recent=recent, **options)
+    return compose("knorm", budget, KeyNorm(), **options)

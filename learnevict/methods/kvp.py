@@ -2,7 +2,7 @@
 
     f = w . GELU(W GELU(W_k k + W_v v + W_p p + b) + b)        per layer and kv head; p: log(1 + position), log(1 + age)
 
-The ranker is trained on the regret over all budgets: a ranking of n slots that the future pays I_1 .. I_n costs the sum of
+It is trained on regret over all budgets: a ranking of n slots that the future pays I_1 .. I_n costs the sum of
 (rank - 1) I. I is attention summed over all later queries, then the largest of the group (oracle.KVP). Under the Plackett-Luce
 law of f the expected cost has a closed form, which is the default objective; objective="rloo" is the paper's sampled gradient
 of the same (learnevict.train.losses.regret).

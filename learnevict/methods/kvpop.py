@@ -5,7 +5,7 @@
 
 A token's use shows only after it was written, so the score of a slot sees the state of the text at its own time and the
 state now. Every slot carries the state of its time in the state column "state"; the newest slot's is the current one, from
-which `write` goes on: across blocks, steps and requests, with nothing kept in the module. Trained on golden labels, the
+which `write` goes on: across blocks, steps and requests, with nothing kept in the module. It is trained on golden labels, the
 attention of the future, at random events of a pass along golden eviction, through the recurrence
 (learnevict.train.trainers.regression).
 
@@ -67,7 +67,7 @@ class KVpopGate(NetworkRanker):
         self.network = HeadwiseMLP(layout, widths, hidden)
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """The states of fresh tokens, the same for all heads, float32 [B, H, S, state]."""
+        """Returns the states of fresh tokens, the same for all heads, float32 [B, H, S, state]."""
         hidden = hidden_of(signals, "kvpop")
         before = current(signals).unsqueeze(0).contiguous()
         states = self.cells[signals.layer](hidden, before)[0]
@@ -83,7 +83,7 @@ class KVpopGate(NetworkRanker):
 
 
 def current(signals: Signals) -> Tensor:
-    """State of the newest token held, [B, state]; zeros where none is. Every head holds the newest."""
+    """Returns the state of the newest token, which every head holds, [B, state]; zeros where none is."""
     newest = signals.position[:, 0].argmax(-1).view(-1, 1, 1)
     states = signals.state["state"][:, 0]
     found = states.gather(1, newest.expand(-1, 1, states.shape[-1])).squeeze(1)

@@ -2,9 +2,9 @@
 
     linear:  log s = W h + b          mlp:  log s = W' GELU(W h + b) + b', width E / 8          per layer, h -> kv heads
 
-h is what the attention module reads. Trained on log s+, s+ = max over the repetition's queries of attention x |W_O v| / |h|
-(oracle.KVZIP_PLUS), by squared error: one pass, no gradient through the model; the linear one may start from its closed form
-(StreamConfig.closed_form). A slot keeps the number it was written with.
+h is what the attention module reads. It is trained on log s+, s+ = max over the repetition's queries of attention x |W_O v| /
+|h| (oracle.KVZIP_PLUS), by squared error: one pass, no gradient through the model; the linear one may start from its closed
+form (StreamConfig.closed_form). A slot keeps the number it was written with.
 
 Departures: each head keeps the best `budget` slots, where the paper keeps all above a threshold of -9 to -3, by model, so that
 budgets vary by prompt and nothing bounds them; `threshold` here is a cap under the budget: what is below it goes even if it

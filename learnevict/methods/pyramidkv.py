@@ -35,7 +35,6 @@ def policy(
     """Keep what the last queries attend to, more of it in early layers.
 
     Args:
-        budget: tokens, "25%" or "64MiB", on average over layers.
         beta: steepness; 1 is uniform.
         variant: of SnapKV.
         window: queries that vote, see snapkv.

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.methods import Paper
 from learnevict.ops.random import finalise, uniform
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -37,10 +37,6 @@ class Hashed(Scorer):
         return uniform(word)
 
 
-def policy(budget: int | str | Budget, *, seed: int = 0, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
-    """Keep a random subset beside the guards.
-
-    Args:
-        seed: another seed, another subset.
-    """
-    return compose("random", budget, Hashed(seed), recent=recent, **options)
+def policy(budget: int | str | Budget, *, seed: int = 0, **options: Unpack[Options]) -> Policy:
+    """Keep a random subset beside the guards: another seed, another subset."""
+    return compose("random", budget, Hashed(seed), **options)

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from learnevict.config import Budget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -35,17 +35,9 @@ class Recency(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
-    *,
-    recent: int = 8,
-    positions: Literal["true", "slot"] = "true",
-    **options: Unpack[ScheduleOptions],
+    budget: int | str | Budget, *, positions: Literal["true", "slot"] = "true", **options: Unpack[Options]
 ) -> Policy:
-    """Keep sinks (4: section 3.2, table 2) and the most recent tokens.
-
-    Args:
-        recent: last tokens that stay; without effect here, since recency is the score.
-        positions: "true" keeps every key's own position.
+    """Keep sinks (4: section 3.2, table 2) and the most recent tokens; "true" keeps every key's own position.
 
     Raises:
         UsageError: positions="slot".
@@ -55,4 +47,4 @@ def policy(
             f"streaming_llm keeps true positions; positions={positions!r} (the paper's re-numbering by slot) would rotate "
             "every stored key at every event and is not available: drop the option"
         )
-    return compose("streaming_llm", budget, Recency(), recent=recent, **options)
+    return compose("streaming_llm", budget, Recency(), **options)

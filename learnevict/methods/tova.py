@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.methods import Paper
-from learnevict.parts.options import ScheduleOptions, compose
+from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -37,6 +37,6 @@ class LastAttention(Scorer):
         return torch.empty_like(weights).scatter_(-1, signals.order, shared.expand_as(weights).contiguous())
 
 
-def policy(budget: int | str | Budget, *, recent: int = 8, **options: Unpack[ScheduleOptions]) -> Policy:
+def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
     """Keep what the newest query looks at."""
-    return compose("tova", budget, LastAttention(), recent=recent, **options)
+    return compose("tova", budget, LastAttention(), **options)

@@ -25,16 +25,16 @@ class Allocator(ABC):
     ragged: bool = False
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """Budget of the `rank`-th evicting layer of `num_layers`; the sum over layers is num_layers * budget."""
+        """Returns the budget of the `rank`-th evicting layer; the sum over layers is num_layers * budget."""
         return budget
 
     def row_budget(self, row: int, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """The same for one row of the batch, for allocators that treat rows differently."""
+        """Returns the same for one row of the batch, for allocators that treat rows differently."""
         return self.layer_budget(budget, rank, num_layers, floor)
 
     @abstractmethod
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """Slots to keep per head, int64 [B, H].
+        """Returns the slots to keep per head, int64 [B, H].
 
         Args:
             scores: float32 [B, H, N], -inf where empty.
@@ -79,7 +79,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Guard:
-    """Slots that no score may evict: attention sinks, the recent window, the fresh block, and on demand the prompt.
+    """Slots that no score may evict: attention sinks, the recent window, the fresh block, and if asked for the prompt.
 
     Attributes:
         sinks: first real tokens of a row.
@@ -103,15 +103,15 @@ class Guard:
 
     @property
     def terms(self) -> tuple[int, int, bool]:
-        """Returns sinks, recent window and prompt protection, as a trace stores them."""
+        """Sinks, recent window, prompt protection; part of a trace."""
         return self.sinks, self.recent, self.prompt
 
     def reserved(self, period: int) -> int:
-        """Slots taken by guards and the fresh block of `period` tokens."""
+        """Returns how many slots guards and the fresh block of `period` tokens take."""
         return self.sinks + max(self.recent, period)
 
     def protect(self, signals: Signals) -> Tensor:
-        """bool [B, H, N]."""
+        """Returns the guarded slots, bool [B, H, N]."""
         rows, position = signals.rows, signals.position
         prompt = (position < rows.prompt_end.view(-1, 1, 1)) & signals.occupied
         recent: Tensor | int = self.recent
@@ -127,7 +127,7 @@ class Draw(Protocol):
     """Turns scores and counts into slots to keep."""
 
     def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
-        """bool [B, H, N] with `counts` slots set per head (fewer where fewer are occupied)."""
+        """Returns bool [B, H, N] with `counts` slots set per head (fewer where fewer are occupied)."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Scorers, gates (scorers with parameters), and what gates are trained with: soft gates and probes."""
+"""Scorers, which say what is worth keeping, and gates, which are scorers with parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scorer(ABC):
 
     Attributes:
         columns: its per-slot state; the cache owns it.
-        window: how many past queries it wants to look back at (0: none). The cache keeps a ring of that many.
+        window: past queries that the cache keeps for it to look back at.
         observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
         refreshes: True if `refresh` must be called at the end of every period of a row, also where the schedule waits with its
             events, or nothing needs to go.
@@ -34,18 +34,18 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]; values of empty slots are ignored."""
+        """Returns float32 [B, H, N]; values of empty slots are ignored."""
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """Returns the state of fresh tokens, {name: [B, H, S, ...]}; columns not named start at their fill."""
         return {}
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
-        """Returns the updated state of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
+        """Returns updated state of all slots, {name: [B, H, N, ...]}, given `signals.fresh_attention`."""
         return {}
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
-        """Returns the updated state of all slots, {name: [B, H, N, ...]}, once a period."""
+        """Returns updated state of all slots after a period, {name: [B, H, N, ...]}."""
         return {}
 
     @property
@@ -54,17 +54,13 @@ class Scorer(ABC):
         return None
 
     def to(self, device: torch.device) -> Scorer:
-        """Move parameters or tables to `device`; scorers without any return themselves."""
+        """Moves parameters or tables to `device`; scorers without any return themselves."""
         return self
 
 
 @dataclass(frozen=True)
 class WrappedScorer(Scorer):
-    """A scorer in front of another one: all but its scores is that one's.
-
-    Args:
-        scorer: the other.
-    """
+    """A scorer in front of another one: all but its scores is that one's."""
 
     scorer: Scorer
 
@@ -94,7 +90,7 @@ class WrappedScorer(Scorer):
         return self.scorer.soft
 
     def to(self, device: torch.device) -> Scorer:
-        """Moves the other scorer."""
+        """See Scorer."""
         self.scorer.to(device)
         return self
 
@@ -111,7 +107,7 @@ class Gate(nn.Module, Scorer):
     made: Mapping[str, Any] = {}
 
     def forward(self, task: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
-        """task(self, ...): trainers use parameters inside a forward only, because DDP and ZeRO watch for it."""
+        """Returns task(self, ...): trainers use parameters inside a forward only, because DDP and ZeRO watch for it."""
         return task(self, *args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
@@ -119,14 +115,14 @@ class Gate(nn.Module, Scorer):
         return dict(self.made)
 
     def to(self, *args: Any, **kwargs: Any) -> Gate:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As nn.Module.to."""
+        """See nn.Module."""
         nn.Module.to(self, *args, **kwargs)
         return self
 
 
 @dataclass(frozen=True)
 class DecayBias:
-    """How a soft gate weighs attention while it is trained: an additive bias on the logit of key i at query t.
+    """An additive bias on the logit of key i at query t, by which a soft gate weighs attention while it is trained.
 
     geometric (window None): (t - i) * log_retention_i; windowed: log_retention_i once t - i >= window, 0 before.
 
@@ -139,17 +135,17 @@ class DecayBias:
     window: int | None = None
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
-        """float32 [B, H, S, n] for query columns int64 [S] and key columns int64 [n] (contiguous or not)."""
+        """Returns float32 [B, H, S, n] for query columns int64 [S] and key columns int64 [n] (contiguous or not)."""
         age = (query.view(-1, 1) - key).to(torch.float32)
         log_retention = self.log_retention.index_select(-1, key).unsqueeze(2)
         return age * log_retention if self.window is None else log_retention * (age >= self.window)
 
 
 class SoftGate(Gate):
-    """A gate that stores a rate when a token is written, and in training weighs attention by it instead of evicting.
+    """A gate that gives a token a log-retention when it is written, by which training weighs attention instead of evicting.
 
     Attributes:
-        losses: what it is trained with: weights by name in learnevict.train.trainers.soft_gate.LOSSES.
+        losses: weights of its losses, by name in learnevict.train.trainers.soft_gate.LOSSES.
         random_keys: int64 [B] of ops.random, from which noise in the rows of a batch is drawn while it is trained; None: it
             comes from torch's global generator.
     """
@@ -165,19 +161,17 @@ class SoftGate(Gate):
 
     @abstractmethod
     def decay_bias(self, state: dict[str, Tensor]) -> DecayBias:
-        """Returns the decay bias of the state that `write` gave, {name: [B, H, T, ...]}."""
+        """Returns the bias that the state of `write`, {name: [B, H, T, ...]}, stands for."""
 
 
 class Probe(Protocol):
-    """Tokens run only to question the cache: they attend to the slots and to each other, and leave no trace.
-
-    Attributes:
-        embeddings: [P, E], what goes into the decoder in place of embedded tokens.
-    """
+    """Lookahead queries: tokens that attend to the slots and to each other, and leave no trace."""
 
     @property
-    def embeddings(self) -> Tensor: ...
+    def embeddings(self) -> Tensor:
+        """[P, E]: what goes into the decoder in place of embedded tokens."""
+        ...
 
     def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:
-        """Inside, what is added to the decoder's projections while it reads the probe (nothing, or LoRA)."""
+        """Returns a context in which the decoder's projections are changed for the probe (not at all, or by LoRA)."""
         ...
