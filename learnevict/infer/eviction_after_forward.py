@@ -8,7 +8,7 @@ row's last token, so what has been attended to until then is what an event insid
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from learnevict.errors import CacheError
 from learnevict.infer.eviction import Event
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.probe import Questioned, question
-from learnevict.policy import Assembly, Governor
+from learnevict.policy import Governor
 
 
 class Deferring(Questioned, Protocol):
@@ -47,7 +47,7 @@ def hold_events(cache: Deferring, decoder: nn.Module) -> None:
             asked: dict[int, Tensor] = {}
             if policy.probe is not None:
                 question(decoder, cache, policy.probe, asked.__setitem__)
-            _decide_together(cast(Assembly, policy), layers, asked)
+            _decide_together(policy, layers, asked)
     elif policy.probe is not None and any(any(event.crowded()) for layer in layers for event in layer.due):
         # a layer evicts while the probe is on its way to the next: the attention of one layer is held at a time
         question(decoder, cache, policy.probe, lambda index, found: cache.layers[index].decide(found))
@@ -72,7 +72,7 @@ def _room(event: Event) -> list[int]:
     return [heads * target for target in event.targets()]
 
 
-def _decide_together(policy: Assembly, layers: list[EvictingLayer], asked: dict[Any, Tensor]) -> None:
+def _decide_together(policy: Governor, layers: list[EvictingLayer], asked: dict[Any, Tensor]) -> None:
     """Ask the policy for all layers at once, evict, and fit every layer's pages to what it holds then.
 
     This waits for the device once: how much each layer holds must be known to give back what it does not.

@@ -282,8 +282,9 @@ def kept_slots(cache: Any, row: int, seen: int) -> list[list[int]]:
 def resolved_budget(cache: EvictingCache, seen: int) -> int:
     """The budget in slots per head after so many tokens, before a layer allocator moves it about."""
     policy, place = cache.policy, next(layer.place for layer in cache.layers if isinstance(layer, EvictingLayer))
-    floor = policy.guard.reserved(policy.schedule.period) + 1
-    return policy.budget.tokens(seen, floor, place.row_bytes_per_token, place.num_evicting, policy.schedule.slack)
+    return policy.budget.tokens(
+        seen, policy.floor, place.row_bytes_per_token, place.num_evicting, policy.schedule.slack
+    )
 
 
 def row_trace(trace: Trace, row: int, padding: int, seen: int) -> Trace:

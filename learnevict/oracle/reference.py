@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -177,10 +176,6 @@ class RecordingScorer(WrappedScorer):
 
 
 def recording(policy: Governor) -> tuple[Governor, list[EventScores]]:
-    """Returns the same policy, and a list that fills with its scorer's scores; a Rule has none, nor has a governor that is no
-    dataclass."""
-    if not is_dataclass(policy):
-        return policy, []
-    recorder = RecordingScorer(policy.scorer)  # pyright: ignore[reportAttributeAccessIssue]
-    same: Any = replace(policy, scorer=recorder)  # pyright: ignore[reportCallIssue]
-    return same, recorder.recorded
+    """Returns the same policy, and a list that fills with its scorer's scores; it stays empty if none is asked (a Rule)."""
+    recorder = RecordingScorer(policy.scorer)
+    return replace(policy, scorer=recorder), recorder.recorded

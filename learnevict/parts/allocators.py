@@ -145,7 +145,7 @@ class Ada(Allocator):
         return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
 
     def _divide(self, found: Tensor, free: Tensor) -> Tensor:
-        """(1 - alpha) * found + alpha * free / H by largest remainder: int64 [B, H] that sums to free [B]."""
+        """Returns (1 - alpha) * found + alpha * free / H by largest remainder, int64 [B, H], which sums to free [B]."""
         heads = found.shape[1]
         equal = round(self.alpha * MILLE)
         exact = (MILLE - equal) * heads * found + equal * free.unsqueeze(-1)
@@ -178,18 +178,18 @@ class Together(Allocator):
         return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
 
     def least(self, free: Tensor, heads: int) -> Tensor:
-        """Slots beside protected ones that every head keeps, if it has so many, of `free` [B] that they all share."""
+        """Returns how many of `free` [B] slots beside protected ones every head keeps, if it has so many."""
         return free * round(self.floor * MILLE) // (MILLE * heads)
 
 
 def place_in(span: tuple[int, int], free: int) -> float:
-    """Where a number of slots lies in a span of them, -1 to 1, on a logarithmic scale; 0 if the span is one number."""
+    """Returns where a number of slots lies in a span of them, -1 to 1, on a logarithmic scale; 0 if the span is one number."""
     low, high = (math.log(end) for end in span)
     return 0.0 if low == high else 2 * (min(max(math.log(max(free, 1)), low), high) - low) / (high - low) - 1
 
 
 def whole_shares(shares: list[float]) -> list[int]:
-    """Shares of a whole number in whole numbers, by largest remainder; ties early."""
+    """Returns shares of a whole number in whole numbers, by largest remainder; ties early."""
     whole = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda index: round(whole[index] - shares[index], 6))
     extra = by_remainder[: round(sum(shares)) - sum(whole)]
@@ -197,7 +197,7 @@ def whole_shares(shares: list[float]) -> list[int]:
 
 
 def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What heads compete with and for; arguments as of Allocator.counts.
+    """Returns what heads compete with and for; arguments as of Allocator.counts.
 
     Returns:
         scores of candidates [B, H, N], best first, -inf behind them; candidates int64 [B, H]; slots to share out int64 [B].
@@ -210,14 +210,14 @@ def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, 
 
 
 def best_beyond(share: Tensor, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
-    """What of `free` is left beyond each head's `share` of its best slots goes to the best of the rest, int64 [B, H]."""
+    """Returns how many slots each head gets beyond its `share`: the best of the rest, as far as `free` goes, int64 [B, H]."""
     slot = torch.arange(ordered.shape[-1], device=ordered.device)
     rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
     return best_of_all(rest, free - share.sum(-1), room - share)
 
 
 def best_of_all(scores: Tensor, count: Tensor, room: Tensor) -> Tensor:
-    """How many of the `count` [B] best scores [B, H, N] each head has, int64 [B, H]; of equal scores lower heads win.
+    """Returns how many of the `count` [B] best scores [B, H, N] each head has, int64 [B, H]; of equal scores lower heads win.
 
     Args:
         scores: -inf where there is nothing to choose; storage order does not matter.

@@ -13,12 +13,12 @@ from learnevict.ops.distributed import summed
 
 
 def headwise(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Map [B, H, n, in] by one matrix per head, [H, in, out] -> [B, H, n, out]; weights are not copied per row."""
+    """Returns [B, H, n, in] mapped by one matrix per head, [H, in, out], to [B, H, n, out]; weights are not copied per row."""
     return torch.einsum("bhni,hio->bhno", inputs, weight)
 
 
 def centre_and_scale(inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, at least 0.01, of the batch of all processes, [H, in] each.
+    """Returns mean and standard deviation, at least 0.01, of the batch of all processes, [H, in] each.
 
     Args:
         inputs: float32 [M, H, n, in].
@@ -34,12 +34,7 @@ class HeadwiseMLP(nn.Module):
     """score = w . GELU(W GELU(sum over inputs of W_x x + b) + b), one for every layer and kv head.
 
     Inputs go in by name and are never joined: each has its own part of the first map, so an input that is the same for all
-    slots is mapped once. They are centred and scaled by what `calibrate` was shown.
-
-    Args:
-        layout: of the base model.
-        inputs: widths by name.
-        hidden: width of both hidden layers.
+    slots is mapped once. They are centred and scaled by what `calibrate` was shown. `inputs` are their widths by name.
     """
 
     calibrated: Tensor
@@ -64,7 +59,7 @@ class HeadwiseMLP(nn.Module):
         return max(*self.inputs.values(), self.weight_mid.shape[-1])
 
     def forward(self, layer: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Scores float32 [B, H, n] of inputs [B, H, n or 1, width], by name."""
+        """Returns the scores float32 [B, H, n] of inputs [B, H, n or 1, width], by name."""
         first = self.bias_in[layer]
         for name, given in inputs.items():
             centred = (given.float() - getattr(self, f"mean_{name}")[layer]) / getattr(self, f"scale_{name}")[layer]
@@ -74,13 +69,7 @@ class HeadwiseMLP(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, layer: int, inputs: Mapping[str, Tensor], real: Tensor) -> None:
-        """Centre and scale some inputs of one layer by a batch of them, the first time only.
-
-        Args:
-            layer: its index.
-            inputs: [B, H, n, width], by name; the others stay as they are.
-            real: bool [B, n], what counts.
-        """
+        """Centres and scales some inputs of one layer, [B, H, n, width] by name, by the `real` ones, bool [B, n]; only once."""
         if bool(self.calibrated[layer]):
             return
         for name, given in inputs.items():

@@ -17,7 +17,7 @@ from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Unifor
 
 
 class ScheduleOptions(TypedDict, total=False):
-    """When events fall and what they never touch.
+    """When events fall and what they never touch, for methods with a recent window of their own.
 
     Keys:
         sinks: first tokens of a row that stay, default 4.
@@ -53,16 +53,7 @@ def compose(
     allocator: Allocator | None = None,
     **options: Unpack[ScheduleOptions],
 ) -> Policy:
-    """The policy of one method.
-
-    Args:
-        name: shown in tables and traces.
-        budget: tokens, "25%" or "64MiB".
-        scorer: who is worth keeping.
-        recent: last tokens that stay: the user's choice, or what the method's paper protects.
-        recent_share: share of the budget that the recent window grows to.
-        allocator: how many per layer and head; None: the same for all.
-        **options: see ScheduleOptions.
+    """Returns the policy of one method; arguments as of Policy, Guard and ScheduleOptions.
 
     Raises:
         UsageError: an unknown option or schedule.
@@ -70,9 +61,8 @@ def compose(
     """
     unknown = sorted(set(options) - Options.__optional_keys__)
     if unknown:
-        raise UsageError(
-            f"{name} has no option {', '.join(unknown)}; all methods take {known(Options.__optional_keys__)}"
-        )
+        taken = ", ".join(sorted(Options.__optional_keys__))
+        raise UsageError(f"{name} has no option {', '.join(unknown)}; all methods take {taken}")
     slack, when = options.get("slack", 128), options.get("schedule", "blocks")
     if when == "blocks":
         schedule = Schedule(slack)
@@ -84,11 +74,6 @@ def compose(
     return Policy(Budget.parse(budget), scorer, allocator or Uniform(), schedule, guard, name=name)
 
 
-def known(names: Iterable[str]) -> str:
-    """Names as a sorted list in prose."""
-    return ", ".join(sorted(names))
-
-
 def unknown_variant(name: str, variant: str, variants: Iterable[str]) -> UsageError:
-    """The error for a variant that a method does not have."""
-    return UsageError(f"{name} has no variant {variant!r}; choose {known(variants)}")
+    """Returns the error for a variant that a method does not have."""
+    return UsageError(f"{name} has no variant {variant!r}; choose {', '.join(sorted(variants))}")

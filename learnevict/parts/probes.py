@@ -1,4 +1,4 @@
-"""Gates that ask: soft tokens in place of a response that is not written yet, and deltas that only their rows pass.
+"""Gates with a probe: soft tokens in place of a response that is not written yet, and deltas that only their rows pass.
 
 Why not the trainable tokens of PEFT: they are entries of the base's vocabulary, so the base would get another embedding
 matrix, and another identity than the one a gate is tied to; here the base's weights stay what they are, to the bit.
@@ -55,12 +55,12 @@ class SoftTokens(Gate):
 
     @torch.no_grad()
     def start_from(self, embedded: Tensor) -> None:
-        """Take the base's embeddings of some tokens, [P, E], for soft tokens that have not been trained yet."""
+        """Takes the base's embeddings of some tokens, [P, E], for soft tokens that have not been trained yet."""
         self.embeddings.copy_(embedded)
         self.started.fill_(1)
 
     def settings(self) -> dict[str, Any]:
-        """What `build` needs."""
+        """See Gate."""
         return {"num_tokens": self.embeddings.shape[0]}
 
     def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:
@@ -68,7 +68,7 @@ class SoftTokens(Gate):
         return nullcontext()
 
     def attention(self, asked: Tensor) -> Tensor:
-        """What the tokens attend to on average, float32 [B, H, G, N], from `asked` [B, H, G, P, N]."""
+        """Returns what the tokens attend to on average, float32 [B, H, G, N], from `asked` [B, H, G, P, N]."""
         return asked.mean(3)
 
     def score(self, signals: Signals) -> Tensor:
@@ -108,13 +108,13 @@ class LowRank(nn.Module):
         self.up = nn.ParameterDict({name: torch.zeros(layers, rank, num) for name, (_, num) in shapes.items()})
 
     def delta(self, layer: int, name: str, inputs: Tensor) -> Tensor:
-        """What one projection's output is changed by, for inputs [..., in]: [..., out]."""
+        """Returns what one projection's output is changed by, [..., out], for inputs [..., in]."""
         down, up = (part[name][layer].to(inputs.dtype) for part in (self.down, self.up))
         return (inputs @ down) @ up * (self.alpha / self.rank)
 
     @contextmanager
     def added_to(self, decoder: nn.Module) -> Generator[None, None, None]:
-        """Inside, the decoder's projections are changed by the deltas.
+        """Changes the decoder's projections by the deltas inside the context.
 
         Raises:
             ModelError: the decoder has no attention with projections of these names, or of other widths.
@@ -146,7 +146,7 @@ class LowRank(nn.Module):
 
 
 def projections(decoder: nn.Module) -> list[tuple[int, nn.Module, tuple[str, ...]]]:
-    """Layer, projection and what it projects to, for every attention module of a decoder.
+    """Returns layer, projection and what it projects to, for every attention module of a decoder.
 
     Raises:
         ModelError: there is none whose projections are known.

@@ -5,12 +5,12 @@ package says what these components must offer; the library of components is `lea
 """
 
 from learnevict.policy.components import Above, Allocator, Draw, Guard, Schedule, TopK, Uniform
-from learnevict.policy.governor import AnyPolicy, Assembly, Governor, Keeps, Rule, Unscored, governor
+from learnevict.policy.governor import AnyPolicy, Governor, Keeps, Rule, Unscored, governor
 from learnevict.policy.policy import Policy, keep_best
 from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, WrappedScorer
 
 __all__ = [
-    "Policy", "Governor", "Assembly", "Keeps", "AnyPolicy", "Rule", "Unscored", "governor", "keep_best", "Scorer",
+    "Policy", "Governor", "Keeps", "AnyPolicy", "Rule", "Unscored", "governor", "keep_best", "Scorer",
     "WrappedScorer", "Gate", "SoftGate", "DecayBias", "Probe", "Allocator", "Uniform", "Schedule", "Guard", "Draw", "TopK",
     "Above",
 ]  # fmt: skip

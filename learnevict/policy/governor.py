@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -25,43 +26,12 @@ class Keeps(Protocol):
     """All that a cache needs of who governs it; of the parts of a Governor, those that it has are used too."""
 
     def keep(self, signals: Signals, /) -> Tensor | None:
-        """The slots to keep, bool [B, H, N], at most `signals.budget` per head; None keeps all."""
+        """Returns the slots to keep, bool [B, H, N], at most `signals.budget` per head; None keeps all."""
         ...
 
 
 AnyPolicy: TypeAlias = Keeps | Callable[[Signals], Tensor | None]
 """What may be handed to a cache."""
-
-
-class Governor(Keeps, Protocol):
-    """All that a cache asks of who governs it."""
-
-    @property
-    def budget(self) -> Budget: ...
-    @property
-    def scorer(self) -> Scorer: ...
-    @property
-    def allocator(self) -> Allocator: ...
-    @property
-    def schedule(self) -> Schedule: ...
-    @property
-    def guard(self) -> Guard: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def base(self) -> Base | None: ...
-    @property
-    def scope(self) -> Literal["layer", "model"]: ...
-    @property
-    def probe(self) -> Probe | None: ...
-
-
-class Assembly(Governor, Protocol):
-    """A governor of scope "model"."""
-
-    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """As `keep`, for all evicting layers at once."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,39 +41,70 @@ class Unscored(Scorer):
     window: int = 0
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return torch.zeros(signals.position.shape, device=signals.position.device)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A Governor whose `keep` is a function, and the defaults of all its other parts.
+class Governor(ABC):
+    """All that a cache asks of who governs it.
 
     Args:
-        keep: see Keeps.
-        budget: what `keep` promises to stay within.
-        scorer: its per-slot state is kept up to date; its scores are not asked for.
-        guard: counted, not enforced, because `keep` decides alone.
+        budget: slots per (layer, kv head) after an event.
+        scorer: its per-slot state is kept up to date.
+        allocator: how many slots per layer and head.
+        schedule: when events fall.
+        guard: slots counted beside the budget's share of scored ones.
+        name: shown in tables and traces.
+        base: the model its gate was trained for; None if it has none.
+        scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
+            so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
+            read in pieces.
+        probe: tokens that question the cache before every event, which then falls after the forward too.
     """
 
-    keep: Callable[[Signals], Tensor | None]
     budget: Budget
-    schedule: Schedule = field(default_factory=Schedule)
     scorer: Scorer = field(default_factory=Unscored)
     allocator: Allocator = field(default_factory=Uniform)
+    schedule: Schedule = field(default_factory=Schedule)
     guard: Guard = field(default_factory=lambda: Guard(0, 0))
-    name: str = "rule"
+    name: str = "policy"
     base: Base | None = None
     scope: Literal["layer", "model"] = "layer"
     probe: Probe | None = None
-    keep_together: Callable[[Sequence[Signals]], list[Tensor]] | None = None
+
+    @property
+    def floor(self) -> int:
+        """The smallest budget that leaves room for one scored slot beside the guards and the fresh block."""
+        return self.guard.reserved(self.schedule.period) + 1
+
+    @abstractmethod
+    def keep(self, signals: Signals) -> Tensor | None:
+        """See Keeps."""
+
+    @abstractmethod
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        """Returns the same for all evicting layers at once, for scope "model"."""
 
 
-def governor(given: Any) -> Governor:
-    """Returns who governs a cache: the object itself if it has all parts, else a Rule with those it has.
+@dataclass(frozen=True)
+class Rule(Governor):
+    """A Governor that asks an object; its guard is counted, not enforced, because the object decides alone."""
+
+    given: Any = None
+
+    def keep(self, signals: Signals) -> Any:  # whatever it is, the cache checks it
+        return self.given.keep(signals) if hasattr(self.given, "keep") else self.given(signals)
+
+    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+        return self.given.keep_together(layers)
+
+
+def governor(given: Any, **parts: Any) -> Governor:
+    """Returns who governs a cache: a Governor itself, or one made of an object and defaults for the parts that it lacks.
 
     Args:
         given: an object with `keep(signals)`, or that function itself.
+        **parts: of a Governor, over the object's own.
 
     Raises:
         UsageError: it can do neither, or is of scope "model" without `keep_together(layers)`.
@@ -112,26 +113,25 @@ def governor(given: Any) -> Governor:
     Warns:
         DefaultBudgetWarning: it names no budget, so DEFAULT_BUDGET holds.
     """
-    parts: dict[str, Any] = {part.name: getattr(given, part.name) for part in fields(Rule) if hasattr(given, part.name)}
-    name = parts.setdefault("name", getattr(given, "__name__", type(given).__name__))
-    keep = parts.setdefault("keep", given)
-    if isinstance(given, type) or not callable(keep):
+    if isinstance(given, Governor):
+        return replace(given, **parts) if parts else given
+    own = {part.name: getattr(given, part.name) for part in fields(Governor) if hasattr(given, part.name)}
+    named: dict[str, Any] = {"name": getattr(given, "__name__", type(given).__name__), **own, **parts}
+    if isinstance(given, type) or not callable(getattr(given, "keep", given)):
         raise UsageError(
-            f"{name} cannot govern a cache; give a method's policy(budget), an object with keep(signals), or a function that "
-            "returns the slots to keep, bool [B, H, N]"
+            f"{named['name']} cannot govern a cache; give a method's policy(budget), an object with keep(signals), or a "
+            "function that returns the slots to keep, bool [B, H, N]"
         )
-    if parts.get("scope") == "model" and not callable(parts.get("keep_together")):
-        raise UsageError(f'{name} is of scope "model" but lacks keep_together(layers); write it, or use scope="layer"')
-    required = [part.name for part in fields(Rule) if part.name != "keep_together"]
-    if all(hasattr(given, part) for part in required) and isinstance(given.budget, Budget):
-        complete: Any = given
-        return complete
-    if "budget" not in parts:
+    if named.get("scope") == "model" and not hasattr(given, "keep_together"):
+        raise UsageError(
+            f'{named["name"]} is of scope "model" but lacks keep_together(layers); write it, or drop the scope'
+        )
+    if "budget" not in named:
         warnings.warn(
-            f"{name} names no budget, so {DEFAULT_BUDGET} slots per layer and kv head hold; give it an attribute `budget` "
-            '(tokens, "25%" or "64MiB") that keep(signals) stays within',
+            f"{named['name']} names no budget, so {DEFAULT_BUDGET} slots per layer and kv head hold; give it an attribute "
+            '`budget` (tokens, "25%" or "64MiB") that keep(signals) stays within',
             DefaultBudgetWarning,
             stacklevel=3,
         )
-    parts["budget"] = Budget.parse(parts.get("budget", DEFAULT_BUDGET))
-    return Rule(**parts)
+    named["budget"] = Budget.parse(named.get("budget", DEFAULT_BUDGET))
+    return Rule(**named, given=given)

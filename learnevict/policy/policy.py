@@ -4,51 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from learnevict.config import Base, Budget
 from learnevict.errors import BudgetError, CacheError, UsageError
-from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
-from learnevict.policy.scorer import Probe, Scorer
+from learnevict.policy.components import Allocator, Draw, Guard, TopK
+from learnevict.policy.governor import Governor
 from learnevict.signals import EMPTY, Signals
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A frozen composition of components that governs a cache.
+class Policy(Governor):
+    """A Governor composed of when, who, how many, never, which.
 
     Args:
-        budget: slots per (layer, kv head) after an event: tokens, "25%" or "64MiB".
-        scorer: who is worth keeping.
-        allocator: how many per layer and head.
-        schedule: when.
-        guard: who is never evicted.
-        draw: which, given scores and counts.
-        name: shown in tables and traces.
-        base: the model its gate was trained for; None if it has none.
-        scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
-            so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
-            read in pieces.
-        probe: tokens that question the cache before every event, which then falls after the forward too.
+        guard: slots that no score may evict.
+        draw: which slots stay, given scores and counts.
 
     Raises:
         BudgetError: a token budget smaller than guards + fresh block.
         UsageError: scope "model" with an allocator that gives every head the same.
     """
 
-    budget: Budget
-    scorer: Scorer
-    allocator: Allocator = field(default_factory=Uniform)
-    schedule: Schedule = field(default_factory=Schedule)
     guard: Guard = field(default_factory=Guard)
     draw: Draw = field(default_factory=TopK)
-    name: str = "policy"
-    base: Base | None = None
-    scope: Literal["layer", "model"] = "layer"
-    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         if self.budget.unit == "tokens" and self.schedule.active and self.budget.amount < self.floor:
@@ -68,29 +48,23 @@ class Policy:
                 'give tokens or a share, or schedule="blocks"'
             )
 
-    @property
-    def floor(self) -> int:
-        """The smallest budget that leaves room for one scored slot beside the guards and the fresh block."""
-        return self.guard.reserved(self.schedule.period) + 1
-
     def keep(self, signals: Signals) -> Tensor | None:
-        """The slots to keep, bool [B, H, N]."""
         scores, protected = self.rank(signals)
         counts = self.allocator.counts(scores, protected, signals.budget)
         return self.draw.choose(scores, counts, signals.position)
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
-        """The slots to keep in each layer, bool [B, H, N_l]: heads of all layers are shared out like those of one.
+        """Returns the slots to keep in each layer, bool [B, H, N_l]: at most L * H times the mean of the layers' budgets.
 
-        Together they hold at most L * H times the mean of the layers' budgets; their scores must be comparable.
+        Scores of all layers must be comparable.
         """
         return keep_best(layers, [self.rank(signals) for signals in layers], self.allocator, self.draw)
 
     def rank(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N].
+        """Returns scores float32 [B, H, N], inf where protected and -inf where empty, and what is protected, bool [B, H, N].
 
         Raises:
-            CacheError: a slot that competes has a score that is no number, as `check_scores` says.
+            CacheError: see check_scores.
         """
         protected = self.guard.protect(signals)
         scores = self.scorer.score(signals).float().masked_fill(~signals.occupied, -torch.inf)
@@ -100,15 +74,10 @@ class Policy:
 
 
 def check_scores(scores: Tensor, competing: Tensor, name: str, layer: int) -> None:
-    """Scores that are not finite would pass for empty or protected slots; on CUDA a device assertion, which waits for nobody.
-
-    Args:
-        scores: float32 [B, H, N].
-        competing: bool [B, H, N], slots whose scores decide.
-        name: of the policy; `layer`, of the model: for the error.
+    """Refuses scores [B, H, N] of competing slots that are not finite, which would pass for empty or protected ones.
 
     Raises:
-        CacheError: one of them is NaN or infinite.
+        CacheError: one is NaN or infinite; on CUDA a device assertion, which waits for nobody.
     """
     try:
         torch.ops.aten._assert_async.msg((scores.isfinite() | ~competing).all(), "a policy's scores are not finite")
@@ -122,7 +91,7 @@ def check_scores(scores: Tensor, competing: Tensor, name: str, layer: int) -> No
 def keep_best(
     layers: Sequence[Signals], ranked: Sequence[tuple[Tensor, Tensor]], allocator: Allocator, draw: Draw
 ) -> list[Tensor]:
-    """The best slots of all layers, bool [B, H, N_l] of each; `ranked` as of Policy.rank."""
+    """Returns the best slots of all layers, bool [B, H, N_l] of each; `ranked` as of Policy.rank."""
     width = max(scores.shape[-1] for scores, _ in ranked)
 
     def side_by_side(parts: list[Tensor], empty: float) -> Tensor:

@@ -39,8 +39,7 @@ def bounded(case: Case) -> int:
 def shares(run: Run, budget: int) -> list[int]:
     """Slots per head of every evicting layer after an event."""
     policy, num = run.policy, len(run.cache.evicting)
-    floor = policy.guard.reserved(policy.schedule.period) + 1
-    own = [policy.allocator.layer_budget(budget, rank, num, floor) for rank in range(num)]
+    own = [policy.allocator.layer_budget(budget, rank, num, policy.floor) for rank in range(num)]
     assert sum(own) == num * budget
     return [slots - (policy.schedule.slack == 0) for slots in own]
 

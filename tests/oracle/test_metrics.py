@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learnevict.config import Budget
 from learnevict.errors import BudgetError, UsageError
 from learnevict.evals.methods import EvaluationSettings
 from learnevict.evals.tasks import TextBatch
@@ -28,7 +27,7 @@ from learnevict.oracle.metrics import (
 )
 from learnevict.oracle.reference import Reference, align, recording
 from learnevict.oracle.traces import Share, unpadded_positions
-from learnevict.policy import Guard, Rule, Schedule
+from learnevict.policy import Guard, Schedule, governor
 from learnevict.signals import NEVER, Trace
 from tests.closeness import close
 from tools.results.hindsight import Case, by_value, caote, from_the_left, profile, slots_of
@@ -229,7 +228,7 @@ def test_a_text_is_measured_alike_alone_and_beside_others(model, batch):
 def test_shares_and_rules_are_measured_too(model, batch):
     figures = measure_policy(model, snapkv.policy("40%", **TERMS), *batch)
     assert {"oracle_gap_closed", "top_recall", "regret"} <= set(figures)
-    last = Rule(lambda s: s.position > (s.rows.now - s.budget).view(-1, 1, 1), Budget(12), schedule=Schedule(4))
+    last = governor(lambda s: s.age < s.budget.view(-1, 1, 1), budget=12, schedule=Schedule(4))
     figures = measure_policy(model, last, *batch)
     assert "regret" not in figures and figures["top_recall"] < 1
     with pytest.raises(UsageError, match="block=4"):

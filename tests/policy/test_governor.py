@@ -14,7 +14,7 @@ from learnevict.config import Budget
 from learnevict.errors import BudgetError, CacheError, DefaultBudgetWarning, UsageError
 from learnevict.infer.generate import generate
 from learnevict.oracle.metrics import measure_policy
-from learnevict.policy import Rule, Schedule, governor
+from learnevict.policy import Schedule, governor
 from tests.laws import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +35,14 @@ def newest(signals):
     return signals.age < 12
 
 
-@pytest.mark.parametrize("given", [Newest(), Rule(newest, Budget(12), Schedule(4))], ids=["an object", "a Rule"])
+@pytest.mark.parametrize(
+    "given", [Newest(), governor(newest, budget=12, schedule=Schedule(4))], ids=["an object", "a function"]
+)
 def test_keep_alone_suffices(given):
     model = zoo.build("llama")
     with attach(model, given, record=True) as cache, torch.no_grad():
         model(IDS, past_key_values=cache)
-    assert cache.trace().source == ("Newest" if isinstance(given, Newest) else "rule")
+    assert cache.trace().source == ("Newest" if isinstance(given, Newest) else "newest")
     assert (cache.trace().budget, cache.trace().period) == (12, 4)
     assert cache.trace().evictions == 2 * 2 * 28
     assert sorted(cache.positions(0)[0, 0].tolist())[-12:] == list(range(28, 40))
@@ -117,6 +119,6 @@ def test_who_cannot_govern(given, error, message):
 )
 def test_what_is_no_mask_of_the_slots_is_refused(answer, message):
     model = zoo.build("llama")
-    cache = EvictingCache(model.config, Rule(answer, Budget(12), Schedule(4)))
+    cache = EvictingCache(model.config, governor(answer, budget=12, schedule=Schedule(4)))
     with attach(model), torch.no_grad(), pytest.raises(CacheError, match=message):
         model(IDS, past_key_values=cache)

@@ -217,7 +217,7 @@ def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], round
         BudgetError: a byte budget that cannot hold guards, slack and a protected prompt.
     """
     schedule = clock.schedule
-    floor, reserve = policy.guard.reserved(schedule.period) + 1, schedule.slack + rounding
+    floor, reserve = policy.floor, schedule.slack + rounding
     found = []
     for row, tokens in enumerate(seen):
         prompt = min(clock.prompt_tokens(row), tokens) if policy.guard.prompt else 0
