@@ -1,4 +1,4 @@
-"""How long a decode step takes under a policy, whatever was read before, and beside stock caches.
+"""Measures how long a decode step takes under a policy, after prompts of any length, beside stock caches.
 
     python benchmarks/decode.py [--profile] [--device cuda] [--smoke] [--out FILE]
 
@@ -35,7 +35,7 @@ from learnevict.policy import Policy
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured; fixed, so that figures of different commits compare."""
+    """The settings of the benchmark, fixed so that figures of different commits compare."""
 
     shape: Shape
     policies: tuple[str, ...] = ("streaming_llm", "h2o", "snapkv", "foresightkv")
@@ -273,7 +273,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def main() -> None:
-    """Runs, shows, saves."""
+    """Runs the benchmark, prints its tables and saves its results."""
     options = parser(__doc__)
     options.add_argument("--profile", action="store_true", help="profile the policies that miss a goal")
     options.add_argument("--repetitions", type=int, help="timed periods of every cell")

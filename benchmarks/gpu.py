@@ -1,4 +1,4 @@
-"""The laws on the card, then the benchmarks, in five minutes; called by scripts/gpu.
+"""Runs the laws on the card, then the benchmarks, in five minutes; called by scripts/gpu.
 
 Parts run one after the other, each in a process of its own with a time box, so that one that crashes or runs late costs the
 others nothing; what a part had saved by then is kept. Everything goes into one file named by card and commit.

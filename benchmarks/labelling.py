@@ -1,4 +1,4 @@
-"""What it costs to label a million tokens of the testbed with golden attention, by one process and by two.
+"""Measures what it costs to label a million tokens of the testbed with golden attention, by one process and by two.
 
     python benchmarks/labelling.py [--smoke] [--out FILE]
 
@@ -26,7 +26,7 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured; fixed, so that figures of different commits compare."""
+    """The settings of the benchmark, fixed so that figures of different commits compare."""
 
     documents: int = 2900  # of 345 tokens each, a million in all
     per_shard: int = 100
@@ -41,7 +41,7 @@ SMOKE = Config(documents=8, per_shard=2, batch_size=2)
 
 
 def one_run(processes: int, config: Config, threads: int, out: Path) -> dict[str, Any]:
-    """Tokens, seconds of labelling and of the whole program; what the files hold."""
+    """Returns tokens, seconds of labelling and of the whole program, and what the files hold."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     sizes = ["--documents", config.documents, "--per_shard", config.per_shard, "--batch_size", config.batch_size]
     command = [sys.executable, *launcher, "recipes/oracle.py", "--out", out, "--threads", threads, *sizes]
@@ -73,7 +73,7 @@ def row(processes: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run, compare, save."""
+    """Runs both, compares their files and saves the results."""
     options = parser(__doc__)
     options.add_argument("--repetitions", type=int, help="runs of every number of processes")
     options = options.parse_args()

@@ -1,4 +1,4 @@
-"""What it costs to make golden labels: `oracle.future_attention` against attention written out as T x T.
+"""Measures what golden labels cost: `oracle.future_attention` against attention written out as T x T.
 
     python benchmarks/labels.py [--device cuda] [--smoke] [--out FILE]
 
@@ -25,7 +25,7 @@ from learnevict.oracle import future_attention
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured; fixed, so that figures of different commits compare."""
+    """The settings of the benchmark, fixed so that figures of different commits compare."""
 
     lengths: tuple[int, ...] = (4096, 16384)
     query_heads: int = 8
@@ -126,7 +126,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def main() -> None:
-    """Runs, shows, saves."""
+    """Runs the benchmark, prints its tables and saves its results."""
     options = parser(__doc__)
     options.add_argument("--repetitions", type=int, help="runs of every program at every length")
     options = options.parse_args()

@@ -1,4 +1,4 @@
-"""The laws of eviction on the device at hand, in float32 and bfloat16, without pytest.
+"""Checks the laws of eviction on the device at hand, in float32 and bfloat16, without pytest.
 
     python benchmarks/laws.py [--device cuda] [--seconds 60] [--smoke] [--out FILE]
 
@@ -74,7 +74,7 @@ class Bench:
         self.replay, self.trace, self.never = replay, Trace, NEVER
 
     def cells(self) -> Iterator[tuple[str, str, str]]:
-        """(method, model, dtype): all methods on rotating models, in both types, before the next round."""
+        """Returns cells (method, model, dtype): all methods on rotating models, in both types, before the next round."""
         models = [name for name in self.config.models if name in self.zoo.MODELS]
         methods = [name for name in self.cases.VARIANTS if not self.config.methods or name in self.config.methods]
         for turn in range(len(models)):
@@ -285,7 +285,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    """Runs, shows, saves; exit code 1 if a law is broken."""
+    """Runs the laws, prints their table and saves the results; the exit code is 1 if a law is broken."""
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=3600, help="stop starting new cells after this long")
     options = options.parse_args()

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the model, the clock, the machine, and a results file that survives an interruption."""
+"""The model, the clock, the machine and the results file that all benchmarks share."""
 
 from __future__ import annotations
 

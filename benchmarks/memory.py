@@ -1,4 +1,4 @@
-"""Whether evicting really frees memory: a long prompt read in chunks, under a full cache, snapkv and adakv.
+"""Measures whether evicting frees memory: a long prompt read in chunks, under a full cache, snapkv and adakv.
 
     python benchmarks/memory.py [--device cuda] [--smoke] [--out FILE]
 
@@ -21,7 +21,7 @@ from learnevict import EvictingCache, attach, methods
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured; fixed, so that figures of different commits compare."""
+    """The settings of the benchmark, fixed so that figures of different commits compare."""
 
     shape: Shape
     tokens: int = 32768
@@ -94,7 +94,7 @@ def compare(rows: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Runs, shows, saves."""
+    """Runs the benchmark, prints its table and saves its results."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, help="a shorter prompt")
     options = options.parse_args()

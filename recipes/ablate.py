@@ -1,4 +1,4 @@
-"""What each correction of the reinforcement stage buys: short refinements of one start, one thing changed at a time.
+"""Measures what each correction of the reinforcement stage buys: short refinements of one start, one thing changed at a time.
 
     python recipes/ablate.py                                      # about 40 minutes on a core
     scripts/write_tables                                           # the table and the curves of docs/results.md
@@ -93,7 +93,7 @@ class Advancing(TrainerCallback):
 def refine(
     variant: dict[str, Any], config: Config, subject: EvaluatedModel, gates: Gates, advance: Any
 ) -> dict[str, Any]:
-    """One short refinement: its settings, its curve, and how many answer-mask tokens are right under it, sample by sample."""
+    """Returns one short refinement: its settings, its curve, and its right answer-mask tokens, sample by sample."""
     base, tokenizer, steps = subject.model, subject.tokenizer, variant["steps"]
     log: list[dict[str, Any]] = []
     if steps:
@@ -135,7 +135,7 @@ def evaluation(config: Config, gates: Gates) -> tuple[Plan, list[EvaluatedMethod
 
 
 def wanted(config: Config, start: Gates) -> list[dict[str, Any]]:
-    """What is asked for, the start first: name, settings, and what all have in common.
+    """Returns the variants to run, the start first: name, settings, and what all have in common.
 
     Raises:
         UsageError: no such variant.
@@ -151,7 +151,7 @@ def wanted(config: Config, start: Gates) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> None:
-    """Run what is missing."""
+    """Runs the variants that are missing."""
     base, tokenizer = load_base("testbed", device="cpu")
     subject, start, out = EvaluatedModel(base, tokenizer), Gates.load(config.start_from, base), Path(config.out)
     variants = wanted(config, start)

@@ -1,4 +1,4 @@
-"""Which label, followed with hindsight, costs the model least? And is there a better one than golden attention?
+"""Compares labels: which one, followed with hindsight, costs the model least, and is one better than golden attention?
 
     python recipes/compare_labels.py                          # all variants; half an hour on one core
     python recipes/compare_labels.py --variants "golden; CAOTE" --families recall --shares 1/8
@@ -96,7 +96,7 @@ class Hints:
 
 
 def useful(case: Case) -> Trace:
-    """First-order worth of every key to the response's likelihood, one number for all events."""
+    """Returns the trace by the first-order utility of every key to the response's likelihood, the same at all events."""
     texts = case.texts
     worth = gradient_utility(case.model, texts.input_ids, texts.attention_mask, scored=texts.loss_mask)
     scores = torch.stack([part for part in worth if part is not None])
@@ -104,7 +104,7 @@ def useful(case: Case) -> Trace:
 
 
 def fading_max(labels: Tensor, factor: float) -> Tensor:
-    """Max over the future, a block further away counting `factor` as much."""
+    """Returns the max over the future, a block further away counting `factor` as much."""
     found = labels.clone()
     for m in reversed(range(labels.shape[-1] - 1)):
         found[..., m] = torch.maximum(found[..., m], factor * found[..., m + 1])
@@ -174,7 +174,7 @@ def hurt(case: Case, times: int) -> Trace:
 
 
 def searched(case: Case, hints: Hints) -> Trace:
-    """Counterfactual replay: golden's scores x noise, kept where a text's loss goes down."""
+    """Returns the trace of golden's scores x noise, kept where a text's loss goes down."""
     future = torch.nn.functional.pad(horizon(case.golden_labels), (0, 1))
     roll, random = case.roll(), torch.Generator().manual_seed(0)
     log = torch.zeros(future.shape[:-1])
@@ -232,7 +232,7 @@ VARIANTS: dict[str, Callable[[Case, Hints], Trace]] = {
 
 
 def main(config: Config) -> None:
-    """Measure what is missing, cell by cell."""
+    """Measures the cells that are missing."""
     families, shares = listed(config.families), listed(config.shares)
     family_tasks(families)  # refuses those that do not exist
     names = listed(config.variants, ";") or list(VARIANTS)
@@ -265,7 +265,7 @@ def listed(text: str, between: str = ",") -> list[str]:
 
 
 def measure(config: Config, subject: Any, cell: tuple[str, str], names: list[str], hints: Hints) -> list[Tried]:
-    """Some variants on one family at one budget, batch by batch."""
+    """Returns the measures of some variants on one family at one budget."""
     family, share = cell
     tried = {name: Tried(family, share, resolved(family, share), name) for name in names}
     for start in range(0, config.samples, config.batch_size):
@@ -281,7 +281,7 @@ def measure(config: Config, subject: Any, cell: tuple[str, str], names: list[str
 
 
 def fitted(config: Config, subject: Any, share: str) -> Tensor:
-    """Mean slots per head of golden pooled over the model, over training texts of all families, as shares of the mean."""
+    """Returns the mean slots per head of golden pooled over the model, on training texts, as shares of the mean."""
     found: list[Tensor] = []
     for family in testbed.FAMILIES:
         case = opened(subject, (family, share), range(config.fitting), "train")
@@ -298,7 +298,7 @@ def opened(subject: Any, cell: tuple[str, str], seeds: range, split: Any) -> Cas
 
 
 def resolved(family: str, share: str) -> int:
-    """Slots.
+    """Returns the budget in slots.
 
     Raises:
         UsageError: a budget that is no number of slots.

@@ -1,4 +1,4 @@
-"""The whole story in minutes on a laptop: label, train, compare.
+"""Labels, trains and compares, in minutes on a laptop.
 
     python recipes/demo.py                       # or scripts/demo, which sets everything up first
 
@@ -63,7 +63,7 @@ class Config:
 
 
 def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
-    """Label what is not labelled yet, and train unless a scorer of the same labels, steps and base is there."""
+    """Labels what is not labelled yet, and trains unless a scorer of the same labels, steps and base is there."""
     console.rule("1. golden labels: what the future attends to")
     labels = out / f"labels-{documents}-{base_hash[:8]}"
     oracle.main(oracle.Config(out=labels, documents=documents, families=",".join(FAMILIES)))
@@ -80,7 +80,7 @@ def learn(out: Path, base_hash: str, documents: int, steps: int) -> Path:
 def compare(
     plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], subject: EvaluatedModel, out: Path
 ) -> tuple[list[Row], SampleLog]:
-    """Run every method on the same unseen samples."""
+    """Runs every method on the same unseen samples."""
     console.rule("3. reasoning under a small cache")
     bar = Progress(
         TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -124,7 +124,7 @@ def comparison(log: SampleLog, plan: Plan, names: Sequence[str]) -> tuple[Table,
 
 
 def shares(log: SampleLog, plan: Plan, method: str, family: str, budget: str, what: str) -> list[float]:
-    """One number per sample, as a share of the tokens that the family checks."""
+    """Returns one number per sample, as a share of the tokens of the family's answer masks."""
     found, seen = (
         log.column(Key(one, family, budget, "teacher"), plan.seeds, kind)
         for one, kind in ((method, what), (SCORER, "seen"))
@@ -135,7 +135,7 @@ def shares(log: SampleLog, plan: Plan, method: str, family: str, budget: str, wh
 
 
 def show(rows: Sequence[Row]) -> Table:
-    """Accuracy and bytes of every method."""
+    """Returns a table of the accuracy and bytes of every method."""
     table = Table(title="unseen samples: step accuracy (teacher-forced), exact match (free generation), cache")
     for name in ("family", "budget", "method", "step accuracy", "exact match", "peak KiB", "full KiB"):
         table.add_column(name, justify="left" if name in ("family", "method") else "right")
@@ -149,7 +149,7 @@ def show(rows: Sequence[Row]) -> Table:
 
 
 def main(out: Path, samples: int, documents: int, steps: int) -> bool:
-    """Label, train, compare, report; True if the scorer beats every baseline at both budgets."""
+    """Labels, trains, compares and reports; returns True if the scorer beats every baseline at both budgets."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = testbed.load()

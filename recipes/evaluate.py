@@ -1,4 +1,4 @@
-"""The comparisons behind docs/results.md: methods x families x budgets on the bundled model, on seeds nobody trained on.
+"""Runs the comparisons behind docs/results.md: methods x families x budgets on the bundled model, on test seeds.
 
     python recipes/evaluate.py                                              # everything; hours on two cores
     python recipes/evaluate.py --stage main --families recall               # a part of it, e.g. one process per family
@@ -51,7 +51,7 @@ SMOKE = {"families": "recall", "samples": 4, "tuning_samples": 4, "out": "runs/e
 
 @dataclass(frozen=True)
 class Config:
-    """What to run and where to put it."""
+    """The stages to run, and where their numbers go."""
 
     stage: str = flag("all", f"all, or some of {', '.join(STAGES)} between commas")
     families: str = flag(",".join(testbed.FAMILIES), "names between commas")
@@ -78,7 +78,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Run the stages asked for, family by family."""
+    """Runs the stages, family by family."""
     families = listed(config.families)
     family_tasks(families)  # refuses those that do not exist
     torch.set_num_threads(config.threads)
@@ -97,7 +97,7 @@ def main(config: Config) -> None:
 
 
 def everybody(config: Config, subject: EvaluatedModel) -> dict[str, EvaluatedMethod]:
-    """All that can take part, by name: methods in their order, of one method the refined gates last."""
+    """Returns the evaluated methods by name, in their order, of one method the refined gates last."""
     folders = sorted(Path(config.gates).glob("testbed-*"), key=lambda path: path.name, reverse=True)
     gates = {folder.name.removeprefix("testbed-"): Gates.load(folder, subject.model) for folder in folders}
     found: dict[str, EvaluatedMethod] = {}
@@ -109,7 +109,7 @@ def everybody(config: Config, subject: EvaluatedModel) -> dict[str, EvaluatedMet
 
 
 def drop(config: Config, stage: str, family: str) -> None:
-    """Forget a method's numbers, so that they are made anew."""
+    """Removes a method's numbers, so that they are made anew."""
     out = rows_path(config, stage, family)
     with locked(out if out.parent.exists() else None):
         for name in listed(config.replace):
@@ -133,7 +133,7 @@ def tune(config: Config, subject: EvaluatedModel, family: str, field: dict[str, 
 
 
 def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], field: dict[str, EvaluatedMethod]) -> None:
-    """One table, one family."""
+    """Runs one table for one family."""
     stage, family = cell
     plan = Plan(
         family_tasks([family]),
@@ -172,7 +172,7 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
 
 
 def settings(config: Config, subject: EvaluatedModel, family: str, field: dict[str, EvaluatedMethod]) -> Tuned:
-    """Tuned settings, from the family's own file if it is there: no other process writes that one."""
+    """Returns tuned settings, from the family's own file if it is there: no other process writes that one."""
     part = part_path(config, family)
     known = tuning.load(part if part.exists() else tuned_path(config))
     known.check(weight_hash(subject.model), {name: field[name].gates for name in tuning.TABLES if name in field})
@@ -187,18 +187,18 @@ def budgets(config: Config, usual: Sequence[str]) -> tuple[str, ...]:
 
 
 def rows_path(config: Config, stage: str, family: str) -> Path:
-    """Where rows go."""
+    """Returns the path of rows."""
     return Path(config.out) / ("tuning" if stage == "tune" else stage) / f"{family}.jsonl"
 
 
 def tuned_path(config: Config) -> Path:
-    """Where tuned settings are kept: inside the package, so that `learnevict eval --tuned` finds them, or in another --out."""
+    """Returns the path of tuned settings: in the package, where `learnevict eval --tuned` looks, or in another --out."""
     usual = Path(config.out).resolve() == Path(Config.out).resolve()
     return tuning.TUNED if usual and not config.smoke else Path(config.out) / "tuned.json"
 
 
 def part_path(config: Config, family: str) -> Path:
-    """Where one family's settings are kept, beside the numbers they come from."""
+    """Returns the path of one family's settings, beside the numbers they come from."""
     return Path(config.out) / "tuning" / f"{family}.tuned.json"
 
 
@@ -208,7 +208,7 @@ def listed(text: str) -> list[str]:
 
 
 def check_names(names: Sequence[str], field: dict[str, EvaluatedMethod]) -> None:
-    """Refuse who cannot take part.
+    """Raises a UsageError for names that cannot take part.
 
     Raises:
         UsageError: naming who can.

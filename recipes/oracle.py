@@ -1,4 +1,4 @@
-"""Label documents with golden attention, into a store that survives being killed.
+"""Labels documents with golden attention, into a store that a killed run goes on with.
 
     python recipes/oracle.py --out runs/labels                              # the testbed
     python recipes/oracle.py --model path/to/model --data texts.jsonl --out runs/labels
@@ -61,7 +61,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Label what is missing."""
+    """Labels the documents that are missing."""
     state = processes()
     quiet(bars=False)
     model, tokenizer = load_base(config.model, device=str(state.device), allow_pickle=config.allow_pickle)
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
 
 
 def watched(shards: Sequence[int]) -> Iterable[int]:
-    """A bar for the main process's share."""
+    """Yields documents under a progress bar of the main process's share."""
     return track(shards, "labelling", disable=not shards)
 
 

@@ -1,4 +1,4 @@
-"""Train the bundled reasoning model from scratch: the clean tasks first, then decoys, then filler.
+"""Trains the bundled reasoning model from scratch: the clean tasks first, then decoys, then filler.
 
     torchrun --nproc-per-node 2 recipes/pretrain.py --compiled   # one thread per process: two CPU cores
     python recipes/pretrain.py --smoke                           # seconds, same code
@@ -106,17 +106,17 @@ class Config:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of it but folders."""
+        """Returns all settings but folders."""
         return {**asdict(self), "out": "", "export_to": ""}
 
     @property
     def target(self) -> Path:
-        """The folder of the exported model."""
+        """Returns the folder of the exported model."""
         return Path(self.export_to or (Path(self.out) / "data" if self.smoke else testbed.path()))
 
 
 def build_model(config: Config) -> Qwen3ForCausalLM:
-    """A randomly initialised model whose vocabulary is the testbed's."""
+    """Returns a randomly initialised model whose vocabulary is the testbed's."""
     torch.manual_seed(config.seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -130,7 +130,7 @@ def build_model(config: Config) -> Qwen3ForCausalLM:
 
 
 def build_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms. A group's `peak` is its learning rate."""
+    """Returns Muon for the matrices of the layers, AdamW for embeddings and norms; a group's `peak` is its learning rate."""
     matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
     others = [value for name, value in model.named_parameters() if value.ndim < 2 or "embed" in name]
     muon, adam = Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
@@ -139,7 +139,7 @@ def build_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optim
 
 
 def forward(model: Qwen3ForCausalLM, samples: list[Sample], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, hits, checked marks and sample rows of all tokens with weight."""
+    """Returns losses, hits, answer masks and sample rows of all tokens with weight."""
     ids, weights, checked = (tensor.to(device) for tensor in to_tensors(samples, IDS))
     rows, columns = weights[:, 1:].nonzero(as_tuple=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
@@ -158,7 +158,7 @@ def train_step(
     step: int,
     fresh: int = 0,
 ) -> float:
-    """Draw fresh samples, step once, and tell the curriculum how it went; optimisers were new at step `fresh`.
+    """Draws fresh samples, steps once and updates the curriculum; optimisers were new at step `fresh`.
 
     Returns the mean loss.
     """
@@ -187,7 +187,7 @@ def train_step(
 
 
 def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], counts: Tensor, rate: float) -> Tensor:
-    """Step on the mean gradient of all ranks; returns the counts of all ranks."""
+    """Steps on the mean gradient of all ranks, and returns the counts of all ranks."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     counts = sum_over_ranks(gradients, counts)
     for gradient in gradients:
@@ -202,14 +202,14 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], counts: Te
 
 
 def schedule(config: Config, step: int, fresh: int) -> float:
-    """Linear warm-up from the step at which the optimisers were new, constant, cosine to a twentieth at the end."""
+    """Returns the factor of the learning rate: warm-up from step `fresh`, constant, cosine to a twentieth at the end."""
     left = (config.steps - step) / max(1, config.cooldown)
     fall = 1.0 if left >= 1 else 0.05 + 0.95 * (0.5 - 0.5 * math.cos(math.pi * left))
     return min(1.0, (step + 1 - fresh) / config.warmup) * fall
 
 
 def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
-    """Per family on validation seeds: accuracy on answer-mask tokens and share of samples with every token right."""
+    """Returns, by family on validation seeds, accuracy on answer-mask tokens and the share of samples with no wrong token."""
     result: dict[str, dict[str, float]] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
@@ -219,7 +219,7 @@ def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, d
 
 
 def answer(model: Any, config: Config, num_samples: int, length: str = "normal") -> dict[str, float]:
-    """Per family on validation seeds: exact match of the final answer under greedy generation."""
+    """Returns, by family on validation seeds, the exact match of the final answer under greedy generation."""
     result: dict[str, float] = {}
     for family in testbed.FAMILIES:
         samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
@@ -228,7 +228,7 @@ def answer(model: Any, config: Config, num_samples: int, length: str = "normal")
 
 
 def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    """Write a checkpoint beside the old one and swap, so that a killed run always finds a whole one."""
+    """Writes a checkpoint beside the old one and swaps them, so that a killed run always finds a complete one."""
     moments: dict[str, Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         for index, entry in optimizer.state_dict()["state"].items():
@@ -240,7 +240,7 @@ def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 
 
 def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any] | None:
-    """Load the checkpoint if there is one; returns its state."""
+    """Loads the checkpoint if there is one, and returns its state."""
     found = folder / "checkpoint"
     if not (found / "state.json").exists():
         return None
@@ -255,14 +255,14 @@ def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
 
 
 def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Load weights and training state of an exported model; its optimisers are new."""
+    """Loads weights and training state of an exported model; its optimisers are new."""
     state = json.loads((folder / "record.json").read_text())["training"]
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     return state | {"fresh": state["step"]}
 
 
 def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """Write the exported model: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
+    """Writes the exported model: bfloat16 weights, tokenizer, and a record of what they reach once reloaded."""
     config.target.parent.mkdir(parents=True, exist_ok=True)
     with (
         locked(config.target.with_name(config.target.name + ".export")),
@@ -272,7 +272,7 @@ def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str, Any]:
-    """All files of an exported model; returns the record among them."""
+    """Writes all files of an exported model, and returns the record among them."""
     model = build_model(config)
     model.load_state_dict(load_file(Path(config.out) / "checkpoint/model.safetensors"), strict=False)
     model.to(torch.bfloat16).save_pretrained(fresh)
@@ -294,14 +294,14 @@ def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str,
 
 
 def stage(config: Config, begin: int) -> dict[str, Any]:
-    """What the record keeps of a run that begins at this step: a resumed run may change its flags."""
+    """Returns what the record keeps of a run that begins at this step: a resumed run may change its flags."""
     return {"from": begin, "fingerprint": testbed.fingerprint(), **config.settings}
 
 
 def train(
     config: Config, model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> None:
-    """All steps from where the state stands; rank 0 logs, saves and evaluates."""
+    """Runs all steps from where the state stands; rank 0 logs, saves and evaluates."""
     for layer in model.model.layers if config.compiled else ():
         layer.compile(dynamic=True)
     curriculum, running, begin = Curriculum(state.get("curriculum")), 0.0, state["step"]
@@ -324,7 +324,7 @@ def train(
 
 
 def settle(config: Config) -> None:
-    """Refuse folders that hold something else, and finish what a killed run had begun to replace.
+    """Refuses folders that hold something else, and finishes what a killed run had begun to replace.
 
     Raises:
         UsageError: checkpoints would lie in the folder that is replaced.
@@ -341,7 +341,7 @@ def settle(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Train, or with `export` only write what the last checkpoint holds."""
+    """Trains, or with `export` only writes what the last checkpoint holds."""
     torch.set_num_threads(config.threads)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")

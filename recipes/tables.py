@@ -1,4 +1,4 @@
-"""Fit the table baselines, lexical and clausal, and tune their recency bonus on validation seeds.
+"""Fits the table baselines, lexical and clausal, and tunes their recency bonus on validation seeds.
 
     python recipes/tables.py --output_dir runs/tables
 
@@ -52,7 +52,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Fit on training seeds, choose bonuses by step accuracy on validation seeds, save."""
+    """Fits on training seeds, chooses bonuses by step accuracy on validation seeds, and saves the gates."""
     out, told = Path(config.output_dir), {"documents": config.documents, "samples": config.samples}
     if any(out.glob("testbed-*")) and (own_record(out, "tables") or {}).get("config") != told:
         raise UsageError(f"{str(out)!r} holds tables of another run; choose another --output_dir")
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
 def fit_tables(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], gates: list[Gates], block: int
 ) -> None:
-    """Set each entry of the gates' tables to the mean, over a training set, of the largest label after a token's own block.
+    """Sets each entry of the gates' tables to the mean, over a training set, of the largest label after a token's own block.
 
     Args:
         batches: (input_ids, attention_mask) pairs, int64 [B, T].
@@ -108,7 +108,7 @@ def fit_tables(
 
 
 def tune(gates: Gates, plan: Plan, subject: EvaluatedModel) -> dict[float, float]:
-    """Set the bonus that does best; returns the step accuracy of each."""
+    """Sets the bonus that does best, and returns the step accuracy of each."""
     tried: dict[float, float] = {}
     field = [evaluated_method(gates.method, gates)]
     with progress(len(BONUSES) * count(plan, field)) as advance:

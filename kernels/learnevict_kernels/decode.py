@@ -22,7 +22,7 @@ def split_kernel(
     scaling, G, N, D, DV, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, H, per_split,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """part [B*H, S, G, DV], top and sum [B*H, S, G]: softmax over one split, not yet normalised."""
+    """Writes the softmax over one split, not yet normalised: part [B*H, S, G, DV], top and sum [B*H, S, G]."""
     head, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, d, dv, n = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
     q = tl.load(q_ptr + head * G * D + row[:, None] * D + d[None, :], (row[:, None] < G) & (d[None, :] < D), other=0.0)
@@ -54,7 +54,7 @@ def split_kernel(
 
 @triton.jit
 def join_kernel(part_ptr, top_ptr, sum_ptr, out_ptr, G, S, DV, DVP: tl.constexpr):
-    """out [B*H, G, DV]: splits weighted by their share of the whole softmax."""
+    """Writes out [B*H, G, DV]: the splits weighted by their share of the softmax."""
     head, row = tl.program_id(0), tl.program_id(1)
     dv = tl.arange(0, DVP)
     top, total = tl.full([1], -1.0e30, tl.float32), tl.zeros([1], tl.float32)
@@ -71,7 +71,7 @@ def join_kernel(part_ptr, top_ptr, sum_ptr, out_ptr, G, S, DV, DVP: tl.constexpr
 
 
 def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Launcher; see learnevict.ops.slot_attention_reference. Rows of keys and values must be contiguous."""
+    """Launches the kernels; see learnevict.ops.slot_attention_reference. Rows of keys and values must be contiguous."""
     batch, heads, group, width = query.shape
     num, out_width = keys.shape[2], values.shape[-1]
     assert group <= ROWS, "learnevict.ops.slot_attention sends larger groups to the reference"
@@ -95,5 +95,5 @@ def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
 
 
 def register(device: str) -> None:
-    """Make this the implementation of `learnevict::slot_attention` for tensors on `device`."""
+    """Makes this the implementation of `learnevict::slot_attention` for tensors on `device`."""
     slot_attention_op.register_kernel(device)(slot_attention)

@@ -92,7 +92,7 @@ class Case:
 
     @cached_property
     def golden(self) -> Trace:
-        """Uniform golden eviction."""
+        """Returns the trace of uniform golden eviction."""
         return self.follow(self.golden_labels)
 
     def roll(self) -> Roll:

@@ -1,4 +1,4 @@
-"""What recipes/compare_labels.py has tried, kept in one JSON file, and the table made of it."""
+"""The file of what recipes/compare_labels.py has measured, and the table made of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tried:
 
     @property
     def accuracy(self) -> float:
-        """Step accuracy."""
+        """Returns the step accuracy."""
         return sum(self.right) / sum(self.seen)
 
     @property

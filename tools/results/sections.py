@@ -1,4 +1,4 @@
-"""What docs/results.md says of one comparison: an overview over all families, and each family behind a fold."""
+"""The sections of docs/results.md for one comparison: an overview over all families, and each family behind a fold."""
 
 from __future__ import annotations
 
