@@ -226,8 +226,8 @@ def check_method(name: str) -> None:
         methods.load(name)
 
 
-def path(word: str) -> Path:
-    """Returns a path that was given on a command line.
+def path(word: str | Path) -> Path:
+    """Returns a path that was given on a command line, or that is the default.
 
     Raises:
         BadParameter: it is empty, as "$UNSET" is; pathlib would take that for the current folder.
