@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tests.laws import zoo
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-TOKENS = [*bytes_to_unicode().values(), "ĠĠ", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = [*bytes_to_unicode().values(), "ĠĠ", "ĠĠĠĠ", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def build() -> LlamaForCausalLM:
@@ -33,7 +33,7 @@ def interleaved(weight: Tensor, num_heads: int) -> np.ndarray:
 
 
 def write(model: LlamaForCausalLM, path: Path) -> None:
-    """The file, with weights in float32 and a tokenizer of single bytes and one merge."""
+    """The file, with weights in float32 and a tokenizer of single bytes and two merges."""
     config, names = model.config, get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -50,7 +50,7 @@ def write(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([TokenType.NORMAL] * (len(TOKENS) - 3) + [TokenType.CONTROL] * 3)
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ ĠĠ"])
     for add, token in (
         (writer.add_bos_token_id, "<|im_start|>"), (writer.add_eos_token_id, "<|im_end|>"),
         (writer.add_unk_token_id, "<|endoftext|>"), (writer.add_pad_token_id, "<|im_end|>"),
