@@ -33,7 +33,7 @@ class Config:
     """Flags of this program."""
 
     out: Path = flag(Path("runs/labels"), "a folder; what is in it is kept")
-    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    model: str = flag("testbed", "base model: testbed, a folder, a name of `learnevict model list` or a Hub id")
     allow_pickle: bool = flag(
         False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
     )

@@ -45,7 +45,7 @@ class RefineProgramConfig:
     """Settings of a refinement: the gates, and the texts."""
 
     start_from: str = flag(str(GATES_FOLDER / "testbed-foresightkv-sl"), "gates that score slots, a folder or Hub id")
-    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    model: str = flag("testbed", "base model: testbed, a folder, a name of `learnevict model list` or a Hub id")
     allow_pickle: bool = flag(
         False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
     )

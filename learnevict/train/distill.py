@@ -46,7 +46,7 @@ class DistillConfig:
 
     method: str = flag("foresightkv", "a name of `learnevict list`, or the import path of your own")
     start_from: str | None = flag(None, "gates to train further, a folder or Hub id; their settings hold")
-    model: str = flag("testbed", "base model: testbed, a folder or a Hub id")
+    model: str = flag("testbed", "base model: testbed, a folder, a name of `learnevict model list` or a Hub id")
     allow_pickle: bool = flag(
         False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
     )

@@ -323,3 +323,28 @@ def test_an_ablation_goes_on_and_refuses_other_terms(parsed, tmp_path):
     assert (tmp_path / "a.json").read_text() == before and before.count('"name"') == 2
     with pytest.raises(UsageError, match="other rows"):
         ablate.main(parsed("ablate", [*words, "--rows", "16"]))
+
+
+# --- texts ---
+
+
+def test_texts_are_cut_at_paragraphs_and_parted(parsed, tmp_path, capsys):
+    texts = imported("texts")
+    for _ in range(2):  # the second takes the place of the first
+        texts.main(parsed("texts", ["--smoke", "--out", str(tmp_path / "prose")]))
+    read = {name: (tmp_path / "prose" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")}
+    train, test = ([json.loads(line)["text"] for line in lines] for lines in read.values())
+    assert len(train) > 3 * len(test) > 0
+    assert all(len(one) >= 12_000 for one in test)
+    assert (tmp_path / "prose" / "text.txt").read_text() == "\n\n".join(test)
+    (tmp_path / "prose" / "mine.txt").write_text("x")
+    with pytest.raises(DataError, match=r"holds mine\.txt, not written by this program"):
+        texts.main(parsed("texts", ["--smoke", "--out", str(tmp_path / "prose")]))
+
+
+def test_texts_of_a_page_are_its_prose(tmp_path):
+    page = tmp_path / "page.html"
+    menu, listed = "<dl><dt>menu</dt></dl>", '<ul><li><div class="para">\n\t\tThree.<br/></div></li></ul>'
+    page.write_text(f"<title>T</title><h1>Head</h1>{menu}<p>One <b>bold</b> &amp; two.</p>{listed}")
+    text = imported("texts").read_files([page])
+    assert [part.strip("\n") for part in text.split("\n\n")][:3] == ["Head", "One bold & two.", "Three."]
