@@ -21,7 +21,7 @@ from learnevict.evals.records import read_rows
 from learnevict.evals.report import write_report
 from learnevict.evals.viz import page
 from learnevict.hub import GATES_FOLDER, Address, GatesConfig, make_card, weight_hash
-from learnevict.infer.prompts.printing import printer
+from learnevict.infer.generate import printer
 from learnevict.signals import NEVER, Trace
 from learnevict.untrusted import CONTROLS, one_line, printable, spreadsheet_cell
 

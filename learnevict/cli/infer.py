@@ -101,7 +101,7 @@ def _check_sources(prompt: o.PromptOptions, batch: Path | None, out: Path | None
 
 def _answer_one(opened: OpenedModel, request: Request, as_json: bool, **sampling: Any) -> None:
     """Streams the answer, then the figures; or prints both as one JSON object."""
-    from learnevict.infer.prompts.printing import printer
+    from learnevict.infer.generate import printer
 
     if opened.eviction.golden:
         say("golden runs twice: first with a full cache, to learn what the future needs, then under that trace")

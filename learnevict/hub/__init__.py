@@ -6,7 +6,7 @@ from learnevict.hub.download import fetch, install
 from learnevict.hub.gates import GATES_FOLDER, Gates, locate
 from learnevict.hub.repo import Address
 from learnevict.hub.share import open_repository, pull_folder, push_folder, write_card
-from learnevict.infer.model.fingerprint import layout_of, weight_hash
+from learnevict.infer.model.supported import layout_of, weight_hash
 
 __all__ = [
     "GATES_FOLDER",

@@ -16,7 +16,7 @@ from learnevict.hub.config import GatesConfig
 from learnevict.hub.gates import TESTBED, Gates
 from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID
-from learnevict.infer.model.fingerprint import weight_hash
+from learnevict.infer.model.supported import weight_hash
 from learnevict.untrusted import one_line
 
 TEMPLATE = Path(__file__).with_name("card.md")

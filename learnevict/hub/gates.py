@@ -25,7 +25,7 @@ from learnevict.hub.config import GatesConfig
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
-from learnevict.infer.model.fingerprint import check_base, layout_of, weight_hash
+from learnevict.infer.model.supported import check_base, layout_of, weight_hash
 from learnevict.policy import Gate, Policy
 
 Answer = TypeVar("Answer")

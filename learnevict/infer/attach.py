@@ -1,9 +1,7 @@
 """Hooks that let a model read and write an EvictingCache; everything is undone on exit.
 
-Four pieces, none of them on the model's classes: an attention function and a mask function registered with transformers
-under the name "learnevict", hooks on the decoder that open and close each forward, a hook on every attention
-module that hands it to the active run (infer.run), and a generate() of this one model that looks at the
-prompt first.
+They are: an attention and a mask function registered with transformers under the name "learnevict", hooks that open and close
+each forward and hand attention modules to the active run, and a generate() of this model that looks at the prompt first.
 """
 
 from __future__ import annotations
@@ -22,9 +20,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from learnevict.errors import CacheError, UnusedCacheWarning, UsageError
-from learnevict.infer.attention import plain_attention
+from learnevict.infer.attention import RUN, Step, plain_attention, running
 from learnevict.infer.cache import EvictingCache
-from learnevict.infer.model.fingerprint import check_base, device_for
 from learnevict.infer.model.modules import (
     Rotation,
     attention_modules,
@@ -33,8 +30,7 @@ from learnevict.infer.model.modules import (
     front_of,
     rotation_of,
 )
-from learnevict.infer.model.supported import evicting_layers
-from learnevict.infer.run import RUN, Step, running
+from learnevict.infer.model.supported import check_base, device_for, evicting_layers
 from learnevict.infer.serve import Serve, by_name, checked_generate
 from learnevict.infer.soft import Soft, soft_gate
 from learnevict.policy import AnyPolicy, governor
@@ -58,13 +54,7 @@ _hooked: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDict
 
 
 class Attachment:
-    """Keeps a model's hooks alive; a context manager that yields its cache, or how it is softened.
-
-    Args:
-        model: the model.
-        cache: yielded on entry; None if only hooks were asked for.
-        soft: yielded instead; inside, forwards without cache are weighed by its gate.
-    """
+    """Keeps a model's hooks alive; a context manager that yields its cache, or the Soft that weighs forwards inside."""
 
     def __init__(self, model: PreTrainedModel, cache: EvictingCache | None, soft: Soft | None = None) -> None:
         self.model, self.cache, self.soft = model, cache, soft
@@ -73,7 +63,6 @@ class Attachment:
         self.active = True
 
     def detach(self) -> None:
-        """Remove the hooks, unless another attachment still needs them."""
         if self.active:
             self.active = False
             unhook(self.model)
@@ -102,19 +91,17 @@ def attach(
     prompt_length: list[int] | None = None,
     soft: bool = False,
 ) -> Attachment:
-    """Let `model` use evicting caches.
+    """Let `model`, any that dispatches through transformers' attention interface, use evicting caches.
 
     Args:
-        model: any causal language model of transformers that dispatches through its attention interface.
-        policy: governs the cache that `with attach(model, policy) as cache:` yields, as of EvictingCache. Without one only
-            hooks are set, and `EvictingCache(model.config, policy)` makes caches.
-        record: the cache keeps its expiry trace.
-        prompt_length: see EvictingCache.
+        policy: governs the cache that `with attach(model, policy) as cache:` yields. Without one only hooks are set, and
+            `EvictingCache(model.config, policy)` makes caches.
+        record, prompt_length: see EvictingCache.
         soft: the policy's gate weighs attention instead of evicting, as soft gates are trained: inside `with`, call the model
             on whole texts without a cache. Yields a learnevict.infer.soft.Soft, whose `notes` are the gate's.
 
     Returns:
-        An Attachment: a context manager yielding the cache; `detach()` ends it outside `with`.
+        A context manager; `detach()` ends it outside `with`.
 
     Raises:
         UsageError: soft without a policy whose scorer is a SoftGate, or with options of a cache.
@@ -227,15 +214,7 @@ def attention_function(
     learnevict: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered with transformers: that of the active run, or plain attention for stock layers.
-
-    Args:
-        query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv]; post-RoPE.
-        attention_mask: from `mask_function`.
-
-    Returns:
-        [B, S, Hq, dv] and None (probabilities are not returned).
-    """
+    """The attention function registered with transformers: [B, S, Hq, dv], and no probabilities."""
     if kwargs.get("cache") is not None:
         raise CacheError(
             "continuous batching (PagedAttentionCache) shares blocks between heads, so heads cannot evict apart"

@@ -1,6 +1,16 @@
-"""Attention over stored slots: the one place where queries meet keys, for the event loop and for replay."""
+"""How layers attend: the run that decides it in a forward, and the one place where queries meet keys.
+
+One Run is active in a thread at a time, of nested ones the innermost: it serves a cache, replays a trace, weighs softly, or
+asks a probe. Hooks on the model (infer.attach) call it.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,17 +20,63 @@ from learnevict.infer.store.slots import SlotPool
 from learnevict.ops import runs_in_torch, slot_attention
 from learnevict.signals import NEVER, Attention, Signals
 
+Arguments = dict[str, Any]
+
+
+class Run(ABC):
+    """Decides how the layers of a forward attend."""
+
+    def begin(self, given: Arguments) -> Arguments | None:
+        """Called before a forward with its arguments by name; returns those it is to run with, None if they are the same."""
+        return None
+
+    def end(self, output: Any) -> Any:
+        """Called after a forward with what it returned, None after an error; returns what it returns instead, or None."""
+        return None
+
+    @abstractmethod
+    def takes(self, layer: int) -> bool:
+        """Whether this layer attends through `attend`, asked before its module runs; if not, it attends as it always does."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
+    ) -> Tensor:
+        """Returns the attention of one layer, [B, Hq, S, dv].
+
+        Args:
+            query: [B, Hq, S, d]; key [B, H, S, d]; value [B, H, S, dv]; post-RoPE.
+            hidden: inputs of the attention module [B, S, E].
+        """
+
+    def masks(self, window: int | None) -> bool:
+        """Whether visibility in layers with this sliding window (None: full attention) is decided without a mask."""
+        return window is None
+
+
+RUN: ContextVar[Run | None] = ContextVar("learnevict_run", default=None)
+
+
+@contextmanager
+def running(run: Run) -> Generator[None]:
+    """Inside, `run` is the active one."""
+    token = RUN.set(run)
+    try:
+        yield
+    finally:
+        RUN.reset(token)
+
+
+class Step(NamedTuple):
+    """What the hook on an attention module hands to its attention function; `hidden` are the module's inputs [B, S, E]."""
+
+    run: Run
+    hidden: Tensor | None
+    frequencies: Tensor | None
+
 
 def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> Tensor:
-    """One query per row over every occupied slot, without keeping the probabilities.
-
-    Args:
-        store: slots of the layer, the query's own token included.
-        query: [B, Hq, 1, d], post-RoPE.
-
-    Returns:
-        [B, Hq, 1, dv]
-    """
+    """One query per row [B, Hq, 1, d] over every occupied slot, its own included: [B, Hq, 1, dv], and no probabilities."""
     batch, query_heads = query.shape[:2]
     plain = attention.softcap is None and attention.sinks is None
     if not plain or isinstance(store, PagePool):
@@ -44,11 +100,7 @@ def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attentio
 
 
 def block_attention(store: SlotPool | PagePool, signals: Signals) -> tuple[Tensor, Tensor]:
-    """A block of fresh queries over the slots; causal inside the block, padding sees nothing.
-
-    Returns:
-        output [B, Hq, S, dv] and probabilities float32 [B, H, G, S, N].
-    """
+    """A block of fresh queries over the slots, causal inside it: [B, Hq, S, dv] and probabilities float32 [B, H, G, S, N]."""
     batch, query_heads, size, width = signals.query.shape
     heads = store.position.shape[1]
     logits = store.logits(signals.query.reshape(batch, heads, -1, width))
@@ -67,16 +119,13 @@ def replay_attention(
     attention: Attention,
     block: int = 128,
 ) -> Tensor:
-    """Causal attention in which token i of a head is visible to query t iff i <= t < expiry[i].
+    """Causal attention in which token i of a head is visible to query t iff i <= t < expiry[i]: [B, Hq, T, dv].
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
         expiry: int32 [B, H, T].
         valid: bool [B, T], False for padding; None if there is none.
         block: queries per tile; never [T, T].
-
-    Returns:
-        [B, Hq, T, dv]
     """
     batch, query_heads, length, _ = query.shape
     heads = key.shape[1]
@@ -96,14 +145,11 @@ def replay_attention(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-    """Attention of a layer that keeps its stock cache.
+    """Attention of a layer that keeps its stock cache, [B, Hq, S, dv].
 
     Args:
         query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv].
         mask: additive [B, 1, S, N], 0 where visible and negative elsewhere.
-
-    Returns:
-        [B, Hq, S, dv]
     """
     batch, query_heads, size, width = query.shape
     heads, num = key.shape[1:3]

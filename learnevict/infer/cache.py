@@ -94,10 +94,7 @@ class EvictingCache(Cache):
     def admit(
         self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, ends: Ends
     ) -> None:
-        """A forward is to be read; called by the hook on the model, before any layer runs. See Conversation.admit.
-
-        What `mask` hides although it was read as text is taken back, with a PaddingReadWarning: what it has evicted is gone.
-        """
+        """Checks and notes a forward before any layer runs; what `mask` hides although it was read as text is taken back."""
         hidden = self.conversation.admit(source, tokens, mask, position_ids, self.places, ends)
         self._warn_of_pieces()
         if hidden is not None:
@@ -108,7 +105,6 @@ class EvictingCache(Cache):
             warn_of_padding(max(lost) if self.policy.schedule.active else 0)
 
     def begin(self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Plan an admitted forward, or the next piece of one; arguments as in `admit`."""
         size, talk = source.shape[1], self.conversation
         shown = None if talk.step and talk.turn_end else mask
         self.clock.read(source.shape[0], size, shown, tokens, source.device, single=talk.step, padded=talk.padded)
@@ -119,32 +115,18 @@ class EvictingCache(Cache):
         self.places = None if position_ids is None else position_ids[..., -1:]
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See Cache."""
         with ordinary_tensors():
             return super().update(*args, **kwargs)
 
     def end(self) -> None:
-        """What `begin` planned is over, and so are its events; called by the hook on the model."""
         self.clock.commit()
 
     def starts_with(self, ids: Any, attention_mask: Tensor | None = None) -> bool:
-        """Whether a text begins with all that was read and goes on, so that generate() may be given both.
-
-        Args:
-            ids: the whole conversation, int64 [tokens] or [batch, tokens], tensor or lists.
-            attention_mask: [batch, tokens], 0 = padding; None: columns that were read as padding are not compared.
-
-        Raises:
-            UsageError: ids of another shape.
-        """
+        """Whether a text [T] or [B, T], tensor or lists, begins with all that was read (padding aside) and goes on."""
         return self.conversation.starts(as_batch(ids), attention_mask)
 
     def check_served(self) -> None:
-        """Called by the hook on the model when the layers of a forward have run.
-
-        Raises:
-            ModelError: an evicting layer was not served by learnevict's attention, so its slots are not what was read.
-        """
+        """Raises ModelError if, after a forward, an evicting layer was not served by learnevict's attention."""
         missed = [layer.place.index for layer in self._slots() if not layer.attended]
         if missed:
             raise ModelError(
@@ -195,15 +177,11 @@ class EvictingCache(Cache):
 
     @property
     def aux_nbytes(self) -> int:
-        """Bytes of positions, ledgers, query rings and tables."""
+        """Bytes of positions, per-slot state, query rings and tables."""
         return sum(layer.aux_nbytes for layer in self._slots())
 
     def positions(self, layer: int) -> Tensor:
-        """Which token each slot of a layer holds, int32 [B, H, slots], -1 = empty.
-
-        Raises:
-            CacheError: the layer keeps its stock cache or has not run yet.
-        """
+        """Which token each slot of an evicting layer that has run holds, int32 [B, H, slots], -1 = empty."""
         found = self.layers[layer]
         if not isinstance(found, EvictingLayer) or found.store is None:
             raise CacheError(f"layer {layer} holds no slots (evicting layers: {self.evicting}; run the model first)")
@@ -240,11 +218,9 @@ class EvictingCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: evicted tokens cannot be brought back."""
         return False
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Refused; see EvictingLayer.crop."""
         raise CacheError(NO_CROP)
 
     def reset(self) -> None:
@@ -262,11 +238,7 @@ class EvictingCache(Cache):
                 self.layers[index] = stock[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row beam_idx[i], slots and ledger and clock alike (beam search).
-
-        Raises:
-            CacheError: a trace is being recorded; beams have no single history.
-        """
+        """Row i becomes row beam_idx[i] (beam search); refused while a trace is recorded, as beams have no single history."""
         if self.record and any(layer.expiry is not None for layer in self._slots()):
             raise CacheError("beams record no trace; create the cache with record=False")
         with ordinary_tensors():
@@ -283,12 +255,10 @@ class EvictingCache(Cache):
             layer.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
         rows = torch.arange(len(self.clock.seen)).repeat_interleave(repeats)
         self.reorder_cache(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
         self.reorder_cache(indices)
 
 

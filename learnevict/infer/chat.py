@@ -19,15 +19,9 @@ class Chat:
     A chat template may write earlier turns otherwise than they were read (it may drop what a model thought). The cache then
     forgets all and reads the conversation anew, as the template has it.
 
-    Args:
-        model: the model.
-        tokenizer: its tokenizer, with a chat template.
-        policy: governs the cache.
-        **how: handed to the model's generate(), such as max_new_tokens.
-
     Attributes:
         messages: the conversation so far, {"role", "content"}; a system message may be put in first.
-        cache: the EvictingCache.
+        how: arguments of generate(), such as max_new_tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, policy: AnyPolicy, **how: Any) -> None:
@@ -38,12 +32,7 @@ class Chat:
         self.cache: Any = self.attachment.cache
 
     def ask(self, text: str) -> str:
-        """The model's answer to the user's next words, without special tokens.
-
-        Raises:
-            DataError: the template refuses the message; the conversation is then as it was.
-            UsageError: the tokenizer has no chat template.
-        """
+        """The model's answer to the user's next words; if the template refuses them, the conversation is as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = torch.tensor([read_chat(self.tokenizer, messages)], device=device_of(self.model))
         if not self.cache.starts_with(ids):

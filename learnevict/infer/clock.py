@@ -1,7 +1,7 @@
 """The clock of a conversation batch: which tokens each row has seen, and when its next event is due.
 
-All layers share it. It lives on the host, so no decision about time ever waits for the device; a decode step costs a few
-integer additions. Tokens are cut into blocks on each row's own grid, anchored at its first real token.
+All layers share it. It lives on the host, so no decision about time waits for the device. Tokens are cut into blocks on each
+row's own grid, anchored at its first real token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Block:
         due: rows whose event falls after this block.
         full: rows whose period ends with this block, where an event falls unless the schedule waits for the prompt's end.
         before: real tokens each row had seen before this block.
-        rows: the state of the rows after reading this block, before its event.
         position: int32 [B, W], columns of the whole input, -1 where unused.
+        state, runs: what `rows` is made of.
     """
 
     columns: slice | Tensor
@@ -36,12 +36,18 @@ class Block:
     due: tuple[bool, ...]
     full: tuple[bool, ...]
     before: tuple[int, ...]
-    rows: Rows
     position: Tensor
+    state: list[list[int]]
+    runs: Tensor | None
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows after reading this block, before its event; steps that show the policy nothing make none."""
+        state = torch.tensor(self.state, dtype=torch.int32).to(self.position.device, non_blocking=True)
+        return Rows(*state.unbind(0), runs=self.runs)
 
     @cached_property
     def width(self) -> int:
-        """Tokens of the longest row."""
         return max(self.sizes)
 
     @cached_property
@@ -51,7 +57,6 @@ class Block:
 
     @cached_property
     def after(self) -> list[int]:
-        """Real tokens each row has seen with this block."""
         return [before + size for before, size in zip(self.before, self.sizes, strict=True)]
 
     @cached_property
@@ -105,7 +110,6 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation."""
         self.prompt_length = self.given_prompt_length
         self.length = 0
         self.pending = 0
@@ -124,11 +128,9 @@ class Clock:
         self._table: tuple[list[list[Run]], Tensor | None] = ([], None)
 
     def prompt_tokens(self, row: int) -> int:
-        """Real tokens of the row's prompt read so far."""
         return self.prompt_seen[row] if self.prompt_seen else 0
 
     def reorder(self, index: list[int]) -> None:
-        """Row i becomes what row index[i] was."""
         for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen", "prompt_length"):
             old = getattr(self, name)
             setattr(self, name, old if old is None else [old[i] for i in index])
@@ -188,7 +190,6 @@ class Clock:
         return lost
 
     def commit(self) -> None:
-        """The planned forward has run through all layers."""
         self.length += self.pending
         self.pending = 0
 
@@ -247,12 +248,14 @@ class Clock:
             parts.append(part)
             due.append(self._due(row, size, done[row] == len(queue), single))
             full.append(self._full(row, size, single))
-        rows = self._rows(device)
+        state = [list(part) for part in (self.first, self.now, self.seen, self.block, self.prompt_end)]
+        if self._table[0] != self.runs:
+            self._table = [list(runs) for runs in self.runs], laid_out(self.runs, device)
         columns, position = self._columns(parts, max(sizes), device)
         for row in range(batch):
             if sizes[row] and self.seen[row] % period == 0:
                 self.block[row] = self.now[row] + 1
-        return Block(columns, tuple(sizes), tuple(due), tuple(full), before, rows, position)
+        return Block(columns, tuple(sizes), tuple(due), tuple(full), before, position, state, self._table[1])
 
     def _full(self, row: int, size: int, single: bool) -> bool:
         schedule = self.schedule
@@ -288,9 +291,3 @@ class Clock:
         places = [[*(self.length + c for c in part), *([-1] * (width - len(part)))] for part in parts]
         position = torch.tensor(places, dtype=torch.int32).to(device, non_blocking=True)
         return slice(0, 1) if self.pending == 1 else torch.tensor(columns, dtype=torch.int64, device=device), position
-
-    def _rows(self, device: torch.device) -> Rows:
-        state = torch.tensor([self.first, self.now, self.seen, self.block, self.prompt_end], dtype=torch.int32)
-        if self._table[0] != self.runs:
-            self._table = [list(runs) for runs in self.runs], laid_out(self.runs, device)
-        return Rows(*state.to(device, non_blocking=True).unbind(0), runs=self._table[1])

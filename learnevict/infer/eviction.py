@@ -1,4 +1,4 @@
-"""The end of a block in one layer: notes are brought up to date; where an event is due, the policy is asked what to keep."""
+"""The end of a block in one layer: per-slot state is refreshed; where an event is due, the policy is asked what to keep."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ from learnevict.signals import Signals
 
 @dataclass(frozen=True)
 class Event:
-    """Rows of a layer after a block, and what the policy may see of them.
-
-    Attributes:
-        storage: of the layer.
-        block: the block that was read last.
-        signals: what the policy may see.
-    """
+    """Rows of a layer after the block that was read last, and what the policy may see of them."""
 
     storage: Storage
     block: Block
     signals: Signals
 
     def refresh(self, policy: Governor) -> None:
-        """Let the scorer bring its notes up to date in the rows whose period is over."""
+        """Updates per-slot state in the rows whose period is over."""
         columns, full = self.storage.pool.state.columns, self.block.full
         for name, fresh in policy.scorer.refresh(self.signals).items():
             if not all(full):
@@ -46,7 +40,6 @@ class Event:
         return replace(self, signals=replace(self.signals, memo={}, **parts))  # slots may still move
 
     def targets(self) -> list[int]:
-        """Slots per head that each row may hold after the event."""
         return self.storage.targets_after(self.block)
 
     def crowded(self) -> list[bool]:
@@ -83,11 +76,7 @@ def alone(part: Tensor | None) -> Tensor | None:
 
 
 def check_room(storage: Storage, kept: Tensor, policy: Governor, layer: int) -> None:
-    """What is kept beyond the budget would be overwritten; on CUDA this is a device assertion, which waits for nobody.
-
-    Raises:
-        CacheError: more is kept, bool [B, H, N], than `storage.live` says.
-    """
+    """Raises CacheError if more is kept, bool [B, H, N], than `storage.live`; on CUDA a device assertion, without a wait."""
     room = torch.tensor(storage.live).to(kept.device, non_blocking=True)
     counts = kept.sum(-1)
     most = -(-counts.sum(-1) // counts.shape[1]) if policy.allocator.ragged else counts.amax(-1)

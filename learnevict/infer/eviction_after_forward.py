@@ -33,12 +33,7 @@ def is_deferred(policy: Governor) -> bool:
 
 @torch.no_grad()
 def hold_events(cache: Deferring, decoder: nn.Module) -> None:
-    """Hold the events that the layers of a forward have left; called when its last layer has run.
-
-    Args:
-        cache: what the forward was read into.
-        decoder: reads the probe.
-    """
+    """Holds the events that the layers of a forward have left, when its last layer has run; the decoder reads the probe."""
     policy, layers = cache.policy, [layer for layer in cache.layers if isinstance(layer, EvictingLayer) and layer.due]
     if not layers:
         return

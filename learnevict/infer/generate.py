@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
@@ -23,6 +23,7 @@ from learnevict.infer.model.modules import device_of
 from learnevict.infer.prompts.text_files import checked
 from learnevict.policy import AnyPolicy
 from learnevict.signals import EMPTY, NEVER, Trace
+from learnevict.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,9 @@ class Completion:
 
     Attributes:
         text: the answer without special tokens.
-        prompt: token ids of the prompt.
         tokens: token ids of the answer, the end token included.
         finished: False if the answer was cut at max_new_tokens.
-        prompt_seconds: until the first new token of the batch.
-        tokens_per_second: new tokens of the whole batch per second after the first.
+        prompt_seconds: until the first new token of the batch; `tokens_per_second`: of the whole batch after it.
         kv_bytes: keys and values held at the end; `kv_bytes_peak` at any time; `kv_bytes_full` in a full cache.
         kept: slots held at the end by each kv head of each evicting layer, [L][H] (a full cache: of each layer).
         budget: slots per head the policy was held to at the end; None without a policy.
@@ -82,20 +81,15 @@ def generate(
     record: bool = False,
     **sampling: Any,
 ) -> list[Completion]:
-    """Answer prompts under a policy.
+    """Answer prompts under a policy; a Completion per prompt, in order.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
         policy: governs the cache; None leaves the stock cache and the model's own attention.
         prompts: texts, or token ids from `read_text` and `read_chat`.
         batch_size: prompts per forward, padded on the left.
         streamer: is told every new token.
         record: keep the expiry trace of every row.
-        **sampling: max_new_tokens (256), temperature (0: greedy), seed (0); see `Sampling`.
-
-    Returns:
-        A Completion per prompt, in order.
+        **sampling: see `Sampling`.
 
     Raises:
         DataError: an empty prompt.
@@ -128,23 +122,14 @@ def completions(
 
 
 def read_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a plain text, with the special tokens that the tokenizer adds.
-
-    Raises:
-        DataError: nothing in it, or half of a character.
-    """
+    """Token ids of a plain text, with the special tokens that the tokenizer adds."""
     if not text.strip():
         raise DataError("the prompt is empty; give at least one word")
     return list(tokenizer(checked(text, "the prompt ")).input_ids)
 
 
 def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, up to where the assistant answers.
-
-    Raises:
-        DataError: no messages, or messages that the template refuses.
-        UsageError: the tokenizer has no chat template.
-    """
+    """Token ids of a conversation under the tokenizer's chat template, up to where the assistant answers."""
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template; give a plain prompt, without --chat or messages")
     if not any(str(message.get("content", "")).strip() for message in messages):
@@ -165,7 +150,6 @@ class Stopwatch(BaseStreamer):
         self.calls = 0
 
     def put(self, value: Tensor) -> None:
-        """The prompt at the first call, then one token per row."""
         self.calls += 1
         if self.calls == 2:
             self.first = time.perf_counter()
@@ -173,9 +157,20 @@ class Stopwatch(BaseStreamer):
             self.listener.put(value)
 
     def end(self) -> None:
-        """The batch is done."""
         if self.listener is not None:
             self.listener.end()
+
+
+class Printer(TextStreamer):
+    """Prints an answer on standard output, word by word, without what controls a terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
+
+def printer(tokenizer: Any) -> BaseStreamer:
+    """A streamer that prints the answer to one prompt at a time."""
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class _Batch:
@@ -195,7 +190,6 @@ class _Batch:
     def run(
         self, policy: AnyPolicy | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
     ) -> list[Completion]:
-        """Generate and take stock."""
         gaps = [self.width - len(prompt) for prompt in self.prompts]
         rows = [[self.pad] * gap + prompt for gap, prompt in zip(gaps, self.prompts, strict=True)]
         mask = torch.tensor([[0] * gap + [1] * (self.width - gap) for gap in gaps])

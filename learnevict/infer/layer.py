@@ -18,7 +18,7 @@ from learnevict.infer.store.recording import Expiries, Ring
 from learnevict.infer.store.slots import SlotPool
 from learnevict.infer.store.storage import Meter, Place, Storage
 from learnevict.ops import runs_in_torch
-from learnevict.policy import Governor
+from learnevict.policy import Governor, Scorer
 from learnevict.signals import Attention, Signals
 
 NO_CROP = (
@@ -42,13 +42,16 @@ class EvictingLayer(CacheLayerMixin):
         super().__init__()
         self.policy, self.clock, self.place = policy, clock, place
         self.record, self.meter = record, meter
+        scorer = policy.scorer
+        self.quiet = (
+            type(scorer).write is Scorer.write and not scorer.observes
+        )  # is shown nothing but at the end of a period
         self.expecting = False
         self.attended = False
         self.handed: tuple[Tensor, Tensor] | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything held."""
         self.storage: Storage | None = None
         self.due: list[Event] = []
         self.ring = Ring(self.policy.scorer.window)
@@ -58,16 +61,11 @@ class EvictingLayer(CacheLayerMixin):
     # --- what transformers asks of a cache layer ---
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Create empty storage of the right head sizes."""
         self.storage = Storage(self.policy, self.clock, self.place, key_states, value_states, self.meter)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the fresh states on to `attend`; they are stored there.
-
-        Raises:
-            NotAttachedError: the model carries no learnevict hooks, so nothing would ever be stored.
-        """
+        """Hands the fresh states on to `attend`, which stores them."""
         if not self.expecting:
             raise NotAttachedError(
                 "this EvictingCache met a model without learnevict hooks; wrap the call in `with attach(model, policy) as "
@@ -80,7 +78,7 @@ class EvictingLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Logical length: columns read before the current forward, padding included."""
+        """Columns read before the current forward, padding included."""
         return self.clock.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -88,21 +86,17 @@ class EvictingLayer(CacheLayerMixin):
         return self.clock.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Refused: evicted tokens cannot be brought back."""
         raise CacheError(NO_CROP)
 
     def reset(self) -> None:
-        """Forget everything held."""
         self.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch by index; called through EvictingCache, which also moves the clock."""
         if self.storage is None:
             return
         index = beam_idx.to(self.storage.pool.position.device)
@@ -118,17 +112,14 @@ class EvictingLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values now."""
         return 0 if self.store is None else self.store.nbytes
 
     @property
     def peak_nbytes(self) -> int:
-        """Most bytes of keys and values ever held."""
         return 0 if self.storage is None else self.storage.peak_nbytes
 
     @property
     def aux_nbytes(self) -> int:
-        """Bytes of positions, ledger, rings and tables now."""
         return self.ring.nbytes + (0 if self.store is None else self.store.aux_nbytes)
 
     @property
@@ -159,20 +150,27 @@ class EvictingLayer(CacheLayerMixin):
                 "was given (latent or differential attention); learnevict cannot serve it: use the model's stock cache"
             )
         self.attended = True
-        single = self.clock.single
-        out = query.new_zeros(*query.shape[:3], value.shape[-1]) if not single else query
-        for block, rest in zip(self.clock.plan, self.clock.rest, strict=True):
-            signals = self._signals(self.storage, block, (query, key, value), hidden, attention)
-            self.storage.reserve(block, rest)
-            self._write(self.storage, block, signals)
-            answer = self._answer(self.storage.pool, signals, single)
-            if single:
+        clock, storage = self.clock, self.storage
+        out = query if clock.single else query.new_zeros(*query.shape[:3], value.shape[-1])
+        for block, rest in zip(clock.plan, clock.rest, strict=True):
+            storage.reserve(block, rest)
+            if self.quiet and clock.single and clock.all_begun and not block.ends:
+                self._write(storage, block, query, key, value, {})
+                out = step_attention(storage.pool, query, attention)
+                continue
+            signals = self._signals(storage, block, (query, key, value), hidden, attention)
+            assert signals.key is not None
+            assert signals.value is not None
+            notes = self.policy.scorer.write(signals)
+            self._write(storage, block, signals.query, signals.key, signals.value, notes)
+            answer = self._answer(storage.pool, signals)
+            if clock.single:
                 out = answer
             else:
                 block.put(out, answer)
             if block.ends:
-                self._close(self.storage, block, signals)
-        self.storage.note_peak()
+                self._close(storage, block, signals)
+        storage.note_peak()
         return out
 
     def _signals(
@@ -183,7 +181,7 @@ class EvictingLayer(CacheLayerMixin):
         hidden: Tensor | None,
         attention: Attention,
     ) -> Signals:
-        """What the policy may see of a block; `states` are query, key and value of the whole forward."""
+        """`states`: query, key and value of the whole forward."""
         tokens = self.clock.tokens
         if not self.clock.single:
             states = (block.take(states[0], 2), block.take(states[1], 2), block.take(states[2], 2))
@@ -210,17 +208,17 @@ class EvictingLayer(CacheLayerMixin):
             ring=self.ring.held,
         )
 
-    def _write(self, storage: Storage, block: Block, signals: Signals) -> None:
-        assert signals.key is not None
-        assert signals.value is not None
-        storage.write(block, signals.key, signals.value, self.policy.scorer.write(signals))
-        self.ring.add(block, signals.query)
+    def _write(
+        self, storage: Storage, block: Block, query: Tensor, key: Tensor, value: Tensor, notes: dict[str, Tensor]
+    ) -> None:
+        storage.write(block, key, value, notes)
+        self.ring.add(block, query)
         if self.record:
             self.history.cover(self.clock.length + self.clock.pending, storage.pool.position)
 
-    def _answer(self, pool: SlotPool | PagePool, signals: Signals, single: bool) -> Tensor:
-        scorer = self.policy.scorer
-        single = single and self.clock.all_begun and (not scorer.observes or all(self.clock.plan[0].sizes))
+    def _answer(self, pool: SlotPool | PagePool, signals: Signals) -> Tensor:
+        scorer, clock = self.policy.scorer, self.clock
+        single = clock.single and clock.all_begun and (not scorer.observes or all(clock.plan[0].sizes))
         if single and not scorer.observes:
             return step_attention(pool, signals.query, signals.attention)
         if single:
@@ -246,11 +244,7 @@ class EvictingLayer(CacheLayerMixin):
             self.decide()
 
     def decide(self, asked: Tensor | None = None) -> None:
-        """Hold the events that are due: ask the policy what to keep in rows that hold more than their budget.
-
-        Args:
-            asked: float32 [B, H, G, P, N], what a probe attends to.
-        """
+        """Holds the events that are due; `asked`, float32 [B, H, G, P, N], is what a probe attends to."""
         storage, events, self.due = self.storage, self.due, []
         drop: Tensor | None = None
         for event in events:
@@ -269,7 +263,7 @@ class EvictingLayer(CacheLayerMixin):
         storage.give_back()
 
     def hide(self, hidden: Tensor) -> None:
-        """Take back tokens that the caller has since marked as padding, bool [B, columns read]."""
+        """Takes back tokens that the caller has since marked as padding, bool [B, columns read]."""
         if self.storage is None:
             return
         position = self.storage.pool.position
@@ -281,7 +275,7 @@ class EvictingLayer(CacheLayerMixin):
         self.ring.hide(hidden)
 
     def evict(self, drop: Tensor, end: Tensor) -> None:
-        """Empty the slots `drop`, bool [B, H, N]; their tokens are gone from column `end` [B] on."""
+        """Empties the slots `drop`, bool [B, H, N]; their tokens are gone from column `end` [B] on."""
         assert self.storage is not None
         if self.record:
             self.history.note(drop, self.storage.pool.position, end.view(-1, 1, 1))

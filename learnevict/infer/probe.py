@@ -1,7 +1,7 @@
 """Questioning a cache: a probe's tokens run through the decoder, attend to the slots and to each other, and are forgotten.
 
-Nothing of the probe is stored anywhere: its forward has no cache, evicting layers lend it their slots and sliding-window
-layers the window they keep. Its positions are those of the tokens that would come next.
+Their forward has no cache: evicting layers lend their slots, sliding-window layers the window they keep. Positions are those of
+the tokens that would come next.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from learnevict.errors import CacheError, ModelError, NotAttachedError
-from learnevict.infer.attention import plain_attention
+from learnevict.infer.attention import Run, plain_attention, running
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import decoder_of, device_of
-from learnevict.infer.run import Run, running
 from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.slots import SlotPool
 from learnevict.policy import Probe
@@ -48,33 +47,25 @@ class Questioned(Protocol):
 
 @dataclass(frozen=True)
 class Question(Run):
-    """A probe on its way through the layers.
-
-    Attributes:
-        cache: what it reads.
-        receive: is told the index of every evicting layer and what was asked of it, float32 [B, H, G, P, N].
-    """
+    """A probe on its way through the layers; `receive` is told every evicting layer and its float32 [B, H, G, P, N]."""
 
     cache: Questioned
     receive: Receive
 
     @property
     def columns_read(self) -> int:
-        """Columns read, those of a forward that is just ending included."""
+        """Those of a forward that is just ending included."""
         return self.cache.clock.length + self.cache.clock.pending
 
     def takes(self, layer: int) -> bool:
-        """True: no layer attends as it always does."""
         return True
 
     def masks(self, window: int | None) -> bool:
-        """True."""
         return True
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """Returns the probe's attention in one layer: query [B, Hq, P, d], key and value [B, H, P, d] -> [B, Hq, P, dv]."""
         held = self.cache.layers[layer]
         if isinstance(held, EvictingLayer):
             assert held.store is not None
@@ -130,7 +121,7 @@ def ask(model: PreTrainedModel, cache: Questioned, probe: Probe) -> dict[int, Te
 
 
 def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Receive) -> None:
-    """Run a probe through the decoder; see `ask`. `receive` is told each layer's answer before the next layer runs."""
+    """Runs a probe through the decoder; see `ask`. `receive` is told each layer's answer before the next layer runs."""
     check_questioned(cache.layers)
     if not cache.clock.seen:
         raise CacheError("a probe questions what has been read, and this cache has read nothing; run the model first")
@@ -150,11 +141,7 @@ def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Recei
 
 
 def check_questioned(layers: list[Any]) -> None:
-    """Refuse caches of which a probe cannot see all layers as a token would.
-
-    Raises:
-        ModelError: a layer is neither evicted from nor a sliding window.
-    """
+    """Raises ModelError for cache layers of which a probe cannot see all that a token would."""
     wrong = sorted(
         {type(one).__name__ for one in layers if not isinstance(one, EvictingLayer | DynamicSlidingWindowLayer)}
     )
@@ -178,7 +165,6 @@ def probe_attention(
     """Attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
 
     Args:
-        store: slots of the layer.
         query: [B, Hq, P, d]; key [B, H, P, d]; value [B, H, P, dv]; post-RoPE.
 
     Returns:

@@ -17,24 +17,19 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from learnevict.errors import CacheError, UsageError
+from learnevict.infer.attention import RUN, Arguments, Run, running
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.clock import Clock
 from learnevict.infer.eviction_after_forward import hold_events
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.model.fingerprint import layout_of
-from learnevict.infer.model.supported import check_text
+from learnevict.infer.model.supported import check_text, layout_of
 from learnevict.infer.rows.ends import Ends, heard_criteria
-from learnevict.infer.run import RUN, Arguments, Run, running
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.signals import Attention
 
 
 def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A model's generate(), given only prompts that go on from what their cache has read; the cache learns how rows end.
-
-    Raises:
-        CacheError: another prompt; see Conversation.check_prompt.
-    """
+    """A model's generate(), given only prompts that go on from what their cache has read; the cache learns how rows end."""
     if not isinstance(kwargs.get("past_key_values"), EvictingCache):
         return generate(*args, **kwargs)
     given = by_name(inspect.signature(generate), args, kwargs)
@@ -73,14 +68,7 @@ def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping
 
 
 class Serve(Run):
-    """A forward into an EvictingCache.
-
-    Args:
-        cache: what is read into.
-        front: the module that runs: the decoder, or what wraps it.
-        decoder: holds the text's layers.
-        model: what both belong to; its generation_config tells how rows end, unless generate() has.
-    """
+    """A forward into an EvictingCache; `front` is the module that runs, the decoder or what wraps it."""
 
     def __init__(self, cache: EvictingCache, front: nn.Module, decoder: nn.Module, model: Any) -> None:
         self.cache, self.front, self.decoder = cache, front, decoder
@@ -89,12 +77,7 @@ class Serve(Run):
         cache.used = True
 
     def begin(self, given: Arguments) -> Arguments | None:
-        """Begins a forward, and reads all of its pieces but the last; returns the arguments of that one, if there are several.
-
-        Raises:
-            UsageError: the decoder is set up, or called, in a way that cannot work with this cache.
-            CacheError: the forward does not go on from where the cache stands; see EvictingCache.admit.
-        """
+        """Reads all pieces of a forward but the last; returns the arguments of that one, if there are several."""
         cache = self.cache
         check_arguments(self.decoder, cache, given)
         source, tokens, mask, places = inputs(given)
@@ -133,7 +116,6 @@ class Serve(Run):
             self.cache.end()
 
     def takes(self, layer: int) -> bool:
-        """See Run."""
         found = self.cache.layers[layer]
         if isinstance(found, EvictingLayer):
             found.expecting = True
@@ -143,7 +125,6 @@ class Serve(Run):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """See Run."""
         with ordinary_tensors():
             return self.cache.layers[layer].attend(query, key, value, hidden, attention)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -156,13 +137,7 @@ def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | No
 
 
 def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str, Any]) -> None:
-    """Refuse what an EvictingCache cannot answer.
-
-    Raises:
-        ModelError: images or sounds.
-        UsageError: use_cache=False, attention probabilities, or layers that are checkpointed.
-        CacheError: a cache made for another model, or a mask that is not [batch, tokens].
-    """
+    """Raises ModelError, UsageError or CacheError for arguments that an EvictingCache cannot answer."""
     check_text({**given})
     config: Any = decoder.config
     if cache.text_config is not config and (have := shape_of(cache.text_config)) != (want := shape_of(config)):
@@ -200,12 +175,7 @@ def shape_of(config: Any) -> dict[str, Any]:
 
 
 def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) -> list[int]:
-    """Columns after which pieces of a forward over `size` columns must end, ascending, the last one included.
-
-    Args:
-        clock: of the cache that will read them.
-        flags: real tokens of every row; None if all are.
-    """
+    """Columns after which pieces of a forward must end, the last one included; `flags`: real tokens, None if all are."""
     stops = {size}
     for row in range(batch if clock.deferred and size > 1 else 0):
         columns = range(size) if flags is None else [column for column, real in enumerate(flags[row]) if real]
@@ -218,14 +188,7 @@ def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) ->
 
 
 def parts(given: Arguments, stops: list[int], batch: int, length: int) -> Iterator[Arguments]:
-    """The arguments of a decoder's forward, cut along its tokens.
-
-    Args:
-        given: for the whole forward, by name.
-        stops: where its pieces end; the last one is its number of columns.
-        batch: rows.
-        length: columns that were read before.
-    """
+    """The arguments of a decoder's forward behind `length` columns, cut along its tokens where pieces end (`stops`)."""
     size = stops[-1]
 
     def cut(name: str, value: Any, start: int, stop: int) -> Any:
@@ -245,11 +208,7 @@ def parts(given: Arguments, stops: list[int], batch: int, length: int) -> Iterat
 
 
 def joined(outputs: list[Any]) -> Any:
-    """What one forward would have returned, from what its pieces did.
-
-    Raises:
-        UsageError: something is asked for that cannot be joined.
-    """
+    """What one forward would have returned, from what its pieces did."""
     if isinstance(outputs[-1], ModelOutput):
         names = outputs[-1].keys()
         return type(outputs[-1])(**{name: _joined(name, [out[name] for out in outputs]) for name in names})

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learnevict.errors import CacheError, ModelError, UsageError
-from learnevict.infer.run import RUN, Run
+from learnevict.infer.attention import RUN, Run
 from learnevict.policy import DecayBias, Scorer, SoftGate
 from learnevict.signals import EMPTY, Attention, Rows, Signals
 
@@ -36,15 +36,12 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """Columns."""
         return self.key.shape[2]
 
     def logits(self, query: Tensor) -> Tensor:
-        """See Slots."""
         return query @ self.key.transpose(-1, -2)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """See Slots."""
         step = max(1, self.room // 4)
         for start in range(0, self.room, step):
             part = slice(start, min(start + step, self.room))
@@ -61,11 +58,7 @@ class TextInput:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TextInput:
-        """The text in the arguments of a decoder's forward.
-
-        Raises:
-            CacheError: a cache, or a mask that is not [batch, tokens].
-        """
+        """The text in the arguments of a decoder's forward."""
         if given.get("past_key_values") is not None:
             raise CacheError(
                 "attach(soft=True) weighs a whole text at once and evicts nothing: call the model without past_key_values "
@@ -94,7 +87,6 @@ class Soft(Run):
     """What `with attach(model, policy, soft=True) as soft:` yields.
 
     Attributes:
-        gate: who weighs.
         layers: those that would evict; the others attend as they always do.
         notes: of the last forward, {layer: what the gate's `write` said, {name: [B, H, T, ...]}}.
         text: of the last forward.
@@ -111,17 +103,14 @@ class Soft(Run):
         return [self.gate.decay_bias(self.notes[layer]) for layer in sorted(self.notes)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        """See Run."""
         self.text, self.notes = TextInput.of(given), {}
 
     def takes(self, layer: int) -> bool:
-        """See Run."""
         return layer in self.layers
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """Returns the attention of one layer, weighed by the gate; see Run."""
         text = self.text
         assert text is not None
         slots = Sequence(key, value, text.position.unsqueeze(1).expand(-1, key.shape[1], -1))
@@ -144,11 +133,7 @@ class Soft(Run):
 
 
 def soft_gate(scorer: Scorer) -> SoftGate:
-    """What of a scorer can weigh attention.
-
-    Raises:
-        UsageError: nothing.
-    """
+    """What of a scorer can weigh attention."""
     if (gate := scorer.soft) is None:
         raise UsageError(
             f"attach(soft=True) needs a policy scored by a SoftGate, which weighs attention; {type(scorer).__name__} cannot: "
@@ -168,18 +153,14 @@ def soft_attention(
     tile: int = TILE,
     again: bool = True,
 ) -> Tensor:
-    """Causal attention with the bias of `decay` on the logits, differentiable in everything.
+    """Causal attention [B, Hq, T, dv] with the bias of `decay` on the logits, after the cap; differentiable in everything.
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
         decay: log-retention float32 [B, H, T].
         valid: bool [B, T], False for padding.
-        attention: scaling, cap and sinks; the bias comes after the cap.
         tile: queries at a time.
         again: compute tiles again in the backward pass instead of keeping their probabilities.
-
-    Returns:
-        [B, Hq, T, dv]
     """
     length, parts = query.shape[2], []
     for start in range(0, length, tile):
@@ -223,15 +204,8 @@ def _tile(
 def layers_again(model: nn.Module, attached: Callable[[Soft], AbstractContextManager[Any]]) -> Generator[None]:
     """Inside, decoder layers of a soft forward keep their inputs only and are computed again in the backward pass.
 
-    That may come after the attachment has ended, and on another thread, so each layer attaches itself again. Dropout of
-    the model stays off.
-
-    Args:
-        model: the base.
-        attached: makes an attachment for the text it is given.
-
-    Raises:
-        ModelError: the model has no layers that can be computed again.
+    That may come after the attachment has ended, and on another thread, so each layer attaches itself again, by `attached`.
+    Dropout of the model stays off.
     """
 
     @contextmanager

@@ -12,10 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from learnevict.errors import TraceError
 from learnevict.infer.attach import Attachment
-from learnevict.infer.attention import replay_attention
+from learnevict.infer.attention import Run, replay_attention, running
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.infer.run import Run, running
 from learnevict.signals import Attention, Trace
 
 
@@ -57,13 +56,11 @@ class Replay(Run):
     observe: Observer | None = None
 
     def takes(self, layer: int) -> bool:
-        """See Run."""
         return layer in self.expiry
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
-        """See Run."""
         if self.observe is not None:
             self.observe(layer, Received(query, key, value, hidden, attention))
         return replay_attention(query, key, value, self.expiry[layer], self.valid, attention)
@@ -78,21 +75,13 @@ def prefill(
     last_only: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Read a text into a cache in one forward.
+    """Read a text into a cache in one forward; logits [B, T, V], or [B, 1, V].
 
     Args:
-        model: attached.
-        cache: where the conversation stands.
         input_ids: int64 [B, T], what comes next; padded on the left.
         attention_mask: [B, columns read + T], 0 = padding; None if there is none.
         last_only: logits of the last column only, which saves T - 1 times the vocabulary.
         **kwargs: handed to the model's forward.
-
-    Returns:
-        Logits [B, T, V], or [B, 1, V].
-
-    Raises:
-        CacheError: the mask does not fit, or the batch is another one; see Conversation.admit.
     """
     if attention_mask is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
@@ -103,14 +92,10 @@ def prefill(
 
 
 def read_once(model: PreTrainedModel, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """As `prefill`, for whole texts after which the conversation does not go on: logits [B, T, V].
+    """As `prefill`, for whole texts padded on the left, into a fresh cache after which the conversation does not go on.
 
     Events of rows that are padded differently fall at different columns, and each would cut all rows. So rows are moved to
     the left by less than a period until events coincide; the cache then knows the columns they were moved to.
-
-    Args:
-        cache: fresh.
-        input_ids: int64 [B, T], padded on the left; attention_mask [B, T], 0 = padding.
     """
     if not cache.clock.deferred:
         return prefill(model, cache, input_ids, attention_mask)
@@ -136,19 +121,13 @@ def replay(
     """What the model would have answered at every position had its cache been evicted as the trace says.
 
     Args:
-        model: the model.
-        input_ids: int64 [B, T].
+        input_ids: int64 [B, T]; attention_mask [B, T], 0 = padding.
         trace: expiry int32 [L, B, H, T]; layers that stay stock are ignored.
-        attention_mask: [B, T], 0 = padding.
-        observe: called by every evicting layer, see Observer.
+        observe: called by every evicting layer with its queries, keys, values and inputs.
         **kwargs: handed to the model's forward.
 
     Returns:
-        The model's output for one forward without cache; `.logits` is [B, T, V]. Equal to the step-by-step run that
-        recorded the trace.
-
-    Raises:
-        TraceError: the trace belongs to another model or input.
+        The output of one forward without cache; equal to the step-by-step run that recorded the trace.
     """
     text = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=text).layers

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from learnevict import EvictingCache, attach, replay
 from learnevict.errors import TraceError
-from learnevict.infer.attention import replay_attention
-from learnevict.infer.run import RUN
+from learnevict.infer.attention import RUN, replay_attention
 from learnevict.signals import NEVER, Attention, Trace
 from tests.closeness import close
 from tests.laws import zoo

@@ -13,7 +13,7 @@ from learnevict import Gates, attach, methods, replay
 from learnevict.config import Budget
 from learnevict.errors import CacheError, ModelError, UsageError
 from learnevict.infer.attach import Attachment
-from learnevict.infer.run import RUN
+from learnevict.infer.attention import RUN
 from learnevict.infer.soft import layers_again, soft_attention
 from learnevict.policy import DecayBias, Policy, Schedule, SoftGate
 from learnevict.signals import NEVER, Attention, Signals, Trace
@@ -195,7 +195,7 @@ def test_padding_changes_nothing():
 
 
 def random_gate(method: str, model, **settings):
-    from learnevict.infer.model.fingerprint import layout_of
+    from learnevict.infer.model.supported import layout_of
 
     torch.manual_seed(4)
     gate = methods.load(method).build(layout_of(model.config), **settings).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learnevict import Gates, attach, methods
 from learnevict.errors import CacheError, GateError, TrainedOtherwiseWarning, UsageError
-from learnevict.infer.model.fingerprint import layout_of
+from learnevict.infer.model.supported import layout_of
 from learnevict.infer.soft import Sequence
 from learnevict.methods.dbtrimkv import DBTrimGate
 from learnevict.methods.trimkv import TrimGate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learnevict import Gates, methods
 from learnevict.errors import BudgetError, GateError, ModelError
-from learnevict.infer.model.fingerprint import layout_of
+from learnevict.infer.model.supported import layout_of
 from learnevict.infer.soft import Sequence
 from learnevict.methods.dms import SparsityGate
 from learnevict.methods.wg_kv import WriteGate

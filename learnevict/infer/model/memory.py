@@ -18,11 +18,10 @@ class CacheMemory:
     """The bytes of a model and its caches on the device, all rows of the batch together.
 
     Attributes:
-        parameters: number of weights.
-        weights: their bytes.
+        parameters: number of weights; `weights`: their bytes.
         full: keys and values of a full cache at the end of the context.
         evicted: keys and values of an evicting cache at its largest: budget + slack slots per head.
-        budget: the budget in slots per (layer, kv head).
+        budget: in slots per (layer, kv head).
         evicting: how many layers a policy governs, of `layers`.
     """
 
@@ -48,18 +47,10 @@ def estimate(
     """Estimates the bytes of weights and caches, without loading a weight.
 
     Args:
-        config: of the model.
-        budget: slots per (layer, kv head), share or bytes.
-        tokens: length of the context, prompt and answer.
-        batch: rows.
+        tokens: length of the context, prompt and answer, in `batch` rows.
         dtype: of weights and cache; default the one the configuration names.
-        schedule: when eviction is due; its slack is held on top of the budget.
+        schedule: its slack is held on top of the budget.
         guard: what a share may not shrink below.
-
-    Raises:
-        UsageError: no tokens or rows.
-        ModelError: cache layers that learnevict does not serve.
-        BudgetError: a budget that cannot hold guards, fresh block and slack, as a policy would say.
     """
     if tokens < 1 or batch < 1:
         raise UsageError(f"context and batch must be at least 1, not {tokens} and {batch}")

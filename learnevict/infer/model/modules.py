@@ -19,11 +19,7 @@ from learnevict.errors import ModelError
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The model's self-attention modules by layer index.
-
-    Raises:
-        ModelError: none can be found, the model does not support attention backends, or it attends in both directions.
-    """
+    """The model's self-attention modules by layer index."""
     found: dict[int, nn.Module] = {}
     both_ways: list[int] = []
     for module in decoder_of(model).modules():
@@ -93,10 +89,7 @@ def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How one attention module rotates queries and keys: the rotary embedding, its buffer of frequencies, and if at all.
-
-    The buffer is named, not held: dynamic RoPE replaces it.
-    """
+    """How one attention module rotates queries and keys, if at all. The buffer is named, not held: dynamic RoPE replaces it."""
 
     rotary: nn.Module
     name: str

@@ -1,22 +1,27 @@
-"""What can be served: kinds of cache layers, rotary embeddings, and texts."""
+"""What can be served, and for which model a gate was made: cache layers, rotary embeddings, shape and weights."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from learnevict.errors import ModelError
+from learnevict.config import Base, Layout
+from learnevict.errors import GateError, ModelError
+from learnevict.infer.model.modules import attention_modules, device_of
+from learnevict.policy import Scorer
 
 STOCK_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}
 
 
 def evicting_layers(stock: list) -> list[int]:
-    """Indices of the layers that a policy may govern: full attention. Sliding-window and linear layers stay stock.
-
-    Raises:
-        ModelError: another kind, such as layers that share keys with another layer or index them.
-    """
+    """Indices of the layers that a policy may govern: full attention. Sliding-window and linear layers stay stock."""
     unknown = {type(layer).__name__ for layer in stock} - STOCK_KINDS
     if unknown:
         raise ModelError(
@@ -27,12 +32,7 @@ def evicting_layers(stock: list) -> list[int]:
 
 
 def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
-    """Key-value heads and head size of one layer, by default the first with full attention (Gemma 4: wider than the rest).
-
-    Args:
-        text: configuration of the text's decoder.
-        layer: its index.
-    """
+    """Key-value heads and head size of one layer, by default the first with full attention (Gemma 4: wider than the rest)."""
     if layer is None:
         kinds = getattr(text, "layer_types", None) or []
         layer = kinds.index("full_attention") if "full_attention" in kinds else 0
@@ -43,14 +43,7 @@ def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
 
 
 def check_text(given: dict[str, Any]) -> None:
-    """Refuse what a multimodal model reads beside text: tokens of one image attend to each other in both directions.
-
-    Args:
-        given: arguments of a forward.
-
-    Raises:
-        ModelError: pixels, sounds, or what encoders made of them.
-    """
+    """Raises ModelError for what a multimodal model reads beside text: tokens of an image attend to each other both ways."""
     kinds = ("pixel_values", "image", "video", "audio", "input_features")
     said = {
         **given,
@@ -65,11 +58,7 @@ def check_text(given: dict[str, Any]) -> None:
 
 
 def check_rope(config: Any) -> None:
-    """Refuse models that throw their cache away in the middle of a text.
-
-    Raises:
-        ModelError: longrope with two sets of factors, as in Phi-3-128k.
-    """
+    """Raises ModelError for models that throw their cache away in the middle of a text: longrope, as in Phi-3-128k."""
     limit = getattr(config, "original_max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if limit is not None and rope.get("rope_type") == "longrope":
@@ -77,3 +66,73 @@ def check_rope(config: Any) -> None:
             f"this model changes its rotary embedding after {limit} tokens (longrope), and generate() then drops the cache; an "
             "evicted text cannot be read again: use a model without longrope, or its stock cache"
         )
+
+
+def check_base(base: Base, model: PreTrainedModel) -> None:
+    """Raises GateError if a gate was trained for a model of other shape, or (unless allowed) of other weights."""
+    have, want = asdict(base.layout), asdict(layout_of(model.config))
+    wrong = [f"{key} {have[key]} (the model has {want[key]})" for key in want if have[key] != want[key]]
+    if wrong:
+        raise GateError(f"these gates were made for another model: {', '.join(wrong)}; train gates for this one")
+    if base.weights and not base.allow_other and base.weights != weight_hash(model):
+        raise GateError(
+            f"these gates were trained on other weights of the same shape ({base.name}); pass --allow-other-base "
+            "(allow_other_base=True) if that is intended"
+        )
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The cache shape of a model, from its config."""
+    text = config.get_text_config(decoder=True)
+    heads, width = state_shape(text)
+    return Layout(
+        num_layers=text.num_hidden_layers,
+        num_heads=heads,
+        num_query_heads=text.num_attention_heads,
+        head_dim=width,
+        value_dim=width,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+    )
+
+
+def device_for(scorer: Scorer, model: PreTrainedModel) -> torch.device:
+    """Where the parameters of a scorer belong: where the model's attention computes."""
+    devices = sorted({str(device_of(module)) for module in attention_modules(model).values()})
+    if len(devices) > 1 and type(scorer).to is not Scorer.to:
+        raise GateError(
+            f"the layers of this model compute on {' and '.join(devices)}, and gates rank all of them on one device; load the "
+            "model on one, offload what does not fit (accelerate.cpu_offload), or use a method without gates"
+        )
+    return torch.device(devices[0])
+
+
+def weight_hash(model: PreTrainedModel) -> str:
+    """Fingerprint of a model's weights: sha256 over names, shapes and up to 256 evenly spaced values of every tensor.
+
+    Values are taken in bfloat16, so that a model loaded in another precision keeps its fingerprint. Offloaded weights are
+    brought in module by module.
+    """
+    digest, samples = hashlib.sha256(), []
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        samples.append(_sample(model, name, tensor))
+    values = torch.cat(samples) if samples else torch.empty(0, dtype=torch.bfloat16)
+    digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sample(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Up to 256 evenly spaced values of a tensor of the state dict, bfloat16 [n] on the CPU, wherever its model keeps it."""
+    if tensor.is_meta:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):
+            found = getattr(module, leaf)
+            if found.is_meta:
+                raise GateError(
+                    f"the weights of this model have not been loaded ({name} is a meta tensor); load it with from_pretrained"
+                )
+            return _sample(model, name, found)
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()

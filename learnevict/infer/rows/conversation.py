@@ -43,7 +43,6 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was read."""
         self.ids: Tensor | None = None
         self.open, self.step = 0, False
         self.padded: list[bool] = []
@@ -172,7 +171,6 @@ class Conversation:
             self.ids[:, : hidden.shape[1]].masked_fill_(hidden, PADDING)
 
     def select(self, index: Tensor) -> None:
-        """Row i becomes what row index[i] was."""
         if self.ids is not None:
             self.ids = self.ids.index_select(0, index.to(self.ids.device))
         self.finished.reorder(index.tolist())
@@ -198,9 +196,6 @@ class Conversation:
 
         Args:
             ids: int64 [B, T]: the whole conversation; or what is new, with a mask [B, columns read + T].
-
-        Raises:
-            CacheError: it begins otherwise, or is no longer.
         """
         new = mask is not None and mask.shape[1] > ids.shape[1]
         if new or len(self.clock.seen) % len(ids) or self.starts(ids, mask):
@@ -215,12 +210,7 @@ class Conversation:
     def check_embeddings(self, states: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
         """Refuse embeddings [B, T, E] of more columns than were read, whose beginning is not that of the tokens read.
 
-        Args:
-            states: what generate() is given.
-            embed: maps ids int64 [B, T] to their embeddings; columns that were read as embeddings are not compared.
-
-        Raises:
-            CacheError: they begin otherwise.
+        Columns that were read as embeddings are not compared; `embed` maps ids int64 [B, T] to their embeddings.
         """
         length = self.clock.length
         if not length or self.ids is None or len(states) != len(self.ids) or states.shape[1] <= length:
@@ -235,11 +225,7 @@ class Conversation:
 
 
 def as_batch(ids: Any) -> Tensor:
-    """Token ids as int64 [B, T], from a tensor or lists, of one row or several.
-
-    Raises:
-        UsageError: something else, such as rows of different lengths.
-    """
+    """Token ids as int64 [B, T], from a tensor or lists, of one row or several."""
     try:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError) as error:
@@ -253,17 +239,8 @@ def as_batch(ids: Any) -> Tensor:
 def check_positions(places: Tensor, last: Tensor | None, mask: Tensor | None, length: int, seen: list[int]) -> None:
     """Refuse several columns that do not stand behind what a cache has read; this waits for the device.
 
-    Positions may count the mask's tokens, or go on from those given before; if none were, count columns or tokens read.
-
-    Args:
-        places: position ids of the columns, [B or 1, S].
-        last: those of the last column read before, [B or 1, 1]; None if they were not given.
-        mask: [B, S or length + S], 0 = padding.
-        length: columns read before.
-        seen: tokens each row has read before.
-
-    Raises:
-        CacheError: in some row, the first token stands elsewhere.
+    Positions may count the mask's tokens, or go on from those given before (`last`, [B or 1, 1]); if none were, count columns
+    or tokens read.
     """
     batch, size = len(seen), places.shape[1]
     real = torch.ones(batch, size, device=places.device) if mask is None else mask[:, -size:].to(places.device)

@@ -73,7 +73,6 @@ class Finished:
         self.copy: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def reorder(self, index: list[int]) -> None:
-        """Row i becomes what row index[i] was."""
         if self.copy is not None:
             self.copy = self._last()[:, index], None
             self.padded, self.over = ([rows[i] for i in index] for rows in (self.padded, self.over))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from learnevict.infer.store.slots import Picked, SlotStates, pick, picked_slots
+from learnevict.infer.store.slots import Picked, SlotStates, flattened
 from learnevict.signals import EMPTY, StateColumn
 
 SMALL_PAGE = 8
@@ -46,22 +46,18 @@ class PagePool:
 
     @property
     def position(self) -> Tensor:
-        """int32 [B, H, N], -1 = empty; N = pages of the widest head times page size."""
         return self.state.position
 
     @property
     def room(self) -> int:
-        """See signals.Slots."""
         return self.keys.shape[0] * self.page // (self.table.shape[0] * self.table.shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
     @property
     def aux_nbytes(self) -> int:
-        """Bytes of positions, ledger and tables."""
         own = (self.table, self.count, self.owner, self.rank)
         return sum(tensor.nbytes for tensor in [*self.state.tensors(), *own])
 
@@ -152,23 +148,16 @@ class PagePool:
         sizes: tuple[int, ...],
         real: Picked | None,
     ) -> None:
-        """Enter fresh tokens behind the occupied slots; see SlotPool.write."""
+        """Enters fresh tokens behind the occupied slots; see SlotPool.write."""
         slot = self.count.unsqueeze(-1) + torch.arange(key.shape[2], device=key.device)
         slot = slot.clamp_max(self.position.shape[2] - 1)
-        where = self._physical(slot)
-        if real is None:
-            self._store(where, key, value)
-            self.state.write(slot, position, notes)
-        else:
-            self._store(pick(real, where), pick(real, key), pick(real, value))
-            parts = {name: pick(real, note) for name, note in notes.items()}
-            self.state.put(picked_slots(real, slot), position[real], parts)
+        where = flattened(self._physical(slot), real)
+        for pool, fresh in ((self.keys, key), (self.values, value)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, where, flattened(fresh, real))
+        index = flattened(slot + self.state.first, real)
+        places = position.unsqueeze(1).expand_as(slot)
+        self.state.enter(index, flattened(places, real), {n: flattened(note, real) for n, note in notes.items()})
         self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
-
-    def _store(self, where: Tensor, key: Tensor, value: Tensor) -> None:
-        flat = where.flatten()
-        self.keys.view(-1, self.keys.shape[-1]).index_copy_(0, flat, key.reshape(-1, key.shape[-1]))
-        self.values.view(-1, self.values.shape[-1]).index_copy_(0, flat, value.reshape(-1, value.shape[-1]))
 
     def evict(self, drop: Tensor) -> None:
         """Empty the slots of `drop`, bool [B, H, N], close the holes and hand emptied pages back."""
@@ -223,7 +212,7 @@ class PagePool:
         return max(self.page, slots // self.page * self.page)
 
     def chunks(self, *, keys: bool = True, values: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """See signals.Slots; each chunk is gathered from its pages. What is not asked for is not gathered: page 0 stands in."""
+        """Each chunk is gathered from its pages; what is not asked for is not: page 0 stands in."""
         pages = self._step // self.page
         for start in range(0, self.table.shape[2], pages):
             table = self.table[:, :, start : start + pages]

@@ -34,7 +34,6 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return 0 if self.held is None else sum(tensor.nbytes for tensor in self.held)
 
     def add(self, block: Block, query: Tensor) -> None:
@@ -64,7 +63,6 @@ class Ring:
             position.masked_fill_(gone, EMPTY)
 
     def select(self, index: Tensor) -> None:
-        """Rows of the batch, int64 [b]."""
         if self.held is not None:
             self.held = (self.held[0].index_select(0, index), self.held[1].index_select(0, index))
 

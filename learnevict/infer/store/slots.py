@@ -25,40 +25,33 @@ class SlotStates:
         self.spec = columns
         self.position = torch.empty(batch, heads, 0, dtype=torch.int32, device=device)
         self.columns = {c.name: torch.empty(batch, heads, 0, *c.shape, dtype=c.dtype, device=device) for c in columns}
+        self.first = first_rows(self.position)
 
     def resize(self, capacity: int, pick: Tensor | None) -> None:
         """Keep the slots `pick` [B, H, n <= capacity] (None: all, in place) and add empty ones up to `capacity`."""
         self.position = resized(self.position, capacity, pick, EMPTY)
         for column in self.spec:
             self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
+        self.first = first_rows(self.position)
 
-    def write(self, slot: Tensor, position: Tensor, notes: dict[str, Tensor]) -> None:
-        """Enter fresh tokens: slot int64 [B, H, n], position int32 [B, n], notes {name: [B, H, n, ...]}."""
-        place = position.unsqueeze(1).expand(-1, slot.shape[1], -1)
-        self.position.scatter_(2, slot, place)
+    def enter(self, index: Tensor, position: Tensor, notes: dict[str, Tensor]) -> None:
+        """Writes fresh tokens into slots counted over rows and heads, int64 [n]: position int32 [n], notes {name: [n, ...]}."""
+        self.position.view(-1).index_copy_(0, index, position)
         for column in self.spec:
-            target = self.columns[column.name]
-            index = slot.view(*slot.shape, *([1] * len(column.shape))).expand(*slot.shape, *column.shape)
+            target = self.columns[column.name] = self.columns[column.name].contiguous()  # a scorer may have made it
+            flat = target.view(-1, *column.shape)
             if column.name in notes:
-                target.scatter_(2, index, notes[column.name].to(column.dtype))
+                flat.index_copy_(0, index, notes[column.name].to(column.dtype))
             else:
-                target.scatter_(2, index, column.fill)
-
-    def put(self, where: tuple[Tensor, ...], position: Tensor, notes: dict[str, Tensor]) -> None:
-        """As `write`, for tokens picked from several rows: position int32 [n], notes {name: [n, H, ...]}."""
-        self.position[where] = position.unsqueeze(-1).expand(where[-1].shape)
-        for column in self.spec:
-            fresh = notes[column.name].to(column.dtype) if column.name in notes else column.fill
-            self.columns[column.name][where] = fresh
+                flat.index_fill_(0, index, column.fill)
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, for byte counts."""
         return [self.position, *self.columns.values()]
 
     def select(self, index: Tensor) -> None:
-        """Rows of the batch, int64 [b]."""
         self.position = self.position.index_select(0, index)
         self.columns = {name: column.index_select(0, index) for name, column in self.columns.items()}
+        self.first = first_rows(self.position)
 
 
 class SlotPool:
@@ -72,38 +65,31 @@ class SlotPool:
         self.keys = key.new_empty(batch, heads, 0, key.shape[-1])
         self.values = value.new_empty(batch, heads, 0, value.shape[-1])
         self.state = SlotStates(batch, heads, columns, key.device)
-        self.bias = key.new_empty(batch, heads, 0)
-        self.free = torch.empty(batch, heads, 0, dtype=torch.int64, device=key.device)
-        self.first = first_rows(self.free)
         self.cursor = [0] * batch
+        self._list_free()
 
     @property
     def position(self) -> Tensor:
-        """int32 [B, H, N], -1 = empty."""
         return self.state.position
 
     @property
     def capacity(self) -> int:
-        """Slots per head."""
         return self.keys.shape[2]
 
     @property
     def room(self) -> int:
-        """See signals.Slots."""
         return self.capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
     @property
     def aux_nbytes(self) -> int:
-        """Bytes of positions, ledger, bias and free list."""
-        return sum(tensor.nbytes for tensor in [*self.state.tensors(), self.bias, self.free])
+        return sum(tensor.nbytes for tensor in [*self.state.tensors(), self.bias, self.order])
 
     def resize(self, capacity: int) -> None:
-        """Grow with empty slots, or shrink by dropping empty ones."""
+        """Grows with empty slots, or shrinks by dropping empty ones."""
         pick = None
         if capacity < self.capacity:
             pick = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]
@@ -111,7 +97,6 @@ class SlotPool:
         self.values = resized(self.values, capacity, pick, 0.0)
         self.state.resize(capacity, pick)
         self._list_free()
-        self.first = first_rows(self.free)
 
     def write(
         self,
@@ -122,40 +107,28 @@ class SlotPool:
         sizes: tuple[int, ...],
         real: Picked | None,
     ) -> None:
-        """Enter fresh tokens.
+        """Enters fresh tokens: key [B, H, W, d], value [B, H, W, dv], position int32 [B, W], notes {name: [B, H, W, ...]}.
 
-        Args:
-            key: [B, H, W, d]; value [B, H, W, dv].
-            position: int32 [B, W].
-            notes: {name: [B, H, W, ...]}.
-            sizes: the first sizes[b] tokens of row b are real.
-            real: their rows and places in W; None if all are.
+        The first sizes[b] tokens of row b are real; `real` are their rows and places in W, None if all are.
         """
-        slot = self._next(key.shape[2])
-        if real is None:
-            self._enter(slot, key, value, position, notes)
-        else:
-            where = picked_slots(real, slot)
-            self.keys[where], self.values[where] = pick(real, key), pick(real, value)
-            self.bias[where] = 0.0
-            self.state.put(where, position[real], {name: pick(real, note) for name, note in notes.items()})
+        # By row of the flattened pool: scatter_ of bf16 on a CPU takes time in proportion to the pool.
+        index, (keys, values, bias) = self._next(key.shape[2], real), self.flat
+        keys.index_copy_(0, index, flattened(key, real))
+        values.index_copy_(0, index, flattened(value, real))
+        bias.index_fill_(0, index, 0.0)
+        places = position.unsqueeze(1).expand(-1, key.shape[1], -1)
+        self.state.enter(index, flattened(places, real), {n: flattened(note, real) for n, note in notes.items()})
         self.cursor = list(map(add, self.cursor, sizes))
 
-    def _next(self, width: int) -> Tensor:
+    def _next(self, width: int, real: Picked | None) -> Tensor:
+        """The slots that fresh tokens take, counted over all rows and heads, int64 [n]."""
         start = self.cursor[0]
-        if self.cursor.count(start) == len(self.cursor):
-            return self.free[:, :, start : start + width]
-        offsets = torch.tensor(self.cursor).to(self.free.device, non_blocking=True).view(-1, 1, 1)
-        index = (offsets + torch.arange(width, device=self.free.device)).clamp_max(self.capacity - 1)
-        return self.free.gather(2, index.expand(-1, self.free.shape[1], -1))
-
-    def _enter(self, slot: Tensor, key: Tensor, value: Tensor, position: Tensor, notes: dict) -> None:
-        # By row of the flattened pool: scatter_ of bf16 on a CPU takes time in proportion to the pool.
-        index = (slot + self.first).flatten()
-        self.keys.view(-1, key.shape[-1]).index_copy_(0, index, key.reshape(-1, key.shape[-1]))
-        self.values.view(-1, value.shape[-1]).index_copy_(0, index, value.reshape(-1, value.shape[-1]))
-        self.bias.view(-1).index_fill_(0, index, 0.0)
-        self.state.write(slot, position, notes)
+        if real is None and self.cursor.count(start) == len(self.cursor):
+            return self.order[start] if width == 1 else self.order[start : start + width].t().flatten()
+        offsets = torch.tensor(self.cursor).to(self.order.device, non_blocking=True).view(-1, 1, 1)
+        index = (offsets + torch.arange(width, device=self.order.device)).clamp_max(self.capacity - 1)
+        free = self.order.t().view(*self.keys.shape[:2], -1)
+        return flattened(free.gather(2, index.expand(-1, free.shape[1], -1)), real)
 
     def evict(self, drop: Tensor) -> None:
         """Empty the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
@@ -165,13 +138,15 @@ class SlotPool:
         self._list_free()
 
     def _list_free(self) -> None:
+        """Looks anew which slots are empty: `order`, int64 [N, B * H], holds those of each head first, counted over all."""
         occupied = self.position >= 0
-        self.free = occupied.to(torch.int8).argsort(dim=-1, stable=True)
+        free = occupied.to(torch.int8).argsort(dim=-1, stable=True)
+        self.order = (free + self.state.first).flatten(0, 1).t().contiguous()
         self.bias = torch.zeros_like(occupied, dtype=self.keys.dtype).masked_fill_(~occupied, -torch.inf)
+        self.flat = self.keys.flatten(0, 2), self.values.flatten(0, 2), self.bias.flatten()
         self.cursor = [0] * len(self.cursor)
 
     def logits(self, query: Tensor) -> Tensor:
-        """[B, H, R, d] -> [B, H, R, N]."""
         return query @ self.keys.transpose(-1, -2)
 
     def mix(self, weights: Tensor) -> Tensor:
@@ -179,29 +154,21 @@ class SlotPool:
         return weights.to(self.values.dtype) @ self.values
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """See signals.Slots."""
         step = max(1, -(-self.capacity // 4))
         for start in range(0, self.capacity, step):
             part = slice(start, start + step)
             yield part, self.keys[:, :, part], self.values[:, :, part]
 
     def select(self, index: Tensor) -> None:
-        """Rows of the batch, int64 [b] (beam search, batch selection, repetition)."""
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.bias, self.free = self.bias.index_select(0, index), self.free.index_select(0, index)
-        self.first = first_rows(self.free)
         self.state.select(index)
-        self.cursor = [self.cursor[i] for i in index.tolist()]
+        self.cursor = [0] * len(index)
+        self._list_free()
 
 
-def picked_slots(real: Picked, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, head and slot [n, H] of picked tokens, whose slots are in [B, H, W]."""
-    return real[0].unsqueeze(-1), torch.arange(slot.shape[1], device=slot.device), pick(real, slot)
-
-
-def pick(real: Picked, values: Tensor) -> Tensor:
-    """Picked tokens of [B, H, W, ...], [n, H, ...]."""
-    return values.transpose(1, 2)[real]
+def flattened(values: Tensor, real: Picked | None) -> Tensor:
+    """Tokens of [B, H, W, ...], all or those picked, one after the other for each head: [n, ...]."""
+    return values.flatten(0, 2) if real is None else values.transpose(1, 2)[real].flatten(0, 1)
 
 
 def first_rows(slots: Tensor) -> Tensor:

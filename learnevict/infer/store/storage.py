@@ -35,12 +35,10 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         self.held: dict[int, int] = {}
         self.total = self.peak = 0
 
     def note(self, layer: int, num_bytes: int) -> None:
-        """What one layer holds now."""
         self.total += num_bytes - self.held.get(layer, 0)
         self.held[layer] = num_bytes
         self.peak = max(self.peak, self.total)
@@ -75,11 +73,10 @@ class Storage:
             self.pool = PagePool(key, value, policy.scorer.columns, page)
 
     def targets(self, seen: list[int]) -> list[int]:
-        """Slots per kv head after an event, for rows that have seen so many tokens; see the function of this name."""
         return targets(self.policy, self.clock, self.place, seen, self.rounding)
 
     def targets_after(self, block: Block) -> list[int]:
-        """Returns the slots per kv head that each row may hold after a block's event, computed once."""
+        """The slots per kv head that each row may hold after a block's event, computed once."""
         if self.asked[0] is not block:
             self.asked = block, self.targets(block.after)
         return self.asked[1]
@@ -154,7 +151,6 @@ class Storage:
         self.note_peak()
 
     def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
-        """Enter the fresh tokens of a block."""
         self.pool.write(key, value, block.position, notes, block.sizes, block.real)
         self.live = list(map(add, self.live, block.sizes))
         if self.shared:
@@ -197,7 +193,6 @@ class Storage:
         self.note_peak()
 
     def select(self, index: Tensor) -> None:
-        """Rows of the batch, int64 [b]."""
         self.pool.select(index)
         for name in ("live", "held", "longest"):
             old = getattr(self, name)
@@ -208,13 +203,8 @@ class Storage:
 def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
     """Slots per kv head after an event, for rows that have seen so many tokens.
 
-    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total.
-
-    Args:
-        rounding: slots per head that storage may take on top; counted in a byte budget only.
-
-    Raises:
-        BudgetError: a byte budget that cannot hold guards, slack and a protected prompt.
+    A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total; so are `rounding`
+    slots per head that storage may take.
     """
     schedule = clock.schedule
     floor, reserve = policy.floor, schedule.slack + rounding

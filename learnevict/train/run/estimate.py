@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArgumen
 from learnevict import methods
 from learnevict.config import Budget, Layout
 from learnevict.errors import UsageError
-from learnevict.infer.model.fingerprint import layout_of
 from learnevict.infer.model.memory import num_parameters, readable
+from learnevict.infer.model.supported import layout_of
 from learnevict.oracle import Received
 from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate

@@ -20,8 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from learnevict.errors import UsageError
-from learnevict.infer.model.fingerprint import layout_of
-from learnevict.infer.model.supported import evicting_layers
+from learnevict.infer.model.supported import evicting_layers, layout_of
 from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 

@@ -10,7 +10,7 @@ from learnevict import Gates, methods
 from learnevict.data.documents import Collator
 from learnevict.data.label_store import Document
 from learnevict.errors import BudgetError, UsageError
-from learnevict.infer.model.fingerprint import layout_of
+from learnevict.infer.model.supported import layout_of
 from learnevict.train.losses import capacity, objectives
 from learnevict.train.trainers.soft_gate import LOSSES, SoftConfig, SoftTrainer
 from tests.closeness import close
