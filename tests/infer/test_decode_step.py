@@ -120,10 +120,11 @@ class Found:
 
 
 def decode(model: LlamaForCausalLM, policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> Found:
-    places, features, period = position_ids(mask), feature_widths(model, policy), policy.schedule.period
     found = Found()
     with attach(model):
         cache = EvictingCache(model.config, policy)
+        policy = cache.policy
+        places, features, period = position_ids(mask), feature_widths(model, policy), policy.schedule.period
         with torch.no_grad():
             prefill(model, cache, ids[:, :PROMPT], mask[:, :PROMPT])
         for index, step in enumerate(range(PROMPT, PROMPT + STEPS), start=1):
