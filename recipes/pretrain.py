@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -38,27 +38,25 @@ from learnevict.hub.run_record import Record
 from learnevict.testbed import Sample
 from learnevict.train.run.flags import check_fields, flag, read_flags
 from tools.pretraining import (
+    CHECKPOINT,
+    EXPORTED,
+    IDS,
+    TOKENIZER,
     TOP,
     Curriculum,
     Muon,
+    accuracy_of,
+    answers_of,
     batches,
-    exact_match,
     num_ranks,
     rank,
-    step_accuracy,
+    restore,
+    restore_exported,
+    save,
     sum_over_ranks,
     to_tensors,
 )
 
-TOKENIZER = testbed.build_tokenizer()
-IDS: dict[str, int] = TOKENIZER.get_vocab()
-CHECKPOINT: Any = (("model.safetensors", "optimizers.safetensors", "state.json"), "state.json", b'"curve": ')
-EXPORTED: Any = (
-    ("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "record.json", "tokenizer.json",
-     "tokenizer_config.json"),
-    "record.json", b'"recipe": ',
-)  # fmt: skip
-"""Of a folder: the files in it, which of them shows that this program wrote it, and by what."""
 SMOKE = {
     "steps": 3, "cooldown": 1, "warmup": 1, "tokens_per_step": 600, "evaluate_every": 3, "evaluate_samples": 2,
     "final_samples": 2, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "max_new_tokens": 4,
@@ -208,96 +206,6 @@ def schedule(config: Config, step: int, fresh: int) -> float:
     return min(1.0, (step + 1 - fresh) / config.warmup) * fall
 
 
-def measure(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
-    """Returns, by family on validation seeds, accuracy on answer-mask tokens and the share of samples with no wrong token."""
-    result: dict[str, dict[str, float]] = {}
-    for family in testbed.FAMILIES:
-        samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
-        step, perfect = step_accuracy(model, TOKENIZER, samples)
-        result[family] = {"step_accuracy": round(step, 5), "all_right": round(perfect, 4)}
-    return result
-
-
-def answer(model: Any, config: Config, num_samples: int, length: str = "normal") -> dict[str, float]:
-    """Returns, by family on validation seeds, the exact match of the final answer under greedy generation."""
-    result: dict[str, float] = {}
-    for family in testbed.FAMILIES:
-        samples = [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)]
-        result[family] = exact_match(model, TOKENIZER, samples, max_new_tokens=config.max_new_tokens)
-    return result
-
-
-def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    """Writes a checkpoint beside the old one and swaps them, so that a killed run always finds a complete one."""
-    moments: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, entry in optimizer.state_dict()["state"].items():
-            moments |= {f"{number}/{index}/{key}": value.contiguous() for key, value in entry.items()}
-    with replacing_folder(folder / "checkpoint", *CHECKPOINT) as fresh:
-        save_file({name: value.contiguous() for name, value in model.named_parameters()}, fresh / "model.safetensors")
-        save_file(moments, fresh / "optimizers.safetensors")
-        (fresh / "state.json").write_text(json.dumps(state))
-
-
-def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any] | None:
-    """Loads the checkpoint if there is one, and returns its state."""
-    found = folder / "checkpoint"
-    if not (found / "state.json").exists():
-        return None
-    model.load_state_dict(load_file(found / "model.safetensors"), strict=False)  # the tied head is not stored
-    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, value in load_file(found / "optimizers.safetensors").items():
-        number, index, name = key.split("/")
-        moments[int(number)].setdefault(int(index), {})[name] = value
-    for optimizer, entries in zip(optimizers, moments, strict=True):
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((found / "state.json").read_text())
-
-
-def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Loads weights and training state of an exported model; its optimisers are new."""
-    state = json.loads((folder / "record.json").read_text())["training"]
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    return state | {"fresh": state["step"]}
-
-
-def export(config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """Writes the exported model: bfloat16 weights, tokenizer, and a record of what they reach once reloaded."""
-    config.target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(config.target.with_name(config.target.name + ".export")),
-        replacing_folder(config.target, *EXPORTED) as fresh,
-    ):
-        return write_model(config, state, fresh)
-
-
-def write_model(config: Config, state: dict[str, Any], fresh: Path) -> dict[str, Any]:
-    """Writes all files of an exported model, and returns the record among them."""
-    model = build_model(config)
-    model.load_state_dict(load_file(Path(config.out) / "checkpoint/model.safetensors"), strict=False)
-    model.to(torch.bfloat16).save_pretrained(fresh)
-    TOKENIZER.save_pretrained(fresh)
-    special = {"pad_token_id": IDS["<pad>"], "bos_token_id": IDS["<bos>"], "eos_token_id": IDS["<end>"]}
-    GenerationConfig(**special, do_sample=False, max_new_tokens=config.max_new_tokens).save_pretrained(fresh)
-    model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
-    num, few = config.final_samples, max(1, config.final_samples // 4)
-    record = {
-        "recipe": config.settings, "fingerprint": testbed.fingerprint(), "split": "validation",
-        "num_samples": num, "accuracy": measure(model, num), "exact_match": answer(model, config, num),
-        "long": {"num_samples": few, "accuracy": measure(model, few, "long")}, "training": state,
-        "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-    record["long"]["exact_match"] = answer(model, config, few, "long")
-    (fresh / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
-    (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def stage(config: Config, begin: int) -> dict[str, Any]:
-    """Returns what the record keeps of a run that begins at this step: a resumed run may change its flags."""
-    return {"from": begin, "fingerprint": testbed.fingerprint(), **config.settings}
-
-
 def train(
     config: Config, model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> None:
@@ -305,7 +213,8 @@ def train(
     for layer in model.model.layers if config.compiled else ():
         layer.compile(dynamic=True)
     curriculum, running, begin = Curriculum(state.get("curriculum")), 0.0, state["step"]
-    state["stages"] = [*state.get("stages", []), stage(config, begin)]
+    stage = {"from": begin, "fingerprint": testbed.fingerprint(), **config.settings}  # flags may change on resuming
+    state["stages"] = [*state.get("stages", []), stage]
     bar = tqdm(range(begin, config.steps), mininterval=30, initial=begin, total=config.steps, disable=rank() > 0)
     for step in bar:
         began = time.perf_counter()
@@ -320,34 +229,47 @@ def train(
             state |= {"step": step + 1, "curriculum": vars(curriculum)}
             save(Path(config.out), model, optimizers, state)
         if rank() == 0 and (step + 1) % config.evaluate_every == 0:
-            bar.write(f"step {step + 1} validation {json.dumps(measure(model, config.evaluate_samples))}")
+            bar.write(f"step {step + 1} validation {json.dumps(accuracy_of(model, config.evaluate_samples))}")
 
 
-def settle(config: Config) -> None:
-    """Refuses folders that hold something else, and finishes what a killed run had begun to replace.
+def export(config: Config, state: dict[str, Any]) -> None:
+    """Writes the exported model: bfloat16 weights, tokenizer, and a record of what they reach once rounded and reloaded."""
+    model, target = build_model(config), config.target
+    model.load_state_dict(load_file(Path(config.out) / "checkpoint/model.safetensors"), strict=False)
+    special = {"pad_token_id": IDS["<pad>"], "bos_token_id": IDS["<bos>"], "eos_token_id": IDS["<end>"]}
+    num, few, tokens = config.final_samples, max(1, config.final_samples // 4), config.max_new_tokens
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(target.name + ".export")), replacing_folder(target, *EXPORTED) as fresh:
+        model.to(torch.bfloat16).save_pretrained(fresh)
+        TOKENIZER.save_pretrained(fresh)
+        GenerationConfig(**special, do_sample=False, max_new_tokens=tokens).save_pretrained(fresh)
+        model = Qwen3ForCausalLM.from_pretrained(fresh, dtype=torch.float32).to(config.device).eval()
+        record = {
+            "recipe": config.settings, "fingerprint": testbed.fingerprint(), "split": "validation",
+            "num_samples": num, "accuracy": accuracy_of(model, num), "exact_match": answers_of(model, num, tokens),
+            "long": {"num_samples": few, "accuracy": accuracy_of(model, few, "long")}, "training": state,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+        record["long"]["exact_match"] = answers_of(model, few, tokens, "long")
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
+        (fresh / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({key: record[key] for key in ("accuracy", "exact_match", "long")}))
+
+
+def opened(config: Config, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Loads what a run goes on from, finishes what a killed one had begun to replace, and returns the state.
 
     Raises:
-        UsageError: checkpoints would lie in the folder that is replaced.
+        UsageError: checkpoints would lie in the folder that is replaced, or nothing is left to do.
         DataError: a folder holds something else.
     """
-    checkpoint = Path(config.out) / "checkpoint"
     if Path(config.out).resolve().is_relative_to(config.target.resolve()):
         raise UsageError(f"--export-to {str(config.target)!r} is replaced as a whole, so --out cannot be in it")
     if rank() == 0:
-        check_folder(checkpoint, *CHECKPOINT)
+        check_folder(Path(config.out) / "checkpoint", *CHECKPOINT)
         check_folder(config.target, *EXPORTED)
     if dist.is_initialized():
         dist.barrier()
-
-
-def main(config: Config) -> None:
-    """Trains, or with `export` only writes what the last checkpoint holds."""
-    torch.set_num_threads(config.threads)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
-    settle(config)
-    model = build_model(config).to(config.device)
-    optimizers = build_optimizers(config, model)
     state = restore(Path(config.out), model, optimizers)
     if state is not None and config.further:
         print(f"--further: going on with the checkpoint in {config.out}, not with the exported model")
@@ -359,18 +281,25 @@ def main(config: Config) -> None:
         raise UsageError(
             f"the model has been trained for {state['step']} steps already; give --steps above that, or --export to write it"
         )
-    state = state or {"step": 0, "seconds": 0.0, "curve": []}
+    return state or {"step": 0, "seconds": 0.0, "curve": []}
+
+
+def main(config: Config) -> None:
+    """Trains, or with `export` only writes what the last checkpoint holds."""
+    torch.set_num_threads(config.threads)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    model = build_model(config).to(config.device)
+    optimizers = build_optimizers(config, model)
+    state = opened(config, model, optimizers)
     if state["step"] < config.steps and not config.export:
         facts = {"seeds": {"seed": config.seed}, "data_hash": testbed.fingerprint()}
-        with Record(
-            config.out, "pretrain", config.settings, goes_on=state["step"] > 0,
-            writes=rank() == 0, **facts,
-        ) as run:  # fmt: skip
+        begun = {"goes_on": state["step"] > 0, "writes": rank() == 0}
+        with Record(config.out, "pretrain", config.settings, **begun, **facts) as run:
             train(config, model, optimizers, state)
             run.add(log=state["curve"])
     if rank() == 0:
-        record = export(config, state)
-        print(json.dumps({key: record[key] for key in ("accuracy", "exact_match", "long")}))
+        export(config, state)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

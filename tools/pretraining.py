@@ -1,21 +1,34 @@
-"""Parts of recipes/pretrain.py beside its loop: a curriculum that climbs by accuracy, Muon, accuracy, sums over processes."""
+"""Parts of recipes/pretrain.py beside its loop: a curriculum that climbs by accuracy, Muon, accuracy, checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from learnevict import testbed
+from learnevict.files import replacing_folder
 from learnevict.testbed import Sample
 from learnevict.testbed.clauses import final_answer
 from learnevict.testbed.vocabulary import PAD
 
+TOKENIZER = testbed.build_tokenizer()
+IDS: dict[str, int] = TOKENIZER.get_vocab()
+CHECKPOINT: Any = (("model.safetensors", "optimizers.safetensors", "state.json"), "state.json", b'"curve": ')
+EXPORTED: Any = (
+    ("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "record.json", "tokenizer.json",
+     "tokenizer_config.json"),
+    "record.json", b'"recipe": ',
+)  # fmt: skip
+"""Of a folder: the files in it, which of them shows that this program wrote it, and by what."""
 TOP = testbed.NUM_LEVELS - 1
 
 
@@ -162,3 +175,63 @@ def exact_match(
         texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :])
         right += sum(final_answer(text) == sample.answer for sample, text in zip(group, texts, strict=True))
     return right / len(samples)
+
+
+def accuracy_of(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
+    """Returns, of each family's validation seeds, accuracy on answer-mask tokens and the share of samples with no wrong token."""
+    found = {family: step_accuracy(model, TOKENIZER, samples) for family, samples in validation(num_samples, length)}
+    return {
+        family: {"step_accuracy": round(step, 5), "all_right": round(perfect, 4)}
+        for family, (step, perfect) in found.items()
+    }
+
+
+def answers_of(model: Any, num_samples: int, max_new_tokens: int, length: str = "normal") -> dict[str, float]:
+    """Returns, of each family's validation seeds, the exact match of final answers under greedy generation."""
+    return {
+        family: exact_match(model, TOKENIZER, samples, max_new_tokens=max_new_tokens)
+        for family, samples in validation(num_samples, length)
+    }
+
+
+def validation(num_samples: int, length: str) -> Iterator[tuple[str, list[Sample]]]:
+    """Yields every family with its first validation samples."""
+    for family in testbed.FAMILIES:
+        yield (
+            family,
+            [testbed.generate(family, seed, split="validation", length=length) for seed in range(num_samples)],
+        )
+
+
+def save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    """Writes a checkpoint beside the old one and swaps them, so that a killed run always finds a complete one."""
+    moments: dict[str, Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            moments |= {f"{number}/{index}/{key}": value.contiguous() for key, value in entry.items()}
+    with replacing_folder(folder / "checkpoint", *CHECKPOINT) as fresh:
+        save_file({name: value.contiguous() for name, value in model.named_parameters()}, fresh / "model.safetensors")
+        save_file(moments, fresh / "optimizers.safetensors")
+        (fresh / "state.json").write_text(json.dumps(state))
+
+
+def restore(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any] | None:
+    """Loads the checkpoint if there is one, and returns its state."""
+    found = folder / "checkpoint"
+    if not (found / "state.json").exists():
+        return None
+    model.load_state_dict(load_file(found / "model.safetensors"), strict=False)  # the tied head is not stored
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, value in load_file(found / "optimizers.safetensors").items():
+        number, index, name = key.split("/")
+        moments[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, entries in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((found / "state.json").read_text())
+
+
+def restore_exported(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Loads the weights of an exported model, and returns its training state; its optimisers are new."""
+    state = json.loads((folder / "record.json").read_text())["training"]
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return state | {"fresh": state["step"]}
