@@ -178,7 +178,7 @@ def exact_match(
 
 
 def accuracy_of(model: Any, num_samples: int, length: str = "normal") -> dict[str, dict[str, float]]:
-    """Returns, of each family's validation seeds, accuracy on answer-mask tokens and the share of samples with no wrong token."""
+    """Returns of each family's validation seeds accuracy on answer-mask tokens and of samples without a wrong one."""
     found = {family: step_accuracy(model, TOKENIZER, samples) for family, samples in validation(num_samples, length)}
     return {
         family: {"step_accuracy": round(step, 5), "all_right": round(perfect, 4)}

@@ -156,7 +156,7 @@ def test_evaluations_choose_the_best_and_change_nothing(tmp_path, distill, flags
     assert_equal(weights(validated), weights(validated / f"checkpoint-{best}"))
 
 
-def test_texts_too_short_to_judge_by_are_told(tmp_path, distill, flags):
+def test_texts_too_short_to_evaluate_on_are_told(tmp_path, distill, flags):
     more = ["--eval_documents", "2", "--eval_steps", "1", "--eval_budgets", "99", "--output_dir", str(tmp_path)]
     with pytest.raises(UsageError, match="too short for --eval_budgets 99"):
         distill.main(distill.parse([*flags, *SMALL["foresightkv"], *more]))
@@ -219,7 +219,7 @@ def test_help_is_that_of_the_method(distill, capsys):
 
 
 def test_a_method_of_ones_own(tmp_path, monkeypatch, distill, flags):
-    (tmp_path / "their_judge.py").write_text(
+    (tmp_path / "their_scorer.py").write_text(
         "from learnevict.methods import foresightkv\nfrom learnevict.methods.foresightkv import PAPER, policy\n"
         "TRAINING = {'learning_rate': 0.25, 'pairs': 9}\n\n\n"
         "def build(layout, width, period=None):\n    gate = foresightkv.build(layout, hidden=width, period=period)\n"
@@ -227,13 +227,13 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, distill, flags):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UsageError, match="needs --width"):
-        distill.parse(["--method", "their_judge"])
+        distill.parse(["--method", "their_scorer"])
     out = ["--output_dir", str(tmp_path / "out")]
-    found = distill.parse([*flags, *BUDGETS, *out, "--method", "their_judge", "--width", "4", "--max_steps", "1"])
+    found = distill.parse([*flags, *BUDGETS, *out, "--method", "their_scorer", "--width", "4", "--max_steps", "1"])
     assert (found.training.learning_rate, found.mode.pairs, found.settings) == (0.25, 9, {"width": 4, "period": 8})
     distill.main(found)
     gates = Gates.load(tmp_path / "out")
-    assert (gates.method, gates.config.settings) == ("their_judge", {"width": 4, "period": 8})
+    assert (gates.method, gates.config.settings) == ("their_scorer", {"width": 4, "period": 8})
     (tmp_path / "their_odd.py").write_text(
         "from learnevict.methods.random import PAPER, policy\nTRAINING = {'nonsense': 1}\n"
         "from learnevict.methods.foresightkv import build\n"
@@ -302,7 +302,7 @@ def test_gates_are_trained_further(tmp_path, distill, flags):
         distill.main(distill.parse([*shorter, *more, "--method", TRAINED["stream"]]))
 
 
-def judge_with_shares(base: Path, level: list[float]) -> Gates:
+def scorer_with_shares(base: Path, level: list[float]) -> Gates:
     """Returns a slot scorer whose two layers have shares that refinement has found."""
     model = Qwen3ForCausalLM.from_pretrained(base)
     gates = Gates.make("foresightkv", model, hidden=8, period=8, demand=[2, 1, 29])
@@ -313,9 +313,9 @@ def judge_with_shares(base: Path, level: list[float]) -> Gates:
     return gates
 
 
-def test_states_are_those_of_the_shares_that_a_judge_has_learned(base):
+def test_states_are_those_of_the_shares_that_a_scorer_has_learned(base):
     """Layers then differ in when they evict and in what they hold; they do as in inference."""
-    gates, model = judge_with_shares(base, [0.1, -0.1]), Qwen3ForCausalLM.from_pretrained(base).eval()
+    gates, model = scorer_with_shares(base, [0.1, -0.1]), Qwen3ForCausalLM.from_pretrained(base).eval()
     ids, guard = torch.randint(5, 200, (2, 76)), Guard(2, 4)
     mask = torch.ones_like(ids)
     mask[0, :12] = 0
@@ -339,8 +339,8 @@ def test_states_are_those_of_the_shares_that_a_judge_has_learned(base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [[0.1, -0.1], [1.0, -1.0]], ids=["both evict", "one layer never evicts"])
-def test_a_judge_with_shares_is_trained_further(level, tmp_path, distill, base, flags):
-    judge_with_shares(base, level).save_pretrained(tmp_path / "first")
+def test_a_scorer_with_shares_is_trained_further(level, tmp_path, distill, base, flags):
+    scorer_with_shares(base, level).save_pretrained(tmp_path / "first")
     more = ["--start_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "second"), "--max_steps", "2"]
     distill.main(distill.parse([*flags, "--budgets", "40", "40", "--weight_decay", "0", *more]))
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
