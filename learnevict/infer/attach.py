@@ -98,7 +98,7 @@ def attach(
             `EvictingCache(model.config, policy)` makes caches.
         record, prompt_length: see EvictingCache.
         soft: the policy's gate weighs attention instead of evicting, as soft gates are trained: inside `with`, call the model
-            on whole texts without a cache. Yields a learnevict.infer.soft.Soft, whose `notes` are the gate's.
+            on whole texts without a cache. Yields a learnevict.infer.soft.Soft, whose `state` is what the gate wrote.
 
     Returns:
         A context manager; `detach()` ends it outside `with`.

@@ -88,22 +88,22 @@ class Soft(Run):
 
     Attributes:
         layers: those that would evict; the others attend as they always do.
-        notes: of the last forward, {layer: what the gate's `write` said, {name: [B, H, T, ...]}}.
+        state: of the last forward, {layer: what the gate's `write` said, {name: [B, H, T, ...]}}.
         text: of the last forward.
     """
 
     gate: SoftGate
     layers: frozenset[int]
-    notes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    state: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     text: TextInput | None = None
 
     @property
     def decay_biases(self) -> list[DecayBias]:
         """The decay bias of each layer in the last forward, in order of layers."""
-        return [self.gate.decay_bias(self.notes[layer]) for layer in sorted(self.notes)]
+        return [self.gate.decay_bias(self.state[layer]) for layer in sorted(self.state)]
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        self.text, self.notes = TextInput.of(given), {}
+        self.text, self.state = TextInput.of(given), {}
 
     def takes(self, layer: int) -> bool:
         return layer in self.layers
@@ -128,8 +128,8 @@ class Soft(Run):
             hidden=hidden,
             tokens=text.tokens,
         )
-        self.notes[layer] = self.gate.write(signals)
-        return soft_attention(query, key, value, self.gate.decay_bias(self.notes[layer]), text.valid, attention)
+        self.state[layer] = self.gate.write(signals)
+        return soft_attention(query, key, value, self.gate.decay_bias(self.state[layer]), text.valid, attention)
 
 
 def soft_gate(scorer: Scorer) -> SoftGate:
@@ -211,7 +211,7 @@ def layers_again(model: nn.Module, attached: Callable[[Soft], AbstractContextMan
     @contextmanager
     def again(soft: Soft) -> Generator[None]:
         with attached(
-            replace(soft, notes={})
+            replace(soft, state={})
         ):  # made when entered: a layer that no gradient reaches is not computed again
             yield
 

@@ -42,7 +42,6 @@ class ExpectedAttention(Scorer):
     epsilon: float = 0.0
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         support = signals.occupied & (signals.place >= self.skip)
         expected = self.logits(signals).unsqueeze(3)
         share = Attention(1.0).probabilities(expected, support[:, :, None, None, :]).mean((2, 3))

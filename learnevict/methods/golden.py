@@ -55,7 +55,6 @@ class Hindsight(Gate):
         return {"left": other.int().cumsum(-1).gt(0).unsqueeze(1) | before.unsqueeze(-1)}
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         batch, heads = signals.position.shape[:2]
         if (batch, heads) != self.expiry.shape[1:3] or signals.layer >= self.expiry.shape[0]:
             raise TraceError(

@@ -44,7 +44,6 @@ class AttentionMass(Scorer):
         return {"mass": signals.state["mass"] + signals.fresh_attention.sum((2, 3)) / group}
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         mass = signals.state["mass"]
         return mass / (signals.age + 1).clamp_min(1) if self.mean else mass
 

@@ -28,7 +28,6 @@ class Unlikeness(Scorer):
     """Minus the cosine to the mean direction of the keys held."""
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         batch, heads, _ = signals.position.shape
         occupied = signals.occupied.float().unsqueeze(-1)
         total: Tensor | float = 0.0

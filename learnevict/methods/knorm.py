@@ -29,7 +29,6 @@ class KeyNorm(Scorer):
     """Minus the norm of the key."""
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return -signals.per_slot(lambda keys, values: torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
 
 

@@ -29,7 +29,6 @@ class Hashed(Scorer):
     seed: int = 0
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         place = signals.place.long()
         head = torch.arange(place.shape[1], device=place.device).view(1, -1, 1)
         start = finalise(torch.full_like(head, self.seed) ^ 0x5E_ED)

@@ -40,7 +40,6 @@ class ImportantAndNew(Scorer):
     window: int = 8
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         attention = WindowAttention(self.window, "candidates", "logit_max", "mean")
         score = self.mix * attention.importance(signals)
         if self.mix < 1:

@@ -39,7 +39,6 @@ class SnapAttention(Scorer):
     kernel: int = 7
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         before = before_window(signals)
         attention = torch.zeros(())
         for weights, _ in signals.window(

@@ -30,7 +30,6 @@ class Recency(Scorer):
     """Minus the age in tokens."""
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return -signals.age.float()
 
 

@@ -36,7 +36,6 @@ class Pyramid(Uniform):
             raise UsageError(f"a pyramid's beta is at least 1 (1 is uniform), not {self.beta}")
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """See Allocator."""
         base = budget - floor
         if num_layers == 1 or base <= 0:
             return budget
@@ -65,11 +64,9 @@ class Profile(Uniform):
     perturbations: tuple[tuple[float, ...], ...] = ()
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """See Allocator."""
         return self._share_out(budget, rank, num_layers, floor, (0.0,) * num_layers)
 
     def row_budget(self, row: int, budget: int, rank: int, num_layers: int, floor: int) -> int:
-        """See Allocator."""
         shift = self.perturbations[row] if self.perturbations else (0.0,) * num_layers
         return self._share_out(budget, rank, num_layers, floor, shift)
 
@@ -139,7 +136,6 @@ class Ada(Allocator):
             raise UsageError(f"alpha is the share that heads divide equally, 0 to 1, not {self.alpha}")
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """See Allocator."""
         ordered, room, free = contest(scores, protected, budget)
         share = self._divide(best_of_all(ordered, free, room), free).minimum(room)
         return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
@@ -172,7 +168,6 @@ class Together(Allocator):
             raise UsageError(f"floor is the share of an equal split that every head keeps, 0 to 1, not {self.floor}")
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """See Allocator."""
         ordered, room, free = contest(scores, protected, budget)
         share = room.minimum(self.least(free, scores.shape[1]).unsqueeze(-1))
         return protected.sum(-1) + share + best_beyond(share, ordered, room, free)

@@ -55,15 +55,12 @@ class Surrogate(Learner):
         """Returns the estimates of fresh tokens, with gradient, float32 [B, H, S]."""
 
     def predictions(self, signals: Signals) -> Tensor:
-        """See Learner."""
         return self.estimate(signals)
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
         return {"estimate": self.estimate(signals)}
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return signals.state["estimate"]
 
 
@@ -73,7 +70,6 @@ class Ranker(Learner):
     at_cuts = True
 
     def predictions(self, signals: Signals) -> Tensor:
-        """See Learner."""
         return self.score(signals)
 
 
@@ -91,7 +87,6 @@ class NetworkRanker(Ranker):
         """Returns the other inputs by name, float32 [B, H, N or 1, width]."""
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
         others = self.inputs(signals)
         for part, keys, values in signals.pieces(self.network.width):
@@ -100,7 +95,6 @@ class NetworkRanker(Ranker):
         return out
 
     def calibrate(self, signals: Signals) -> None:
-        """See Learner."""
         assert signals.key is not None
         assert signals.value is not None
         fresh = {"key": signals.key, "value": signals.value}
@@ -197,7 +191,6 @@ class SlotScorer(Gate):
         return self.demand
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
         statistics = self.statistics(signals)
         for part, keys, values in signals.pieces(max(self.num_features, self.hidden)):

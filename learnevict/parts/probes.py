@@ -60,7 +60,6 @@ class SoftTokens(Gate):
         self.started.fill_(1)
 
     def settings(self) -> dict[str, Any]:
-        """See Gate."""
         return {"num_tokens": self.embeddings.shape[0]}
 
     def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:

@@ -114,7 +114,6 @@ class RetentionSum(WrappedScorer):
             raise UsageError(f"retention sums to nothing over {self.horizon} tokens; give a horizon of at least 1")
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return self.scorer.score(signals) + log_geometric(signals.state["retention"], self.horizon)
 
 

@@ -40,7 +40,6 @@ class Table(Gate):
         return self.table[layer][:, entries].transpose(0, 1)
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return aged(signals, self.bonus)
 
 
@@ -51,7 +50,6 @@ class OtherBonus(WrappedScorer):
     bonus: float
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return aged(signals, self.bonus)
 
 

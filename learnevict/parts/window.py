@@ -50,7 +50,6 @@ class WindowAttention(Scorer):
             )
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]."""
         return self.importance(signals).masked_fill(~before_window(signals), HIGHEST)
 
     def importance(self, signals: Signals) -> Tensor:

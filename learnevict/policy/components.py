@@ -136,7 +136,6 @@ class TopK:
     """The best `counts` slots; of equal scores the older is evicted."""
 
     def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
-        """See Draw."""
         return keep_top(scores, position, counts)
 
 
@@ -160,7 +159,6 @@ class Above:
             )
 
     def choose(self, scores: Tensor, counts: Tensor, position: Tensor) -> Tensor:
-        """See Draw."""
         return keep_top(scores, position, counts) & (scores >= self.threshold)
 
 
@@ -169,5 +167,4 @@ class Uniform(Allocator):
     """Every head of a layer holds what the layer does; of layers, those that share unequally say so in `layer_budget`."""
 
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        """See Allocator."""
         return budget.long().view(-1, 1).expand(scores.shape[:2])

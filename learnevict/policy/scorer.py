@@ -69,28 +69,22 @@ class WrappedScorer(Scorer):
             object.__setattr__(self, name, getattr(self.scorer, name))
 
     def score(self, signals: Signals) -> Tensor:
-        """See Scorer."""
         return self.scorer.score(signals)
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
         return self.scorer.write(signals)
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
         return self.scorer.observe(signals)
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
-        """See Scorer."""
         return self.scorer.refresh(signals)
 
     @property
     def soft(self) -> SoftGate | None:
-        """See Scorer."""
         return self.scorer.soft
 
     def to(self, device: torch.device) -> Scorer:
-        """See Scorer."""
         self.scorer.to(device)
         return self
 

@@ -178,7 +178,7 @@ def test_hard_rates_are_the_replay_of_their_expiries(name):
         expected = replay(model, ids, Trace(expiry, "made up"), mask).logits
     close(found, expected, 1e-5, mask)
     stays = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or []]
-    assert sorted(soft.notes) == [index for index, stay in enumerate(stays or [False, False]) if not stay]
+    assert sorted(soft.state) == [index for index, stay in enumerate(stays or [False, False]) if not stay]
 
 
 def test_padding_changes_nothing():
@@ -215,12 +215,12 @@ def test_a_gate_says_the_same_in_training_and_in_inference(method):
     with torch.no_grad():
         with attach(model, policy, soft=True) as soft:
             model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-        first = min(soft.notes)  # later layers read what soft attention has changed
+        first = min(soft.state)  # later layers read what soft attention has changed
         store = read(model, policy, ids, mask).cache.layers[first].store
-    (name,) = soft.notes[first]
+    (name,) = soft.state[first]
     at = store.position.clamp_min(0).long()
     assert (store.position >= 0).any()
-    expected = soft.notes[first][name].gather(-1, at)
+    expected = soft.state[first][name].gather(-1, at)
     close(store.state.columns[name][store.position >= 0], expected[store.position >= 0])
 
 

@@ -52,6 +52,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("snapkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
     ("foresightkv/prefill_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
     ("foresightkv/shares", "identity"): "some layers hold less than the budget, as pyramidkv's late ones",
+    ("foresightkv/shares", "unchanged"): "some layers hold less than the budget, however large it is",
     ("snapkv/together_end", "bounded"): "query-aware: the prompt is held whole until it has been read",
     (
         "pyramidkv",

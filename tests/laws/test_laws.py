@@ -261,8 +261,8 @@ LAWS: dict[str, Callable[[Case], int]] = {
 def cells() -> Iterator[tuple[str, str, str]]:
     """(law, method, model) such that all pairs occur: a Latin square over the models that evict."""
     for m, method in enumerate(VARIANTS):
-        for k, model in enumerate(zoo.EVICTING):
-            yield list(LAWS)[(m + k) % len(LAWS)], method, model
+        for k in range(max(len(zoo.EVICTING), len(LAWS))):
+            yield list(LAWS)[(m + k) % len(LAWS)], method, zoo.EVICTING[k % len(zoo.EVICTING)]
         yield "masking", method, zoo.STOCK_ONLY[m % len(zoo.STOCK_ONLY)]
 
 

@@ -200,7 +200,7 @@ def test_accumulators_do_not_share_storage():
     close(state["decayed"], left * (1 - left) * first + (1 - left) * second)
 
 
-def test_notes_under_steady_attention_do_not_depend_on_the_period():
+def test_state_under_steady_attention_do_not_depend_on_the_period():
     """Regression 4: training and inference may hold events at different distances; queries that all look alike tell it."""
     gate, num, tokens = gate_for(tiny()), 12, 64
     generator = torch.Generator().manual_seed(1)

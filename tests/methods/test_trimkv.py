@@ -99,7 +99,7 @@ def test_retentions_are_those_of_the_formulas_after_another_precision():
         policy = methods.trimkv.policy(BUDGET, gate=coarse, slack=SLACK)
         with torch.no_grad(), attach(model, policy, soft=True) as soft:
             model(ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-        found = soft.notes[0]["retention"]
+        found = soft.state[0]["retention"]
         assert found.dtype == torch.float32
         close(found, retention_of_first_layer(model, gate, ids), rounding)
 

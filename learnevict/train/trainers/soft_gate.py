@@ -157,7 +157,7 @@ class SoftTrainer(GateTrainer):
         again = layers_again(self.base, partial(Attachment, self.base, None)) if config.recompute else nullcontext()
         with attach(self.base, policy, soft=True) as soft, again:
             student = self.base(**text)
-        if not soft.notes:
+        if not soft.state:
             raise UsageError(
                 f"every layer of {type(self.base).__name__} keeps its stock cache, so there is nothing to learn"
             )
