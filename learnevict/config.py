@@ -106,3 +106,12 @@ class Budget:
         if self.unit == "share":
             return f"{self.amount:.4g}".rstrip("0") if self.amount > 1 else f"{100 * self.amount:.4g}%"
         return str(int(self.amount)) if self.unit == "tokens" else f"{int(self.amount)}B"
+
+
+def readable_bytes(num_bytes: float) -> str:
+    """Returns bytes for reading: 512 B, 640.0 KiB, 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

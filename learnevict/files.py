@@ -49,15 +49,12 @@ def is_ours(path: Path, mark: bytes) -> bool:
 
 
 def check(path: Path, mark: bytes, *, overwrite: bool | None = None) -> None:
-    """Fail before the work, not after it, where a file may not or cannot be written; nothing is left behind.
+    """Raises a DataError before the work, not after it, where a file may not or cannot be made, replaced or added to.
 
     Args:
-        path: of a file that is to be made, replaced or added to.
+        path: of the file.
         mark: what a file of this kind has near its beginning if this tool wrote it.
         overwrite: replace it in any case; None: the program has no such flag.
-
-    Raises:
-        DataError: the file is somebody else's, is write-protected, is a folder, or its folder cannot be written.
     """
     with writing(path):
         if special(path):
@@ -75,18 +72,14 @@ def check(path: Path, mark: bytes, *, overwrite: bool | None = None) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    """A new name beside what a path leads to; it begins with a dot, so that nobody takes it for a result."""
+    """Returns a new name beside what a path leads to; it begins with a dot, so that nobody takes it for a result."""
     path = path.resolve()
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
 
 
 @contextmanager
 def replacing(path: Path, mark: bytes, *, overwrite: bool | None = None) -> Generator[Path]:
-    """A path beside a file, to write to; when all is well it takes the file's place at once. Arguments as in `check`.
-
-    Raises:
-        DataError: as in `check`, or what was to be written could not be.
-    """
+    """Yields a path beside a file, to write to; when all is well it takes the file's place. Arguments, errors as in `check`."""
     check(path, mark, overwrite=overwrite)
     with writing(path):
         if special(path):
@@ -105,14 +98,14 @@ def replacing(path: Path, mark: bytes, *, overwrite: bool | None = None) -> Gene
 
 
 def write(path: Path, content: str | bytes, mark: bytes, *, overwrite: bool | None = None) -> None:
-    """Write a file, whole or not at all; text as UTF-8. Arguments and errors as in `replacing`."""
+    """Writes a file, whole or not at all; text as UTF-8. Arguments and errors as in `check`."""
     with replacing(path, mark, overwrite=overwrite) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def writing(path: Path) -> Generator[None]:
-    """Around what writes a file: an OSError becomes a DataError that names it and says what to do."""
+    """Turns an OSError inside into a DataError that names the file and says what to do."""
     try:
         yield
     except OSError as error:
@@ -123,16 +116,10 @@ class Lines:
     """A file of JSON lines that grows line by line, each for good, so that a killed run loses the last one at most.
 
     Reading changes nothing; what a killed run had begun to write is cut off by `mend`, and when the next line is added.
-
-    Args:
-        path: the file; it need not be there.
-        mark: how its first line begins.
+    A file whose first line does not begin with `mark`, or that cannot be read or written, is a DataError.
 
     Attributes:
         rows: what was in it when it was opened.
-
-    Raises:
-        DataError: it holds something else, or cannot be read or written.
     """
 
     def __init__(self, path: Path, mark: bytes) -> None:
@@ -160,11 +147,7 @@ class Lines:
             raise DataError(f"{str(path)!r} was not written by this program ({error}); choose another --out") from error
 
     def append(self, row: Any) -> None:
-        """Add a line, and wait until it is on the disk.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Adds a line, and waits until it is on the disk."""
         self.mend()
         with writing(self.path):
             try:
@@ -178,7 +161,7 @@ class Lines:
                     os.fsync(file.fileno())
 
     def mend(self) -> None:
-        """End the file with a whole line."""
+        """Ends the file with a whole line."""
         if self._end >= 0:
             with writing(self.path), self.path.open("r+b") as file:
                 file.seek(self._end)
@@ -189,17 +172,10 @@ class Lines:
 
 @contextmanager
 def locked(path: Path | None) -> Generator[None]:
-    """Hold an output while it is being written; other processes that ask for it are refused. Devices are not held.
+    """Holds a file, or a folder that is there, while it is written: others that ask are refused with a UsageError.
 
-    The lock is PATH.lock, which says who holds it. It ends with its process, however that ends; a file that a killed one left
-    behind is taken over.
-
-    Args:
-        path: of a file, or of a folder, which then has to be there; None: there is nothing to hold.
-
-    Raises:
-        UsageError: another process holds it.
-        DataError: it cannot be written.
+    PATH.lock says who holds it. It ends with its process, however that ends; what a killed one left is taken over. Devices,
+    and None, are not held.
     """
     if path is None or special(path):
         yield
@@ -217,7 +193,7 @@ def locked(path: Path | None) -> Generator[None]:
 
 
 def _hold(lock: Path, path: Path) -> int | None:
-    """An open lock file that nobody else holds; None, with a warning, where files cannot be locked."""
+    """Returns an open lock file that nobody else holds; None, with a warning, where files cannot be locked."""
     handle, said = -1, ""
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
@@ -232,10 +208,10 @@ def _hold(lock: Path, path: Path) -> int | None:
             flock(handle, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        said = (
-            f"another process is writing {str(path)!r} ({said or 'just begun'}); wait for it, or choose another --out"
-        )
-        raise UsageError(said) from None
+        holder = said or "just begun"
+        raise UsageError(
+            f"another process is writing {str(path)!r} ({holder}); wait for it, or choose another --out"
+        ) from None
     except (ImportError, OSError) as error:
         if handle < 0 and isinstance(error, OSError):
             raise
@@ -248,16 +224,13 @@ def _hold(lock: Path, path: Path) -> int | None:
 
 
 def check_folder(folder: Path, names: Collection[str], proof: str, mark: bytes) -> None:
-    """Refuse to replace a folder that is not an earlier one of its kind; finish replacing one where a run was killed at it.
+    """Raises a DataError for a folder that is not new, empty or an earlier one; finishes a replacing that was killed.
 
     Args:
-        folder: that is to be replaced as a whole; a new or an empty one will do.
+        folder: that is to be replaced as a whole.
         names: of the files that an earlier one may hold.
         proof: the file among them that bears the mark.
         mark: as in `check`.
-
-    Raises:
-        DataError: something else is in it, or it cannot be read.
     """
     with writing(folder):
         fresh, old = _beside(folder)
@@ -274,11 +247,7 @@ def check_folder(folder: Path, names: Collection[str], proof: str, mark: bytes) 
 
 @contextmanager
 def replacing_folder(folder: Path, names: Collection[str], proof: str, mark: bytes) -> Generator[Path]:
-    """An empty folder beside one, to fill; when all is well it takes the other's place. Arguments as in `check_folder`.
-
-    Raises:
-        DataError: as in `check_folder`, or it cannot be written.
-    """
+    """Yields an empty folder beside one, to fill, which then takes its place. Arguments and errors as in `check_folder`."""
     check_folder(folder, names, proof, mark)
     fresh, old = _beside(folder)
     with writing(folder):
@@ -294,6 +263,5 @@ def replacing_folder(folder: Path, names: Collection[str], proof: str, mark: byt
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    """Where a folder is made before it takes the place of an earlier one, and where that one goes."""
-    new, old = (folder.with_name(f".{folder.name}.learnevict-{state}") for state in ("new", "old"))
-    return new, old
+    """Returns where a folder is made before it takes the place of an earlier one, and where that one goes."""
+    return folder.with_name(f".{folder.name}.learnevict-new"), folder.with_name(f".{folder.name}.learnevict-old")

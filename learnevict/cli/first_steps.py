@@ -13,7 +13,8 @@ import typer
 
 import learnevict.cli.options as o
 from learnevict import __version__, methods
-from learnevict.cli.output import cell, for_tables, size, tell
+from learnevict.cli.output import cell, for_tables, tell
+from learnevict.config import readable_bytes
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"
@@ -112,13 +113,15 @@ def _machine() -> dict[str, str]:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": f"{cores} cores, {torch.get_num_threads()} threads used by torch, {size(memory)} of memory"}
+    found = {
+        "cpu": f"{cores} cores, {torch.get_num_threads()} threads used by torch, {readable_bytes(memory)} of memory"
+    }
     cuda = torch.cuda.is_available()
     for index in range(torch.cuda.device_count() if cuda else 0):
         about = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         kind = f"compute capability {about.major}.{about.minor}"
-        found[f"cuda:{index}"] = f"{about.name}, {size(total)}, {size(free)} free, {kind}"
+        found[f"cuda:{index}"] = f"{about.name}, {readable_bytes(total)}, {readable_bytes(free)} free, {kind}"
     if not cuda and torch.accelerator.is_available():
         found[str(torch.accelerator.current_accelerator())] = "an accelerator torch can use"
     elif not cuda:
@@ -174,10 +177,13 @@ def _reckoning(figures: dict[str, Any]) -> list[tuple[str, str]]:
     share = f"{evicted / full:.1%} of the full cache" if full else "nothing to evict"
     where = f"in {figures['evicting']} of {figures['layers']} layers"
     return [
-        ("model", f"{figures['model']}: {figures['parameters']:,} weights, {size(weights)}"),
+        ("model", f"{figures['model']}: {figures['parameters']:,} weights, {readable_bytes(weights)}"),
         ("context", f"{figures['context']} tokens x {figures['batch']} rows"),
-        ("full cache", f"{size(full)}; with the weights {size(full + weights)}"),
-        ("evicting", f"{size(evicted)} at most, {share}; with the weights {size(evicted + weights)}"),
+        ("full cache", f"{readable_bytes(full)}; with the weights {readable_bytes(full + weights)}"),
+        (
+            "evicting",
+            f"{readable_bytes(evicted)} at most, {share}; with the weights {readable_bytes(evicted + weights)}",
+        ),
         ("budget", f"{figures['budget']} slots per head{asked}, {where}"),
     ]
 
@@ -241,7 +247,7 @@ def _show_demo(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         marks = ["[green]right[/green]" if row["correct"][task] else "[red]wrong[/red]" for task in TASKS]
         speed = f"{row['tokens_per_second']:.0f}"
-        table.add_row(row["method"], *marks, str(row["kept"]), size(row["kv_bytes_peak"]), speed)
+        table.add_row(row["method"], *marks, str(row["kept"]), readable_bytes(row["kv_bytes_peak"]), speed)
     console = for_tables()
     console.print(table)
     console.print(

@@ -10,8 +10,9 @@ import typer
 
 import learnevict.cli.options as o
 from learnevict.cli.opened_model import OpenedModel, open_model
-from learnevict.cli.output import INTERRUPTED, ResultsFile, say, size, tell
+from learnevict.cli.output import INTERRUPTED, ResultsFile, say, tell
 from learnevict.cli.prompts import Request, make_request, make_requests, read_rows, weight_hashes
+from learnevict.config import readable_bytes
 from learnevict.errors import UsageError
 from learnevict.files import PAGE, check, locked, write
 from learnevict.infer.prompts.text_files import read_file
@@ -156,7 +157,7 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
     budget = "" if record["budget"] is None else f", budget {record['budget_tokens']}"
     if record["budget"] is not None and str(record["budget"]) != str(record["budget_tokens"]):
         budget += f" = {record['budget']}"
-    now, peak, full = (size(record[f"kv_bytes_{name}"]) for name in ("end", "peak", "full"))
+    now, peak, full = (readable_bytes(record[f"kv_bytes_{name}"]) for name in ("end", "peak", "full"))
     share = record["kv_bytes_peak"] / max(record["kv_bytes_full"], 1)
     lines = [
         f"{record['method']} on {record['model']} ({device}): {record['tokens_generated']} new tokens, "

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.output import cell, for_tables, say, size, tell
+from learnevict.cli.output import cell, for_tables, say, tell
+from learnevict.config import readable_bytes
 from learnevict.errors import UsageError
 
 group = typer.Typer(
@@ -97,7 +98,7 @@ def table(as_json: o.AsJson = False) -> None:
         shown.add_row(
             cell(row["name"]),
             cell(row["model"]),
-            size(row["bytes"]),
+            readable_bytes(row["bytes"]),
             cell(row["license"]),
             "yes" if row["here"] else "no",
         )

@@ -106,15 +106,6 @@ def cell(text: object) -> Any:
     return Text(printable(str(text)))
 
 
-def size(num_bytes: float) -> str:
-    """Returns bytes for reading: 512 B, 640.0 KiB, 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
 @contextmanager
 def progress(total: int) -> Generator[Any]:
     """Shows a bar on standard error, if that is a terminal; yields a function of a description and a number of samples."""

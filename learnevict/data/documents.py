@@ -49,10 +49,7 @@ class Encoder:
 
         Args:
             row: of the source, a line of JSON, or a DataError that says why there is none.
-            where: where it stands, for errors.
-
-        Raises:
-            DataError: the row has no text, or a chat that the template refuses.
+            where: where it stands, for the DataError if it has no text, or a chat that the template refuses.
         """
         if isinstance(row, DataError):
             raise row
@@ -133,11 +130,7 @@ class Cutter:
         self.end = [] if end is None else [end]
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents behind the position; bad rows are left out and counted.
-
-        Raises:
-            DataError: nothing but bad rows so far, and too many of them.
-        """
+        """Yields the documents behind the position; bad rows are left out and counted, as long as there are good ones."""
         yield from self._pieces()
         if self.rows is None:
             self.rows = open_rows(self.source)
@@ -170,22 +163,14 @@ class Cutter:
         return Document(ids, prompt, Path(self.source.name).name, self.number - 1)
 
     def check(self) -> None:
-        """Checks that some rows could be read.
-
-        Raises:
-            DataError: all of them were bad.
-        """
+        """Raises a DataError if all rows so far were bad."""
         if self.num_bad and not self.num_good:
             others = f" (and {self.num_bad - 1} others like it)" if self.num_bad > 1 else ""
             raise DataError(f"{self.problem}{others}")
 
 
 def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) -> tuple[list[Document], list[Document]]:
-    """Returns up to `limit` documents, and the `skip` before them, which are held out.
-
-    Raises:
-        DataError: the source cannot be read, holds no text, or fewer documents than are to be held out.
-    """
+    """Returns up to `limit` documents, and the `skip` before them, which are held out; a DataError if there are too few."""
     cutter = Cutter(source, tokenizer)
     found = list(islice(cutter, skip + limit))
     cutter.check()
@@ -194,12 +179,10 @@ def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) ->
         message = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
         warnings.warn(message, LearnevictWarning, stacklevel=2)
     if len(found) <= skip:
-        packed = f" of {source.max_length} tokens" if source.packed else ""
-        held_out = f", and {skip} are held out for evaluation" if skip else ""
-        raise DataError(
-            f"{source.name!r} holds {'no text' if not found else f'only {len(found)} documents'}{packed}{held_out}; give more "
-            "text, or a smaller --max_length or --eval_documents"
-        )
+        held = f"only {len(found)} documents" if found else "no text"
+        held += f" of {source.max_length} tokens" if source.packed else ""
+        held += f", and {skip} are held out for evaluation" if skip else ""
+        raise DataError(f"{source.name!r} holds {held}; give more text, or a smaller --max_length or --eval_documents")
     return found[skip:], found[:skip]
 
 
@@ -228,11 +211,7 @@ class Collator:
 
 
 def long_enough(documents: list[Document], shortest: int) -> list[Document]:
-    """Returns the documents of at least so many tokens.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Returns the documents of at least so many tokens; a DataError if there is none."""
     kept = [document for document in documents if len(document.input_ids) >= shortest]
     if not kept:
         raise DataError(

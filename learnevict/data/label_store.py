@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ MARK = b'"base_hash": '
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds; two runs with different manifests never share a folder."""
+    """What a store holds; runs with different manifests never share a folder."""
 
     base_hash: str
     data: str
@@ -65,15 +64,7 @@ def hash_documents(documents: list[Document]) -> str:
 
 
 class LabelStore:
-    """A folder of labelled documents.
-
-    Args:
-        folder: where; created if missing.
-        manifest: what it is to hold; None to open what is there.
-
-    Raises:
-        LabelError: the folder holds labels of another run, or none to open.
-    """
+    """A folder of labelled documents; without a manifest, what is there is opened. LabelError: none, or of another run."""
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
@@ -145,26 +136,24 @@ class LabelStore:
             path.unlink(missing_ok=True)
 
     def documents(self) -> list[Document]:
-        """Returns the documents of the shards written so far.
+        """Returns the documents of the shards written so far; a LabelError if there is none."""
+        import pyarrow.parquet as parquet
 
-        Raises:
-            LabelError: no shard is there yet.
-        """
         files = [str(self.path(s)) for s in range(self.manifest.num_shards) if self.path(s).exists()]
         if not files:
             raise LabelError(
                 f"{str(self.folder)!r} has a manifest but no shard yet; run `learnevict oracle` to the end"
             )
-        return list(self._read(files))
-
-    def _read(self, files: list[str]) -> Iterator[Document]:
-        import pyarrow.parquet as parquet
-
-        heads = (self.manifest.num_layers, self.manifest.num_heads)
-        for file in files:
-            table = parquet.read_table(file)
+        found: list[Document] = []
+        for table in map(parquet.read_table, files):
             rows = table.drop_columns(["labels"]).to_pylist()
             for row, labels in zip(rows, table.column("labels"), strict=True):
                 flat = torch.from_numpy(labels.values.to_numpy(zero_copy_only=False).copy())
-                shape = (*heads, len(row["input_ids"]), row.pop("num_blocks"))
-                yield Document(**row, labels=flat.view(shape))
+                shape = (
+                    self.manifest.num_layers,
+                    self.manifest.num_heads,
+                    len(row["input_ids"]),
+                    row.pop("num_blocks"),
+                )
+                found.append(Document(**row, labels=flat.view(shape)))
+        return found

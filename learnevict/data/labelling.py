@@ -90,17 +90,12 @@ def fill_store(
     """Writes the labels that are missing in a folder; processes of one launch share the work.
 
     Args:
-        folder: of the store; made if there is none.
+        folder: of the store; made if there is none. Those of another run, another program or a running launch are refused.
         model: the base, on this process's device.
         documents: all of them, the same in every process.
         labelling: how.
         config: of the program, for the record.
         watch: wraps the shards of the main process, for a progress bar.
-
-    Raises:
-        LabelError: the folder holds labels of another run.
-        DataError: it holds the record of another program.
-        UsageError: another launch is writing into it.
     """
     state = processes()
     own_record(folder, "oracle")

@@ -57,10 +57,6 @@ def read_source(
         limit: documents at most.
         max_length: tokens of a document at most, where `source` is a name.
         first_seed, families, split: of the testbed; a family named twice gives twice as many texts, each of them once.
-
-    Raises:
-        DataError: the source cannot be read or holds no text.
-        UsageError: the testbed is asked for what it does not do.
     """
     where = source if isinstance(source, Source) else Source(source, max_length=max_length)
     if where.name != TESTBED:
@@ -76,11 +72,7 @@ def read_source(
 def read_for_learning(
     source: Source, tokenizer: Any, limit: int, held_out: int, families: tuple[str, ...] = testbed.FAMILIES
 ) -> tuple[list[Document], list[Document]]:
-    """Returns documents for training and others for validation: the source's first, or the testbed's validation samples.
-
-    Raises:
-        DataError: the source cannot be read or holds too little.
-    """
+    """Returns documents for training and others for validation: the source's first, or the testbed's validation samples."""
     if source.name != TESTBED:
         return read_documents(source, tokenizer, limit, skip=held_out)
     others = read_source(source, tokenizer, held_out, families=families, split="validation")
@@ -88,11 +80,7 @@ def read_for_learning(
 
 
 def families_of(text: str) -> tuple[str, ...]:
-    """Returns families of the testbed named between commas, as often as each is named; all, if none is.
-
-    Raises:
-        UsageError: an unknown one.
-    """
+    """Returns families of the testbed named between commas, as often as each is named; all, if none is."""
     names = tuple(part.strip() for part in text.split(",") if part.strip()) or testbed.FAMILIES
     if unknown := [name for name in names if name not in testbed.FAMILIES]:
         raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(testbed.FAMILIES)}")

@@ -91,11 +91,7 @@ def kind_of(path: Path) -> str:
 
 
 def open_rows(source: Source) -> Any:
-    """Returns rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved.
-
-    Raises:
-        DataError: there is nothing of that name, or it cannot be read.
-    """
+    """Returns rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved; DataError: no such."""
     path = Path(source.name).expanduser()
     if path.is_file() and kind_of(path) in ("json", "text"):
         return TextRows([path])

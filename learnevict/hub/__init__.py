@@ -1,9 +1,8 @@
 """Gates as files: saved, loaded, tied to their base model, and shared on the Hub with a card that says what they can do."""
 
 from learnevict.hub.card import make_card
-from learnevict.hub.config import GatesConfig
 from learnevict.hub.download import fetch, install
-from learnevict.hub.gates import GATES_FOLDER, Gates, locate
+from learnevict.hub.gates import GATES_FOLDER, Gates, GatesConfig, locate
 from learnevict.hub.repo import Address
 from learnevict.hub.share import open_repository, pull_folder, push_folder, write_card
 from learnevict.infer.model.supported import layout_of, weight_hash

@@ -12,8 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from learnevict import methods
 from learnevict.hub.card_tables import family, join, of_gates, results, shown, tables
-from learnevict.hub.config import GatesConfig
-from learnevict.hub.gates import TESTBED, Gates
+from learnevict.hub.gates import TESTBED, Gates, GatesConfig
 from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID
 from learnevict.infer.model.supported import weight_hash
@@ -43,16 +42,17 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
     method, module = config.method, methods.known(config.method)
     measured = join(rows)
     mine = of_gates(measured, method, weight_hash(gates))
-    base, options = base_of(config), example_options(config, mine)
-    linked, layers = is_hub_id(base), config.settings.get("demand")
+    base, options = shown(config.base_name) or UNKNOWN, example_options(config, mine)
+    linked = base.count("/") == 1 and HUB_ID.fullmatch(base) is not None
+    layers, first = config.settings.get("demand"), (module.__doc__ or "a method of its own").strip().splitlines()[0]
     opened = json.dumps(base) + (f", revision={json.dumps(config.base_revision)}" if config.base_revision else "")
     card = ModelCard.from_template(
-        metadata(config, source, mine, license),
+        metadata(config, base if linked else None, source, mine, license),
         str(TEMPLATE),
         method=one_line(method),
         base_name=base,
         base=f"[{base}](https://huggingface.co/{base})" if linked else f"`{base}`",
-        summary=summary_of(module),
+        summary=one_line(first.partition(": ")[2] or first).rstrip("."),
         revision=one_line(config.base_revision) or UNKNOWN,
         fingerprint=f"`{one_line(config.base_hash)}`" if config.base_hash else UNKNOWN,
         layout=", ".join(one_line(f"{part.replace('_', ' ')} {value}") for part, value in config.layout.items()),
@@ -80,34 +80,20 @@ def make_card(gates: Gates, source: Address, rows: Sequence[Row] = (), license: 
     return f"{card}\n"
 
 
-def metadata(config: GatesConfig, source: Address, mine: Sequence[Row], license: str | None) -> ModelCardData:
+def metadata(
+    config: GatesConfig, base: str | None, source: Address, mine: Sequence[Row], license: str | None
+) -> ModelCardData:
     """Returns what the Hub reads of a card: to which model it belongs, tags, license, and the measurements as a model index."""
-    arxiv, found, name = methods.known(config.method).PAPER.arxiv, results(mine), base_of(config)
+    arxiv, found = methods.known(config.method).PAPER.arxiv, results(mine)
     tags = [LIBRARY, "kv-cache", "kv-cache-eviction", one_line(config.method)]
     return ModelCardData(
         model_name=source.repo_id.partition("/")[2] if found else None,
-        base_model=name if is_hub_id(name) else None,
+        base_model=base,
         library_name=LIBRARY,
         license=one_line(license) if license else None,
         tags=tags + [f"arxiv:{arxiv}"] * bool(arxiv),
         eval_results=found or None,
     )
-
-
-def base_of(config: GatesConfig) -> str:
-    """Returns the name of the base model, on one line."""
-    return shown(config.base_name) or UNKNOWN
-
-
-def is_hub_id(name: str) -> bool:
-    """Returns whether a base model can be linked to: user/repo."""
-    return name.count("/") == 1 and HUB_ID.fullmatch(name) is not None
-
-
-def summary_of(module: Any) -> str:
-    """Returns what a method's docstring calls it, without its name."""
-    first = (module.__doc__ or "a method of its own").strip().splitlines()[0]
-    return one_line(first.partition(": ")[2] or first).rstrip(".")
 
 
 def merged(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,11 +40,7 @@ FIGURES = (
 
 
 def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns one row per measured cell: step accuracy and exact match of one cell come from different runs.
-
-    Raises:
-        DataError: something else than rows.
-    """
+    """Returns one row per measured cell, whose step accuracy and exact match come from different runs; DataError: no rows."""
     cells: dict[str, dict[str, Any]] = {}
     for row in rows:
         if not {"method", "family", "budget"} <= set(row):
@@ -61,12 +57,7 @@ def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def of_gates(rows: Sequence[Row], method: str, gates: str) -> list[Row]:
-    """Returns the rows that were measured with certain gates: names do not tell, for several gates may share a method.
-
-    Args:
-        rows: of an evaluation.
-        method: of the gates.
-        gates: their `weight_hash`, as rows carry it.
+    """Returns the rows that were measured with gates of this `weight_hash`, for several gates may share a method.
 
     Raises:
         UsageError: there are rows but none of these gates, or some do not say of which gates they are.

@@ -51,14 +51,12 @@ class Snapshot:
 
 
 def fetch(source: Address, token: str | None = None) -> Snapshot:
-    """Fetches gates into the local cache; files that are there already are not downloaded again.
+    """Fetches gates into the local cache; what is there already is not downloaded again.
 
-    Without a network, or when the Hub itself fails, what was downloaded earlier is taken, with a FromCacheWarning unless
-    HF_HUB_OFFLINE asks for just that.
+    If the Hub cannot be reached, an earlier download is taken, with a FromCacheWarning unless HF_HUB_OFFLINE asks for that.
 
     Raises:
-        HubError: no such repository or revision, no access, neither Hub nor cache can be asked, or the Hub does not state
-            sizes and hashes.
+        HubError: no such repository or revision, no access, neither Hub nor cache can be asked, or no sizes and hashes.
         GateError: something else than gates is there, or a file too large for them.
     """
     try:
@@ -94,10 +92,7 @@ def fetch(source: Address, token: str | None = None) -> Snapshot:
 def _download(source: Address, commit: str, file: Any, token: str | None) -> Path:
     """Fetches one file of a commit into the cache of huggingface_hub, with the size and hash that the Hub states.
 
-    It is read here, for huggingface_hub compares no hash, and its timeout counts from byte to byte.
-
-    Raises:
-        HubError: it comes too slowly, or is another; the cache does not keep it then.
+    huggingface_hub itself compares no hash, and its timeout counts from byte to byte. A HubError leaves nothing in the cache.
     """
     name, stated = file.rfilename, _stated(file)
     storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.repo_id, repo_type="model")
@@ -111,7 +106,7 @@ def _download(source: Address, commit: str, file: Any, token: str | None) -> Pat
                 _read(source, commit, file, fresh, token)
                 break
             except (HTTPError, ConnectionError, TimeoutError) as error:
-                if not rest or not unreachable(error):
+                if not rest or not unreachable(error) or type(error) is TimeoutError:  # which has taken long enough
                     raise
             time.sleep(PAUSE)
         if (found := _hash(fresh, file)) != stated:
@@ -123,11 +118,7 @@ def _download(source: Address, commit: str, file: Any, token: str | None) -> Pat
 
 
 def _read(source: Address, commit: str, file: Any, place: Path, token: str | None) -> None:
-    """Writes what the Hub sends into a new file, as long as it is what was stated, and comes fast enough.
-
-    Raises:
-        HubError: it is more, or too slow.
-    """
+    """Writes what the Hub sends into a new file; a HubError if it is more than stated, or comes too slowly."""
     name, size, arrived, start = file.rfilename, file.size, 0, time.monotonic()
     session, url = get_session(), hf_hub_url(source.repo_id, name, revision=commit)
     question = session.build_request("GET", url, headers=build_hf_headers(token=token), timeout=PATIENCE)
@@ -157,7 +148,6 @@ def _stated(file: Any) -> str | None:
 
 
 def _hash(path: Path, file: Any) -> str:
-    """Returns the same hash of a file on this machine."""
     return digest(path, None if file.lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
 
 
@@ -183,11 +173,7 @@ def _cached(source: Address, error: HubError) -> Snapshot:
 
 
 def check_kind(config: Path, where: str) -> None:
-    """Checks a config.json before anything large is read or sent.
-
-    Raises:
-        GateError: it is not that of gates.
-    """
+    """Raises a GateError unless a config.json is that of gates; asked before anything large is read or sent."""
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -199,13 +185,10 @@ def check_kind(config: Path, where: str) -> None:
 
 
 def install(snapshot: Snapshot, folder: Path) -> tuple[str, ...]:
-    """Copies a snapshot into a folder: a new or empty one, or one that was pulled from the same repository.
+    """Copies a snapshot into a folder, new, empty or pulled from there before; returns the names of the files that changed.
 
-    A new folder appears as a whole. In an earlier one each file is replaced as a whole and ORIGIN last, so
-    that an interrupted pull is finished by the next.
-
-    Returns:
-        The names of the files that changed.
+    A new folder appears as a whole. In an earlier one each file is replaced as a whole and ORIGIN last, so that the next pull
+    finishes an interrupted one.
 
     Raises:
         DataError: the folder holds something else, or files that were changed since they were pulled.
@@ -238,11 +221,7 @@ def install(snapshot: Snapshot, folder: Path) -> tuple[str, ...]:
 
 
 def _pulled_before(folder: Path, source: Address, digests: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns the digests of what an earlier pull left in the folder, and the content of ORIGIN; {} and {} where nothing is.
-
-    Raises:
-        DataError: something of the user's would be lost.
-    """
+    """Returns the digests of what an earlier pull left in the folder, and the content of ORIGIN; {} and {} where nothing is."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return {}, {}
     try:

@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from learnevict import methods
 from learnevict.config import Base, Budget, Layout
 from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
-from learnevict.hub.config import GatesConfig
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.repo import Address
 from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
@@ -34,6 +33,50 @@ GATES_FOLDER = PACKAGE / "gates"
 TESTBED = "testbed"
 NOT_FOR_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 """Options of transformers' download, which gates do not take."""
+
+
+NOT_FOR_GATES = (
+    "attn_implementation", "experts_implementation", "quantization_config", "fusion_config", "auto_map",
+    "transformers_weights",
+)  # fmt: skip
+"""What a config.json may say to transformers about code to run and files to load; that of gates may not."""
+
+
+class GatesConfig(PreTrainedConfig):
+    """What a gate is and which base model it belongs to: the config.json of gates.
+
+    Args:
+        method: a name of learnevict.methods, or the import path of a module that is imported already.
+        layout: fields of learnevict.config.Layout.
+        settings: what the method's `build` needs besides the layout.
+        base_hash: fingerprint of the base model's weights (`weight_hash`).
+        base_name, base_revision: where the base came from; only shown.
+        training: record of the run that made it.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        method: str = "foresightkv",
+        layout: dict[str, int] | None = None,
+        settings: dict[str, Any] | None = None,
+        base_hash: str = "",
+        base_name: str = "",
+        training: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.method = method
+        self.layout = layout or {}
+        self.settings = settings or {}
+        self.base_hash = base_hash
+        self.base_name = base_name
+        self.base_revision = kwargs.pop("base_revision", "")
+        self.training = training or {}
+        for name in NOT_FOR_GATES:
+            kwargs.pop(name, None)
+        self.hidden_size = self.layout.get("hidden_size", 0)  # DeepSpeed's "auto" buckets read this name
+        super().__init__(**kwargs)
 
 
 class Gates(PreTrainedModel):
@@ -56,11 +99,7 @@ class Gates(PreTrainedModel):
 
     @classmethod
     def make(cls, method: str, base: PreTrainedModel, **settings: Any) -> Gates:
-        """Returns fresh gates of a method for a base model.
-
-        Raises:
-            GateError: the method has no gate.
-        """
+        """Returns fresh gates of a method for a base model; a GateError if the method has none."""
         if "build" not in vars(methods.load(method)):
             raise GateError(f"method {method!r} has no gate to train; learned methods have `build`")
         config = GatesConfig(
@@ -77,12 +116,9 @@ class Gates(PreTrainedModel):
     ) -> Any:
         """Reads gates as any model of transformers (AutoModel ends here too), but from model.safetensors and nothing else.
 
-        A Hub id is fetched as in `load`, with its limits and hash checks.
+        A Hub id is fetched as in `load`, which has the same errors.
 
         Raises:
-            GateError: no such file, tensors that are missing, not this gate's or not finite, or a method of its owner's that
-                is not imported.
-            HubError: as in `load`.
             UsageError: use_safetensors=False, or a Hub id with an option of transformers' own download.
         """
         source = pretrained_model_name_or_path
@@ -130,8 +166,8 @@ class Gates(PreTrainedModel):
             allow_other_base: accept gates trained on other weights of the same shape.
 
         Raises:
-            GateError: nothing there, not gates, incomplete, made for another base model, or of a method of somebody's own
-                that nobody has imported.
+            GateError: no gates there, incomplete or not finite ones, made for another base model, or of a method of their
+                owner's that is not imported.
             HubError: no such repository or revision, no access, or no network.
             UsageError: a revision of a folder.
         """
@@ -150,15 +186,11 @@ class Gates(PreTrainedModel):
         return gates
 
     def check(self, base: PreTrainedModel, *, allow_other_base: bool = False) -> None:
-        """Compares layout and weights with those of the base model.
-
-        Raises:
-            GateError: other shape (always), or other weights (unless allowed).
-        """
+        """Raises a GateError if the base model has another shape, or other weights (unless allowed)."""
         check_base(self.base(allow_other=allow_other_base), base)
 
     def base(self, *, allow_other: bool = False) -> Base:
-        """The model these gates belong to."""
+        """Returns the model these gates belong to."""
         config = self.config
         return Base(Layout(**config.layout), config.base_hash, config.base_name, allow_other)
 
@@ -173,12 +205,7 @@ class Gates(PreTrainedModel):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: Any, *, push_to_hub: bool = False, **options: Any
     ) -> None:
-        """Writes config.json and model.safetensors, each whole or not at all, and not over another model.
-
-        Raises:
-            GateError: a weight is NaN or infinite, or the folder holds another model.
-            UsageError, DataError: push_to_hub=True; a folder that cannot be written.
-        """
+        """Writes config.json and model.safetensors, each whole or not at all; a GateError for NaN, or over another model."""
         state = options.get("state_dict") or self.state_dict()
         check_finite(state, "these gates", "train with a lower --learning_rate")
         if push_to_hub:
@@ -206,11 +233,7 @@ class Gates(PreTrainedModel):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Shares these gates: as `learnevict push` does from a folder, with the same card; `rows` as in `make_card`.
-
-        Returns:
-            Address of the commit.
-        """
+        """Shares these gates as `learnevict push` does from a folder, and returns the commit's address."""
         from learnevict.hub.share import push_folder
 
         with TemporaryDirectory() as folder:
@@ -233,12 +256,7 @@ def folder_of(source: str | Path, revision: str | None = None, token: str | None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path | Address:
-    """Returns where gates are, a folder or an address on the Hub; what looks like a path never becomes a download.
-
-    Raises:
-        GateError: neither.
-        UsageError: a revision of a folder.
-    """
+    """Returns where gates are, a folder or an address on the Hub; what looks like a path never becomes a download."""
     text, folder = str(source), Path(source).expanduser()
     shipped = GATES_FOLDER / text
     if not folder.exists() and "/" not in text and shipped.is_dir():

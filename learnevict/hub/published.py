@@ -112,19 +112,22 @@ def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: boo
     """Makes gates for a base model from published weights; values are taken over exactly, in float32.
 
     Args:
-        source: a file of weights, or a folder with one, and with the authors' config.json if there is one.
+        source: a file of weights, or a folder with one, and with the authors' config.json if there is one; a
+            TrainedOtherwiseWarning if that names another base model.
         base: the model that the weights were trained on.
         allow_pickle: read .pt, .pth and .bin.
 
     Raises:
         GateError: no weights, a pickle that was not allowed or holds other things, no method's tensors, or another model's.
-
-    Warns:
-        TrainedOtherwiseWarning: the authors' config names another base model.
     """
     file = weight_file(Path(source).expanduser())
-    weights = read_weights(file, allow_pickle=allow_pickle)
-    config = read_config(file.with_name("config.json"))
+    weights, notes = read_weights(file, allow_pickle=allow_pickle), file.with_name("config.json")
+    try:
+        config = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    except ValueError as error:
+        raise GateError(f"{str(notes)!r} is no JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise GateError(f"{str(notes)!r} is no JSON object; download it again")
     trained_on = str(config.get("base_model") or "")
     if trained_on and trained_on.rpartition("/")[2] != name_of(base).rpartition("/")[2]:
         warnings.warn(
@@ -137,18 +140,21 @@ def import_gates(source: str | Path, base: PreTrainedModel, *, allow_pickle: boo
     activation = config.get("text_config", config).get("hidden_act") or getattr(text, "hidden_act", "")
     settings, state = kind.finish({own: stacked(layers, theirs) for own, theirs in kind.names.items()}, activation)
     gates = Gates.make(kind.method, base, **settings)
-    fill(gates.gate, state, file)
+    own = gates.gate.state_dict()
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise GateError(
+                f"{str(file)!r} was made for another model: {name} would be {list(tensor.shape)}, but this model needs "
+                f"{list(own[name].shape)}; give --model the one it was trained on"
+            )
+    gates.gate.load_state_dict(state)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     gates.config.training = {"program": "learnevict import", "weights": file.name, "sha256": digest}
     return gates
 
 
 def weight_file(source: Path) -> Path:
-    """Returns the file itself, or the only one of weights in a folder.
-
-    Raises:
-        GateError: there is none, or there are several.
-    """
+    """Returns the file itself, or the only one of weights in a folder; else a GateError."""
     if source.is_file():
         return source
     found = sorted(path for path in source.glob("*") if path.suffix in (".safetensors", *PICKLES) and path.is_file())
@@ -162,11 +168,7 @@ def weight_file(source: Path) -> Path:
 
 
 def read_weights(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Returns tensors by name; those of a list under "module" get the number of the layer in front.
-
-    Raises:
-        GateError: no tensors, or a pickle that was not allowed.
-    """
+    """Returns tensors by name; those of a list under "module" get the number of the layer in front."""
     safe = file.suffix == ".safetensors"
     if not safe and not allow_pickle:
         raise GateError(
@@ -191,27 +193,8 @@ def read_weights(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     return dict(found)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns the authors' config.json; empty if there is none.
-
-    Raises:
-        GateError: it is no JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise GateError(f"{str(path)!r} is no JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise GateError(f"{str(path)!r} is no JSON object; download it again")
-    return found
-
-
 def recognised(weights: Mapping[str, Tensor], file: Path) -> tuple[PublishedFormat, list[dict[str, Tensor]]]:
-    """The format of a file, and its tensors by name for every layer.
-
-    Raises:
-        GateError: there is none, or tensors are missing.
-    """
+    """Returns the format of a file, and its tensors by name for every layer; a GateError for none, or missing tensors."""
     methods = sorted({kind.method for kind in FORMATS})
     for pattern in dict.fromkeys(kind.pattern for kind in FORMATS):
         found = [match for tensor in weights if (match := re.fullmatch(pattern, tensor))]
@@ -239,28 +222,8 @@ def recognised(weights: Mapping[str, Tensor], file: Path) -> tuple[PublishedForm
 
 
 def stacked(layers: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """Returns a tensor of all layers [L, ...]; matrices of torch's Linear [out, in] are turned to [in, out].
-
-    Raises:
-        GateError: its shapes differ between layers.
-    """
+    """Returns a tensor of all layers [L, ...]; matrices of torch's Linear [out, in] are turned to [in, out]."""
     parts = [layer[name] for layer in layers]
     if len({part.shape for part in parts}) > 1:
         raise GateError(f"{name} has another shape in every layer: {', '.join(str(list(p.shape)) for p in parts[:3])}")
     return torch.stack([part.T.contiguous() if part.dim() == 2 else part for part in parts])
-
-
-def fill(gate: torch.nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Copies converted weights into a gate.
-
-    Raises:
-        GateError: shapes that are another model's.
-    """
-    own = gate.state_dict()
-    for name, tensor in state.items():
-        if own[name].shape != tensor.shape:
-            raise GateError(
-                f"{str(file)!r} was made for another model: {name} would be {list(tensor.shape)}, but this model needs "
-                f"{list(own[name].shape)}; give --model the one it was trained on"
-            )
-    gate.load_state_dict(dict(state))

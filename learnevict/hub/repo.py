@@ -43,11 +43,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> Address:
-        """Reads "user/repo" or "user/repo@revision".
-
-        Raises:
-            UsageError: neither, or two revisions that differ.
-        """
+        """Reads "user/repo" or "user/repo@revision"; a UsageError for anything else, or two revisions that differ."""
         repo_id, at, written = text.partition("@")
         if (at and not written) or (written and revision not in (None, written)):
             raise UsageError(f"{text!r} with revision {revision!r}: give one revision, as in user/repo@v1")
@@ -65,11 +61,7 @@ class Address:
 
 @contextmanager
 def asking(where: Address, *, to_write: bool = False) -> Generator[None]:
-    """Turns errors of the Hub or the network in calls inside into a HubError.
-
-    Raises:
-        HubError: one line that says what to do.
-    """
+    """Turns errors of the Hub or the network inside into a HubError of one line that says what to do."""
     try:
         yield
     except LearnevictError:
@@ -79,14 +71,10 @@ def asking(where: Address, *, to_write: bool = False) -> Generator[None]:
 
 
 def insist(call: Callable[..., Answer], *args: object, num_bytes: int = 0, **options: object) -> Answer:
-    """Returns the call's answer; asks a second time if the Hub itself failed (status 5xx), as it does in passing.
-
-    Args:
-        call: with `args` and `options`.
-        num_bytes: that it sends.
+    """Returns the call's answer; asks again if the Hub itself failed (status 5xx), as it does in passing.
 
     Raises:
-        TimeoutError: the answer takes too long as a whole.
+        TimeoutError: the answer takes too long as a whole, for a call that sends `num_bytes`.
     """
     within = ANSWER if not num_bytes else 5 * ANSWER + num_bytes / SLOWEST  # a commit is several questions
     try:

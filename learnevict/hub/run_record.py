@@ -42,16 +42,12 @@ class Record:
     """A run's record, written when the run begins, whenever something is added, and when it ends.
 
     Args:
-        folder: of the run's results; created if missing.
-        program: which program runs.
+        folder: of the run's results; created if missing, and held while the run lasts (UsageError).
+        program: which program runs; a DataError if the folder holds the record of another.
         config: everything that was set; dataclasses and paths are welcome.
         goes_on: the run goes on where an earlier one in the same folder stopped; what that one was stays in "sessions".
         writes: False in all processes but one.
         **facts: anything else of JSON, such as base_hash, data_hash and seeds.
-
-    Raises:
-        DataError: the folder holds a run.json that is no record, or is that of another program.
-        UsageError: on entering, another process is writing into the folder.
     """
 
     def __init__(
@@ -87,15 +83,12 @@ class Record:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the results themselves should carry: what made them, but not when, where or how far it came.
-
-        Absolute paths are reduced to their last part: results get around.
-        """
+        """What the results themselves carry: what made them, but not when, where or how far it came, and no folders."""
         passing = ("status", "started", "ended", "seconds", "platform", "sessions", "log", "error")
         return without_folders({name: fact for name, fact in self.content.items() if name not in passing})
 
     def add(self, **facts: Any) -> None:
-        """Adds facts, and write them down if the run has begun."""
+        """Adds facts, and writes them down if the run has begun."""
         self.content |= {name: as_json(fact) for name, fact in facts.items()}
         if self.running:
             self._write()
@@ -135,37 +128,26 @@ class Record:
             self.lock.__exit__(None, None, None)
 
     def _write(self) -> None:
-        """Writes the file, whole or not at all."""
         if self.writes:
             write(self.path, json.dumps(self.content, indent=1) + "\n", b'"program": ')
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """Returns the record in a folder; None if there is none.
-
-    Raises:
-        DataError: run.json is no record.
-    """
+    """Returns the record in a folder; None if there is none. A DataError if run.json is something else."""
     path = Path(folder) / FILE
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+        problem = f"{type(found).__name__} of JSON"
     except ValueError as error:
-        raise DataError(
-            f"{str(path)!r} is not the record of a run ({error}); remove it, or use another folder"
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"{str(path)!r} is not the record of a run; remove it, or use another folder")
-    return found
+        problem = str(error)
+    raise DataError(f"{str(path)!r} is not the record of a run ({problem}); remove it, or use another folder")
 
 
 def own_record(folder: str | Path, program: str) -> dict[str, Any] | None:
-    """The record of an earlier run of a program in the folder it is to write to; None if there is none.
-
-    Raises:
-        DataError: there is a run.json of something else.
-    """
+    """Returns the record of an earlier run of this program in a folder; a DataError if there is one of something else."""
     found = read_record(folder)
     if found is not None and found.get("program") != program:
         raise DataError(
@@ -181,10 +163,7 @@ def now() -> str:
 
 
 def commit() -> dict[str, Any] | None:
-    """Returns the commit of the checkout this code runs from, and whether its files differ from it; None if it was installed.
-
-    A package that lies in another repository, as in a virtual environment, is installed, not checked out.
-    """
+    """Returns the commit of the checkout this code runs from, and whether its files differ from it; None if installed."""
     here = Path(__file__).resolve().parent.parent / "__init__.py"
 
     def git(*words: str) -> str:
@@ -192,7 +171,9 @@ def commit() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # in a virtual environment inside another repository it is installed
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ":/"))}
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -224,7 +205,7 @@ def installed(name: str) -> str | None:
 def changed(training: TrainingArguments) -> dict[str, Any]:
     """Returns training arguments that differ from the defaults, but for tokens, the progress bar and resuming.
 
-    Defaults are read from the class: other arguments, once made, would make accelerate forget what it knows about processes.
+    Defaults are read from the class: making others would make accelerate forget what it knows about processes.
     """
     given = training.to_dict()
     plain = {one.name: None if one.default is MISSING else one.default for one in fields(training)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from learnevict.errors import DataError, GateError, HubError, UsageError
 from learnevict.files import write
 from learnevict.hub.card import MARK, make_card
-from learnevict.hub.download import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, Snapshot, check_kind, fetch, install
+from learnevict.hub.download import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
 from learnevict.hub.paths import without_folders
 from learnevict.hub.repo import COMMIT, PATIENCE, Address, asking, insist
@@ -54,9 +54,8 @@ def push_folder(
 ) -> Pushed:
     """Shares a folder of gates as one commit: config.json, model.safetensors, run.json if there is one, and a card.
 
-    A push that broke off is repeated by the same call: large files that have arrived are not sent twice, a commit that
-    was made is not made again, and until it is made nothing of it can be seen. Absolute paths in the config and the record
-    are sent without their folders.
+    The same call repeats a push that broke off: what has arrived is not sent twice, and until the commit is made nothing
+    can be seen. Absolute paths in the config and the record are sent without their folders.
 
     Args:
         folder: gates, or the name of those that ship with the package; only read.
@@ -68,18 +67,20 @@ def push_folder(
         token: of the account; else the one that is logged in.
 
     Raises:
-        GateError: the folder does not hold gates, or files too large for them.
-        DataError: a config or record that is no JSON.
+        GateError, DataError: no gates, files too large for them, or a config or record that is no JSON.
         HubError: not logged in, no access, no network.
-        UsageError: no Hub id, two branches, a commit for a branch, rows of other gates, a public repository that should be
-            private.
+        UsageError: no Hub id, a commit for a branch, rows of other gates, or a public repository that should be private.
     """
     place = _folder(folder)
     gates = Gates.load(place)
     api = HfApi(token=token)
     where, info = _look_at(api, repo_id, revision, private=private)
     license = info.card_data.to_dict().get("license") if info is not None and info.card_data else None
-    sent = _content(place, _card(place, gates, where, rows or (), license))
+    sent: dict[str, str | bytes] = {
+        **{name: _shareable(place / name) for name in (CONFIG, RUN) if (place / name).is_file()},
+        WEIGHTS: str(place / WEIGHTS),
+        CARD: _card(place, gates, where, rows or (), license).encode(),
+    }
     branch = where.revision or MAIN
     with asking(where, to_write=True):
         if info is None:
@@ -89,24 +90,22 @@ def push_folder(
         head: Any = insist(api.model_info, where.repo_id, revision=branch, timeout=PATIENCE)
         stale = {sibling.rfilename for sibling in head.siblings or []} & ({*FILES} - {*sent})
         summary = message or f"{gates.method} gates for {gates.config.base_name or 'a base model'}"
-        # Again as a whole if the Hub fails: what has arrived is recognised, so nothing is committed twice.
         size = sum(len(one) if isinstance(one, bytes) else Path(one).stat().st_size for one in sent.values())
-        made = insist(_commit, api, Address(where.repo_id, branch), sent, stale, summary, num_bytes=size)
+
+        def commit() -> Any:
+            """Makes a new list each time: what has arrived, or is the same already, is recognised and left out."""
+            changes = [CommitOperationAdd(name, content) for name, content in sent.items()]
+            gone = [CommitOperationDelete(name) for name in sorted(stale)]
+            return api.create_commit(where.repo_id, [*changes, *gone], commit_message=summary, revision=branch)
+
+        made = insist(commit, num_bytes=size)
     return Pushed(
         where, made.commit_url, info is None, made.oid != head.sha, tuple(name for name in FILES if name in sent)
     )
 
 
 def open_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Makes a repository if it does not exist, and checks that it may be written to.
-
-    Returns:
-        "user/repo", with "@branch" if that was given.
-
-    Raises:
-        HubError: not logged in, no access, no network.
-        UsageError: no Hub id, a commit for a branch, or a public repository that should be private.
-    """
+    """Makes a repository if it does not exist; returns "user/repo", with "@branch" if given. Errors as in `push_folder`."""
     api = HfApi(token=token)
     where, info = _look_at(api, repo_id, None, private=private)
     if info is None:
@@ -116,7 +115,7 @@ def open_repository(repo_id: str, *, private: bool = False, token: str | None = 
 
 
 def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -> tuple[Address, Any]:
-    """Returns the full address, and what the Hub knows of the repository; None if there is none that this token may see."""
+    """Returns the full address, and what the Hub knows of the repository; None if this token may see none."""
     where = _full_address(api, repo_id, revision)
     with asking(where, to_write=True):
         try:
@@ -133,42 +132,24 @@ def _look_at(api: HfApi, repo_id: str, revision: str | None, *, private: bool) -
     return where, info
 
 
-def _commit(api: HfApi, where: Address, sent: Mapping[str, str | bytes], stale: Collection[str], message: str) -> Any:
-    """Makes one commit of these files, without the stale ones; what is the same already is left out, down to no commit."""
-    changes = [CommitOperationAdd(name, content) for name, content in sent.items()]
-    gone = [CommitOperationDelete(name) for name in sorted(stale)]
-    return api.create_commit(where.repo_id, [*changes, *gone], commit_message=message, revision=where.revision)
-
-
 def pull_folder(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Pulled:
-    """Copies gates from the Hub into a folder, by default one with the repository's name, here.
+    """Copies gates of "user/repo" or "user/repo@revision" into a folder, by default one with the repository's name, here.
 
-    A pull that broke off is finished by the same call. Beside FILES the folder gets origin.json, by which a later pull
-    recognises it.
-
-    Args:
-        repo_id: "user/repo" or "user/repo@revision".
-        folder: new, empty, or pulled from the same repository before.
-        revision: branch, tag or commit.
+    The folder is new, empty, or was pulled from there before; the same call finishes a pull that broke off.
 
     Raises:
-        HubError: no such repository or revision, no access, no network.
-        GateError: there are no gates in it.
+        HubError, GateError: as from `fetch`.
         DataError: something in the folder would be lost, or it cannot be written.
     """
     source = Address.parse(repo_id, revision)
-    snapshot: Snapshot = fetch(source)
+    snapshot = fetch(source)
     Gates.load(snapshot.folder)
     target = Path(source.repo_id.partition("/")[2] if folder is None else folder)
     return Pulled(target, snapshot.commit, install(snapshot, target))
 
 
 def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Writes the card of a folder of gates into it, unless it holds a README.md of the user's.
-
-    Raises:
-        GateError: the folder does not hold gates, or a link to another.
-    """
+    """Writes the card of a folder of gates into it, unless it holds a README.md of the user's."""
     place = Path(folder)
     check_links(place)
     text = _card(place, Gates.load(place), Address.parse(repo_id), rows, None)
@@ -177,12 +158,7 @@ def write_card(folder: str | Path, repo_id: str, rows: Sequence[Mapping[str, Any
 
 
 def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
-    """Returns where to write to: user/repo, also where only the repository was named, and its branch.
-
-    Raises:
-        UsageError: no Hub id, two branches that differ, or a commit.
-        HubError: no account is logged in, or the Hub does not say who.
-    """
+    """Returns where to write to: user/repo, also where only the repository was named, and its branch."""
     ownerless = "/" not in repo_id.partition("@")[0]
     where = Address.parse(f"owner/{repo_id}" if ownerless else repo_id, revision)
     if where.revision is not None and COMMIT.fullmatch(where.revision):
@@ -196,11 +172,7 @@ def _full_address(api: HfApi, repo_id: str, revision: str | None) -> Address:
 
 
 def _folder(source: str | Path) -> Path:
-    """Returns a local folder that may be sent.
-
-    Raises:
-        GateError: no gates there, or files too large.
-    """
+    """Returns a local folder that may be sent; a GateError if there are no gates, or files too large."""
     place = locate(source)
     if not isinstance(place, Path):
         raise GateError(f"no folder {str(source)!r}: what is pushed is a folder with config.json and model.safetensors")
@@ -219,11 +191,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def check_links(place: Path) -> None:
-    """Checks that no file is a link out of the folder, which would publish or replace another file.
-
-    Raises:
-        GateError: one of FILES lies outside the folder.
-    """
+    """Raises a GateError if a file is a link out of the folder, which would publish or replace another file."""
     for name in FILES:
         real = (place / name).resolve()
         if place.resolve() not in real.parents:
@@ -233,18 +201,8 @@ def check_links(place: Path) -> None:
             )
 
 
-def _content(place: Path, card: str) -> dict[str, str | bytes]:
-    """Returns what is sent, by name: a file's path, or bytes."""
-    texts = {name: _shareable(place / name) for name in (CONFIG, RUN) if (place / name).is_file()}
-    return {**texts, WEIGHTS: str(place / WEIGHTS), CARD: card.encode()}
-
-
 def _shareable(path: Path) -> bytes:
-    """Returns a file of JSON without the folders of this machine; byte by byte as it is, if it names none.
-
-    Raises:
-        DataError: it is no JSON.
-    """
+    """Returns a file of JSON without the folders of this machine; byte by byte as it is, if it names none."""
     try:
         written = path.read_bytes()
         content = json.loads(written)

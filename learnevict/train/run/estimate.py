@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments
 
 from learnevict import methods
-from learnevict.config import Budget, Layout
+from learnevict.config import Budget, Layout, readable_bytes
 from learnevict.errors import UsageError
-from learnevict.infer.model.memory import num_parameters, readable
+from learnevict.infer.model.memory import num_parameters
 from learnevict.infer.model.supported import layout_of
 from learnevict.oracle import Received
 from learnevict.parts.learned import Learner, SlotScorer
@@ -181,7 +181,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
     plan, room, lines = figures.plan, memory_of(gpu_memory), list[str]()
 
     def row(what: str, count: int, note: str = "") -> None:
-        lines.append(f"  {what:<44}{readable(count):>12}  {note}".rstrip())
+        lines.append(f"  {what:<44}{readable_bytes(count):>12}  {note}".rstrip())
 
     lines += [
         f"An estimate of mode {plan.mode}: {plan.rows} x {plan.tokens} tokens a process, {plan.processes} processes", ""
@@ -212,8 +212,8 @@ def fits(figures: Figures, room: int, gpu_memory: str) -> str:
     rows = max(room - fixed, 0) // max(per_row, 1)
     if rows == 0:
         return (
-            f"Does not fit on GPUs of {gpu_memory}, however many: one row alone is {readable(fixed + per_row - room)} too "
-            "much. Shorter texts, a longer period or smaller budgets take less."
+            f"Does not fit on GPUs of {gpu_memory}, however many: one row alone is {readable_bytes(fixed + per_row - room)} "
+            "too much. Shorter texts, a longer period or smaller budgets take less."
         )
     unit = plan.group if plan.mode == "grpo" else 1
     if rows < unit:
