@@ -146,7 +146,7 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
     trained = [name for name, one in field.items() if one.gates is not None]
     names: Sequence[str] = list(field)
     if stage == "published":
-        plan = replace(plan, rules=EvaluationSettings(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
+        plan = replace(plan, settings=EvaluationSettings(sinks=None, recent=None), budgets=budgets(config, ("1/4",)))
         names = tuning.training_free()  # the others have no window of their own
     elif stage == "long":
         plan, names = (
@@ -159,7 +159,7 @@ def compare(config: Config, subject: EvaluatedModel, cell: tuple[str, str], fiel
         if family not in TALKATIVE:
             return
         plan, names = (
-            replace(plan, budgets=budgets(config, BESIDE_PROMPT), rules=EvaluationSettings(prompt=True)),
+            replace(plan, budgets=budgets(config, BESIDE_PROMPT), settings=EvaluationSettings(prompt=True)),
             [*FAR, *trained],
         )
     known = settings(config, subject, family, field) if stage in ("main", "long", "free") else None

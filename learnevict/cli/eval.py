@@ -179,8 +179,8 @@ def evaluate(
 
     An interrupted run goes on with --resume. `learnevict report r.jsonl` makes a table and a plot.
 
-    "Loss gap closed from random" is 0 where a method loses as much as random eviction and 1 where it loses as little as
-    golden. (The gap closed of docs/results.md is another: of step accuracy, from the best heuristic.)
+    "Loss recovered" is 0 where a method loses as much as random eviction and 1 where it loses as little as golden. (The
+    recovery of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
     given, content = samples.given, ""
     for words in (families, methods.methods, methods.budgets):

@@ -47,7 +47,7 @@ def compare(
     plan = Plan(
         family_tasks(families or FAMILIES, **which),
         listed(options.budgets),
-        rules=_settings(options, COMPARISON),
+        settings=_settings(options, COMPARISON),
         **given,
     )
     read_earlier(out, resume=resume)

@@ -168,7 +168,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": _shown("{:.3f}", "perplexity"),
     "ratio": _shown("{:.3f}", "perplexity_ratio"),
     "loss ratio": _shown("{:.3g}", "loss_ratio"),
-    "loss gap closed from random": _shown("{:.3f}", "oracle_gap_closed"),
+    "loss recovered": _shown("{:.3f}", "oracle_gap_closed"),
     "recall": _shown("{:.3f}", "top_recall"),
     "regret": _shown("{:.3f}", "regret"),
     "attention kept (min)": _shown("{:.3f} ({:.3f})", "attention_kept", "attention_kept_min"),

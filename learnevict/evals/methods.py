@@ -92,14 +92,16 @@ class EvaluatedMethod:
         parts = {"method": self.method, **self.options(family, budget)}
         return parts if self.gates is None else {**parts, "gates": weight_hash(self.gates)}
 
-    def policy(self, budget: int | str, rules: EvaluationSettings, options: Mapping[str, Any] | None = None) -> Policy:
+    def policy(
+        self, budget: int | str, settings: EvaluationSettings, options: Mapping[str, Any] | None = None
+    ) -> Policy:
         """Returns the policy for a resolved budget.
 
         Raises:
             UsageError: the method does not know an option.
             BudgetError: the budget cannot hold guards and a fresh block.
         """
-        given = {**rules.options, **(self.settings if options is None else options)}
+        given = {**settings.options, **(self.settings if options is None else options)}
         make: Any = methods.load(self.method).policy
         if self.gates is not None:
             make = partial(self.gates.policy, allow_other_base=self.allow_other_base)

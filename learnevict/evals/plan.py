@@ -39,7 +39,7 @@ class Plan:
         tasks: what every method is run on; all of one origin.
         budgets: as "1/4" (of a task's mean length), "64" or "25%".
         num_samples, seed: samples seed .. seed + num_samples - 1 of each task.
-        rules: what holds for all methods.
+        settings: what holds for all methods.
         teacher: measure step accuracy and loss.
         free: who answers freely: nobody, only the full cache, or all.
         batch_size: samples per forward.
@@ -52,7 +52,7 @@ class Plan:
     budgets: tuple[str, ...] = ("1/4",)
     num_samples: int = 200
     seed: int = 0
-    rules: EvaluationSettings = COMPARISON
+    settings: EvaluationSettings = COMPARISON
     teacher: bool = True
     free: Literal["none", "full", "all"] = "full"
     batch_size: int = 32
@@ -121,7 +121,7 @@ def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], task: Task) 
     )
     modes = teacher + (free if plan.free == "all" else ())
     for budget in plan.budgets:
-        tokens = resolve(budget, lambda: task.mean_length(prompt=not plan.rules.prompt))
+        tokens = resolve(budget, lambda: task.mean_length(prompt=not plan.settings.prompt))
         for one in evaluated_methods:
             if one.method == FULL:
                 continue
@@ -170,10 +170,10 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
     if cell.budget is None:
         return
     if cell.evaluated_method.method != GOLDEN:
-        cell.evaluated_method.policy(cell.budget, plan.rules, cell.options)
+        cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
         return
     check_golden(cell.budget)
-    smallest = plan.rules.guard.reserved(plan.rules.block) + 1
+    smallest = plan.settings.guard.reserved(plan.settings.block) + 1
     if int(cell.budget) < smallest:
         raise BudgetError(f"budget {cell.budget} on {cell.family} is too small; the smallest that works is {smallest}")
     if plan.temperature > 0 and "free" in cell.modes:
@@ -188,7 +188,7 @@ def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
         "weights": weight_hash(subject.model),
         "dtype": str(subject.model.dtype),
         **plan.tasks[0].origin,
-        "rules": asdict(plan.rules),
+        "rules": asdict(plan.settings),
         "decoding": [plan.temperature, plan.tries, plan.batch_size] if sampled else "greedy",
     }
 

@@ -162,7 +162,7 @@ def make_row(log: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) ->
         "seed": plan.seed,
         "tries": plan.tries,
         "device": subject.model.device.type,
-        "rules": vars(plan.rules),
+        "rules": vars(plan.settings),
         "options": cell.options,
     }
 

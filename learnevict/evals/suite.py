@@ -150,12 +150,12 @@ class _Reader:
         """Returns the reference texts of these seeds, aligned, with labels if the plan asks for them."""
         key = tuple(seeds)
         if key not in self.kept:
-            model, rules = self.subject.model, self.plan.rules
+            model, settings = self.subject.model, self.plan.settings
             texts = self.task.reference(self.subject.tokenizer, self.task.samples(seeds))
-            texts = texts.to(model.device).aligned(rules.block)
+            texts = texts.to(model.device).aligned(settings.block)
             while len(self.kept) >= MOST_BATCHES:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = texts, reference(model, texts, rules) if self.plan.oracle else None
+            self.kept[key] = texts, reference(model, texts, settings) if self.plan.oracle else None
         return self.kept[key]
 
 
@@ -178,13 +178,13 @@ def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> dict
     """Returns one batch of one cell: what goes into the log."""
     plan, task, model, tokenizer = reader.plan, reader.task, reader.subject.model, reader.subject.tokenizer
     budget, golden = cell.budget, cell.golden
-    policy = None if budget is None or golden else cell.evaluated_method.policy(budget, plan.rules, cell.options)
+    policy = None if budget is None or golden else cell.evaluated_method.policy(budget, plan.settings, cell.options)
     if mode == "teacher":
         texts, beside = reader.texts(seeds)
         if golden:
-            return measure_golden(model, texts, golden, plan.rules, verify=plan.seed in seeds, beside=beside)
+            return measure_golden(model, texts, golden, plan.settings, verify=plan.seed in seeds, beside=beside)
         return measure(model, texts, policy, beside)
     sampling = {"max_new_tokens": task.max_new_tokens, "temperature": plan.temperature, "seed": seeds[0]}
     if golden:
-        return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.rules, **sampling)
+        return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.settings, **sampling)
     return answer(model, tokenizer, task, task.samples(seeds), policy, tries=plan.tries, **sampling)

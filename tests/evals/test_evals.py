@@ -20,7 +20,6 @@ from learnevict.errors import BudgetError, DataError, GateError, UsageError
 from learnevict.evals import metrics, perplexity
 from learnevict.evals.generation import agreement, answer, answer_golden
 from learnevict.evals.methods import COMPARISON, EvaluatedMethod, EvaluationSettings, evaluated_method
-from learnevict.evals.metrics import RecoveryCell
 from learnevict.evals.plan import EvaluatedModel, Key, Plan, check
 from learnevict.evals.records import KEYS, ORACLE_KEYS, SampleLog, log_path, read_rows, write_rows
 from learnevict.evals.report import write_report
@@ -35,7 +34,7 @@ from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
 from learnevict.oracle.metrics import measure_policy
 from tests.interrupting import ctrl_c_after
-from tools.results import sections, tables, tuning
+from tools.results import pairs, sections, tables, tuning
 from tools.results.label_table import Tried, TriedLabels, label_tables
 from tools.results.records import Records, forget, of_run, read_results
 
@@ -160,45 +159,45 @@ def test_a_paired_test_counts_the_draws_in_which_nothing_is_gained():
     generator = np.random.default_rng(0)
     one, other = generator.integers(0, 10, 40).astype(float), generator.integers(0, 10, 40).astype(float)
     seen = [10.0] * 40
-    found, p = metrics.paired_test([(one.tolist(), other.tolist(), seen)])
+    found, p = pairs.paired_test([(one.tolist(), other.tolist(), seen)])
     again = np.random.default_rng([0, 0]).integers(0, 40, (10_000, 40))
     drawn = (one - other)[again].sum(-1) / 400
     assert p == pytest.approx(((drawn <= 1e-12).sum() + 1) / 10_001) and 0.01 < p < 0.99
     assert found.value == pytest.approx((one - other).sum() / 400)
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
-    assert metrics.paired_test([((one + 1).tolist(), one.tolist(), seen)])[1] == pytest.approx(1 / 10_001)
-    assert metrics.paired_test([(one.tolist(), one.tolist(), seen)])[1] == 1.0
-    both = metrics.paired_test([((one + 1).tolist(), one.tolist(), seen), ([2.0, 4.0], [2.0, 0.0], [4.0, 4.0])])[0]
+    assert pairs.paired_test([((one + 1).tolist(), one.tolist(), seen)])[1] == pytest.approx(1 / 10_001)
+    assert pairs.paired_test([(one.tolist(), one.tolist(), seen)])[1] == 1.0
+    both = pairs.paired_test([((one + 1).tolist(), one.tolist(), seen), ([2.0, 4.0], [2.0, 0.0], [4.0, 4.0])])[0]
     assert both.value == pytest.approx((0.1 + 0.5) / 2), "families count alike"
     mean = metrics.mean_share([(one.tolist(), seen), ([1.0, 1.0], [2.0, 2.0])])
     assert mean.value == pytest.approx((one.sum() / 400 + 0.5) / 2) and mean.low < mean.value < mean.high
-    whole = metrics.paired_test(
+    whole = pairs.paired_test(
         [((one + 1).tolist(), one.tolist(), seen), ([2.0, 4.0], [2.0, 0.0], [4.0, 4.0])], pooled=True
     )[0]
     assert whole.value == pytest.approx((len(one) + 4) / (sum(seen) + 8))
 
 
 def test_recovery_of_one_cell_is_the_ratio_of_sums():
-    cell = RecoveryCell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
-    found = metrics.recovery([cell])
+    cell = pairs.RecoveryCell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
+    found = pairs.recovery([cell])
     assert found.value == pytest.approx((2 + 2 + 0) / (4 + 2 + 1))
     assert found == metrics.ratio([2, 2, 0], [4, 2, 1])
 
 
 def test_recovery_pools_families_alike_and_leaves_narrow_cells_out():
-    wide = RecoveryCell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
-    short = RecoveryCell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
-    narrow = RecoveryCell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
+    wide = pairs.RecoveryCell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
+    short = pairs.RecoveryCell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
+    narrow = pairs.RecoveryCell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
     assert wide.scored and short.scored and not narrow.scored
-    found = metrics.recovery([wide, short, narrow])
+    found = pairs.recovery([wide, short, narrow])
     assert found.value == pytest.approx((0.2 + 0.25) / (0.45 + 0.75))
     assert found.low <= found.value <= found.high
-    assert math.isnan(metrics.recovery([narrow]).value) and math.isnan(metrics.recovery([]).value)
+    assert math.isnan(pairs.recovery([narrow]).value) and math.isnan(pairs.recovery([]).value)
 
 
 def test_golden_beaten_is_more_than_all():
-    cell = RecoveryCell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
-    assert metrics.recovery([cell]).value == pytest.approx(4 / 3)
+    cell = pairs.RecoveryCell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
+    assert pairs.recovery([cell]).value == pytest.approx(4 / 3)
 
 
 # --- teacher-forced ---
@@ -389,7 +388,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, subject, tmp_path):
         }
         assert new["loss_ratio"] == pytest.approx(old["loss_ratio"], rel=1e-4)
     with pytest.raises(UsageError, match="rules"):
-        run(small_plan(free="none", rules=SMALL), subject, field, out, resume=True)
+        run(small_plan(free="none", settings=SMALL), subject, field, out, resume=True)
 
 
 def test_a_run_goes_on_only_with_rows_of_its_own(subject, tmp_path):

@@ -30,11 +30,11 @@ class Case:
     Args:
         texts: padded on the right, see `from_the_left`.
         budget: mean slots per layer and kv head.
-        rules: event period and guards.
+        settings: event period and guards.
     """
 
-    def __init__(self, model: Any, texts: TextBatch, budget: int, rules: EvaluationSettings) -> None:
-        self.model, self.texts, self.budget, self.rules = model, texts, budget, rules
+    def __init__(self, model: Any, texts: TextBatch, budget: int, settings: EvaluationSettings) -> None:
+        self.model, self.texts, self.budget, self.settings = model, texts, budget, settings
         self.valid = texts.attention_mask.bool()
         self.logits, self.received = self.run(full_trace(model, texts.input_ids))
         self.group = self.received[0].query.shape[1] // self.received[0].key.shape[1]
@@ -69,8 +69,8 @@ class Case:
         """Returns the mean over the real queries of every block and over the group: [B, H, T, M]."""
         real = self.valid.float()
         parts = (
-            torch.arange(real.shape[1]) // self.rules.block
-            == torch.arange(-(-real.shape[1] // self.rules.block))[:, None]
+            torch.arange(real.shape[1]) // self.settings.block
+            == torch.arange(-(-real.shape[1] // self.settings.block))[:, None]
         )
         share = real.unsqueeze(-1) * parts.T
         share = share / share.sum(1, keepdim=True).clamp_min(1)
@@ -103,12 +103,12 @@ class Case:
     @property
     def reserved(self) -> int:
         """Returns the slots of guards and a fresh block."""
-        return self.rules.guard.reserved(self.rules.block)
+        return self.settings.guard.reserved(self.settings.block)
 
     @property
     def terms(self) -> dict[str, Any]:
         """Returns what all traces are made under."""
-        return {"budget": self.budget, "block": self.rules.block, "guard": self.rules.guard}
+        return {"budget": self.budget, "block": self.settings.block, "guard": self.settings.guard}
 
     def follow(self, labels: Tensor, kind: Any = "max", share: Share = EQUAL) -> Trace:
         """Returns golden eviction by these labels."""

@@ -10,10 +10,11 @@ from typing import Any
 
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN
-from learnevict.evals.metrics import Estimate, RecoveryCell
+from learnevict.evals.metrics import Estimate
 from learnevict.evals.plan import Key
 from learnevict.evals.records import START, Row, SampleLog, log_path, read_rows, write_rows
 from learnevict.files import Lines, write
+from tools.results.pairs import Pairs, RecoveryCell, paired_test, recovery
 
 Share = tuple[list[float], list[float]]
 
@@ -89,15 +90,15 @@ class Records:
     ) -> tuple[Estimate, float] | None:
         """Returns how much better a method is than another on the same samples, with p; None where one was not run.
 
-        `pooled`: see metrics.paired_test.
+        `pooled`: see pairs.paired_test.
         """
-        pairs: list[metrics.Pairs] = []
+        found: list[Pairs] = []
         for family in families:
             one, two = (self.shares(name, family, budget, mode) for name in (method, other))
             if one is None or two is None:
                 return None
-            pairs.append((one[0], two[0], one[1]))
-        return metrics.paired_test(pairs, pooled=pooled) if pairs else None
+            found.append((one[0], two[0], one[1]))
+        return paired_test(found, pooled=pooled) if found else None
 
     def cell(self, method: str, best: str, family: str, budget: str) -> RecoveryCell | None:
         """Returns a method between `best` and golden; None where one of them was not run."""
@@ -126,7 +127,7 @@ class Records:
     def recovery(self, method: str, best: dict[str, str], budget: str) -> Estimate:
         """Returns recovery pooled over the families of `best`, which names the method it is measured from in each."""
         found = [self.cell(method, base, family, budget) for family, base in best.items()]
-        return metrics.recovery([cell for cell in found if cell is not None])
+        return recovery([cell for cell in found if cell is not None])
 
     def left_out(self, method: str, best: dict[str, str], budget: str) -> dict[str, str]:
         """Returns families of `best` that the pooled recovery leaves out, each with the reason."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from learnevict import methods, testbed
 from learnevict.evals import tuning
-from learnevict.evals.metrics import SMALLEST_GAP, Estimate
+from learnevict.evals.metrics import Estimate
 from learnevict.evals.records import Row
 from learnevict.evals.report import ORACLE, grid, in_order, provenance, show_accuracy, show_exact, show_oracle, table
 from learnevict.testbed.vocabulary import VALUES
+from tools.results.pairs import SMALLEST_GAP
 from tools.results.records import Records
 
 LEXICAL = "lexical"

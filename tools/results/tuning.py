@@ -61,7 +61,7 @@ def tune(
     """Runs all settings on the validation split and keeps the best of each method, per family and budget.
 
     Args:
-        plan: families, budgets, samples and rules; split and modes are set here.
+        plan: families, budgets, samples and settings; split and modes are set here.
         field: what `candidates` lists.
         out: rows of all settings; goes on where it was interrupted.
 
