@@ -56,11 +56,16 @@ class BatchRandom:
         return None if best < 0 else best % 2**32 - 2**31
 
 
-def check_budgets(budgets: tuple[int, ...]) -> None:
-    """Raises BudgetError if these are not a smallest and a largest budget of at least 1 token."""
+def check_budgets(budgets: tuple[int, ...], least: int = 1) -> None:
+    """Raises BudgetError if these are not a smallest and a largest budget, or cannot hold guards and a fresh block: `least`."""
     if len(budgets) != 2 or not 1 <= budgets[0] <= budgets[1]:
         given = " ".join(map(str, budgets))
         raise BudgetError(
             f"training budgets {given or '(none)'}: give the smallest and then the largest, of 1 token or more, as in "
             "--budgets 32 96"
+        )
+    if budgets[0] < least:
+        raise BudgetError(
+            f"training budgets of {budgets[0]} to {budgets[1]} cannot hold the guards and a fresh block; the smallest that "
+            f"works is {least}"
         )

@@ -39,7 +39,7 @@ TRAINING_MOST = {
     "dataloader_num_workers": 1024, "ddp_timeout": 10**6, "adam_beta1": 1 - 1e-9, "adam_beta2": 1 - 1e-9,
     "label_smoothing_factor": 1, "top_p": 1,
 }  # fmt: skip
-REPORTERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+REPORTERS = ("wandb", "tensorboard", "trackio")
 """Packages that TrainingArguments does not miss before training begins."""
 
 
@@ -265,7 +265,7 @@ def check_training(training: TrainingArguments) -> None:
         raise UsageError(
             f"--report_to {' '.join(unknown)}: nobody reports there; choose from none, {', '.join(REPORTERS)}"
         )
-    missing = [name for name in wanted if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None]
+    missing = [name for name in wanted if name in REPORTERS and importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or drop it")
 

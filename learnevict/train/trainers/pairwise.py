@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnevict.errors import BudgetError, DataError
+from learnevict.errors import DataError
 from learnevict.ops.distributed import highest
 from learnevict.ops.random import hashed
 from learnevict.oracle import golden_labels
@@ -36,8 +36,8 @@ class RankingConfig:
     regression: float = flag(0.1, "weight of the squared error on log labels beside the pairwise loss", least=0)
 
     def __post_init__(self) -> None:
-        check_budgets(self.budgets)
         check_fields(self)
+        check_budgets(self.budgets, self.floor)
 
     @property
     def floor(self) -> int:
@@ -54,20 +54,11 @@ class RankingTrainer(GateTrainer):
     """The trainer of mode "replay": scorers rank the slots that they meet in runs under eviction.
 
     Raises:
-        BudgetError: training budgets that cannot hold the guards.
         DataError: while training, a batch of texts too short to evict from.
     """
 
     config_type = RankingConfig
     stored_labels = True
-
-    def __init__(self, *args: Any, config: RankingConfig, **kwargs: Any) -> None:
-        super().__init__(*args, config=config, **kwargs)
-        if config.budgets[0] < config.floor:
-            raise BudgetError(
-                f"training budgets of {config.budgets[0]} to {config.budgets[1]} cannot hold {config.sinks} sinks, "
-                f"{config.recent} recent and a fresh block of {config.period}; the smallest that works is {config.floor}"
-            )
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], draws: BatchRandom) -> Tensor:
         """Records the states of a batch, scores them with gradient, and compares the scores with the oracle's labels."""
@@ -94,9 +85,8 @@ class RankingTrainer(GateTrainer):
         return torch.stack(losses).mean() + torch.stack(errors).mean()
 
     def _record(self, inputs: dict[str, Any], draws: BatchRandom) -> dict[int, States]:
-        config = self.config
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        labels = inputs["stored_labels"]
+        """Returns the states of every layer in one run of the batch, under a budget drawn for it."""
+        config, ids, mask, labels = self.config, inputs["input_ids"], inputs["attention_mask"], inputs["stored_labels"]
         if labels is None:
             labels, _ = golden_labels(self.base, ids, mask, block=config.period)
         width = highest(ids.shape[1], ids.device)

@@ -28,6 +28,7 @@ from learnevict.train.batch_random import BatchRandom
 from learnevict.train.losses import objectives
 from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.trainer import GateTrainer
+from learnevict.train.trainers.layer_batch import UnpaddedPositions
 
 OBJECTIVES = {"mse": objectives.attention_error, "kl": objectives.attention_divergence}
 """Losses by name, of the attention of the probe and of the response [B, H, G, N], and rows that count [B]."""
@@ -74,14 +75,12 @@ class AlignedTexts:
         cls, input_ids: Int[Tensor, "B S"], attention_mask: Tensor, prompt_length: Int[Tensor, "B"]
     ) -> AlignedTexts:
         """Returns texts, padded anywhere before, aligned at the ends of their prompts."""
-        real = attention_mask.bool()
-        in_order = input_ids.gather(1, (~real).to(torch.int8).argsort(dim=-1, stable=True))
-        lengths = real.sum(-1)
-        prompts = prompt_length.to(lengths).minimum(lengths)
+        unpadded = UnpaddedPositions.of(input_ids, attention_mask.bool())
+        lengths, prompts = unpadded.length, prompt_length.to(unpadded.length).minimum(unpadded.length)
         start, after = int(prompts.max()), int((lengths - prompts).max())
         index = torch.arange(start + after, device=input_ids.device) - (start - prompts).unsqueeze(-1)
         valid = (index >= 0) & (index < lengths.unsqueeze(-1))
-        ids = in_order.gather(1, index.clamp(0, input_ids.shape[1] - 1)) * valid
+        ids = unpadded.tokens.gather(1, index.clamp(0, input_ids.shape[1] - 1)) * valid
         first: list[int] = (start - prompts).tolist()
         return cls(ids, valid, start, first, (start - prompts + lengths).tolist())
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.config import Budget
-from learnevict.errors import BudgetError
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.ops import keep_top
@@ -53,10 +52,8 @@ class States:
         width = max(part.shape[2] for part in self.targets)
 
         def padded(parts: list[Tensor]) -> Tensor:
-            sizes = [
-                [0, 0] * (part.ndim - 3) + [0, width - part.shape[2]] for part in parts
-            ]  # the last dimension first
-            return torch.cat([torch.nn.functional.pad(*pair) for pair in zip(parts, sizes, strict=True)])
+            last_first = [[0, 0] * (part.ndim - 3) + [0, width - part.shape[2]] for part in parts]
+            return torch.cat([torch.nn.functional.pad(*pair) for pair in zip(parts, last_first, strict=True)])
 
         return padded(self.features), padded(self.targets), padded(self.candidates)
 
@@ -148,15 +145,7 @@ def record_states(
         schedule: its period must be the labels' block.
         own: bool [B], rows that follow the scorer; the others follow the oracle.
         scope: who competes: slots of a head, or of all heads and layers.
-
-    Raises:
-        BudgetError: the budget cannot hold guards and a fresh block.
     """
-    if budget <= guard.reserved(schedule.period):
-        raise BudgetError(
-            f"a budget of {budget} cannot hold the guards and a fresh block; the smallest that works is "
-            f"{guard.reserved(schedule.period) + 1}"
-        )
     allocator = Together() if scope == "model" else Uniform() if gate.demand is None else gate.demand.allocator()
     recorder = Recorder(
         Budget(budget), gate, [None if part is None else look_ahead(part) for part in labels], own, schedule, guard,

@@ -77,18 +77,13 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_budgets(self.budgets)
+        check_budgets(self.budgets, self.guard.reserved(self.period) + 1)
         if self.target not in ("reconstruction", "future") or self.along not in ("full", "golden"):
             raise UsageError(
                 f"target {self.target!r} along {self.along!r} is unknown; choose reconstruction or future, full or golden"
             )
         if self.objective and self.objective not in OBJECTIVES:
             raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
-        if self.budgets[0] <= self.guard.reserved(self.period):
-            raise UsageError(
-                f"training budgets of {self.budgets[0]} to {self.budgets[1]} cannot hold the guards and a fresh block of "
-                f"{self.period}; the smallest that works is {self.guard.reserved(self.period) + 1}"
-            )
 
     @property
     def shortest(self) -> int:

@@ -364,7 +364,7 @@ def test_a_run_may_start_from_the_closed_form(tmp_path):
     ("given", "kind", "message"),
     [
         ({"budgets": (160, 36)}, BudgetError, "training budgets 160 36: give the smallest and then the largest"),
-        ({"budgets": (8, 36)}, UsageError, "the smallest that works is 21"),
+        ({"budgets": (8, 36)}, BudgetError, "the smallest that works is 21"),
         ({"cuts": 0}, UsageError, "--cuts 0: give 1 or more"),
         ({"period": 0}, UsageError, "--period 0: give 1 or more"),
         ({"horizon": 0}, UsageError, "--horizon 0: give 1 or more"),
