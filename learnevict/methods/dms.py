@@ -50,9 +50,8 @@ class SparsityGate(AdmissionGate):
 
     Args:
         layout: of the base model.
-        window: tokens before a mark takes effect; 256 in the paper.
+        window, noise: see AdmissionGate (paper: 256, and 1, a Gumbel-sigmoid of temperature 1).
         bias: initial b; at -5 nothing is evicted at first.
-        noise: scale of the logistic noise while training (1: a Gumbel-sigmoid of temperature 1).
     """
 
     losses = {"student_divergence": 1.0, "shortfall": 1.0}  # noqa: RUF012

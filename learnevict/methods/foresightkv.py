@@ -80,13 +80,9 @@ class ForesightGate(SlotScorer):
         seen = rows.seen.view(-1, 1, 1).float()
         age = signals.age.clamp_min(0).float()
         share = (signals.budget.view(-1, 1, 1).float() / seen).clamp_max(1.0)
-        scalars = [
-            torch.log1p(age),
-            torch.log(seen).expand_as(age),
-            torch.log(share).expand_as(age),
-            torch.log1p(state["idle"]),
-            torch.log1p(signals.place.clamp_min(0).float()),
-        ]
+        whole = [torch.log(seen).expand_as(age), torch.log(share).expand_as(age)]
+        place = signals.place.clamp_min(0).float()
+        scalars = [torch.log1p(age), *whole, torch.log1p(state["idle"]), torch.log1p(place)]
         return torch.cat([*(torch.log(part + 1e-4) for part in attention), torch.stack(scalars, -1)], dim=-1)
 
 
@@ -101,14 +97,15 @@ def policy(
     floor: float = 0.2,
     **options: Unpack[Options],
 ) -> Policy:
-    """Evict what the network ranks lowest, every `slack` tokens (paper: 256 in training, 128 in its inference code).
-
-    Warns of another slack or scope than the gate was trained with (TrainedOtherwiseWarning).
+    """Evict what the network ranks lowest; paper: every 256 tokens in training, every 128 in its inference code.
 
     Args:
         scope: "layer", as in the paper: every head holds the budget; "model": slots of all heads and layers compete, which
             takes scores that compare (a gate trained for it). None: as trained.
         floor: share of an equal split that every head keeps, for scope "model".
+
+    Warns:
+        TrainedOtherwiseWarning: another slack or scope than the gate was trained with.
     """
     if gate.period is not None:
         options.setdefault("slack", gate.period)

@@ -53,10 +53,9 @@ class WriteGate(AdmissionGate):
 
     Args:
         layout: of the base model.
-        window: tokens before the gate counts; 256 in the paper.
+        window, noise: see AdmissionGate (paper: 256 and 0).
         hidden: width of the hidden layer; None: 4 d, as in the paper.
         bias: initial b2.
-        noise: scale of logistic noise on the gate's logits while training; 0 in the paper.
     """
 
     losses = {"hidden_error": 1.0, "admitted": 0.04}  # noqa: RUF012 - lambda is 0.04 by default, up to 0.16
@@ -77,7 +76,6 @@ class WriteGate(AdmissionGate):
         self.bias_out = nn.Parameter(torch.full((*heads, 1, 1), float(bias)))
 
     def logits(self, signals: Signals) -> Tensor:
-        """Logits of g, float32 [B, H, S]."""
         assert signals.key is not None
         batch, heads, size, width = signals.key.shape
         layer, kind = signals.layer, self.weight_out.dtype

@@ -1,7 +1,7 @@
 """What governs a cache: `keep(signals)` names the slots to keep, or None for all.
 
-A Policy composes it of when, who, how many, never, which: Policy(budget, scorer, allocator, schedule, guard, draw). This
-package says what these components must offer; the library of components is `learnevict.parts`.
+A Policy composes it of when, who, how many, never, which: Policy(budget, scorer, allocator, schedule, guard, draw=...).
+This package says what these components must offer; the library of components is `learnevict.parts`.
 """
 
 from learnevict.policy.components import Above, Allocator, Draw, Guard, Schedule, TopK, Uniform

@@ -126,8 +126,6 @@ class SamplingPolicy:
     noisy: Tensor
     length: int
     random_keys: Tensor
-    name: str = "sampling"
-    probe: None = None
     features: dict[int, list[Tensor]] = field(default_factory=dict)
     events: dict[tuple[int, ...], list[SampledEvent]] = field(default_factory=dict)
     allocation: Tensor | None = None

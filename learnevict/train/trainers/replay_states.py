@@ -76,9 +76,7 @@ class Recorder:
     guard: Guard
     length: Tensor
     allocator: Allocator = field(default_factory=Uniform)
-    name: str = "recorder"
     scope: Literal["layer", "model"] = "layer"
-    probe: None = None
     states: dict[int, States] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
