@@ -49,8 +49,8 @@ def priced(case: Case, steps: int = 150) -> Tensor:
     """
     gain = torch.nn.functional.pad(case.golden_labels[..., 1:], (0, 1)).square()
     length, blocks = gain.shape[-2:]
-    own = torch.arange(length) // case.rules.block
-    pays = (torch.arange(blocks) > own[:, None]) & (torch.arange(length) >= case.rules.guard.sinks)[:, None]
+    own = torch.arange(length) // case.settings.block
+    pays = (torch.arange(blocks) > own[:, None]) & (torch.arange(length) >= case.settings.guard.sinks)[:, None]
     room = case.budget - case.reserved
     start = gain.masked_fill(~pays, 0).sort(-2, descending=True).values[..., room, :].mean(-1)[..., None, None]
     price, mean = torch.zeros(*gain.shape[:3], 1, blocks), 0.0
@@ -87,7 +87,7 @@ def step_by_step(case: Case) -> Trace:
         return horizon(case.labels(received=case.run(so_far)[1], trace=so_far))[..., m + 1]
 
     return case.roll().trace(
-        lambda m, expiry: future(m, expiry) if (m + 1) * case.rules.block < case.valid.shape[1] else expiry * 0.0
+        lambda m, expiry: future(m, expiry) if (m + 1) * case.settings.block < case.valid.shape[1] else expiry * 0.0
     )
 
 
