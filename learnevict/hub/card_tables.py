@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from learnevict.errors import DataError, UsageError
-from learnevict.hub.paths import last_part
+from learnevict.hub.run_record import last_part
 from learnevict.infer.load import HUB_ID
 from learnevict.untrusted import one_line
 

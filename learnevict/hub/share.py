@@ -16,8 +16,8 @@ from learnevict.files import write
 from learnevict.hub.card import MARK, make_card
 from learnevict.hub.download import CARD, CONFIG, FILES, LARGEST, RUN, WEIGHTS, check_kind, fetch, install
 from learnevict.hub.gates import Gates, locate
-from learnevict.hub.paths import without_folders
 from learnevict.hub.repo import COMMIT, PATIENCE, Address, asking, insist
+from learnevict.hub.run_record import without_folders
 
 MAIN = "main"
 
