@@ -141,7 +141,7 @@ class Signals:
         attention: how logits become probabilities.
         ring: the last W queries and their positions ([B, Hq, W, d], int32 [B, W]); empty unless the scorer asks.
         fresh_attention: float32 [B, H, G, S, N], fresh queries over all slots; only while a scorer that needs it observes.
-        asked: float32 [B, H, G, P, N], what the probe's tokens attend to; only for a policy with a probe.
+        probe_attention: float32 [B, H, G, P, N], what the probe's tokens attend to; only for a policy with a probe.
     """
 
     layer: int
@@ -158,7 +158,7 @@ class Signals:
     tokens: Tensor | None = None
     ring: tuple[Tensor, Tensor] | None = None
     fresh_attention: Tensor | None = None
-    asked: Tensor | None = None
+    probe_attention: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict)
 
     @property

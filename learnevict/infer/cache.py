@@ -15,7 +15,7 @@ from learnevict.infer.clock import Clock
 from learnevict.infer.eviction_after_forward import is_deferred
 from learnevict.infer.layer import NO_CROP, EvictingLayer
 from learnevict.infer.model.supported import check_rope, evicting_layers, state_shape
-from learnevict.infer.probe import check_questioned
+from learnevict.infer.probe import check_probed
 from learnevict.infer.rows.conversation import Conversation, as_batch
 from learnevict.infer.rows.ends import Ends, warn_of_padding
 from learnevict.infer.store.recording import ordinary_tensors
@@ -75,7 +75,7 @@ class EvictingCache(Cache):
         super().__init__(layers=layers)
         self.evicting = evicting
         if policy.probe is not None:
-            check_questioned(self.layers)
+            check_probed(self.layers)
         if policy.schedule.active and evicting:
             targets(policy, self.clock, self._slots()[0].place, [0])
         if len(evicting) < len(layers) and policy.schedule.active:
@@ -94,7 +94,7 @@ class EvictingCache(Cache):
     def admit(
         self, source: Tensor, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, ends: Ends
     ) -> None:
-        """Checks and notes a forward before any layer runs; what `mask` hides although it was read as text is taken back."""
+        """Checks and records a forward before any layer runs; what `mask` hides although it was read as text is taken back."""
         hidden = self.conversation.admit(source, tokens, mask, position_ids, self.places, ends)
         self._warn_of_pieces()
         if hidden is not None:

@@ -1,4 +1,4 @@
-"""Events that wait for the end of a forward: those of policies that rank all layers together, or question a probe.
+"""Events that wait for the end of a forward: those of policies that rank all layers together, or run a probe.
 
 While the layers run, each one only takes down what its event needs. After the last layer the policy decides: for heads of
 all layers at once, or layer by layer as the probe passes through them. A forward holds at most one event per row, at the
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from learnevict.errors import CacheError
 from learnevict.infer.eviction import Event
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.probe import Questioned, question
+from learnevict.infer.probe import ProbedCache, run_probe
 from learnevict.policy import Governor
 
 
-class Deferring(Questioned, Protocol):
+class Deferring(ProbedCache, Protocol):
     """The cache whose events are held here."""
 
     policy: Governor
@@ -39,13 +39,13 @@ def hold_events(cache: Deferring, decoder: nn.Module) -> None:
         return
     if policy.scope == "model":
         if any(any(rows) for rows in _crowded(layers)):
-            asked: dict[int, Tensor] = {}
+            attended: dict[int, Tensor] = {}
             if policy.probe is not None:
-                question(decoder, cache, policy.probe, asked.__setitem__)
-            _decide_together(policy, layers, asked)
+                run_probe(decoder, cache, policy.probe, attended.__setitem__)
+            _decide_together(policy, layers, attended)
     elif policy.probe is not None and any(any(event.crowded()) for layer in layers for event in layer.due):
         # a layer evicts while the probe is on its way to the next: the attention of one layer is held at a time
-        question(decoder, cache, policy.probe, lambda index, found: cache.layers[index].decide(found))
+        run_probe(decoder, cache, policy.probe, lambda index, found: cache.layers[index].decide(found))
     for layer in layers:
         layer.due = []
 
@@ -67,7 +67,7 @@ def _room(event: Event) -> list[int]:
     return [heads * target for target in event.targets()]
 
 
-def _decide_together(policy: Governor, layers: list[EvictingLayer], asked: dict[Any, Tensor]) -> None:
+def _decide_together(policy: Governor, layers: list[EvictingLayer], attended: dict[Any, Tensor]) -> None:
     """Ask the policy for all layers at once, evict, and fit every layer's pages to what it holds then.
 
     This waits for the device once: how much each layer holds must be known to give back what it does not.
@@ -77,7 +77,7 @@ def _decide_together(policy: Governor, layers: list[EvictingLayer], asked: dict[
     for events, crowded in zip(zip(*(layer.due for layer in layers), strict=True), _crowded(layers), strict=True):
         if not any(crowded):
             continue
-        shown = [replace(event.signals, asked=asked.get(event.signals.layer)) for event in events]
+        shown = [replace(event.signals, probe_attention=attended.get(event.signals.layer)) for event in events]
         keeps = policy.keep_together(shown)
         drops = [drop | event.drop(keep, crowded) for drop, event, keep in zip(drops, events, keeps, strict=True)]
         rows = [now or before for now, before in zip(crowded, rows, strict=True)]

@@ -161,8 +161,8 @@ class EvictingLayer(CacheLayerMixin):
             signals = self._signals(storage, block, (query, key, value), hidden, attention)
             assert signals.key is not None
             assert signals.value is not None
-            notes = self.policy.scorer.write(signals)
-            self._write(storage, block, signals.query, signals.key, signals.value, notes)
+            state = self.policy.scorer.write(signals)
+            self._write(storage, block, signals.query, signals.key, signals.value, state)
             answer = self._answer(storage.pool, signals)
             if clock.single:
                 out = answer
@@ -209,9 +209,9 @@ class EvictingLayer(CacheLayerMixin):
         )
 
     def _write(
-        self, storage: Storage, block: Block, query: Tensor, key: Tensor, value: Tensor, notes: dict[str, Tensor]
+        self, storage: Storage, block: Block, query: Tensor, key: Tensor, value: Tensor, state: dict[str, Tensor]
     ) -> None:
-        storage.write(block, key, value, notes)
+        storage.write(block, key, value, state)
         self.ring.add(block, query)
         if self.record:
             self.history.cover(self.clock.length + self.clock.pending, storage.pool.position)
@@ -243,14 +243,14 @@ class EvictingLayer(CacheLayerMixin):
         if not self.clock.deferred:
             self.decide()
 
-    def decide(self, asked: Tensor | None = None) -> None:
-        """Holds the events that are due; `asked`, float32 [B, H, G, P, N], is what a probe attends to."""
+    def decide(self, probe_attention: Tensor | None = None) -> None:
+        """Holds the events that are due; `probe_attention` is float32 [B, H, G, P, N]."""
         storage, events, self.due = self.storage, self.due, []
         drop: Tensor | None = None
         for event in events:
             assert storage is not None
             rows, targets = event.crowded(), event.targets()
-            keep = self.policy.keep(replace(event.signals, asked=asked)) if any(rows) else None
+            keep = self.policy.keep(replace(event.signals, probe_attention=probe_attention)) if any(rows) else None
             if keep is None:
                 continue
             part = event.drop(keep, rows)

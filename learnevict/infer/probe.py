@@ -29,8 +29,8 @@ from learnevict.signals import Attention
 Receive = Callable[[int, Tensor], None]
 
 
-class Questioned(Protocol):
-    """What is asked of the cache.
+class ProbedCache(Protocol):
+    """What a probe needs of a cache.
 
     Attributes:
         layers: its cache layers, evicting and stock.
@@ -46,10 +46,10 @@ class Questioned(Protocol):
 
 
 @dataclass(frozen=True)
-class Question(Run):
+class ProbeRun(Run):
     """A probe on its way through the layers; `receive` is told every evicting layer and its float32 [B, H, G, P, N]."""
 
-    cache: Questioned
+    cache: ProbedCache
     receive: Receive
 
     @property
@@ -70,8 +70,8 @@ class Question(Run):
         if isinstance(held, EvictingLayer):
             assert held.store is not None
             store = still(held.store) if torch.is_grad_enabled() else held.store
-            out, asked = probe_attention(store, query, key, value, attention)
-            self.receive(layer, asked)
+            out, attended = attend_with_probe(store, query, key, value, attention)
+            self.receive(layer, attended)
             return out
         window = attention.window
         if window is None or window != held.sliding_window:
@@ -96,7 +96,7 @@ class Question(Run):
         return real & (padded | (column >= self.columns_read))
 
 
-def ask(model: PreTrainedModel, cache: Questioned, probe: Probe) -> dict[int, Tensor]:
+def probe_attention(model: PreTrainedModel, cache: ProbedCache, probe: Probe) -> dict[int, Tensor]:
     """What a probe attends to in every evicting layer, with gradient to its parameters where that is on.
 
     Args:
@@ -114,24 +114,24 @@ def ask(model: PreTrainedModel, cache: Questioned, probe: Probe) -> dict[int, Te
         ModelError: layers that are neither evicted from nor sliding windows.
     """
     found: dict[int, Tensor] = {}
-    question(decoder_of(model), cache, probe, found.__setitem__)
+    run_probe(decoder_of(model), cache, probe, found.__setitem__)
     if len(found) < sum(isinstance(layer, EvictingLayer) for layer in cache.layers):
         raise NotAttachedError("a probe met a model without learnevict hooks; call attach(model) first")
     return found
 
 
-def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Receive) -> None:
-    """Runs a probe through the decoder; see `ask`. `receive` is told each layer's answer before the next layer runs."""
-    check_questioned(cache.layers)
+def run_probe(decoder: nn.Module, cache: ProbedCache, probe: Probe, receive: Receive) -> None:
+    """Runs a probe through the decoder; `receive` is told what it attends to in each layer before the next layer runs."""
+    check_probed(cache.layers)
     if not cache.clock.seen:
         raise CacheError("a probe questions what has been read, and this cache has read nothing; run the model first")
     place = device_of(decoder)
     tokens = probe.embeddings.to(place, next(decoder.parameters()).dtype)
     batch, num = len(cache.clock.seen), len(tokens)
-    asking = Question(cache, receive)
+    run = ProbeRun(cache, receive)
     ahead = torch.arange(num, device=place)
-    places = (ahead + asking.columns_read).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
-    with running(asking), probe.adapted(decoder):
+    places = (ahead + run.columns_read).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
+    with running(run), probe.adapted(decoder):
         decoder(
             inputs_embeds=tokens.expand(batch, -1, -1),
             attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
@@ -140,7 +140,7 @@ def question(decoder: nn.Module, cache: Questioned, probe: Probe, receive: Recei
         )
 
 
-def check_questioned(layers: list[Any]) -> None:
+def check_probed(layers: list[Any]) -> None:
     """Raises ModelError for cache layers of which a probe cannot see all that a token would."""
     wrong = sorted(
         {type(one).__name__ for one in layers if not isinstance(one, EvictingLayer | DynamicSlidingWindowLayer)}
@@ -159,7 +159,7 @@ def still(store: SlotPool | PagePool) -> SlotPool | PagePool:
     return found
 
 
-def probe_attention(
+def attend_with_probe(
     store: SlotPool | PagePool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
     """Attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
@@ -187,6 +187,6 @@ def probe_attention(
         drain = (sink - top).exp()
     stored, own = (stored - top).exp(), (own - top).exp()
     total = stored.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + drain
-    asked, own = stored / total, own / total
-    out = store.mix(asked.flatten(2, 3)) + own.flatten(2, 3).to(value.dtype) @ value
-    return out.reshape(batch, query_heads, num, -1), asked
+    attended, own = stored / total, own / total
+    out = store.mix(attended.flatten(2, 3)) + own.flatten(2, 3).to(value.dtype) @ value
+    return out.reshape(batch, query_heads, num, -1), attended

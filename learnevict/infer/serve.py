@@ -1,6 +1,6 @@
 """One forward of a decoder into an EvictingCache: checked, read in pieces where events have to wait, and joined again.
 
-Policies that rank all layers together, or question a probe, decide when all layers have run. A forward that reaches beyond
+Policies that rank all layers together, or run a probe, decide when all layers have run. A forward that reaches beyond
 such an event is cut there, and every piece runs through the decoder by itself; the caller sees one forward.
 """
 

@@ -9,7 +9,7 @@ costs a forward of P tokens.
 
 Departures: responses are those of the data, where the paper has the model write them: `learnevict train ... --own_answers true`
 does that, but the bundled model writes the given answer to 998 of 1000 training prompts. L sums over keys, because the paper's
-mean weighs a short text more than a long one. The tokens are asked before every event, inside the prompt and while decoding,
+mean weighs a short text more than a long one. The tokens are run before every event, inside the prompt and while decoding,
 and trained for both (schedule="prefill_only" is the paper's single question at the end of the prompt). Sinks and recent tokens
 are protected.
 """

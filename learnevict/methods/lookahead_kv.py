@@ -8,7 +8,7 @@ compares a, per layer and query head, with the mean attention of the response, r
 KL(response || soft tokens). An event costs a forward of P tokens.
 
 Departures: responses are those of the data, where the paper has the model write them: `learnevict train ... --own_answers true`
-does that, but the bundled model writes the given answer to 998 of 1000 training prompts. The tokens are asked before every
+does that, but the bundled model writes the given answer to 998 of 1000 training prompts. The tokens are run before every
 event, inside the prompt and while decoding, and trained for both (schedule="prefill_only" is the paper's single question at the
 end of the prompt). Sinks and recent tokens are protected.
 """
@@ -72,9 +72,9 @@ class LookaheadGate(SoftTokens):
         """See policy.Probe; inside, the deltas are added."""
         return self.deltas.added_to(decoder)
 
-    def attention(self, asked: Tensor) -> Tensor:
+    def attention(self, probe_attention: Tensor) -> Tensor:
         """Mean over the tokens, as a distribution over slots, float32 [B, H, G, N]."""
-        mean = asked.mean(3)
+        mean = probe_attention.mean(3)
         return mean / mean.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 

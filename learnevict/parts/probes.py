@@ -66,19 +66,19 @@ class SoftTokens(Gate):
         """See policy.Probe; nothing is added."""
         return nullcontext()
 
-    def attention(self, asked: Tensor) -> Tensor:
-        """Returns what the tokens attend to on average, float32 [B, H, G, N], from `asked` [B, H, G, P, N]."""
-        return asked.mean(3)
+    def attention(self, probe_attention: Tensor) -> Tensor:
+        """Returns what the tokens attend to on average, float32 [B, H, G, N], from `probe_attention` [B, H, G, P, N]."""
+        return probe_attention.mean(3)
 
     def score(self, signals: Signals) -> Tensor:
         """float32 [B, H, N].
 
         Raises:
-            ModelError: the policy has no probe, so nothing was asked.
+            ModelError: the policy has no probe, so it attended to nothing.
         """
-        if signals.asked is None:
-            raise ModelError("soft tokens score what they were asked; make the policy with the method's policy()")
-        return self.attention(signals.asked).mean(2)
+        if signals.probe_attention is None:
+            raise ModelError("soft tokens score by what they attend to; make the policy with the method's policy()")
+        return self.attention(signals.probe_attention).mean(2)
 
 
 class LowRank(nn.Module):

@@ -59,7 +59,7 @@ class Governor(ABC):
         scope: "layer" evicts as each layer finishes; "model" ranks the slots of all layers together after the last one,
             so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
             read in pieces.
-        probe: tokens that question the cache before every event, which then falls after the forward too.
+        probe: tokens that are run against the cache before every event, which then falls after the forward too.
     """
 
     budget: Budget

@@ -208,7 +208,7 @@ def random_gate(method: str, model, **settings):
 
 @pytest.mark.parametrize("method", ["trimkv", "wg_kv", "dms"])
 def test_a_gate_says_the_same_in_training_and_in_inference(method):
-    """Notes of a text read at once, and those of an evicting cache that read it in blocks and steps."""
+    """State of a text read at once, and those of an evicting cache that read it in blocks and steps."""
     model = zoo.build("gemma2")
     ids, mask = batch(zoo.tokens(model, len(PADS), LENGTH))
     policy = methods.load(method).policy(LENGTH, gate=random_gate(method, model), slack=4, recent=3)

@@ -1,4 +1,4 @@
-"""One conversation read in pieces through an evicting cache, with everything noted that a law may ask about."""
+"""One conversation read in pieces through an evicting cache, with everything recorded that a law compares."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Reader:
         return self.run()
 
     def run(self) -> Run:
-        """What was noted."""
+        """Returns what was recorded."""
         return Run(self.ids, self.mask, self.cache.policy, self.cache, torch.cat(self.logits, 1), self.moments)
 
 

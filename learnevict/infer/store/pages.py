@@ -144,7 +144,7 @@ class PagePool:
         key: Tensor,
         value: Tensor,
         position: Tensor,
-        notes: dict[str, Tensor],
+        state: dict[str, Tensor],
         sizes: tuple[int, ...],
         real: Picked | None,
     ) -> None:
@@ -156,7 +156,7 @@ class PagePool:
             pool.view(-1, pool.shape[-1]).index_copy_(0, where, flattened(fresh, real))
         index = flattened(slot + self.state.first, real)
         places = position.unsqueeze(1).expand_as(slot)
-        self.state.enter(index, flattened(places, real), {n: flattened(note, real) for n, note in notes.items()})
+        self.state.enter(index, flattened(places, real), {name: flattened(part, real) for name, part in state.items()})
         self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
 
     def evict(self, drop: Tensor) -> None:
@@ -244,10 +244,10 @@ class PagePool:
             for part, keys, _ in self.chunks(values=False):
                 wide[..., part] = query @ keys.transpose(-1, -2)
             return wide
-        asked, owner = query.flatten(0, 1), self.owner.clamp_max(batch * heads - 1)
+        grouped, owner = query.flatten(0, 1), self.owner.clamp_max(batch * heads - 1)
         out = query.new_zeros(batch * heads + 1, num, self.table.shape[2], self.page)
         for part in self._parts(num * max(width, self.page), out.numel()):
-            out[self.owner[part], :, self.rank[part]] = asked[owner[part]] @ self.keys[part].transpose(-1, -2)
+            out[self.owner[part], :, self.rank[part]] = grouped[owner[part]] @ self.keys[part].transpose(-1, -2)
         return out[:-1].view(batch, heads, num, -1)
 
     def mix(self, weights: Tensor) -> Tensor:

@@ -34,14 +34,14 @@ class SlotStates:
             self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
         self.first = first_rows(self.position)
 
-    def enter(self, index: Tensor, position: Tensor, notes: dict[str, Tensor]) -> None:
-        """Writes fresh tokens into slots counted over rows and heads, int64 [n]: position int32 [n], notes {name: [n, ...]}."""
+    def enter(self, index: Tensor, position: Tensor, state: dict[str, Tensor]) -> None:
+        """Writes fresh tokens into slots counted over rows and heads, int64 [n]: position int32 [n], state {name: [n, ...]}."""
         self.position.view(-1).index_copy_(0, index, position)
         for column in self.spec:
             target = self.columns[column.name] = self.columns[column.name].contiguous()  # a scorer may have made it
             flat = target.view(-1, *column.shape)
-            if column.name in notes:
-                flat.index_copy_(0, index, notes[column.name].to(column.dtype))
+            if column.name in state:
+                flat.index_copy_(0, index, state[column.name].to(column.dtype))
             else:
                 flat.index_fill_(0, index, column.fill)
 
@@ -103,11 +103,11 @@ class SlotPool:
         key: Tensor,
         value: Tensor,
         position: Tensor,
-        notes: dict[str, Tensor],
+        state: dict[str, Tensor],
         sizes: tuple[int, ...],
         real: Picked | None,
     ) -> None:
-        """Enters fresh tokens: key [B, H, W, d], value [B, H, W, dv], position int32 [B, W], notes {name: [B, H, W, ...]}.
+        """Enters fresh tokens: key [B, H, W, d], value [B, H, W, dv], position int32 [B, W], state {name: [B, H, W, ...]}.
 
         The first sizes[b] tokens of row b are real; `real` are their rows and places in W, None if all are.
         """
@@ -117,7 +117,7 @@ class SlotPool:
         values.index_copy_(0, index, flattened(value, real))
         bias.index_fill_(0, index, 0.0)
         places = position.unsqueeze(1).expand(-1, key.shape[1], -1)
-        self.state.enter(index, flattened(places, real), {n: flattened(note, real) for n, note in notes.items()})
+        self.state.enter(index, flattened(places, real), {name: flattened(part, real) for name, part in state.items()})
         self.cursor = list(map(add, self.cursor, sizes))
 
     def _next(self, width: int, real: Picked | None) -> Tensor:

@@ -62,7 +62,7 @@ class Storage:
         self.held, self.longest = [0] * batch, [0] * batch
         self.meter = meter
         self.peak_nbytes, self.noted = 0, -1
-        self.asked: tuple[Block | None, list[int]] = None, []
+        self.known: tuple[Block | None, list[int]] = None, []
         self.fitted, self.unassigned = 0, True
         self.rounding = 0
         self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
@@ -77,9 +77,9 @@ class Storage:
 
     def targets_after(self, block: Block) -> list[int]:
         """The slots per kv head that each row may hold after a block's event, computed once."""
-        if self.asked[0] is not block:
-            self.asked = block, self.targets(block.after)
-        return self.asked[1]
+        if self.known[0] is not block:
+            self.known = block, self.targets(block.after)
+        return self.known[1]
 
     def reserve(self, block: Block, rest: list[int]) -> None:
         """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
@@ -150,8 +150,8 @@ class Storage:
         self.fitted, self.unassigned = total, False
         self.note_peak()
 
-    def write(self, block: Block, key: Tensor, value: Tensor, notes: dict[str, Tensor]) -> None:
-        self.pool.write(key, value, block.position, notes, block.sizes, block.real)
+    def write(self, block: Block, key: Tensor, value: Tensor, state: dict[str, Tensor]) -> None:
+        self.pool.write(key, value, block.position, state, block.sizes, block.real)
         self.live = list(map(add, self.live, block.sizes))
         if self.shared:
             heads = key.shape[1]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from learnevict.errors import DataError
 from learnevict.infer.attach import attach
-from learnevict.infer.probe import ask
+from learnevict.infer.probe import probe_attention
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full
 from learnevict.ops.distributed import highest, ratio
@@ -172,8 +172,8 @@ def probe_loss(
                         input_ids=texts.ids[:, part], attention_mask=mask[:, : cut.column],
                         position_ids=places[:, part], past_key_values=cache, logits_to_keep=1,
                     )  # fmt: skip
-            for layer, asked in ask(base, cache, gate).items():
-                attention = gate.attention(asked)
+            for layer, attended in probe_attention(base, cache, gate).items():
+                attention = gate.attention(attended)
                 response = at_slots(answers[layer], cache.positions(layer))
                 losses.append(objective(attention, response, cut.rows))
                 hits.append(hit_rate(attention.detach(), response, cut.rows))

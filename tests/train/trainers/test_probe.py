@@ -18,7 +18,7 @@ from learnevict.config import Budget
 from learnevict.data.documents import Collator
 from learnevict.data.label_store import Document
 from learnevict.errors import CacheError, DataError, ModelError, NotAttachedError
-from learnevict.infer.probe import ask
+from learnevict.infer.probe import probe_attention
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.oracle import JUDGE_Q, LOOKAHEAD_KV
 from learnevict.parts.probes import LowRank, projections
@@ -91,7 +91,7 @@ def rows_of_the_probe(model: Any, gate: Any, num: int):
 
 
 @torch.no_grad()
-def asked_of(model: Any, gate: Any, ids: Any) -> list[Any]:
+def stock_attention(model: Any, gate: Any, ids: Any) -> list[Any]:
     """What the probe attends to behind a text [T], per layer float64 [Hq, P, T]: one pass of a stock model."""
     twin = tiny().double()
     twin.load_state_dict(model.double().state_dict())
@@ -114,9 +114,9 @@ def test_ask_equals_one_pass_over_text_and_probe(name):
                 ids[:, part], attention_mask=mask[:, : part.stop], position_ids=position_ids(mask)[:, part],
                 past_key_values=cache,
             )  # fmt: skip
-        found = ask(model, cache, gate)
+        found = probe_attention(model, cache, gate)
     for row, pad in enumerate((0, 5, 14)):
-        for layer, wanted in enumerate(asked_of(model, gate, ids[row, pad:])):
+        for layer, wanted in enumerate(stock_attention(model, gate, ids[row, pad:])):
             position = cache.positions(layer)[row]
             for head in range(4):
                 held = position[head // 2] >= 0
@@ -137,8 +137,8 @@ def test_an_event_evicts_what_the_probe_looks_at_least(name):
     with attach(model, policy_for(name, gate), record=True) as cache, torch.no_grad():
         prefill(model, cache, ids)
     expiry = cache.trace().expiry
-    for layer, asked in enumerate(asked_of(model, gate, ids[0])):
-        mean = asked.mean(1)
+    for layer, attended in enumerate(stock_attention(model, gate, ids[0])):
+        mean = attended.mean(1)
         if name == "lookahead_kv":
             mean = mean / mean.sum(-1, keepdim=True)
         for head in range(2):
@@ -158,15 +158,17 @@ def test_a_probe_leaves_no_trace(name, model_name):
     """Asked at every event by a policy that then keeps all: logits, slots and windows are those without a probe, to the bit."""
     model = zoo.build(model_name)
     ids, mask = batch(zoo.distinct_tokens(model, 2, 36), (0, 6))
-    asked: list[Any] = []
+    attended: list[Any] = []
     silent = hashed(BUDGET, slack=SLACK, verb=lambda signals: None)
-    asking = replace(silent, probe=gate_for(name, model), verb=lambda signals: asked.append(signals.asked))
-    with_probe = read(model, asking, ids, mask, [3] * 12)
+    probing = replace(
+        silent, probe=gate_for(name, model), verb=lambda signals: attended.append(signals.probe_attention)
+    )
+    with_probe = read(model, probing, ids, mask, [3] * 12)
     lengths = [moment.length for moment in with_probe.moments]
     sizes = [stop - start for start, stop in zip([0, *lengths], lengths, strict=False)]
     without = read(model, silent, ids, mask, sizes)
-    assert len(asked) > 2 * len(with_probe.cache.evicting)
-    assert all(part is not None and bool((part > 0).any()) for part in asked)
+    assert len(attended) > 2 * len(with_probe.cache.evicting)
+    assert all(part is not None and bool((part > 0).any()) for part in attended)
     assert torch.equal(with_probe.logits, without.logits)
     for one, other in zip(with_probe.cache.layers, without.cache.layers, strict=True):
         mine, its = (part.store if hasattr(part, "store") else part for part in (one, other))
@@ -184,12 +186,12 @@ def test_two_conversations_are_asked_apart():
         for gate, text in zip(gates, texts, strict=True):
             cache = EvictingCache(model.config, methods.full.policy(slack=SLACK))
             model(text, past_key_values=cache)
-            alone.append(ask(model, cache, gate))
+            alone.append(probe_attention(model, cache, gate))
         caches = [EvictingCache(model.config, methods.full.policy(slack=SLACK)) for _ in gates]
         for part in (slice(0, 8), slice(8, 20)):
             for cache, gate, text in zip(caches, gates, texts, strict=True):
                 model(text[:, part], past_key_values=cache)
-                found = ask(model, cache, gate)
+                found = probe_attention(model, cache, gate)
                 if part.stop == 20:
                     for layer, wanted in alone.pop(0).items():
                         close(found[layer], wanted)
@@ -240,9 +242,10 @@ def test_gradients_are_those_of_finite_differences(name):
         room = cache.positions(0).shape[2]
 
         def value() -> torch.Tensor:
-            asked = ask(model, cache, gate)
+            attended = probe_attention(model, cache, gate)
             return sum(
-                (asked[layer] * nn.functional.pad(weights[layer], (0, room - 20))).double().sum() for layer in asked
+                (attended[layer] * nn.functional.pad(weights[layer], (0, room - 20))).double().sum()
+                for layer in attended
             )
 
         value().backward()
@@ -269,10 +272,10 @@ def test_what_cannot_be_asked():
     cache = EvictingCache(model.config, methods.full.policy(slack=SLACK))
     with attach(model):
         with pytest.raises(CacheError, match="read nothing"):
-            ask(model, cache, gate)
+            probe_attention(model, cache, gate)
         model(torch.randint(3, 64, (1, 9)), past_key_values=cache)
     with pytest.raises(NotAttachedError, match="attach"):
-        ask(model, cache, gate)
+        probe_attention(model, cache, gate)
     with (
         pytest.raises(ModelError, match=r"make the policy with the method's policy\(\)"),
         attach(model, replace(policy_for("judge_q", gate), probe=None)) as bare,
