@@ -82,7 +82,7 @@ def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attenti
     if not plain or isinstance(store, PagePool):
         runs_in_torch("heads are ragged" if plain else "the layer has a softcap or attention sinks")
         return observed_step(store, query, attention)[0]
-    grouped = query.view(batch, store.position.shape[1], -1, query.shape[3])
+    grouped = query.view(batch, store.keys.shape[1], -1, query.shape[3])
     out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling)
     return out.reshape(batch, query_heads, 1, -1)
 
@@ -127,20 +127,17 @@ def replay_attention(
         valid: bool [B, T], False for padding; None if there is none.
         block: queries per tile; never [T, T].
     """
-    batch, query_heads, length, _ = query.shape
-    heads = key.shape[1]
-    out = query.new_empty(batch, query_heads, length, value.shape[-1])
+    length = query.shape[2]
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
     column = torch.arange(length, device=query.device)
     until = torch.where(expiry == NEVER, length, expiry).long()
-    real = torch.ones(batch, length, dtype=torch.bool, device=query.device) if valid is None else valid
+    real = torch.ones(len(query), length, dtype=torch.bool, device=query.device) if valid is None else valid
     for start in range(0, length, block):
         stop = min(start + block, length)
-        tile = query[:, :, start:stop].reshape(batch, heads, -1, query.shape[-1])
-        logits = (tile @ key[:, :, :stop].transpose(-1, -2)).view(batch, heads, -1, stop - start, stop)
         now = column[start:stop].view(1, 1, 1, -1, 1)
         alive = (column[:stop] <= now) & (now < until[:, :, None, None, :stop]) & real[:, None, None, None, :stop]
-        weights = attention.probabilities(logits, alive).flatten(2, 3).to(value.dtype)
-        out[:, :, start:stop] = (weights @ value[:, :, :stop]).view(batch, query_heads, stop - start, -1)
+        tile = query[:, :, start:stop]
+        out[:, :, start:stop] = masked_attention(tile, key[:, :, :stop], value[:, :, :stop], alive, attention)
     return out
 
 
@@ -151,9 +148,21 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv].
         mask: additive [B, 1, S, N], 0 where visible and negative elsewhere.
     """
+    visible = torch.ones((), dtype=torch.bool, device=query.device)
+    if mask is not None:
+        visible = mask[:, :, None, :, : key.shape[2]] >= 0
+    return masked_attention(query, key, value, visible, attention)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, attention: Attention, bias: Tensor | None = None
+) -> Tensor:
+    """Queries [B, Hq, S, d] over whole keys [B, H, N, d] and values [B, H, N, dv]: [B, Hq, S, dv].
+
+    `visible` and `bias` are as of Attention.probabilities.
+    """
     batch, query_heads, size, width = query.shape
     heads, num = key.shape[1:3]
     logits = (query.reshape(batch, heads, -1, width) @ key.transpose(-1, -2)).view(batch, heads, -1, size, num)
-    visible = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask[:, :, None, :, :num] >= 0
-    weights = attention.probabilities(logits, visible).flatten(2, 3).to(value.dtype)
+    weights = attention.probabilities(logits, visible, bias).flatten(2, 3).to(value.dtype)
     return (weights @ value).view(batch, query_heads, size, -1)

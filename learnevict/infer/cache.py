@@ -114,9 +114,14 @@ class EvictingCache(Cache):
         self.mask = mask if whole else None
         self.places = None if position_ids is None else position_ids[..., -1:]
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, EvictingLayer):
+            return layer.update(key_states, value_states)
         with ordinary_tensors():
-            return super().update(*args, **kwargs)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def end(self) -> None:
         self.clock.commit()

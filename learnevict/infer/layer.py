@@ -14,7 +14,7 @@ from learnevict.infer.attention import block_attention, observed_step, step_atte
 from learnevict.infer.clock import Block, Clock
 from learnevict.infer.eviction import Event, check_room
 from learnevict.infer.store.pages import PagePool
-from learnevict.infer.store.recording import Expiries, Ring
+from learnevict.infer.store.recording import Expiries, Ring, ordinary_tensors
 from learnevict.infer.store.slots import SlotPool
 from learnevict.infer.store.storage import Meter, Place, Storage
 from learnevict.ops import runs_in_torch
@@ -73,7 +73,8 @@ class EvictingLayer(CacheLayerMixin):
             )
         self.expecting = False
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            with ordinary_tensors():
+                self.lazy_initialization(key_states, value_states)
         self.handed = (key_states, value_states)
         return key_states, value_states
 

@@ -85,16 +85,19 @@ class Serve(Run):
         ends = Ends.of(getattr(self.model, "generation_config", None)) if batch > 1 else Ends()
         with ordinary_tensors():
             cache.admit(source, tokens, mask, places, ends)
-        flags = None if mask is None or not cache.clock.deferred else mask[:, -size:].bool().tolist()
-        *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
-        for part in first:
-            self._begin(part)
-            with running(self):
-                self.read.append(self.front.forward(**part))
-                self._end()
-        self._begin(last)
+        last = given
+        if cache.clock.deferred and size > 1:
+            flags = None if mask is None else mask[:, -size:].bool().tolist()
+            *first, last = parts(given, cuts(cache.clock, flags, batch, size), batch, cache.clock.length)
+            for part in first:
+                self._begin(*inputs(part))
+                with running(self):
+                    self.read.append(self.front.forward(**part))
+                    self._end()
+            source, tokens, mask, places = inputs(last)
+        self._begin(source, tokens, mask, places)
         RUN.set(self)
-        return last if first else None
+        return last if self.read else None
 
     def end(self, output: Any) -> Any:
         """Holds the events of a forward that has run; returns what all of its pieces did, if there are several."""
@@ -105,9 +108,9 @@ class Serve(Run):
         self.cache.conversation.open = 0
         return joined([*self.read, output]) if self.read else None
 
-    def _begin(self, given: Arguments) -> None:
+    def _begin(self, *given: Any) -> None:
         with ordinary_tensors():
-            self.cache.begin(*inputs(given))
+            self.cache.begin(*given)
 
     def _end(self) -> None:
         self.cache.check_served()
@@ -125,8 +128,11 @@ class Serve(Run):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention
     ) -> Tensor:
+        held: Any = self.cache.layers[layer]
+        if not torch.is_inference_mode_enabled():
+            return held.attend(query, key, value, hidden, attention)
         with ordinary_tensors():
-            return self.cache.layers[layer].attend(query, key, value, hidden, attention)  # pyright: ignore[reportAttributeAccessIssue]
+            return held.attend(query, key, value, hidden, attention)
 
 
 def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -138,7 +144,7 @@ def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | No
 
 def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str, Any]) -> None:
     """Raises ModelError, UsageError or CacheError for arguments that an EvictingCache cannot answer."""
-    check_text({**given})
+    check_text(given)
     config: Any = decoder.config
     if cache.text_config is not config and (have := shape_of(cache.text_config)) != (want := shape_of(config)):
         wrong = ", ".join(
@@ -177,7 +183,7 @@ def shape_of(config: Any) -> dict[str, Any]:
 def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) -> list[int]:
     """Columns after which pieces of a forward must end, the last one included; `flags`: real tokens, None if all are."""
     stops = {size}
-    for row in range(batch if clock.deferred and size > 1 else 0):
+    for row in range(batch):
         columns = range(size) if flags is None else [column for column, real in enumerate(flags[row]) if real]
         before = clock.seen[row] if clock.seen else 0
         event = clock.next_event(row, before)

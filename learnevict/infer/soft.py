@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learnevict.errors import CacheError, ModelError, UsageError
-from learnevict.infer.attention import RUN, Run
+from learnevict.infer.attention import RUN, Run, masked_attention
 from learnevict.policy import DecayBias, Scorer, SoftGate
 from learnevict.signals import EMPTY, Attention, Rows, Signals
 
@@ -188,16 +188,12 @@ def _tile(
     attention: Attention,
 ) -> Tensor:
     """The last queries [B, Hq, s, d] of a text of n columns, over all of these."""
-    batch, heads, num = log_retention.shape
-    size = query.shape[2]
+    num, size = log_retention.shape[-1], query.shape[2]
     column = torch.arange(num, device=query.device)
     row = column[num - size :]
-    logits = query.reshape(batch, heads, -1, query.shape[-1]) @ key.transpose(-1, -2)
     visible = (column <= row.view(-1, 1)) & valid[:, None, None, None]
     bias = DecayBias(log_retention, window).bias(row, column).unsqueeze(2)
-    weights = attention.probabilities(logits.view(batch, heads, -1, size, num), visible, bias)
-    out = weights.flatten(2, 3).to(value.dtype) @ value
-    return out.view(batch, -1, size, value.shape[-1])
+    return masked_attention(query, key, value, visible, attention, bias)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -42,15 +43,13 @@ def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
     return heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
 
 
-def check_text(given: dict[str, Any]) -> None:
+def check_text(given: Mapping[str, Any]) -> None:
     """Raises ModelError for what a multimodal model reads beside text: tokens of an image attend to each other both ways."""
     kinds = ("pixel_values", "image", "video", "audio", "input_features")
-    said = {
-        **given,
-        **(given.get("mm_encoder_outputs") or {}),
-        "mm_encoder_outputs": None,
-    }  # generate() gives it, empty
-    if found := sorted(name for name, value in said.items() if value is not None and name.startswith(kinds)):
+    said = [given, given.get("mm_encoder_outputs") or {}]  # generate() gives it, empty
+    if found := sorted(
+        name for part in said for name, value in part.items() if value is not None and name.startswith(kinds)
+    ):
         raise ModelError(
             f"an EvictingCache serves the text of multimodal models only, and {', '.join(found)} came in; use the model's "
             "stock cache for images and sounds"
