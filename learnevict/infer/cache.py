@@ -193,11 +193,7 @@ class EvictingCache(Cache):
         return found.store.position
 
     def trace(self) -> Trace:
-        """The recorded history: expiry int32 [L, B, H, T]; layers that stay stock never expire.
-
-        Raises:
-            TraceError: nothing was recorded (pass record=True), or rows were reordered (beams).
-        """
+        """The recorded history: expiry int32 [L, B, H, T]; layers that stay stock never expire."""
         slots = self._slots()
         if not self.record or any(layer.expiry is None for layer in slots):
             raise TraceError(
@@ -229,7 +225,6 @@ class EvictingCache(Cache):
         raise CacheError(NO_CROP)
 
     def reset(self) -> None:
-        """Forget the conversation; the cache may then serve a new one."""
         self.clock.reset()
         self.conversation.reset()
         self.mask = self.places = None

@@ -147,7 +147,7 @@ class Clock:
         single: bool | None = None,
         padded: list[bool] | None = None,
     ) -> None:
-        """Plan one forward of `size` columns.
+        """Plans one forward of `size` columns.
 
         Args:
             mask: [B, >= size], 0 = padding; None if all are real. The host waits for it.
@@ -174,7 +174,7 @@ class Clock:
         self.single, self.all_begun = size == 1 and len(self.plan) == 1, all(self.seen)
 
     def hide(self, hidden: Tensor) -> list[int]:
-        """Take back what was read in columns bool [B, columns read]: how many tokens each row loses."""
+        """Takes back what was read in columns bool [B, columns read]: how many tokens each row loses."""
         lost, period = [0] * len(hidden), self.schedule.period
         for row, flags in enumerate(hidden.tolist()):
             columns = [column for column in columns_of(self.runs[row], self.seen[row]) if not flags[column]]

@@ -27,7 +27,7 @@ class Deferring(ProbedCache, Protocol):
 
 
 def is_deferred(policy: Governor) -> bool:
-    """True if the policy's events are held after the forward."""
+    """Whether the policy's events are held after the forward."""
     return policy.scope == "model" or policy.probe is not None
 
 

@@ -30,8 +30,8 @@ NO_CROP = (
 class EvictingLayer(CacheLayerMixin):
     """Cache layer that holds slots instead of a growing sequence.
 
-    `update` only hands fresh keys and values to the attention function, which calls `attend`: the event loop. Each block of
-    fresh tokens is written, attended, observed and, when due, evicted from.
+    `update` only hands fresh keys and values to the attention function, which calls `attend`: each block of fresh tokens is
+    written, attended, observed and, when due, evicted from.
     """
 
     is_sliding = False
@@ -131,18 +131,11 @@ class EvictingLayer(CacheLayerMixin):
     # --- the event loop ---
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, attention: Attention) -> Tensor:
-        """Run the fresh tokens of one forward through the slots.
+        """Runs the fresh tokens of one forward through the slots: [B, Hq, S, dv].
 
         Args:
             query: [B, Hq, S, d]; key [B, H, S, d]; value [B, H, S, dv]; post-RoPE.
             hidden: inputs of the attention module, [B, S, E].
-            attention: scaling, softcap and sinks of this layer.
-
-        Returns:
-            [B, Hq, S, dv]
-
-        Raises:
-            ModelError: these are not the keys and values that `update` was given last.
         """
         handed, self.handed = self.handed, None
         if self.storage is None or handed is None or key is not handed[0] or value is not handed[1]:

@@ -34,7 +34,6 @@ class ProbedCache(Protocol):
 
     Attributes:
         layers: its cache layers, evicting and stock.
-        clock: how much has been read.
         mask: [B, columns read] of the last forward, 0 = padding; None if it had none, or one of its own columns only.
         places: position ids of the last forward's last column, [..., 1]; None if it had none.
     """
@@ -99,19 +98,11 @@ class ProbeRun(Run):
 def probe_attention(model: PreTrainedModel, cache: ProbedCache, probe: Probe) -> dict[int, Tensor]:
     """What a probe attends to in every evicting layer, with gradient to its parameters where that is on.
 
-    Args:
-        model: attached; it has read a text into `cache`.
-        cache: an EvictingCache; nothing in it changes.
-        probe: the tokens.
+    The model is attached and has read a text into `cache`, an EvictingCache in which nothing changes.
 
     Returns:
         {layer: float32 [B, H, G, P, N]}, probabilities over the slots and the probe's own keys, of which the slots' part
         is given: rows sum to at most 1. Empty slots get 0. With gradients on, slots are copied: the cache may go on.
-
-    Raises:
-        CacheError: nothing has been read yet.
-        NotAttachedError: the model carries no learnevict hooks.
-        ModelError: layers that are neither evicted from nor sliding windows.
     """
     found: dict[int, Tensor] = {}
     run_probe(decoder_of(model), cache, probe, found.__setitem__)

@@ -57,7 +57,7 @@ class Conversation:
         last: Tensor | None,
         ends: Ends,
     ) -> Tensor | None:
-        """Check that a forward goes on from where the cache stands, and write its tokens down.
+        """Checks that a forward goes on from where the cache stands, and writes its tokens down.
 
         Inside generate() the mask of a step is not read, which would make it wait for the device: it is the prompt's, and ones.
 
@@ -70,11 +70,6 @@ class Conversation:
 
         Returns:
             Columns that the mask hides, bool [B, columns read], if some of them were read as text; else None.
-
-        Raises:
-            CacheError: the batch size changed in the middle of a conversation, or does not fit prompt_length; mask or
-                positions are those of another text; the mask has tokens where padding was read; the last forward was
-                interrupted.
         """
         (batch, size), length = source.shape[:2], self.clock.length
         self._check_rows(batch)
@@ -176,7 +171,6 @@ class Conversation:
         self.finished.reorder(index.tolist())
 
     def starts(self, ids: Tensor, mask: Tensor | None) -> bool:
-        """Whether a text begins with all that was read, and goes on; see EvictingCache.starts_with."""
         length = self.clock.length
         if not length or self.ids is None:
             return True

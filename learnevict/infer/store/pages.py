@@ -63,12 +63,11 @@ class PagePool:
 
     @property
     def bias(self) -> Tensor:
-        """0 where a slot is occupied, -inf elsewhere, [B, H, N]."""
         empty = self.position < 0
         return torch.zeros_like(empty, dtype=self.keys.dtype).masked_fill_(empty, -torch.inf)
 
     def fit(self, total: int, widest: int) -> None:
-        """Make room for `total` slots over all rows and heads, and `widest` in one head. Grows and shrinks storage."""
+        """Makes room for `total` slots over all rows and heads, and `widest` in one head; storage grows or shrinks."""
         batch, heads, _ = self.table.shape
         pages = 1 + (total + batch * heads * (self.page - 1)) // self.page
         depth = -(-widest // self.page)
@@ -88,7 +87,7 @@ class PagePool:
             self._set_table(self.table[:, :, :depth].contiguous())
 
     def _set_table(self, table: Tensor) -> None:
-        """Take `table`, which names no page twice, and turn it round."""
+        """Takes `table`, which names no page twice, and turns it round."""
         batch, heads, depth = table.shape
         depth = max(depth, 1)
         nobody = batch * heads * depth

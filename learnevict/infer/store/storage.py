@@ -82,7 +82,7 @@ class Storage:
         return self.known[1]
 
     def reserve(self, block: Block, rest: list[int]) -> None:
-        """Room for a block. `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
+        """Makes room for a block; `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
         schedule, pool = self.clock.schedule, self.pool
         coming = block.sizes if schedule.bounded and schedule.prompt == "blocks" else rest
         need = max(map(add, self.live, coming))
