@@ -32,8 +32,9 @@ from learnevict.errors import told_in_one_line
 from learnevict.evals import metrics
 from learnevict.evals.methods import EvaluatedMethod, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Key, Plan, count
-from learnevict.evals.records import MARK, Row, SampleLog
+from learnevict.evals.records import MARK, Row
 from learnevict.evals.report import write_report
+from learnevict.evals.sample_log import SampleLog
 from learnevict.evals.suite import run
 from learnevict.evals.tasks import family_tasks
 from learnevict.files import write

@@ -23,7 +23,7 @@ COMMANDS = {
     "list": "first_steps.list_methods",
     "oracle": "oracle.run",
     "train": "train.run",
-    "refine": "refine.run",
+    "refine": "train.refine",
     "eval": "eval.evaluate",
     "report": "eval.report",
     "viz": "infer.viz",

@@ -6,82 +6,18 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import learnevict.cli.options as o
 from learnevict.cli.output import INTERRUPTED, say, show_rows, tell
+from learnevict.cli.tasks import ANSWERS, TESTBED, SampleOptions, TaskOptions, listed, refuse
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError
 from learnevict.files import special
 from learnevict.infer.prompts.text_files import read_file
-
-TASKS, ANSWERS = "What to evaluate", "How to evaluate"
-
-
-class Task(str, Enum):
-    """What is evaluated."""
-
-    testbed = "testbed"
-    perplexity = "perplexity"
-
-
-class Split(str, Enum):
-    """Which samples; training has seen none of either."""
-
-    test = "test"
-    validation = "validation"
-
-
-class Length(str, Enum):
-    """Lengths of texts."""
-
-    normal = "normal"
-    long = "long"
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Which samples of the testbed are read, and how their answers are evaluated; None where nothing was said."""
-
-    samples: Annotated[int | None, o.option(TASKS, "Samples per family. [dim]200[/dim]", min=1)] = None
-    split: Annotated[Split | None, o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]")] = None
-    length: Annotated[
-        Length | None, o.option(TASKS, "long: longer than in training. [dim]normal[/dim]", "--length")
-    ] = None
-    seed: Annotated[
-        int | None, o.option(TASKS, "First sample of each family. [dim]0[/dim]", min=0, max=o.LARGEST_SEED)
-    ] = None
-    teacher: Annotated[
-        bool | None,
-        o.option(ANSWERS, "Step accuracy and loss along the reference text. [dim]yes[/dim]", "--teacher/--no-teacher"),
-    ] = None
-    oracle: Annotated[
-        bool | None,
-        o.option(
-            ANSWERS,
-            "Compare what is kept with what the oracle would keep: recall, regret, attention kept; takes a fifth longer. "
-            "[dim]yes[/dim]",
-            "--oracle/--no-oracle",
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None, o.option(ANSWERS, "Of free answers; 0 takes the likeliest token. [dim]0[/dim]", min=0.0)
-    ] = None
-    tries: Annotated[
-        int | None, o.option(ANSWERS, "Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", min=1)
-    ] = None
-    batch_size: Annotated[int | None, o.option(o.MACHINE, "Samples per forward. [dim]32[/dim]", min=1)] = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What was said, by the names of evals.plan.Plan and evals.tasks.family_tasks."""
-        said = {name: value for name, value in vars(self).items() if value is not None}
-        plain = {name: value.value if isinstance(value, Enum) else value for name, value in said.items()}
-        return {("num_samples" if name == "samples" else name): value for name, value in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -146,11 +82,8 @@ class MethodOptions:
 
 def evaluate(
     *,
-    task: Annotated[Task, o.option(TASKS, "The testbed, or perplexity of --text.", "--task")] = Task.testbed,
-    families: Annotated[str, o.option(TASKS, "Task families, separated by commas. [dim]all five[/dim]")] = "",
+    tasks: TaskOptions,
     samples: SampleOptions,
-    text: Annotated[Path | None, o.option(TASKS, "UTF-8 file, for --task perplexity.")] = None,
-    max_tokens: Annotated[int | None, o.option(TASKS, "Read only the beginning of the text.", min=2)] = None,
     methods: MethodOptions,
     free: Annotated[
         bool | None,
@@ -175,7 +108,14 @@ def evaluate(
 
         learnevict eval --families program --methods random,h2o,golden --budgets 1/4,1/8 --samples 48 --out r.jsonl
 
-        learnevict eval --task perplexity --text book.txt --model Qwen/Qwen3-0.6B --method snapkv --budget 512
+        learnevict eval --tasks perplexity --text book.txt --model Qwen/Qwen3-0.6B --method snapkv --budget 512
+
+        learnevict eval --tasks needle,multi_key --text book.txt --length 1000 --model smollm2 --methods full,snapkv,keydiff
+
+        learnevict eval --tasks gsm8k --data test.jsonl --examples train.jsonl --model smollm2 --methods full,h2o --budget 512
+
+    Retrieval asks twice: "exact after" compresses a context once, before any question is known, as a cache that is kept does;
+    "exact known" reads the question with the context.
 
     An interrupted run goes on with --resume. `learnevict report r.jsonl` makes a table and a plot.
 
@@ -183,31 +123,34 @@ def evaluate(
     recovery of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
     given, content = samples.given, ""
-    for words in (families, methods.methods, methods.budgets):
+    for words in (tasks.tasks, tasks.families, methods.methods, methods.budgets):
         _warn_of_doubles(words)
-    if task is Task.perplexity:
-        flags = {
-            "families": families or None, "keep_prompt": methods.keep_prompt or None, "tuned": methods.tuned or None,
-            "free": free, "resume": resume or None,
-        }  # fmt: skip
-        _refuse({**given, **flags}, "the testbed, not to --task perplexity")
-        if text is None:
-            raise UsageError("--task perplexity needs a text: --text FILE")
-        content = read_text(text)
-    else:
-        _refuse({"text": text, "max_tokens": max_tokens}, "--task perplexity")
-        if resume and out is None:
-            raise UsageError("--resume needs the --out of the run to go on with")
+    if tasks.group != TESTBED:
+        flags = {"split": given.get("split"), "tuned": methods.tuned or None}
+        refuse(flags, f"the testbed, not to {tasks.tasks}")
+    if tasks.streamed:
+        flags = {"keep_prompt": methods.keep_prompt or None, "free": free, "resume": resume or None}
+        refuse(
+            {**given, **flags},
+            "tasks of several samples; perplexity reads one text as a whole, unless --length cuts it into some",
+        )
+    if tasks.text is not None:
+        content = read_text(tasks.text)
+    if resume and out is None:
+        raise UsageError("--resume needs the --out of the run to go on with")
     from learnevict.cli.evaluation import compare, compare_on_text
-    from learnevict.evals.records import log_path, read_rows
+    from learnevict.evals.records import read_rows
+    from learnevict.evals.sample_log import log_path
 
-    if text is not None:
+    if tasks.streamed:
         with _told(out, out, "to evaluate the rest choose another --out"):
-            rows = compare_on_text(model, methods, (text.name, content), max_tokens, out)
+            rows = compare_on_text(
+                model, methods, (str(tasks.text and tasks.text.name), content), tasks.max_tokens, out
+            )
     else:
-        given["free"] = {None: "full", True: "all", False: "none"}[free]
+        given["free"] = {None: "full" if tasks.group == TESTBED else "all", True: "all", False: "none"}[free]
         with _told(out, out and log_path(out), "the same command with --resume goes on"):
-            rows = compare(model, methods, listed(families), given, out, resume)
+            rows = compare(model, methods, tasks, content, given, out, resume)
     if as_json:
         for row in rows:
             tell(json.dumps(row))
@@ -229,19 +172,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-FLAGS = {
-    "num_samples": "--samples", "teacher": "--teacher/--no-teacher", "oracle": "--oracle/--no-oracle",
-    "free": "--free/--no-free",
-}  # fmt: skip
-
-
-def _refuse(values: dict[str, Any], whose: str) -> None:
-    """Raises a UsageError about options that this task would ignore."""
-    flags = [FLAGS.get(name, "--" + name.replace("_", "-")) for name, value in values.items() if value is not None]
-    if flags:
-        raise UsageError(f"{' and '.join(flags)} {'belong' if len(flags) > 1 else 'belongs'} to {whose}")
-
-
 @contextmanager
 def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
     """Says what an interruption leaves behind."""
@@ -255,11 +185,6 @@ def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
         else:
             say(f"interrupted: what is finished is kept in {kept}; {remedy}")
         raise typer.Exit(INTERRUPTED) from error
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Returns the names between commas, each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _warn_of_doubles(text: str) -> None:

@@ -1,62 +1,83 @@
-"""The work of `learnevict eval` once its options are read: the model, its methods, and the runs."""
+"""The work of `learnevict eval` once its options are read: the model, its tasks and methods, and the runs."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.cli.eval import MethodOptions, listed
+from learnevict.cli.eval import MethodOptions
 from learnevict.cli.opened_model import TESTBED, OpenedModel, open_model
 from learnevict.cli.options import ModelOptions, check_method
 from learnevict.cli.output import progress, say
-from learnevict.errors import GateError, UsageError
+from learnevict.cli.tasks import TESTBED as TESTBED_TASKS
+from learnevict.cli.tasks import TaskOptions, listed
+from learnevict.errors import DataError, GateError, UsageError
 from learnevict.evals import perplexity as texts
 from learnevict.evals import tuning
 from learnevict.evals.methods import COMPARISON, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, check, count
 from learnevict.evals.records import MARK, Row, write_rows
 from learnevict.evals.suite import read_earlier, run
-from learnevict.evals.tasks import family_tasks
+from learnevict.evals.tasks import Task, family_tasks, resolve
+from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
+from learnevict.evals.tasks.retrieval import Haystack, RetrievalTask
+from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.infer.prompts.text_files import read_file
 from learnevict.testbed import FAMILIES
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
+PLAIN_METHODS = ("full", "random", "streaming_llm", "h2o", "snapkv", "keydiff")
 
 
 def compare(
     model: ModelOptions,
     options: MethodOptions,
-    families: tuple[str, ...],
+    asked: TaskOptions,
+    text: str,
     given: dict[str, Any],
     out: Path | None,
     resume: bool,
 ) -> list[Row]:
-    """Returns the rows of a comparison on the testbed's tasks.
+    """Returns the rows of a comparison on tasks.
 
     Args:
-        given: what was said of samples and answers, by the names of Plan and family_tasks.
+        text: the content of the user's file of prose.
+        given: what was said of samples and answers, by the names of Plan; `split` is the testbed's.
 
     Raises:
         UsageError: a model of another vocabulary, or an `out` that is not to be gone on with.
-        DataError: `out` holds something else than rows.
+        DataError: `out` holds something else than rows, or the user's files are not what the tasks need.
     """
-    which = {name: given.pop(name) for name in ("split", "length") if name in given}
-    plan = Plan(
-        family_tasks(families or FAMILIES, **which),
-        listed(options.budgets),
-        settings=_settings(options, COMPARISON),
-        **given,
-    )
     read_earlier(out, resume=resume)
-    opened = _opened(model, options)
-    if not opened.speaks_testbed:
-        raise UsageError(
-            f"{model.model!r} does not speak the testbed's words; evaluate it on a text: --task perplexity --text FILE"
+    budgets = listed(options.budgets)
+    if asked.group == TESTBED_TASKS:
+        which = {"split": given.pop("split", "test"), "length": asked.length or "normal"}
+        tasks: tuple[Task, ...] = family_tasks(listed(asked.families) or FAMILIES, **which)
+        plan = Plan(tasks, budgets, settings=_settings(options, COMPARISON), **given)
+        opened = _opened(model, options)
+        if not opened.speaks_testbed:
+            raise UsageError(
+                f"{model.model!r} does not speak the testbed's words; evaluate it on a text: --tasks perplexity --text FILE or "
+                "--tasks needle --text FILE"
+            )
+    else:
+        opened = _opened(model, options)
+        tasks = other_tasks(opened, asked, text)
+        settings = _settings(options, replace(COMPARISON, slack=usual_slack(tasks, budgets)))
+        usual: dict[str, Any] = {"num_samples": 50, "batch_size": 8, "oracle": False}
+        plan = Plan(tasks, budgets, settings=settings, **(usual | given))
+        say(
+            f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
-    field = evaluated_methods(opened, options, DEFAULT_METHODS)
+    field = evaluated_methods(opened, options, DEFAULT_METHODS if asked.group == TESTBED_TASKS else PLAIN_METHODS)
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
     if options.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned]):
@@ -64,6 +85,57 @@ def compare(
     subject = EvaluatedModel(opened.model, opened.tokenizer, opened.name)
     with progress(count(plan, field)) as advance:
         return run(plan, subject, field, out, resume=resume, advance=advance)[0]
+
+
+def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Task, ...]:
+    """Returns the tasks that are not the testbed's.
+
+    Args:
+        text: what perplexity is measured on, or where facts are hidden.
+
+    Raises:
+        DataError: the text is too short, or a row is no problem.
+    """
+    tokenizer: Any = opened.tokenizer
+    chat = bool(tokenizer.chat_template) if asked.chat is None else asked.chat
+    if asked.group == "retrieval":
+        haystack = Haystack(text, lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
+        limit = asked.max_new_tokens or 24
+        source = f"{asked.text and asked.text.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return tuple(
+            RetrievalTask(kind, length, haystack, source, chat=chat, depth=asked.depth, max_new_tokens=limit)
+            for kind in listed(asked.tasks) for length in asked.lengths
+        )  # fmt: skip
+    if asked.group == "perplexity":
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+        name = str(asked.text and asked.text.name)
+        return (TextTask(name, ids[: asked.max_tokens], asked.lengths[0], tokenizer.bos_token_id),)
+    assert asked.data is not None
+    problems = read_problems(asked.data)
+    examples = read_problems(asked.examples)[: asked.shots or 8] if asked.examples else ()
+    (name,) = listed(asked.tasks)
+    limit = asked.max_new_tokens or 1024
+    return (MathTask(name, problems, examples, chat=chat, max_new_tokens=limit),)
+
+
+def read_problems(path: Path) -> tuple[Problem, ...]:
+    """Returns the problems of a file of JSON lines.
+
+    Raises:
+        DataError: it cannot be read, or a row is no problem.
+    """
+    try:
+        rows = [json.loads(line) for line in read_file(path).splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is not JSON lines: {error}") from error
+    return tuple(map(read_problem, rows))
+
+
+def usual_slack(tasks: Sequence[Task], budgets: Sequence[str]) -> int:
+    """Returns tokens between evictions that leave three quarters of the smallest budget to choose from, at most 128."""
+    found = [resolve(budget, task.mean_length) for budget in budgets for task in tasks]
+    tokens = [budget for budget in found if isinstance(budget, int)]
+    return min([128, *(2 ** int(math.log2(max(budget / 4, 1))) for budget in tokens)])
 
 
 def compare_on_text(

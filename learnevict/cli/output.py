@@ -159,12 +159,18 @@ def _kib(row: dict[str, Any]) -> str:
     return "" if peak is None or full is None else f"{peak / 1024:.0f} / {full / 1024:.0f}"
 
 
+_EXACT = _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_match", "exact_low", "exact_high")
+_ADDED = _shown("{:+.4f} [{:+.4f}, {:+.4f}]", "added_nats", "added_low", "added_high")
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "family": lambda row: row["family"],
     "method": lambda row: row["method"],
     "budget": _budget,
     "step accuracy": _shown("{:.3f} [{:.3f}, {:.3f}]", "step_accuracy", "ci_low", "ci_high"),
-    "exact match": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_match", "exact_low", "exact_high"),
+    "exact match": lambda row: "" if "exact_after" in row else _EXACT(row),
+    "exact after": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_after", "after_low", "after_high"),
+    "exact known": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_known", "known_low", "known_high"),
+    "nats": _shown("{:.3f}", "nats"),
+    "added nats": lambda row: "" if row["budget"] is None else _ADDED(row),
     "perplexity": _shown("{:.3f}", "perplexity"),
     "ratio": _shown("{:.3f}", "perplexity_ratio"),
     "loss ratio": _shown("{:.3g}", "loss_ratio"),

@@ -1,4 +1,4 @@
-"""learnevict train: the gates of a learned method, for any model."""
+"""learnevict train and refine: the gates of a learned method, for any model, and gates that score slots by GRPO."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def run(words: Words = None) -> None:
     from learnevict.train.distill import main, parse
 
     main(parse(words or [], "learnevict train"))
+
+
+def refine(words: Words = None) -> None:
+    """Refine trained gates by reinforcement; [bold]learnevict refine --help[/bold] shows the flags."""
+    from learnevict.rl.refine import main, parse
+
+    main(*parse(words or [], "learnevict refine"))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from learnevict.errors import BudgetError, UsageError
 from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, check_golden
-from learnevict.evals.tasks import Task, family_tasks, is_share, resolve
+from learnevict.evals.tasks import SHARED_MODES, Task, family_tasks, is_share, resolve
 from learnevict.hub import weight_hash
 
 
@@ -23,7 +23,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class Key:
-    """One cell of a comparison in one mode ("teacher" or "free")."""
+    """One cell of a comparison in one mode: "teacher", "free" or one of the task's own."""
 
     method: str
     family: str
@@ -116,10 +116,10 @@ def cells(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod], task: Task) 
     asked = next((one for one in evaluated_methods if one.method == FULL), None)
     teacher = ("teacher",) if plan.teacher and "teacher" in task.modes else ()
     free = ("free",) if plan.free != "none" and "free" in task.modes else ()
-    yield Cell(
-        asked or EvaluatedMethod(FULL, FULL), task.name, FULL, None, teacher if asked is None else teacher + free
-    )
-    modes = teacher + (free if plan.free == "all" else ())
+    own = tuple(mode for mode in task.modes if mode not in SHARED_MODES)
+    whole = teacher if asked is None else teacher + free + own
+    yield Cell(asked or EvaluatedMethod(FULL, FULL), task.name, FULL, None, whole)
+    modes = teacher + (free if plan.free == "all" else ()) + own
     for budget in plan.budgets:
         tokens = resolve(budget, lambda: task.mean_length(prompt=not plan.settings.prompt))
         for one in evaluated_methods:
@@ -173,6 +173,10 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
         cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
         return
     check_golden(cell.budget)
+    if own := [mode for mode in cell.modes if mode not in SHARED_MODES]:
+        raise UsageError(
+            f"golden is not defined for {cell.family}, which is measured {' and '.join(own)}; leave it out"
+        )
     smallest = plan.settings.guard.reserved(plan.settings.block) + 1
     if int(cell.budget) < smallest:
         raise BudgetError(f"budget {cell.budget} on {cell.family} is too small; the smallest that works is {smallest}")

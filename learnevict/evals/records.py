@@ -1,7 +1,6 @@
-"""One per-sample log of a run, and the rows that are summed from it: what each method reached on each task at each budget.
+"""Rows summed from a per-sample log: what each method reached on each task at each budget.
 
-A finished batch is one line, appended at once, so that a killed run loses one batch at most. Reports, cards and
-docs/results.md are made of files of rows.
+Reports, cards and docs/results.md are made of files of rows.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError, UsageError
+from learnevict.errors import DataError
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.plan import Cell, EvaluatedModel, Key, Plan
-from learnevict.files import Lines, write, writing
+from learnevict.evals.sample_log import SampleLog
+from learnevict.evals.tasks import SHARED_MODES
+from learnevict.files import write
 
 KEYS = (
     "method", "family", "budget", "exact_match", "step_accuracy", "ci_low", "ci_high", "loss_ratio", "kv_bytes_peak",
@@ -36,123 +37,23 @@ ORACLE_KEYS = ("oracle_gap_closed", "top_recall", "regret", "attention_kept", "a
 docs/results.md is of step accuracy, from the best training-free method. For the others see learnevict.oracle.metrics.
 """
 
+NATS_KEYS = ("nats", "added_nats", "added_low", "added_high")
+"""What rows measured along reference texts have besides: loss per token, and how much more it is than that of the full cache
+on the same samples, with its interval; null without the full cache's."""
+
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
-NUMBERS = (*KEYS[2:], *ORACLE_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
+NUMBERS = (*KEYS[2:], *ORACLE_KEYS, *NATS_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
 
 Row = dict[str, Any]
-START = b'{"configuration": '
-"""How a log begins."""
 MARK = b'"kv_bytes_peak": '
 """What every file of rows has near its beginning."""
-
-
-class SampleLog:
-    """Per-sample numbers by cell and seed, in memory and in a JSONL file.
-
-    The first line of the file is the configuration; each further line holds a batch: lists run over its seeds, a single
-    number holds for each of them. In memory every seed also knows how many shared its batch, as "batch".
-
-    Args:
-        path: the file; None keeps everything in memory.
-        configuration: everything that would make old numbers wrong if it changed; None: whatever the file says.
-        resume: go on with a file that is there.
-
-    Raises:
-        UsageError: the file is there and `resume` is not set, or it belongs to another configuration.
-        DataError: the file cannot be read or written.
-    """
-
-    def __init__(self, path: Path | None, configuration: Mapping[str, Any] | None, *, resume: bool = False) -> None:
-        self.path = path
-        self.entries: dict[Key, dict[int, dict[str, float]]] = {}
-        self.identity: dict[Key, Any] = {}
-        self.configuration: dict[str, Any] = json.loads(json.dumps(configuration or {}))
-        if path is None:
-            return
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = Lines(path, START)
-        if not self.lines.rows:
-            self.lines.append({"configuration": self.configuration})
-        elif not resume:
-            raise UsageError(f"{path} holds an earlier run; go on with it (--resume) or choose another --out")
-        else:
-            self._take_all(path, None if configuration is None else self.configuration)
-
-    def missing(
-        self, key: Key, seeds: Sequence[int], identity: Mapping[str, Any], columns: Sequence[str] = ()
-    ) -> list[int]:
-        """Returns seeds of a cell that still have to be run, for the first time or for the sake of a column that they lack.
-
-        Raises:
-            UsageError: the cell was begun with other hyperparameters or gates.
-        """
-        now = json.loads(json.dumps(identity))
-        known = self.identity.setdefault(key, now)
-        if known != now:
-            raise UsageError(
-                f"{self.path} holds {key.method} on {key.family} at {key.budget} with {known}, but now it is {now}; "
-                "write to another --out"
-            )
-        done = self.entries.get(key, {})
-        return [seed for seed in seeds if seed not in done or any(name not in done[seed] for name in columns)]
-
-    def add(self, key: Key, seeds: Sequence[int], values: Mapping[str, Any]) -> None:
-        """Adds a finished batch."""
-        line = {**vars(key), "identity": self.identity.get(key), "seeds": list(seeds), **values}
-        self._take(line)
-        if self.path is not None:
-            self.lines.append(line)
-
-    def column(self, key: Key, seeds: Sequence[int], name: str) -> list[float] | None:
-        """Returns one number per seed; None unless every seed has it."""
-        found = self.entries.get(key, {})
-        if any(name not in found.get(seed, {}) for seed in seeds):
-            return None
-        return [found[seed][name] for seed in seeds]
-
-    def columns(self, key: Key, seeds: Sequence[int], *names: str) -> list[list[float]] | None:
-        """Returns several columns; None unless all are there."""
-        found = [self.column(key, seeds, name) for name in names]
-        whole = [one for one in found if one is not None]
-        return whole if len(whole) == len(found) else None
-
-    def _take(self, line: Mapping[str, Any]) -> None:
-        values = dict(line)
-        key = Key(*(values.pop(name) for name in Key.__annotations__))
-        self.identity[key] = values.pop("identity")
-        seeds = values.pop("seeds")
-        cell = self.entries.setdefault(key, {})
-        for index, seed in enumerate(seeds):
-            mine = {name: value[index] if isinstance(value, list) else value for name, value in values.items()}
-            cell[seed] = {**mine, "batch": len(seeds)}
-
-    def _take_all(self, path: Path, wanted: dict[str, Any] | None) -> None:
-        """Reads what the file holds, if it is of this configuration."""
-        try:
-            first, *rows = self.lines.rows
-            found = self.configuration = dict(first["configuration"])
-            wanted = found if wanted is None else wanted
-            differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            for row in [] if differ else rows:
-                self._take(row)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(f"{str(path)!r} is no record of an evaluation; write to another --out") from error
-        if differ:
-            changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in differ)
-            raise UsageError(f"{path} belongs to another configuration: {changes}; write to another --out")
-
-
-def log_path(out: Path) -> Path:
-    """Returns where the per-sample numbers behind a file of rows are kept."""
-    return out.with_name(f"{out.stem}.samples.jsonl")
 
 
 def make_row(log: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) -> Row:
     """Returns the figures of a cell: KEYS and ORACLE_KEYS, then where the row comes from."""
     row = start_row(cell, plan.num_samples)
-    for figures in (_teacher(log, cell, plan), _free(log, cell, plan), _oracle(log, cell, plan)):
+    for figures in (_teacher(log, cell, plan), _free(log, cell, plan), _oracle(log, cell, plan), _own(log, cell, plan)):
         row |= figures
     if cell.impossible is not None:
         row["impossible"] = cell.impossible
@@ -186,10 +87,10 @@ def source(cell: Cell, model: str) -> Row:
 
 def _teacher(log: SampleLog, cell: Cell, plan: Plan) -> Row:
     key, seeds = cell.key("teacher"), plan.seeds
-    found = log.columns(key, seeds, "right", "seen", "loss")
+    found = log.columns(key, seeds, "right", "seen", "loss", "spoken")
     if found is None:
         return {}
-    right, seen, loss = found
+    right, seen, loss, spoken = found
     accuracy = metrics.step_accuracy(right, seen)
     full = log.column(Key(FULL, cell.family, FULL, "teacher"), seeds, "loss")
     return {
@@ -197,8 +98,18 @@ def _teacher(log: SampleLog, cell: Cell, plan: Plan) -> Row:
         "ci_low": accuracy.low,
         "ci_high": accuracy.high,
         "loss_ratio": metrics.ratio(loss, full).value if full else None,
+        **dict(zip(NATS_KEYS, _nats(loss, full, spoken), strict=True)),
         **_bytes(log, key, seeds),
     }
+
+
+def _nats(loss: list[float], full: list[float] | None, spoken: list[float]) -> tuple[float | None, ...]:
+    """Returns NATS_KEYS."""
+    own = metrics.ratio(loss, spoken).value
+    if full is None:
+        return own, None, None, None
+    added = metrics.ratio([mine - least for mine, least in zip(loss, full, strict=True)], spoken)
+    return own, added.value, added.low, added.high
 
 
 def _oracle(log: SampleLog, cell: Cell, plan: Plan) -> Row:
@@ -236,6 +147,22 @@ def _free(log: SampleLog, cell: Cell, plan: Plan) -> Row:
     }
     if agreed is not None:
         row |= {"agreement": sum(agreed) / len(agreed), "agreed_fully": sum(a == 1 for a in agreed) / len(agreed)}
+    return row
+
+
+def _own(log: SampleLog, cell: Cell, plan: Plan) -> Row:
+    """Returns the share of right answers in each of the task's own modes; that of its first mode is `exact_match`."""
+    row: Row = {}
+    seeds = plan.seeds
+    for mode in [mode for mode in cell.modes if mode not in SHARED_MODES]:
+        if (exact := log.column(cell.key(mode), seeds, "exact")) is None:
+            continue
+        share = metrics.share(exact)
+        row |= {f"exact_{mode}": share.value, f"{mode}_low": share.low, f"{mode}_high": share.high}
+        if "exact_match" not in row:
+            tokens = log.column(cell.key(mode), seeds, "tokens")
+            row |= {"exact_match": share.value, "exact_low": share.low, "exact_high": share.high}
+            row |= {"tokens_generated": metrics.mean(tokens or []).value, **_bytes(log, cell.key(mode), seeds)}
     return row
 
 

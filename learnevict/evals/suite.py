@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.generation import answer, answer_golden
 from learnevict.evals.methods import EvaluatedMethod
 from learnevict.evals.plan import Cell, EvaluatedModel, Plan, cells, check, configuration
-from learnevict.evals.records import Row, SampleLog, log_path, make_row, read_rows, write_rows
-from learnevict.evals.tasks import Task, TextBatch
+from learnevict.evals.records import Row, make_row, read_rows, write_rows
+from learnevict.evals.sample_log import SampleLog, log_path
+from learnevict.evals.tasks import SHARED_MODES, OwnModes, Task, TextBatch
 from learnevict.evals.teacher_forced import measure, measure_golden, reference
 from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
@@ -174,7 +175,7 @@ def _run_cell(reader: _Reader, cell: Cell, mode: str, log: SampleLog, advance: A
             advance(label, len(seeds))
 
 
-def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> dict[str, Any]:
+def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> Mapping[str, Any]:
     """Returns one batch of one cell: what goes into the log."""
     plan, task, model, tokenizer = reader.plan, reader.task, reader.subject.model, reader.subject.tokenizer
     budget, golden = cell.budget, cell.golden
@@ -184,6 +185,8 @@ def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> dict
         if golden:
             return measure_golden(model, texts, golden, plan.settings, verify=plan.seed in seeds, beside=beside)
         return measure(model, texts, policy, beside)
+    if mode not in SHARED_MODES:
+        return cast(OwnModes, task).measure(mode, model, tokenizer, task.samples(seeds), policy)
     sampling = {"max_new_tokens": task.max_new_tokens, "temperature": plan.temperature, "seed": seeds[0]}
     if golden:
         return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.settings, **sampling)

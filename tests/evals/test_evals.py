@@ -21,8 +21,9 @@ from learnevict.evals import metrics, perplexity
 from learnevict.evals.generation import agreement, answer, answer_golden
 from learnevict.evals.methods import COMPARISON, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Key, Plan, check
-from learnevict.evals.records import KEYS, ORACLE_KEYS, SampleLog, log_path, read_rows, write_rows
+from learnevict.evals.records import KEYS, ORACLE_KEYS, read_rows, write_rows
 from learnevict.evals.report import write_report
+from learnevict.evals.sample_log import SampleLog, log_path
 from learnevict.evals.suite import run
 from learnevict.evals.tasks import FamilyTask, TextBatch, family_tasks, read, resolve
 from learnevict.evals.teacher_forced import measure, measure_golden
@@ -1085,14 +1086,23 @@ PERPLEXITY = ["--task", "perplexity", "--text", "x.txt"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*PERPLEXITY, "--samples", "3", "--temperature", "0"], "--samples and --temperature belong to the testbed"),
-        ([*PERPLEXITY, "--split", "test", "--free"], "--split and --free/--no-free belong to the testbed"),
-        ([*PERPLEXITY, "--keep-prompt"], "--keep-prompt belongs to the testbed"),
+        (
+            [*PERPLEXITY, "--samples", "3", "--temperature", "0"],
+            "--samples and --temperature belong to tasks of several samples",
+        ),
+        ([*PERPLEXITY, "--split", "test"], "--split belongs to the testbed"),
+        ([*PERPLEXITY, "--keep-prompt"], "--keep-prompt belongs to tasks of several samples"),
         (["--families", "sudoku"], "no such task family"),
         (["--methods", "magic"], "no method 'magic'"),
         (["--methods", "random", "--budgets", "8"], "smallest"),
         (["--methods", "foresightkv", "--ckpt", "/nowhere"], "no gates in"),
-        (["--text", "x.txt"], "--task perplexity"),
+        (["--text", "x.txt"], "--text belongs to other tasks than testbed"),
+        (["--tasks", "poetry"], "choose testbed, perplexity, needle"),
+        (["--tasks", "needle,gsm8k"], "tasks of one group"),
+        (["--tasks", "needle"], "--text FILE"),
+        (["--tasks", "gsm8k"], "--data test.jsonl"),
+        (["--tasks", "needle", "--text", "x.txt", "--length", "long"], "number of tokens"),
+        (["--length", "77"], "normal or long"),
         (["--task", "perplexity"], "--text"),
         (["--task", "perplexity", "--text", "/nowhere.txt"], "cannot read"),
         (["--resume", "--methods", "full"], "--out"),

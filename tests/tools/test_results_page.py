@@ -10,7 +10,7 @@ import pytest
 from learnevict import methods, testbed
 from learnevict.evals import tuning
 from learnevict.evals.plan import Key
-from learnevict.evals.records import SampleLog
+from learnevict.evals.sample_log import SampleLog
 from tools.results import benchmarks, goals, sections, tables
 from tools.results.goals import MET, MISSED, UNMEASURED, UNSCORED, Evidence
 from tools.results.records import Records, of_run

@@ -12,7 +12,8 @@ from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN
 from learnevict.evals.metrics import Estimate
 from learnevict.evals.plan import Key
-from learnevict.evals.records import START, Row, SampleLog, log_path, read_rows, write_rows
+from learnevict.evals.records import Row, read_rows, write_rows
+from learnevict.evals.sample_log import START, SampleLog, log_path
 from learnevict.files import Lines, write
 from tools.results.pairs import Pairs, RecoveryCell, paired_test, recovery
 

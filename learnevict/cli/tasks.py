@@ -1,0 +1,186 @@
+"""What `learnevict eval` asks: options of tasks and samples, checked before a model is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import learnevict.cli.options as o
+from learnevict.errors import UsageError
+
+TASKS, ANSWERS = "What to evaluate", "How to evaluate"
+TESTBED, PERPLEXITY = "testbed", "perplexity"
+RETRIEVAL = ("needle", "multi_key", "multi_value", "multi_query", "variable_tracking", "frequent_words")
+MATHEMATICS = ("gsm8k", "math500", "aime24", "aime25")
+
+
+class Split(str, Enum):
+    """Which samples; training has seen none of either."""
+
+    test = "test"
+    validation = "validation"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is asked of the model, beside the testbed's own families; None where nothing was said.
+
+    Raises:
+        UsageError: no such task, tasks of several groups, or options of another group.
+    """
+
+    tasks: Annotated[
+        str,
+        o.option(
+            TASKS,
+            f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
+            f"{', '.join(MATHEMATICS)}. Several of one group, separated by commas.",
+            "--tasks",
+            "--task",
+        ),
+    ] = TESTBED
+    families: Annotated[str, o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]")] = ""
+    text: Annotated[Path | None, o.option(TASKS, "UTF-8 file of prose: what is read, or where facts are hidden.")] = (
+        None
+    )
+    length: Annotated[
+        str | None,
+        o.option(
+            TASKS,
+            "Tokens of each context, several for retrieval (1000,2000), or of each stretch of the text for perplexity; for the "
+            "testbed normal or long (longer than in training). [dim]1000; the whole text at once; normal[/dim]",
+            "--length",
+        ),
+    ] = None
+    depth: Annotated[
+        float | None,
+        o.option(TASKS, "Where the first fact is hidden: 0 first, 1 last. [dim]drawn[/dim]", min=0.0, max=1.0),
+    ] = None
+    max_tokens: Annotated[int | None, o.option(TASKS, "Read only the beginning of the text.", min=2)] = None
+    data: Annotated[
+        Path | None, o.option(TASKS, "JSON lines of problems with answers, as GSM8K and MATH-500 have.")
+    ] = None
+    examples: Annotated[Path | None, o.option(TASKS, "The same, for worked examples before every problem.")] = None
+    shots: Annotated[int | None, o.option(TASKS, "How many of them. [dim]8[/dim]", min=1)] = None
+    chat: Annotated[
+        bool | None,
+        o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]", "--chat/--no-chat"),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems[/dim]", min=1)
+    ] = None
+
+    def __post_init__(self) -> None:
+        names = listed(self.tasks)
+        known = {TESTBED: TESTBED, PERPLEXITY: PERPLEXITY, **dict.fromkeys(RETRIEVAL, "retrieval")}
+        known |= dict.fromkeys(MATHEMATICS, "problems")
+        if strange := [name for name in names if name not in known]:
+            raise UsageError(f"there is no task {', '.join(strange)}; choose {', '.join(known)}")
+        groups = dict.fromkeys(known[name] for name in names)
+        if len(groups) != 1:
+            raise UsageError(f"one run asks tasks of one group, not {' and '.join(groups) or 'none'}; give each a run")
+        refuse(
+            {name: getattr(self, name) or None for name in OWN if self.group not in OWN[name]},
+            f"other tasks than {self.tasks}",
+        )
+        if self.text is None and self.group in (PERPLEXITY, "retrieval"):
+            raise UsageError(f"{self.tasks} needs a text of prose: --text FILE")
+        if self.group == "problems" and (self.data is None or len(names) > 1):
+            raise UsageError(
+                f"give one task of problems and its file, such as --tasks gsm8k --data test.jsonl, not {self.tasks}"
+            )
+        if self.shots is not None and self.examples is None:
+            raise UsageError("--shots needs the worked examples: --examples FILE")
+        if self.group == TESTBED and self.length not in (None, "normal", "long"):
+            raise UsageError(f"texts of the testbed are normal or long, not {self.length!r}")
+        if self.group != TESTBED and not all(word.isdecimal() and int(word) > 1 for word in listed(self.length or "2")):
+            raise UsageError(f"--length is a number of tokens, such as 1000, not {self.length!r}")
+        if self.group == PERPLEXITY and len(listed(self.length or "")) > 1:
+            raise UsageError("perplexity is measured on stretches of one --length; give each a run")
+
+    @property
+    def group(self) -> str:
+        """Returns what kind of tasks these are: testbed, perplexity, retrieval or problems."""
+        first = listed(self.tasks)[0]
+        return first if first in (TESTBED, PERPLEXITY) else "retrieval" if first in RETRIEVAL else "problems"
+
+    @property
+    def streamed(self) -> bool:
+        """Returns whether one text is read as a whole."""
+        return self.group == PERPLEXITY and self.length is None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Returns the lengths in tokens."""
+        return tuple(map(int, listed(self.length or "1000")))
+
+
+OWN = {
+    "families": (TESTBED,), "text": (PERPLEXITY, "retrieval"), "length": (TESTBED, PERPLEXITY, "retrieval"),
+    "depth": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",), "examples": ("problems",),
+    "shots": ("problems",), "chat": ("retrieval", "problems"), "max_new_tokens": ("retrieval", "problems"),
+}  # fmt: skip
+"""Options of TaskOptions, and the groups of tasks that have them."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which samples are read, and how answers are evaluated; None where nothing was said."""
+
+    samples: Annotated[
+        int | None, o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1)
+    ] = None
+    split: Annotated[Split | None, o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]")] = None
+    seed: Annotated[
+        int | None, o.option(TASKS, "First sample of each task. [dim]0[/dim]", min=0, max=o.LARGEST_SEED)
+    ] = None
+    teacher: Annotated[
+        bool | None,
+        o.option(ANSWERS, "Step accuracy and loss along the reference text. [dim]yes[/dim]", "--teacher/--no-teacher"),
+    ] = None
+    oracle: Annotated[
+        bool | None,
+        o.option(
+            ANSWERS,
+            "Compare what is kept with what the oracle would keep: recall, regret, attention kept; takes a fifth longer. "
+            "[dim]yes[/dim]",
+            "--oracle/--no-oracle",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, o.option(ANSWERS, "Of free answers; 0 takes the likeliest token. [dim]0[/dim]", min=0.0)
+    ] = None
+    tries: Annotated[
+        int | None, o.option(ANSWERS, "Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", min=1)
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        o.option(o.MACHINE, "Samples per forward. [dim]32; 8 of other tasks than the testbed's[/dim]", min=1),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was said, by the names of evals.plan.Plan and evals.tasks.family_tasks."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in said.items()}
+        return {("num_samples" if name == "samples" else name): value for name, value in plain.items()}
+
+
+FLAGS = {
+    "num_samples": "--samples", "teacher": "--teacher/--no-teacher", "oracle": "--oracle/--no-oracle",
+    "free": "--free/--no-free",
+}  # fmt: skip
+
+
+def refuse(values: dict[str, Any], whose: str) -> None:
+    """Raises a UsageError about options that this task would ignore."""
+    flags = [FLAGS.get(name, "--" + name.replace("_", "-")) for name, value in values.items() if value is not None]
+    if flags:
+        raise UsageError(f"{' and '.join(flags)} {'belong' if len(flags) > 1 else 'belongs'} to {whose}")
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Returns the names between commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

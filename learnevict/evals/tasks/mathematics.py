@@ -1,0 +1,175 @@
+"""Mathematics in words as a task: problems of a JSONL file, such as GSM8K, MATH-500 or AIME, with a final answer each.
+
+Numbers are compared as numbers; other answers need math-verify (`pip install 'learnevict[eval]'`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from learnevict.errors import DataError, UsageError
+from learnevict.evals.tasks.task import TextBatch
+from learnevict.infer.generate import read_chat, read_text
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+INSTRUCTION = "Solve the problem step by step. Write the final answer in \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem, its worked solution (may be empty) and its final answer."""
+
+    question: str
+    solution: str
+    answer: str
+
+
+def read_problem(row: Mapping[str, Any]) -> Problem:
+    """Returns a problem from a row of GSM8K, MATH-500 or AIME.
+
+    Raises:
+        DataError: neither "question" nor "problem", or no "answer".
+    """
+    question, answer = row.get("question", row.get("problem")), row.get("answer")
+    if not isinstance(question, str) or answer is None:
+        raise DataError(f'a problem needs "question" or "problem", and "answer"; this one has {", ".join(row)}')
+    solution, mark, final = str(answer).rpartition("####")
+    if mark:  # GSM8K: "...<<3*4=12>>12 eggs\n#### 12"
+        return Problem(question, re.sub(r"<<[^>]*>>", "", solution).strip(), final.strip())
+    return Problem(question, str(row.get("solution", "")), str(answer))
+
+
+def final_answer(text: str) -> str:
+    """Returns what stands in the last \\boxed{...}, else behind the last "####", else the last number; "" if there is none."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth, begin = 0, start + len("\\boxed{")
+        for index in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            if depth < 0:
+                return text[begin:index].strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    found = NUMBER.findall(text)
+    return found[-1] if found else ""
+
+
+def number(text: str) -> Fraction | None:
+    """Returns the number that a text is, without thousands separators, dollars and per cent signs; None if it is none."""
+    plain = text.replace(",", "").strip(" $%.")
+    return Fraction(plain) if NUMBER.fullmatch(plain) and not plain.endswith("/0") else None
+
+
+def same(gold: str, found: str) -> bool:
+    """Returns whether two final answers are the same.
+
+    Raises:
+        UsageError: the answer is no number and math-verify is not installed.
+    """
+    wanted = number(gold)
+    if wanted is not None and number(found) is not None:
+        return wanted == number(found)
+    if gold.strip() == found.strip() or not found:
+        return bool(found)
+    try:
+        from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError(f"to compare {gold!r} math-verify is needed: pip install 'learnevict[eval]'") from error
+    wanted, given = (parse(f"${text}$", parsing_timeout=None) for text in (gold, found))
+    return bool(verify(wanted, given, timeout_seconds=None))
+
+
+@dataclass(frozen=True)
+class MathTask:
+    """Problems with final answers, worked out freely, and along their worked solutions.
+
+    Attributes:
+        name: what rows call it.
+        problems: in the file's order; the seed of a sample is its place.
+        examples: worked examples before every problem, as plain text; none: the problem alone.
+        chat: ask under the model's chat template, with an instruction.
+        max_new_tokens: the longest answer.
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    examples: tuple[Problem, ...] = ()
+    chat: bool = True
+    max_new_tokens: int = 1024
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Returns "teacher" besides "free" if all problems have worked solutions."""
+        return ("teacher", "free") if all(one.solution for one in self.problems) else ("free",)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """See Task."""
+        return {
+            "tasks": "mathematics 1",
+            "examples": len(self.examples),
+            "chat": self.chat,
+            "limit": self.max_new_tokens,
+        }
+
+    @cached_property
+    def shown(self) -> str:
+        """Returns the worked examples."""
+        return "".join(
+            f"Question: {one.question}\nAnswer: {one.solution}\n#### {one.answer}\n\n" for one in self.examples
+        )
+
+    def mean_length(self, *, prompt: bool = True) -> float:
+        """Refused: how long answers get is not known beforehand.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"how long answers to {self.name} get is not known; give budgets in tokens, such as 512, or 25%"
+        )
+
+    def samples(self, seeds: Sequence[int]) -> list[Problem]:
+        """Returns problems by their places.
+
+        Raises:
+            DataError: there are fewer.
+        """
+        if max(seeds) >= len(self.problems):
+            raise DataError(f"{self.name} has {len(self.problems)} problems; use fewer --samples or a smaller --seed")
+        return [self.problems[seed] for seed in seeds]
+
+    def prompt(self, tokenizer: Any, sample: Problem) -> list[int]:
+        """See Task."""
+        if self.chat:
+            return read_chat(
+                tokenizer, [{"role": "user", "content": f"{self.shown}{sample.question}\n\n{INSTRUCTION}"}]
+            )
+        return read_text(tokenizer, f"{self.shown}Question: {sample.question}\nAnswer:")
+
+    def reference(self, tokenizer: Any, samples: Sequence[Problem]) -> TextBatch:
+        """Returns prompts with worked solutions; every token of a solution is checked and counts."""
+        texts = [(self.prompt(tokenizer, one), self._solution(tokenizer, one)) for one in samples]
+        width = max(len(prompt) + len(solution) for prompt, solution in texts)
+        ids = torch.full((len(texts), width), tokenizer.pad_token_id or 0)
+        mask, spoken = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, (prompt, solution) in enumerate(texts):
+            ids[row, width - len(prompt) - len(solution) :] = torch.tensor(prompt + solution)
+            mask[row, width - len(prompt) - len(solution) :] = 1
+            spoken[row, width - len(solution) :] = True
+        return TextBatch(ids, mask, spoken, spoken, [len(prompt) for prompt, _ in texts])
+
+    def _solution(self, tokenizer: Any, sample: Problem) -> list[int]:
+        text = f"{'' if self.chat else ' '}{sample.solution}\n#### {sample.answer}"
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def score(self, sample: Problem, answer: str) -> float:
+        """Returns 1 if the final answer is right."""
+        return float(same(sample.answer, final_answer(answer.partition("\nQuestion:")[0])))

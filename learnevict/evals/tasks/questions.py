@@ -1,0 +1,138 @@
+"""Questions about a context that is read and compressed once: known while it is read, or asked only afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from learnevict.errors import UsageError
+from learnevict.infer.attach import attach
+from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.generate import generate
+from learnevict.infer.model.modules import device_of
+from learnevict.policy import Governor
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+Pair = tuple[list[int], list[int]]
+"""Token ids of a context, and of all that comes behind it."""
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Greedy replies, one entry per question, with tokens generated; `held`: bytes `peak`, `end` and `full` per context."""
+
+    texts: list[str]
+    tokens: list[int]
+    held: dict[str, int]
+
+
+def split_prompt(tokenizer: Any, context: str, question: str, *, chat: bool, known: bool) -> Pair:
+    """Returns token ids of the context with what stands before it, and of the question with what leads to the reply.
+
+    Both are encoded apart, so that all questions about a context share its tokens.
+
+    Args:
+        chat: under the tokenizer's chat template.
+        known: the question also stands before the context.
+
+    Raises:
+        UsageError: there is no chat template.
+    """
+    lead = f"{question}\n\n" if known else ""
+    if chat and not tokenizer.chat_template:
+        raise UsageError("this model has no chat template; ask with --no-chat")
+    if chat:
+        message = {"role": "user", "content": f"{lead}{MARK}\n\n{question}"}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    else:
+        text = f"{tokenizer.bos_token or ''}{lead}{MARK}\n\nQuestion: {question}\nAnswer:"
+    before, _, after = text.partition(MARK)
+    encoded = [tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in (before + context, after)]
+    return list(encoded[0]), list(encoded[1])
+
+
+@torch.no_grad()
+def ask(
+    model: Any,
+    tokenizer: Any,
+    policy: Governor | None,
+    asked: Sequence[tuple[str, str]],
+    *,
+    each: int = 1,
+    chat: bool = True,
+    known: bool = False,
+    max_new_tokens: int = 24,
+) -> Replies:
+    """Returns greedy replies to questions about contexts.
+
+    Args:
+        policy: governs the cache; None: the stock cache.
+        asked: context and question; the questions of one context follow one another.
+        each: questions per context.
+        known: every question is read with its context, in a prompt of its own, before and behind it; otherwise each context
+            is read and compressed once, before any question is known, and every question goes on from there.
+    """
+    pairs = [split_prompt(tokenizer, context, question, chat=chat, known=known) for context, question in asked]
+    if not known:
+        return _afterwards(model, tokenizer, policy, pairs, each, max_new_tokens)
+    prompts = [before + after for before, after in pairs]
+    found = generate(model, tokenizer, policy, prompts, batch_size=len(prompts), max_new_tokens=max_new_tokens)
+    held = {"peak": found[0].kv_bytes_peak, "end": found[0].kv_bytes, "full": found[0].kv_bytes_full}
+    return Replies([one.text for one in found], [len(one.tokens) for one in found], held)
+
+
+def _afterwards(
+    model: Any, tokenizer: Any, policy: Governor | None, pairs: list[Pair], each: int, limit: int
+) -> Replies:
+    device = device_of(model)
+    ended = model.generation_config.eos_token_id
+    ends: set[int] = {ended} if isinstance(ended, int) else set(ended or ())
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    before, real = _aligned([context for context, _ in pairs[::each]], pad, device)
+    after, fresh = _aligned([question for _, question in pairs], pad, device)
+    attached = nullcontext() if policy is None else attach(model, policy, prompt_length=real.sum(-1).tolist())
+    with attached as evicting:
+        places = (real.cumsum(-1) - 1).clamp_min(0)  # as generate() will count on
+        cache = model(
+            input_ids=before, attention_mask=real, position_ids=places, past_key_values=evicting, use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values  # fmt: skip
+        held = _held(cache, len(before))
+        cache.batch_repeat_interleave(each)
+        before, real = before.repeat_interleave(each, 0), real.repeat_interleave(each, 0)
+        out = model.generate(
+            input_ids=torch.cat([before, after], 1), attention_mask=torch.cat([real, fresh], 1), past_key_values=cache,
+            max_new_tokens=limit, do_sample=False, pad_token_id=pad, use_cache=True,
+        )  # fmt: skip
+    replies = [_cut(row, ends) for row in out[:, before.shape[1] + after.shape[1] :].tolist()]
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
+    return Replies(texts, list(map(len, replies)), held)
+
+
+def _aligned(
+    rows: Sequence[list[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Returns ids and mask, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _held(cache: Any, rows: int) -> dict[str, int]:
+    """Returns bytes per context when it has been read."""
+    if isinstance(cache, EvictingCache):
+        return {"peak": cache.peak_nbytes // rows, "end": cache.nbytes // rows, "full": cache.full_nbytes // rows}
+    held = sum(map(stored_bytes, cache.layers)) // rows
+    return {"peak": held, "end": held, "full": held}
+
+
+def _cut(reply: list[int], ends: set[int]) -> list[int]:
+    """Returns a reply up to and with its end token."""
+    return reply[: next((index for index, token in enumerate(reply) if token in ends), len(reply) - 1) + 1]

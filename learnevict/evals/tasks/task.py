@@ -1,0 +1,122 @@
+"""What a model is asked: a task yields samples, says what is read of them, and scores answers.
+
+The suite, its log, resume and reports know a task by the protocol `Task` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from learnevict.config import Budget
+from learnevict.oracle.reference import align
+from learnevict.policy import Governor
+
+SHARED_MODES = ("teacher", "free")
+"""Modes that the suite measures itself; a task measures its own."""
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Reference texts, padded on the left (see `aligned` for an exception).
+
+    Attributes:
+        input_ids: int64 [B, T].
+        attention_mask: int64 [B, T], 0 = padding.
+        answer_mask: tokens that decide whether an answer is right.
+        loss_mask: tokens of the response, whose loss is measured.
+        prompt_length: real tokens of each prompt.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    answer_mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+    prompt_length: list[int]
+
+    def to(self, device: Any) -> TextBatch:
+        """Returns the same on a device."""
+        parts = (self.input_ids, self.attention_mask, self.answer_mask, self.loss_mask)
+        return TextBatch(*(part.to(device) for part in parts), prompt_length=self.prompt_length)
+
+    def aligned(self, block: int) -> TextBatch:
+        """Returns the same, padded on the left by multiples of a block and on the right by the rest: events fall together."""
+        parts = (self.input_ids, self.attention_mask, self.answer_mask, self.loss_mask)
+        return TextBatch(*align(block, self.attention_mask, *parts), prompt_length=self.prompt_length)
+
+
+class Task(Protocol):
+    """Samples of one kind, and what a right answer to one of them is."""
+
+    @property
+    def name(self) -> str:
+        """What rows and the log call it: their family."""
+        ...
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """How it can be measured: "teacher" along a reference text, "free" by scoring the model's own answer, or ways of its
+        own (see OwnModes)."""
+        ...
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Everything but the seed that makes its samples what they are; the tasks of one log have it in common."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer that is waited for."""
+        ...
+
+    def mean_length(self, *, prompt: bool = True) -> float:
+        """Returns mean tokens of a sample, with or without its prompt: what a budget such as "1/4" is a share of."""
+        ...
+
+    def samples(self, seeds: Sequence[int]) -> Sequence[Any]:
+        """Returns the samples of these seeds; only the task itself looks into them."""
+        ...
+
+    def prompt(self, tokenizer: Any, sample: Any) -> list[int]:
+        """Returns the token ids after which the model answers."""
+        ...
+
+    def reference(self, tokenizer: Any, samples: Sequence[Any]) -> TextBatch:
+        """Returns prompts with their reference answers, for the mode "teacher"."""
+        ...
+
+    def score(self, sample: Any, answer: str) -> float:
+        """Returns 1 for a right answer and 0 for a wrong one, or a share of it, for the mode "free"."""
+        ...
+
+
+class OwnModes(Task, Protocol):
+    """A task that is measured in ways of its own, which `modes` names."""
+
+    def measure(
+        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Any], policy: Governor | None
+    ) -> Mapping[str, Any]:
+        """Returns columns of the log for one batch: `exact`, `tokens` and bytes as of evals.generation.answer."""
+        ...
+
+
+def is_share(text: str) -> bool:
+    """Returns whether a budget is a share such as "1/4"."""
+    return "/" in text
+
+
+def resolve(text: str, whole: Callable[[], float]) -> int | str:
+    """Returns tokens for "1/4" (of what `whole` returns) and "64"; per cent and bytes are left to the cache.
+
+    Raises:
+        BudgetError: not understood, or a share above 1.
+    """
+    budget = Budget.parse(text)
+    if not is_share(text):
+        return int(budget.amount) if budget.unit == "tokens" else text
+    above, below = map(float, text.split("/"))
+    return round(whole() * above / below)
