@@ -163,10 +163,9 @@ def test_a_probe_leaves_no_trace(name, model_name):
     probing = replace(
         silent, probe=gate_for(name, model), verb=lambda signals: attended.append(signals.probe_attention)
     )
-    with_probe = read(model, probing, ids, mask, [3] * 12)
-    lengths = [moment.length for moment in with_probe.moments]
-    sizes = [stop - start for start, stop in zip([0, *lengths], lengths, strict=False)]
-    without = read(model, silent, ids, mask, sizes)
+    with_probe, without = (
+        read(model, policy, ids, mask, [2] * 18) for policy in (probing, silent)
+    )  # events end forwards
     assert len(attended) > 2 * len(with_probe.cache.evicting)
     assert all(part is not None and bool((part > 0).any()) for part in attended)
     assert torch.equal(with_probe.logits, without.logits)
