@@ -12,7 +12,7 @@ from learnevict import Gates
 from learnevict.train.losses import capacity, objectives
 from tests.closeness import close
 from tests.laws import zoo
-from tests.parts.test_admission import signals_of
+from tests.parts.test_soft_gates import signals_of
 
 LENGTH, PADS = 37, (0, 5, 14)
 
