@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.output import say, tell
+from learnevict.cli.output import quieten, say, tell
 from learnevict.errors import UsageError
 
 Method = Annotated[
@@ -72,7 +71,7 @@ def push(
         from learnevict.evals.records import read_rows
 
         rows = [row for path in results for row in read_rows(path)]
-    _quieten()
+    quieten()
     pushed = push_folder(gates, repo, private=private, revision=revision, message=message, rows=rows)
     if not pushed.changed:
         say(f"{pushed.address} has all of it already; nothing was committed")
@@ -110,7 +109,7 @@ def pull(
         o.check_method(method)
     from learnevict.hub import pull_folder
 
-    _quieten()
+    quieten()
     pulled = pull_folder(repo, out, revision=revision)
     news = ", ".join(pulled.changed) if pulled.changed else "nothing new"
     say(f"{news} from {repo} at commit {pulled.commit[:8]}")
@@ -164,15 +163,3 @@ def import_weights(
         os.replace(folder, out)
     say(f"{gates.method}, {gates.num_parameters():,} parameters, for {gates.config.base_name}")
     tell(str(out))
-
-
-def _quieten() -> None:
-    """Leaves messages and bars of the Hub's client out where nobody sees them."""
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    from learnevict.infer.load import quiet
-
-    quiet(bars=False)
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()

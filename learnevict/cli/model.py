@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import learnevict.cli.options as o
-from learnevict.cli.output import cell, for_tables, say, tell
+from learnevict.cli.output import cell, for_tables, quieten, say, tell
 from learnevict.config import readable_bytes
 from learnevict.errors import UsageError
 
@@ -42,7 +40,7 @@ def fetch(
 
     if name not in MODELS:
         raise UsageError(f"no model is called {name!r}; choose from {', '.join(MODELS)}, or give --model a Hub id")
-    _quiet()
+    quieten()
     from learnevict.hub.models import get
 
     say(f"{name}: {MODELS[name].base}, {MODELS[name].num_bytes / 1e6:.0f} MB, license: {MODELS[name].license}")
@@ -64,7 +62,7 @@ def convert(
     """
     if dtype is o.Precision.auto:
         raise UsageError("a GGUF file mixes precisions; give --dtype fp32, bf16 or fp16")
-    _quiet()
+    quieten()
     from learnevict.hub.models import convert
 
     convert(source.expanduser(), out, dtype.value)
@@ -103,21 +101,6 @@ def table(as_json: o.AsJson = False) -> None:
             "yes" if row["here"] else "no",
         )
     for_tables().print(shown)
-
-
-def _quiet() -> None:
-    if not sys.stderr.isatty():
-        os.environ.setdefault(
-            "TQDM_DISABLE", "1"
-        )  # before tqdm is imported: transformers has bars that nothing else stops
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    from learnevict.infer.load import quiet
-
-    quiet(bars=sys.stderr.isatty())
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
 
 
 for _name, _command in {"get": fetch, "convert": convert, "list": table}.items():

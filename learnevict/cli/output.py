@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -183,3 +184,18 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "KiB peak / full": _kib,
     "samples": _shown("{:d}", "samples"),
 }
+
+
+def quieten() -> None:
+    """Silences what transformers and the Hub's client say, and their bars where nobody sees them."""
+    seen = sys.stderr.isatty()
+    if not seen:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: some bars nothing else stops
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    from learnevict.infer.load import quiet
+
+    quiet(bars=seen)
+    logging.set_verbosity_error()
+    if not seen:
+        disable_progress_bars()
