@@ -4,13 +4,12 @@
 
 It is trained on regret over all budgets: a ranking of n slots that the future pays I_1 .. I_n costs the sum of
 (rank - 1) I. I is attention summed over all later queries, then the largest of the group (oracle.KVP). Under the Plackett-Luce
-law of f the expected cost has a closed form, which is the default objective; objective="rloo" is the paper's sampled gradient
-of the same (learnevict.train.losses.regret).
+law of f the expected cost has a closed form (learnevict.train.losses.regret).
 
-Departures: two hidden layers of 64 (the paper says 256, its parameter count more); logarithms of position and age for the
-plain position, which does not carry over to longer texts; keys and values are centred and scaled; events while decoding too,
-where the paper ranks once after the prompt, so a slot may be ranked many times; the last 16 tokens of the paper are `recent`
-and the fresh block.
+Departures: that closed form is the objective, where the paper samples its gradient (REINFORCE, leave-one-out); two hidden
+layers of 64 (the paper says 256, its parameter count more); logarithms of position and age for the plain position, which does
+not carry over to longer texts; keys and values are centred and scaled; events while decoding too, where the paper ranks once
+after the prompt, so a slot may be ranked many times; the last 16 tokens of the paper are `recent` and the fresh block.
 """
 
 from __future__ import annotations

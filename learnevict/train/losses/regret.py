@@ -16,12 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from learnevict.ops.random import hashed
 from learnevict.oracle.metrics import ranking_cost
-from learnevict.train.losses.objectives import masked_mean, sample_pairs, uniform_of
-
-OUTSIDE = -1e9
-"""The score of what is no candidate: behind all others, and 0 in a sum of exponentials."""
+from learnevict.train.losses.objectives import masked_mean, sample_pairs
 
 
 def best_cost(targets: Float[Tensor, "M H N"], candidates: Bool[Tensor, "M H N"]) -> Float[Tensor, "M H"]:
@@ -63,39 +59,6 @@ def expected_regret(
         behind = torch.sigmoid(scores.gather(-1, right) - scores.gather(-1, left)) * (left != right)
         expected = candidates.sum(-1).square() * (attention.gather(-1, left) * behind).mean(-1)
     return _mean(expected, best_cost(targets, candidates))
-
-
-def rloo(
-    scores: Float[Tensor, "M H N"],
-    targets: Float[Tensor, "M H N"],
-    candidates: Bool[Tensor, "M H N"],
-    *,
-    samples: int = 8,
-    seeds: Int[Tensor, "M"] | None = None,
-) -> Float[Tensor, ""]:
-    """Returns a loss whose gradient is the paper's: REINFORCE with a leave-one-out baseline over `samples` drawn rankings.
-
-    Its mean gradient is that of `expected_regret`. The paper also divides advantages by their spread over the batch.
-    `seeds` as in `expected_regret`.
-    """
-    logits = scores.masked_fill(~candidates, OUTSIDE)
-    unit = best_cost(targets, candidates)
-    rewards, log_probs = [], []
-    for sample in range(samples):
-        noise = uniform_of(None if seeds is None else hashed(seeds, sample), scores.shape, scores.device)
-        order = (logits.detach() - (-noise.clamp_min(1e-20).log()).log()).masked_fill(~candidates, OUTSIDE)
-        rank = order.argsort(dim=-1, descending=True)
-        rewards.append(-ranking_cost(order, targets, candidates) / unit.clamp_min(torch.finfo(unit.dtype).tiny))
-        log_probs.append(log_probability(logits.gather(-1, rank), candidates.gather(-1, rank)))
-    reward, log_prob = torch.stack(rewards), torch.stack(log_probs)
-    advantage = (reward - reward.mean(0)) * samples / (samples - 1)  # less the mean of the others
-    return _mean(-(advantage * log_prob).mean(0) * unit, unit)
-
-
-def log_probability(ordered: Float[Tensor, "*M N"], candidates: Bool[Tensor, "*M N"]) -> Float[Tensor, "*M"]:
-    """Returns the log-probability of a ranking, sum over r of f_r - log(sum over j >= r of exp f_j), from scores along it."""
-    rest = ordered.flip(-1).logcumsumexp(-1).flip(-1)
-    return ((ordered - rest) * candidates).sum(-1)
 
 
 def _mean(value: Tensor, unit: Tensor) -> Tensor:

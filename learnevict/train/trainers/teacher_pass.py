@@ -40,11 +40,10 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "mse": objectives.log_error,
     "pairwise": objectives.pairwise_on_logs,
     "regret": regret.expected_regret,
-    "rloo": regret.rloo,
 }
 """Losses by name, of scores, targets and candidates [B, H, N]."""
 PAIRED = ("pairwise", "regret")
-"""Objectives that take `pairs`; these and "rloo" take `seeds`."""
+"""Objectives that take `pairs` and `seeds`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class StreamConfig:
         """Returns the objective with its options; `seeds` int64 [B] are the random keys of its draws."""
         name = self.objective or gate.objective
         options: dict[str, Any] = {"pairs": self.pairs} if self.pairs and name in PAIRED else {}
-        if name in (*PAIRED, "rloo"):
+        if name in PAIRED:
             options["seeds"] = seeds
         return partial(OBJECTIVES[name], **options)
 

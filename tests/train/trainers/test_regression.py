@@ -253,7 +253,7 @@ def test_stored_labels_are_those_made_on_the_way():
     ("method", "changes"),
     [
         ("kvpop", {"along": "golden"}),
-        ("kvp", {"objective": "rloo"}),
+        ("kvp", {}),
         ("kvzap", {"target": "reconstruction", "along": "golden"}),
         ("fast_kvzip", {}),
     ],
@@ -413,7 +413,7 @@ def test_networks_are_calibrated_once():
 
 def test_errors_teach(tmp_path):
     for changes, message in [
-        ({"objective": "hinge"}, "bce, mse, pairwise, regret, rloo"), ({"budgets": (6, 30)}, "smallest that works is 7"),
+        ({"objective": "hinge"}, "bce, mse, pairwise, regret"), ({"budgets": (6, 30)}, "smallest that works is 7"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             replace(CONFIG, **changes)
