@@ -22,6 +22,7 @@ COMMANDS = {
     "infer": "infer.infer",
     "list": "first_steps.list_methods",
     "oracle": "oracle.run",
+    "profile": "oracle.profile",
     "train": "train.run",
     "refine": "train.refine",
     "eval": "eval.evaluate",

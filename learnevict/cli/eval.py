@@ -65,6 +65,8 @@ class MethodOptions:
     sinks: o.Sinks = None
     recent: o.Recent = None
     slack: o.Slack = None
+    schedule: o.Schedule = None
+    allocation: o.Allocation = None
     keep_prompt: Annotated[
         bool,
         o.option(

@@ -191,7 +191,7 @@ def _shipped(name: str) -> Path | None:
 
 def _settings(options: MethodOptions, usual: EvaluationSettings) -> EvaluationSettings:
     """Returns what was given, over what holds otherwise."""
-    found = {name: getattr(options, name) for name in ("sinks", "recent", "slack")}
+    found = {name: getattr(options, name) for name in ("sinks", "recent", "slack", "schedule", "allocation")}
     given = {name: value for name, value in found.items() if value is not None}
     return replace(usual, prompt=options.keep_prompt, **given)
 

@@ -67,6 +67,23 @@ Slack = Annotated[
     int | None,
     option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]"),
 ]
+Schedule = Annotated[
+    When | None,
+    option(
+        POLICY,
+        "blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
+        "prefill_only then never again.",
+        metavar="WHEN",
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    option(
+        POLICY,
+        "How the budget is shared out: equal, pooled (all layers and heads compete by score), or a file of [bold]learnevict "
+        "profile[/bold]. [dim]the method's own[/dim]",
+    ),
+]
 AsJson = Annotated[bool, option(OUTPUT, "One JSON object on standard output.", "--json")]
 Overwrite = Annotated[bool, option(OUTPUT, "Replace files that learnevict did not write.", "--overwrite")]
 
@@ -159,15 +176,8 @@ class EvictionOptions:
     sinks: Sinks = None
     recent: Recent = None
     slack: Slack = None
-    schedule: Annotated[
-        When | None,
-        option(
-            POLICY,
-            "blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
-            "prefill_only then never again.",
-            metavar="WHEN",
-        ),
-    ] = None
+    schedule: Schedule = None
+    allocation: Allocation = None
     keep_prompt: Annotated[
         bool, option(POLICY, "Never evict the prompt; the budget counts the rest.", "--keep-prompt")
     ] = False
@@ -209,7 +219,7 @@ class EvictionOptions:
     def given(self) -> dict[str, Any]:
         """Arguments for the method's `policy` that the user gave."""
         found = {**self.settings, "prompt": self.keep_prompt or None}
-        names = ("sinks", "recent", "slack", "schedule", "prompt", "variant")
+        names = ("sinks", "recent", "slack", "schedule", "allocation", "prompt", "variant")
         return {name: found[name] for name in names if found[name] is not None}
 
     @property

@@ -1,16 +1,31 @@
-"""learnevict oracle: golden labels of texts, kept for training."""
+"""learnevict oracle and profile: golden labels of texts, kept for training; and where a budget is spent best."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+import typer
 
 import learnevict.cli.options as o
 from learnevict.cli.output import progress, say, tell
+from learnevict.cli.tasks import listed
 
 TEXTS = "What to label"
+REPEAT = "\n\nRepeat the previous context exactly."
+"""What a model that follows instructions is told before it reads a text again."""
+
+
+class Wanted(str, Enum):
+    """What makes a token worth its slot."""
+
+    auto = "auto"
+    repetition = "repetition"
+    future = "future"
 
 
 def run(
@@ -78,3 +93,79 @@ def run(
         tell(json.dumps({**vars(done), "folder": str(out)}))
     else:
         tell(f"labels in {out}")
+
+
+def profile(
+    text: Annotated[Path, typer.Argument(help="UTF-8 file of prose, cut into texts of --length tokens.")],
+    *,
+    out: Annotated[Path, o.option(o.OUTPUT, "File of the shares.", "--out", "-o")] = Path("allocation.json"),
+    texts: Annotated[int, o.option(TEXTS, "How many texts.", min=1)] = 8,
+    length: Annotated[int, o.option(TEXTS, "Tokens of a text.", min=64)] = 1000,
+    budgets: Annotated[
+        str, o.option(TEXTS, "Shares of a text that are kept; their profiles are averaged.")
+    ] = "1/4,1/8",
+    target: Annotated[
+        Wanted,
+        o.option(
+            TEXTS,
+            "What makes a token worth keeping: repetition (what the model attends to when it repeats the text) or future "
+            "(attention of the text's second half to its first). [dim]repetition if the model has a chat template[/dim]",
+        ),
+    ] = Wanted.auto,
+    model: o.ModelOptions,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Find which layers and heads need slots most, for any method: a file that --allocation takes.
+
+    Examples:
+
+        learnevict profile book.txt --model smollm2 --out smollm2.json
+
+        learnevict eval --tasks needle --text other.txt --model smollm2 --methods snapkv --allocation smollm2.json
+
+    Golden labels of a few texts, pooled over the model, say how many of the best slots each head would hold.
+    """
+    from learnevict.cli.opened_model import open_model
+    from learnevict.data.opening import read_source
+    from learnevict.data.sources import Source
+    from learnevict.hub import weight_hash
+    from learnevict.parts.allocation import shares_of
+
+    shares = tuple(float(Fraction(word)) for word in listed(budgets))
+    opened = open_model(model)
+    source = Source(str(text), max_length=length, packed=True)
+    found = read_source(source, opened.tokenizer, texts)
+    repeats = target is Wanted.repetition or (target is Wanted.auto and bool(opened.tokenizer.chat_template))
+    labels: list[list[Any]] = []
+    with progress(len(found)) as advance:
+        for one in found:
+            labels.append(_wanted(opened.model, opened.tokenizer, list(one.input_ids), repeats))
+            advance("texts", 1)
+    made = {
+        "model": opened.name, "weights": weight_hash(opened.model), "target": "repetition" if repeats else "future",
+        "texts": len(found), "length": length, "shares": budgets, "text": text.name,
+    }  # fmt: skip
+    spent = shares_of(labels, shares, **made)
+    spent.save(out, overwrite=overwrite)
+    layers = sorted(
+        ((sum(heads), index) for index, heads in zip(spent.indices, spent.layers, strict=True)), reverse=True
+    )
+    say("most slots go to layers " + ", ".join(f"{index} ({share:.0%})" for share, index in layers[:5]))
+    tell(f"allocation in {out}")
+
+
+def _wanted(model: Any, tokenizer: Any, ids: list[int], repeats: bool) -> list[Any]:
+    """Returns how much each token is needed, per layer [1, H, T]; None for stock layers."""
+    import torch
+
+    from learnevict.infer.model.modules import device_of
+    from learnevict.oracle import Repeating, golden_labels, horizon, reconstruct
+
+    batch = torch.tensor([ids], device=device_of(model))
+    if repeats:
+        prompt = tuple(tokenizer(REPEAT, add_special_tokens=False).input_ids)
+        return reconstruct(model, batch, how=Repeating(prompt=prompt))
+    block = max(len(ids) // 16, 1)
+    found = golden_labels(model, batch, block=block)[0]
+    half = len(ids) // block // 2
+    return [None if layer is None else horizon(layer)[:, :, : half * block, half] for layer in found]

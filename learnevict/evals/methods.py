@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from learnevict.errors import GateError, UsageError
 from learnevict.hub import Gates, weight_hash
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
+from learnevict.parts.allocation import EQUAL, POOLED, read_shares
 from learnevict.policy import Guard, Policy
 
 GOLDEN, FULL, RANDOM = "golden", "full", "random"
@@ -30,23 +33,35 @@ class EvaluationSettings:
         sinks: first tokens that stay.
         recent: last tokens that stay.
         prompt: the prompt stays and the budget is counted on the rest.
+        schedule: "blocks", "prefill_end" or "prefill_only"; see parts.options.
+        allocation: "equal", "pooled" or a file of shares; see parts.options.
     """
 
     slack: int = 16
     sinks: int | None = 4
     recent: int | None = 8
     prompt: bool = False
+    schedule: str | None = None
+    allocation: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Returns these settings as arguments of a method's `policy`."""
-        given = {"slack": self.slack, "sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Returns what logs and rows say of them: a file of shares by its content; nothing of what came later and is unset."""
+        found = {name: value for name, value in vars(self).items() if value is not None or name in ("sinks", "recent")}
+        if self.allocation not in (None, EQUAL, POOLED):
+            made = read_shares(Path(self.allocation))
+            found["allocation"] = hashlib.sha256(repr((made.indices, made.layers)).encode()).hexdigest()[:16]
+        return found
 
     @property
     def guard(self) -> Guard:
         """Returns the guard of these settings, for the oracle."""
-        return Guard(**{name: value for name, value in self.options.items() if name != "slack"})
+        return Guard(**{name: self.options[name] for name in ("sinks", "recent", "prompt") if name in self.options})
 
     @property
     def block(self) -> int:
@@ -139,7 +154,7 @@ def golden_policy(
     Raises:
         UsageError: the budget is no number of slots.
     """
-    check_golden(budget)
+    check_golden(budget, settings)
     length = None if prompt_length is None else torch.tensor(prompt_length)
     trace = golden_trace(
         model, ids, mask, budget=int(budget), block=settings.block, guard=settings.guard, prompt_length=length
@@ -147,7 +162,9 @@ def golden_policy(
     return golden.policy(int(budget), trace=trace, text=ids, **settings.options)
 
 
-def check_golden(budget: int | str) -> None:
-    """Raises a UsageError for a budget in per cent or bytes, which golden cannot be rolled out for."""
+def check_golden(budget: int | str, settings: EvaluationSettings) -> None:
+    """Raises a UsageError for a budget in per cent or bytes, or settings, that golden cannot be rolled out for."""
     if not isinstance(budget, int):
         raise UsageError(f"golden is rolled out for a number of slots, not {budget}; give 1/4 or tokens (64)")
+    if settings.schedule not in (None, "blocks") or settings.allocation not in (None, EQUAL):
+        raise UsageError("golden evicts in blocks and holds every head to the budget; drop --schedule and --allocation")

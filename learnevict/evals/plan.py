@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from learnevict.errors import BudgetError, UsageError
@@ -172,7 +172,7 @@ def _check_cell(plan: Plan, cell: Cell) -> None:
     if cell.evaluated_method.method != GOLDEN:
         cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
         return
-    check_golden(cell.budget)
+    check_golden(cell.budget, plan.settings)
     if own := [mode for mode in cell.modes if mode not in SHARED_MODES]:
         raise UsageError(
             f"golden is not defined for {cell.family}, which is measured {' and '.join(own)}; leave it out"
@@ -192,7 +192,7 @@ def configuration(plan: Plan, subject: EvaluatedModel) -> dict[str, Any]:
         "weights": weight_hash(subject.model),
         "dtype": str(subject.model.dtype),
         **plan.tasks[0].origin,
-        "rules": asdict(plan.settings),
+        "rules": plan.settings.recorded,
         "decoding": [plan.temperature, plan.tries, plan.batch_size] if sampled else "greedy",
     }
 

@@ -63,7 +63,7 @@ def make_row(log: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) ->
         "seed": plan.seed,
         "tries": plan.tries,
         "device": subject.model.device.type,
-        "rules": vars(plan.settings),
+        "rules": plan.settings.recorded,
         "options": cell.options,
     }
 

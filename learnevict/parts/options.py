@@ -7,12 +7,14 @@ without sinks a streaming evaluation measures little else. Give `sinks=0` for th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, TypedDict
 
 from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.errors import UsageError
+from learnevict.parts.allocation import Shares, allocator_for
 from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
 
 
@@ -25,12 +27,15 @@ class ScheduleOptions(TypedDict, total=False):
         slack: tokens between events, default 128; 0 evicts at every step.
         schedule: "blocks" (default) runs events inside the prompt too; "prefill_end" compresses the prompt once, when
             it has been read; "prefill_only" does that and then lets the cache grow (not bounded).
+        allocation: "equal" gives every layer and head the budget, "pooled" lets all of them compete by score, a file of
+            `learnevict profile` gives them fixed shares; by default the method decides.
     """
 
     sinks: int
     prompt: bool
     slack: int
     schedule: Literal["blocks", "prefill_end", "prefill_only"]
+    allocation: str | Path | Shares
 
 
 class Options(ScheduleOptions, total=False):
@@ -56,7 +61,8 @@ def compose(
     """Returns the policy of one method; arguments as of Policy, Guard and ScheduleOptions.
 
     Raises:
-        UsageError: an unknown option or schedule.
+        UsageError: an unknown option or schedule, or an allocation beside the method's own.
+        DataError: a file that holds no allocation.
         BudgetError: a budget that is not understood or cannot hold the guards.
     """
     unknown = sorted(set(options) - Options.__optional_keys__)
@@ -71,7 +77,11 @@ def compose(
     else:
         raise UsageError(f"schedule {when!r} is unknown; choose blocks, prefill_end or prefill_only")
     guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False), recent_share)
-    return Policy(Budget.parse(budget), scorer, allocator or Uniform(), schedule, guard, name=name)
+    own, together = allocator or Uniform(), False
+    if "allocation" in options:
+        own, together = allocator_for(options["allocation"], own)
+    scope = "model" if together else "layer"
+    return Policy(Budget.parse(budget), scorer, own, schedule, guard, name=name, scope=scope)
 
 
 def unknown_variant(name: str, variant: str, variants: Iterable[str]) -> UsageError:

@@ -32,6 +32,10 @@ class Allocator(ABC):
         """Returns the same for one row of the batch, for allocators that treat rows differently."""
         return self.layer_budget(budget, rank, num_layers, floor)
 
+    def in_layer(self, layer: int) -> Allocator:
+        """Returns what counts the slots of one layer of the model, for allocators whose heads differ from layer to layer."""
+        return self
+
     @abstractmethod
     def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
         """Returns the slots to keep per head, int64 [B, H].

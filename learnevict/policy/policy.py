@@ -50,7 +50,7 @@ class Policy(Governor):
 
     def keep(self, signals: Signals) -> Tensor | None:
         scores, protected = self.rank(signals)
-        counts = self.allocator.counts(scores, protected, signals.budget)
+        counts = self.allocator.in_layer(signals.layer).counts(scores, protected, signals.budget)
         return self.draw.choose(scores, counts, signals.position)
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:

@@ -816,3 +816,19 @@ def test_demo(learnevict):
     assert all(full["correct"].values())
     assert sum(learned["correct"].values()) > sum(window["correct"].values())
     assert learned["kept"] <= 64
+
+
+def test_a_profile_is_what_allocation_takes(learnevict, tmp_path):
+    """Shares of heads are found from a text, and a method that is given them holds them; nothing else is overwritten."""
+    words = " ".join(testbed.generate("recall", seed).text for seed in range(3))
+    (tmp_path / "text.txt").write_text(words)
+    out = tmp_path / "shares.json"
+    code, said, err = learnevict(
+        "profile", tmp_path / "text.txt", "--model", "MODEL", "--texts", 2, "--length", 64, "--out", out
+    )
+    assert code == 0 and str(out) in said and "most slots go to layers" in err
+    shares = json.loads(out.read_text())
+    assert sum(map(sum, shares["layers"])) == pytest.approx(1, abs=1e-6)
+    record = infer(learnevict, "--task", "recall", "--method", "keydiff", "--budget", 48, "--allocation", out)
+    assert record["kept"]["min"] < 48 < record["kept"]["max"]
+    assert learnevict("profile", tmp_path / "text.txt", "--model", "MODEL", "--out", tmp_path / "text.txt")[0] == 1

@@ -1,0 +1,153 @@
+"""How a method shares its budget out: equally, in fixed shares of layers and heads from a file, or pooled over the model.
+
+Allocation and ranking are two questions: every method takes `allocation`, so that a comparison can hold one of them fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnevict.errors import DataError, UsageError
+from learnevict.files import write
+from learnevict.parts.allocators import Together, best_beyond, contest, whole_shares
+from learnevict.policy import Allocator, Uniform
+
+FORMAT = "learnevict allocation 1"
+START = b'{"format": "learnevict allocation'
+EQUAL, POOLED = "equal", "pooled"
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class HeadShares(Allocator):
+    """Heads of one layer in fixed proportions; what a head cannot fill goes to the best slots left in the others."""
+
+    heads: tuple[float, ...]
+    ragged = True
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        if scores.shape[1] != len(self.heads):
+            raise UsageError(f"this allocation is for {len(self.heads)} kv heads, but the layer has {scores.shape[1]}")
+        ordered, room, free = contest(scores, protected, budget)
+        whole = sum(self.heads)
+        parts = whole_shares([MILLION * head / whole if whole else MILLION / len(self.heads) for head in self.heads])
+        exact = free.unsqueeze(-1) * torch.tensor(parts, device=free.device)
+        share, remainder = exact // MILLION, exact % MILLION
+        place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        share = (share + (place < (free - share.sum(-1)).unsqueeze(-1))).minimum(room)
+        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
+
+
+@dataclass(frozen=True)
+class Shares(Uniform):
+    """Layers and heads in fixed proportions; the sum over layers is L * budget.
+
+    Of what budgets hold beyond the floor (guards, fresh block, one slot), each layer gets its part, and of a layer's slots
+    beside protected ones each head.
+
+    Args:
+        layers: shares of the kv heads of each evicting layer, in order; of any sum.
+        indices: which layers of the model these are.
+        made: what they were made of, for the reader of the file.
+    """
+
+    layers: tuple[tuple[float, ...], ...]
+    indices: tuple[int, ...]
+    made: dict[str, Any] = field(default_factory=dict, compare=False)
+    ragged = True
+
+    def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
+        if num_layers != len(self.layers):
+            raise UsageError(
+                f"this allocation is for {len(self.layers)} layers, but {num_layers} layers of the model evict; make one for "
+                "this model: learnevict profile"
+            )
+        free, weights = budget - floor, [sum(heads) for heads in self.layers]
+        if free <= 0:
+            return budget
+        return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
+
+    def in_layer(self, layer: int) -> HeadShares:
+        return HeadShares(self.layers[self.indices.index(layer)])
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Writes the file that `allocation` takes.
+
+        Raises:
+            DataError: it cannot be written, or is no such file and `overwrite` is not set.
+        """
+        found = {"format": FORMAT, "indices": self.indices, "layers": self.layers, "made": self.made}
+        write(path, json.dumps(found) + "\n", START, overwrite=overwrite)
+
+
+def read_shares(path: Path) -> Shares:
+    """Returns the shares of a file.
+
+    Raises:
+        DataError: no such file, or something else in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        layers = tuple(tuple(float(head) for head in heads) for heads in found["layers"])
+        indices = tuple(int(index) for index in found["indices"])
+        right = found["format"] == FORMAT and len(layers) == len(indices) > 0
+        if not right or not all(heads and 0 <= min(heads) <= max(heads) < float("inf") for heads in layers):
+            raise ValueError("shares are numbers from 0 on, for every head of every layer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(path)!r} holds no allocation; make one with learnevict profile: {error}") from error
+    return Shares(layers=layers, indices=indices, made=dict(found.get("made") or {}))
+
+
+def shares_of(labels: Sequence[Sequence[Tensor | None]], budgets: Sequence[float], **made: Any) -> Shares:
+    """Returns the shares in which pooled golden spends its slots, averaged over texts and budgets.
+
+    Args:
+        labels: of every text, per layer [B, H, T], comparable over the model (KVZIP); None where a layer stays stock.
+        budgets: shares of the text that are kept, such as 0.25.
+        **made: see Shares.
+
+    Raises:
+        UsageError: no labels, or a budget that is no share.
+    """
+    if not labels or not budgets or not all(0 < budget <= 1 for budget in budgets):
+        raise UsageError("an allocation is made of one text or more, for budgets above 0 and at most 1")
+    indices = tuple(index for index, layer in enumerate(labels[0]) if layer is not None)
+    total = torch.zeros(len(indices), 0)
+    for text in labels:
+        scores = torch.stack([layer.float() for layer in text if layer is not None])  # [L, B, H, T]
+        flat = scores.movedim(1, 0).flatten(1)
+        for budget in budgets:
+            least = flat.topk(max(round(budget * flat.shape[1]), 1)).values[:, -1]
+            won = (scores >= least.view(1, -1, 1, 1)).float().mean((1, 3)).cpu()
+            total = won if not total.shape[1] else total + won
+    shares = (total / total.sum()).tolist()
+    return Shares(layers=tuple(tuple(round(head, 8) for head in heads) for heads in shares), indices=indices, made=made)
+
+
+def allocator_for(name: str | Shares | Path, own: Allocator) -> tuple[Allocator, bool]:
+    """Returns the allocator that `allocation` names, and whether slots of all layers compete.
+
+    Args:
+        name: "equal", "pooled", shares, or the file that holds them.
+        own: the method's own, which must leave room for another.
+
+    Raises:
+        UsageError: the method shares its budget out itself.
+        DataError: the file holds no allocation.
+    """
+    if type(own) is not Uniform and name != EQUAL:
+        raise UsageError(
+            f"this method shares its budget out itself ({type(own).__name__}); give allocation only to methods that do not"
+        )
+    if name == EQUAL:
+        return Uniform(), False
+    if name == POOLED:
+        return Together(0.0), True
+    return (name if isinstance(name, Shares) else read_shares(Path(name))), False
