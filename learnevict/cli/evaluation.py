@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,11 +24,11 @@ from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import Task, family_tasks, resolve
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
 from learnevict.evals.tasks.retrieval import Haystack, RetrievalTask
-from learnevict.evals.tasks.texts import TextTask
+from learnevict.evals.tasks.texts import TextTask, fingerprint
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.infer.prompts.text_files import read_file
+from learnevict.infer.prompts.text_files import parse_row, read_lines
 from learnevict.testbed import FAMILIES
 
 DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
@@ -101,13 +99,14 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Tas
     if asked.group == "retrieval":
         haystack = Haystack(text, lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
         limit = asked.max_new_tokens or 24
-        source = f"{asked.text and asked.text.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        source = f"{asked.text and asked.text.name} {fingerprint([text])}"
         return tuple(
             RetrievalTask(kind, length, haystack, source, chat=chat, depth=asked.depth, max_new_tokens=limit)
             for kind in listed(asked.tasks) for length in asked.lengths
         )  # fmt: skip
     if asked.group == "perplexity":
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+        texts.check_known(tokenizer, ids, text)
         name = str(asked.text and asked.text.name)
         return (TextTask(name, ids[: asked.max_tokens], asked.lengths[0], tokenizer.bos_token_id),)
     assert asked.data is not None
@@ -124,11 +123,13 @@ def read_problems(path: Path) -> tuple[Problem, ...]:
     Raises:
         DataError: it cannot be read, or a row is no problem.
     """
-    try:
-        rows = [json.loads(line) for line in read_file(path).splitlines() if line.strip()]
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} is not JSON lines: {error}") from error
-    return tuple(map(read_problem, rows))
+    found: list[Problem] = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            found += [read_problem(parse_row(line))] if line.strip() else []
+        except DataError as error:  # noqa: PERF203
+            raise DataError(f"line {number} of {str(path)!r} {error}") from error
+    return tuple(found)
 
 
 def usual_slack(tasks: Sequence[Task], budgets: Sequence[str]) -> int:

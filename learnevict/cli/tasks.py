@@ -95,7 +95,9 @@ class TaskOptions:
             raise UsageError("--shots needs the worked examples: --examples FILE")
         if self.group == TESTBED and self.length not in (None, "normal", "long"):
             raise UsageError(f"texts of the testbed are normal or long, not {self.length!r}")
-        if self.group != TESTBED and not all(word.isdecimal() and int(word) > 1 for word in listed(self.length or "2")):
+        if self.group != TESTBED and not all(
+            word.isdecimal() and int(word) > 1 for word in listed(self.length or "2") or ("",)
+        ):
             raise UsageError(f"--length is a number of tokens, such as 1000, not {self.length!r}")
         if self.group == PERPLEXITY and len(listed(self.length or "")) > 1:
             raise UsageError("perplexity is measured on stretches of one --length; give each a run")

@@ -56,11 +56,7 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens]
     if ids.shape[1] < 2:
         raise DataError("the text has fewer than two tokens, so nothing is predicted; give a longer one")
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and bool((ids == unknown).any()):
-        known = {tokenizer.decode([token]) for token in set(ids[0].tolist()) - {unknown}}
-        words = [word for word in dict.fromkeys(text.split()) if word not in known][:5]
-        raise DataError(f"the model does not know words of this text, such as {', '.join(words)}; use another model")
+    check_known(tokenizer, ids[0], text)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] > limit:
         raise UsageError(
@@ -68,6 +64,15 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
             f"--max-tokens {limit}"
         )
     return ids.to(model.device)
+
+
+def check_known(tokenizer: Any, ids: Int[Tensor, "T"], text: str) -> None:
+    """Raises a DataError if the vocabulary lacks words of a text, whose beginning has these ids."""
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and bool((ids == unknown).any()):
+        known = {tokenizer.decode([token]) for token in set(ids.tolist()) - {unknown}}
+        words = [word for word in dict.fromkeys(text.split()) if word not in known][:5]
+        raise DataError(f"the model does not know words of this text, such as {', '.join(words)}; use another model")
 
 
 @torch.no_grad()

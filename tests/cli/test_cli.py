@@ -413,6 +413,24 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path):
     assert (done.returncode, len(done.stderr.splitlines())) == (0, len(wrong)), done.stderr
 
 
+def test_files_of_tasks_are_read_as_all_others(learnevict, tmp_path):
+    """U+2028 stands in a problem; a bad line is named; words that the model lacks are told, whole text or stretches."""
+    good = {"question": "a\u2028b", "answer": "#### 3"}
+    path, out = tmp_path / "problems.jsonl", tmp_path / "rows.jsonl"
+    words = ("eval", "--model", "MODEL", "--tasks", "gsm8k", "--data", path, "--methods", "full", "--budgets", 64)
+    for bad in (None, [1], {"text": "?"}, '{"question": "\\ud83d", "answer": 3}', "{"):
+        write_rows(path, json.dumps(good, ensure_ascii=False), bad)
+        code, _, err = learnevict(*words)
+        assert (code, len(err.splitlines()), "line 2 of" in err) == (1, 1, True), err
+    write_rows(path, json.dumps(good, ensure_ascii=False))
+    code, _, err = learnevict(*words, "--samples", 1, "--max-new-tokens", 2, "--out", out)
+    assert (code, len(rows_of(out))) == (0, 1), err
+    path.write_text("strange tongues")
+    for length in ((), ("--length", 2), ("--length", ",")):
+        code, _, err = learnevict("eval", "--task", "perplexity", "--text", path, *length, "--methods", "full")
+        assert code in (1, 2) and ("words of this text" in err or "--length is" in err), err
+
+
 def test_gates_of_another_model(learnevict, tmp_path):
     Gates.make("foresightkv", tiny(num_heads=1)).save_pretrained(tmp_path / "shape")
     code, _, err = learnevict(*TASK, "--ckpt", tmp_path / "shape", "--budget", 48)

@@ -16,7 +16,9 @@ import torch
 
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.tasks.task import TextBatch
+from learnevict.evals.tasks.texts import fingerprint
 from learnevict.infer.generate import read_chat, read_text
+from learnevict.infer.prompts.text_files import checked
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 INSTRUCTION = "Solve the problem step by step. Write the final answer in \\boxed{}."
@@ -35,11 +37,13 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
     """Returns a problem from a row of GSM8K, MATH-500 or AIME.
 
     Raises:
-        DataError: neither "question" nor "problem", or no "answer".
+        DataError: neither "question" nor "problem", no "answer", or half a character; worded to follow the name of the row.
     """
     question, answer = row.get("question", row.get("problem")), row.get("answer")
     if not isinstance(question, str) or answer is None:
-        raise DataError(f'a problem needs "question" or "problem", and "answer"; this one has {", ".join(row)}')
+        raise DataError(f'is no problem: it needs "question" or "problem", and "answer", and has {", ".join(row)}')
+    for part in (question, str(answer), str(row.get("solution", ""))):
+        checked(part)
     solution, mark, final = str(answer).rpartition("####")
     if mark:  # GSM8K: "...<<3*4=12>>12 eggs\n#### 12"
         return Problem(question, re.sub(r"<<[^>]*>>", "", solution).strip(), final.strip())
@@ -63,8 +67,11 @@ def final_answer(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """Returns the number that a text is, without thousands separators, dollars and per cent signs; None if it is none."""
-    plain = text.replace(",", "").strip(" $%.")
-    return Fraction(plain) if NUMBER.fullmatch(plain) and not plain.endswith("/0") else None
+    above, _, below = text.replace(",", "").strip(" $%.").partition("/")
+    try:  # a model may write anything: 3.5/2, 5/00, or thousands of digits
+        return Fraction(above) / Fraction(below or 1) if NUMBER.fullmatch(f"{above}/{below or 1}") else None
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def same(gold: str, found: str) -> bool:
@@ -114,7 +121,8 @@ class MathTask:
         """See Task."""
         return {
             "tasks": "mathematics 1",
-            "examples": len(self.examples),
+            "problems": fingerprint(map(repr, self.problems)),
+            "examples": fingerprint(map(repr, self.examples)),
             "chat": self.chat,
             "limit": self.max_new_tokens,
         }

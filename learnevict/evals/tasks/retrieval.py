@@ -212,8 +212,10 @@ def _frequent_words(draw: random.Random, count: Callable[[str], int], tokens: in
             break
         text.append(word)
     ranked = sorted(words, key=text.count, reverse=True)
-    if text.count(ranked[asked - 1]) == text.count(ranked[asked]):
-        text = [word for word in text if word != ranked[asked]]
+    least = text.count(ranked[asked - 1])
+    if not least:
+        raise UsageError(f"{tokens} tokens are too few for 'frequent_words'; give a greater length")
+    text = [word for word in text if word in ranked[:asked] or text.count(word) < least]  # no other answer is as right
     question = f"Which {asked} words occur most often in the list? Answer with the words alone."
     return Context(" ".join(text), (Question(question, tuple(ranked[:asked])),))
 
@@ -250,7 +252,7 @@ class RetrievalTask:
     @property
     def origin(self) -> dict[str, Any]:
         """See Task."""
-        return {"tasks": "retrieval 1", "haystack": self.source, "chat": self.chat}
+        return {"tasks": "retrieval 1", "haystack": self.source, "chat": self.chat, "limit": self.max_new_tokens}
 
     def mean_length(self, *, prompt: bool = True) -> float:
         """Returns the size of a context: it is what is compressed."""
@@ -278,16 +280,15 @@ class RetrievalTask:
     ) -> dict[str, Any]:
         """Returns columns of the log: `exact` and `found`, shares of a context's questions and of their answers, `tokens`
         generated, `depth` of the first question's fact (-1: none), `seconds` and bytes."""
-        asked = [(sample.text, question.text) for sample in samples for question in sample.questions]
-        start = time.perf_counter()
+        both = [(sample.text, question) for sample in samples for question in sample.questions]
+        asked, questions = [(text, question.text) for text, question in both], [question for _, question in both]
+        each, start = len(samples[0].questions), time.perf_counter()
         replies = ask(
-            model, tokenizer, policy, asked, each=len(samples[0].questions), chat=self.chat, known=mode == "known",
+            model, tokenizer, policy, asked, each=each, chat=self.chat, known=mode == "known",
             max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
         seconds = (time.perf_counter() - start) / len(samples)
-        questions = [question for sample in samples for question in sample.questions]
         scores = [question.score(text) for question, text in zip(questions, replies.texts, strict=True)]
-        each = len(samples[0].questions)
         starts = range(0, len(questions), each)
         return {
             "exact": [sum(score == 1 for score in scores[i : i + each]) / each for i in starts],

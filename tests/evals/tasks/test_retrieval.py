@@ -58,8 +58,8 @@ def test_the_links_of_a_chain_stand_in_order(haystack: Haystack) -> None:
 
 
 def test_the_most_frequent_words_are_the_answer(haystack: Haystack) -> None:
-    for seed in range(20):
-        context = make("frequent_words", seed, haystack, 600)
+    for seed in range(40):
+        context = make("frequent_words", seed, haystack, 600 if seed < 20 else 90)
         words = context.text.split()
         counts = sorted((words.count(word) for word in set(words)), reverse=True)
         (question,) = context.questions
@@ -78,6 +78,8 @@ def test_what_cannot_be_made_is_refused(haystack: Haystack) -> None:
         make("haystack", 0, haystack, 600)
     with pytest.raises(UsageError, match="too few"):
         make("multi_key", 0, haystack, 20)
+    with pytest.raises(UsageError, match="too few"):
+        make("frequent_words", 0, haystack, 10)
     with pytest.raises(DataError, match="shorter than"):
         make("needle", 0, haystack, 10**6)
     with pytest.raises(DataError, match="ten sentences"):

@@ -120,6 +120,26 @@ def test_texts_give_added_nats(subject: EvaluatedModel) -> None:
         task.samples([1000])
 
 
+def test_numbers_of_other_samples_are_not_gone_on_with(
+    subject: EvaluatedModel, haystack: Haystack, tmp_path: Path
+) -> None:
+    """Another text, other problems or replies of another length under the same names."""
+    texts = [TextTask("prose", torch.arange(60) + first, 20) for first in (3, 4)]
+    sums = [tuple(Problem(f"What is {n} + {n}?", "", str(2 * n)) for n in range(first, 4)) for first in (0, 1)]
+    problems = [MathTask("sums", some, max_new_tokens=2, chat=False) for some in sums]
+    shown = [MathTask("sums", sums[0], some[:1], max_new_tokens=2, chat=False) for some in sums]
+    replies = [RetrievalTask("needle", 200, haystack, "prose", max_new_tokens=limit) for limit in (1, 2)]
+    for place, (one, other) in enumerate((texts, problems, shown, replies)):
+        for task in (one, other):
+            plan = Plan((task,), (), num_samples=1, settings=SETTINGS, oracle=False, free="all")
+            how = (plan, subject, [evaluated_method("full")], tmp_path / f"{place}.jsonl")
+            if task is one:
+                run(*how)
+            else:
+                with pytest.raises(UsageError, match="another configuration"):
+                    run(*how, resume=True)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -144,11 +164,12 @@ def test_final_answers(text: str, answer: str) -> None:
         ("$5", "5", True),
         ("5", "6", False),
         ("5", "", False),
+        ("1.75", "3.5/2", True),
     ],
 )
 def test_numbers_are_compared_as_numbers(gold: str, found: str, right: bool) -> None:
     assert same(gold, found) is right
-    assert number("x") is None and number("1/0") is None
+    assert [number(text) for text in ("x", "1/0", "5/00", "9" * 5000)] == [None] * 4
 
 
 def test_problems_are_read_as_they_are_published() -> None:
@@ -156,7 +177,7 @@ def test_problems_are_read_as_they_are_published() -> None:
     assert read_problem(gsm8k) == Problem("How many?", "3 * 4 = 12 eggs.", "12")
     math500 = {"problem": "Find x.", "solution": "It is \\boxed{2}.", "answer": "2"}
     assert read_problem(math500) == Problem("Find x.", "It is \\boxed{2}.", "2")
-    with pytest.raises(DataError, match="a problem needs"):
+    with pytest.raises(DataError, match="is no problem"):
         read_problem({"text": "?"})
 
 
