@@ -18,7 +18,7 @@ from learnevict.evals.plan import Cell
 from learnevict.evals.records import TEXT_KEYS, Row, source, start_row
 from learnevict.evals.tasks import resolve
 from learnevict.infer.attach import attach
-from learnevict.infer.cache import stored_bytes
+from learnevict.infer.cache import bytes_held
 from learnevict.infer.teacher_forcing import prefill
 from learnevict.policy import Governor
 
@@ -107,9 +107,7 @@ def perplexity(
             if advance is not None:
                 advance(part.shape[1])
     assert cache is not None
-    held = sum(map(stored_bytes, cache.layers))
-    peak, whole = (evicting.peak_nbytes, evicting.full_nbytes) if evicting is not None else (held, held)
-    return Perplexity(total, ids.shape[1] - 1, peak, held, whole)
+    return Perplexity(total, ids.shape[1] - 1, **bytes_held(cache))
 
 
 def text_cells(

@@ -16,7 +16,7 @@ from learnevict.errors import TraceError
 from learnevict.evals.methods import GOLDEN, EvaluationSettings
 from learnevict.evals.tasks import TextBatch
 from learnevict.infer.attach import attach
-from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.cache import EvictingCache, bytes_held
 from learnevict.infer.teacher_forcing import read_once, replay
 from learnevict.methods import golden
 from learnevict.oracle import golden as roll_golden
@@ -53,14 +53,13 @@ def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Refer
     if policy is None:
         position = (texts.attention_mask.cumsum(-1) - 1).clamp_min(0)
         output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=position)
-        held = sum(map(stored_bytes, output.past_key_values.layers)) / len(texts.input_ids)
-        return score(texts, output.logits) | {"peak": held, "end": held, "full": held}
+        return score(texts, output.logits) | _bytes_held(output.past_key_values, texts)
     if beside is None:
         logits, cache = _evicted_logits(model, texts, policy)
-        return score(texts, logits) | _bytes_held(cache)
+        return score(texts, logits) | _bytes_held(cache, texts)
     recorded, scores = recording(policy)
     logits, cache = _evicted_logits(model, texts, recorded, record=True)
-    return score(texts, logits) | _kept(compare(policy, beside, cache.trace(), scores)) | _bytes_held(cache)
+    return score(texts, logits) | _kept(compare(policy, beside, cache.trace(), scores)) | _bytes_held(cache, texts)
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def measure_golden(
         raise TraceError(
             f"the {GOLDEN} trace replayed and run incrementally gives logits {apart:.2g} apart; please report this"
         )
-    return scores | _bytes_held(cache)
+    return scores | _bytes_held(cache, texts)
 
 
 def score(texts: TextBatch, logits: Float[Tensor, "B T V"]) -> Columns:
@@ -137,7 +136,6 @@ def _kept(slots: KeptSlots) -> Columns:
     return {name: part for name, part in found.items() if part}
 
 
-def _bytes_held(cache: EvictingCache) -> Columns:
+def _bytes_held(cache: Any, texts: TextBatch) -> Columns:
     """Returns bytes per row, as they are: padding columns of a full cache count."""
-    rows = len(cache.clock.seen)
-    return {"peak": cache.peak_nbytes / rows, "end": cache.nbytes / rows, "full": cache.full_nbytes / rows}
+    return {name: total / len(texts.input_ids) for name, total in bytes_held(cache).items()}

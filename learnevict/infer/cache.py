@@ -268,3 +268,10 @@ def stored_bytes(layer: object) -> int:
         return layer.nbytes
     held = [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+
+
+def bytes_held(cache: Any) -> dict[str, int]:
+    """Returns bytes of keys and values: `end` now, `peak` at any time, `full` if nothing were evicted."""
+    if isinstance(cache, EvictingCache):
+        return {"peak": cache.peak_nbytes, "end": cache.nbytes, "full": cache.full_nbytes}
+    return dict.fromkeys(("peak", "end", "full"), sum(map(stored_bytes, cache.layers)))

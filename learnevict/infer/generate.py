@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from learnevict.errors import DataError, UsageError
 from learnevict.infer.attach import Attachment, attach
-from learnevict.infer.cache import EvictingCache, stored_bytes
+from learnevict.infer.cache import EvictingCache, bytes_held
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import device_of
 from learnevict.infer.prompts.text_files import checked
@@ -96,29 +96,15 @@ def generate(
         UsageError: an argument out of range.
         BudgetError: a budget that this model cannot be held to.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "streamer": streamer, "record": record, **sampling}
-    return list(completions(model, tokenizer, policy, prompts, **options))
-
-
-def completions(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    policy: AnyPolicy | None,
-    prompts: Sequence[str | list[int]],
-    *,
-    batch_size: int = 1,
-    streamer: BaseStreamer | None = None,
-    record: bool = False,
-    **sampling: Any,
-) -> Iterator[Completion]:
-    """As `generate`, one by one as batches finish."""
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     how = Sampling(**sampling)
     ids = [read_text(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    found: list[Completion] = []
     for start in range(0, len(ids), batch_size):
         part = Sampling(how.max_new_tokens, how.temperature, how.seed + start)
-        yield from _Batch(model, tokenizer, ids[start : start + batch_size]).run(policy, part, streamer, record)
+        found += _Batch(model, tokenizer, ids[start : start + batch_size]).run(policy, part, streamer, record)
+    return found
 
 
 def read_text(tokenizer: Any, text: str) -> list[int]:
@@ -182,26 +168,21 @@ class _Batch:
         self.model: Any = model
         self.tokenizer, self.prompts = tokenizer, prompts
         self.width = max(map(len, prompts))
-        end = self.model.generation_config.eos_token_id
-        self.ends = set(end) if isinstance(end, list) else {end}
-        pad = tokenizer.pad_token_id
-        self.pad = next((token for token in (pad, *self.ends) if token is not None), 0)
+        self.ends, self.pad = ends_and_pad(model, tokenizer)
 
     def run(
         self, policy: AnyPolicy | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
     ) -> list[Completion]:
-        gaps = [self.width - len(prompt) for prompt in self.prompts]
-        rows = [[self.pad] * gap + prompt for gap, prompt in zip(gaps, self.prompts, strict=True)]
-        mask = torch.tensor([[0] * gap + [1] * (self.width - gap) for gap in gaps])
-        inputs = {"input_ids": torch.tensor(rows), "attention_mask": mask}
-        inputs = {name: tensor.to(device_of(self.model)) for name, tensor in inputs.items()}
+        ids, mask = left_padded(self.prompts, self.pad, device_of(self.model))
         config, watch = self._config(sampling), Stopwatch(streamer)
         stock = DynamicCache(config=self.model.config)
         attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
         with seeded(sampling, device_of(self.model)), attached as cache:
-            out = self.model.generate(**inputs, past_key_values=cache, generation_config=config, streamer=watch)
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=watch
+            )
         stop = time.perf_counter()
-        answers = [self._cut(row) for row in out[:, self.width :].tolist()]
+        answers = [up_to_end(row, self.ends) for row in out[:, self.width :].tolist()]
         count = sum(map(len, answers))
         late = count - len(answers)
         speed = late / (stop - watch.first) if late else count / (stop - watch.start)
@@ -230,29 +211,43 @@ class _Batch:
             )
         return config
 
-    def _cut(self, answer: list[int]) -> list[int]:
-        """Up to and with the first end token; what follows in a batch is padding."""
-        stop = next((index for index, token in enumerate(answer) if token in self.ends), len(answer) - 1)
-        return answer[: stop + 1]
-
     def _completion(self, row: int, answer: list[int], cache: Any, timing: dict[str, float]) -> Completion:
         prompt, num_rows, evicting = self.prompts[row], len(self.prompts), isinstance(cache, EvictingCache)
         seen = len(prompt) + len(answer) - 1
-        held = cache.nbytes if evicting else sum(map(stored_bytes, cache.layers))
-        peak, full = (cache.peak_nbytes, cache.full_nbytes) if evicting else (held, held)
+        held = {name: total // num_rows for name, total in bytes_held(cache).items()}
         return Completion(
             text=self.tokenizer.decode(answer, skip_special_tokens=True),
             prompt=prompt,
             tokens=answer,
             finished=answer[-1] in self.ends,
-            kv_bytes=held // num_rows,
-            kv_bytes_peak=peak // num_rows,
-            kv_bytes_full=full // num_rows,
+            kv_bytes=held["end"],
+            kv_bytes_peak=held["peak"],
+            kv_bytes_full=held["full"],
             kept=kept_slots(cache, row, seen),
             budget=resolved_budget(cache, seen) if evicting else None,
             trace=row_trace(cache.trace(), row, self.width - len(prompt), seen) if evicting and cache.record else None,
             **timing,
         )
+
+
+def ends_and_pad(model: PreTrainedModel, tokenizer: Any) -> tuple[set[int], int]:
+    """Returns the tokens that end an answer, and the one that rows are padded with."""
+    given = model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    ends: set[int] = set(given) if isinstance(given, list) else set() if given is None else {given}
+    return ends, next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+
+
+def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns token ids and attention mask, int64 [B, T]; all rows end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
+    """Returns an answer up to and with its first end token; what follows in a batch is padding."""
+    stop = next((index for index, token in enumerate(answer) if token in ends), len(answer) - 1)
+    return answer[: stop + 1]
 
 
 @contextmanager

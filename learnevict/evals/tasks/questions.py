@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
-from learnevict.infer.cache import EvictingCache, stored_bytes
-from learnevict.infer.generate import generate
+from learnevict.infer.cache import bytes_held
+from learnevict.infer.generate import ends_and_pad, generate, left_padded, up_to_end
 from learnevict.infer.model.modules import device_of
 from learnevict.policy import Governor
 
@@ -90,12 +88,9 @@ def ask(
 def _afterwards(
     model: Any, tokenizer: Any, policy: Governor | None, pairs: list[Pair], each: int, limit: int
 ) -> Replies:
-    device = device_of(model)
-    ended = model.generation_config.eos_token_id
-    ends: set[int] = {ended} if isinstance(ended, int) else set(ended or ())
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    before, real = _aligned([context for context, _ in pairs[::each]], pad, device)
-    after, fresh = _aligned([question for _, question in pairs], pad, device)
+    (ends, pad), device = ends_and_pad(model, tokenizer), device_of(model)
+    before, real = left_padded([context for context, _ in pairs[::each]], pad, device)
+    after, fresh = left_padded([question for _, question in pairs], pad, device)
     attached = nullcontext() if policy is None else attach(model, policy, prompt_length=real.sum(-1).tolist())
     with attached as evicting:
         places = (real.cumsum(-1) - 1).clamp_min(0)  # as generate() will count on
@@ -103,36 +98,13 @@ def _afterwards(
             input_ids=before, attention_mask=real, position_ids=places, past_key_values=evicting, use_cache=True,
             logits_to_keep=1,
         ).past_key_values  # fmt: skip
-        held = _held(cache, len(before))
+        held = {name: total // len(before) for name, total in bytes_held(cache).items()}
         cache.batch_repeat_interleave(each)
         before, real = before.repeat_interleave(each, 0), real.repeat_interleave(each, 0)
         out = model.generate(
             input_ids=torch.cat([before, after], 1), attention_mask=torch.cat([real, fresh], 1), past_key_values=cache,
             max_new_tokens=limit, do_sample=False, pad_token_id=pad, use_cache=True,
         )  # fmt: skip
-    replies = [_cut(row, ends) for row in out[:, before.shape[1] + after.shape[1] :].tolist()]
+    replies = [up_to_end(row, ends) for row in out[:, before.shape[1] + after.shape[1] :].tolist()]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
     return Replies(texts, list(map(len, replies)), held)
-
-
-def _aligned(
-    rows: Sequence[list[int]], pad: int, device: torch.device
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Returns ids and mask, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def _held(cache: Any, rows: int) -> dict[str, int]:
-    """Returns bytes per context when it has been read."""
-    if isinstance(cache, EvictingCache):
-        return {"peak": cache.peak_nbytes // rows, "end": cache.nbytes // rows, "full": cache.full_nbytes // rows}
-    held = sum(map(stored_bytes, cache.layers)) // rows
-    return {"peak": held, "end": held, "full": held}
-
-
-def _cut(reply: list[int], ends: set[int]) -> list[int]:
-    """Returns a reply up to and with its end token."""
-    return reply[: next((index for index, token in enumerate(reply) if token in ends), len(reply) - 1) + 1]
