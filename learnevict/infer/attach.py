@@ -63,9 +63,14 @@ class Attachment:
         self.active = True
 
     def detach(self) -> None:
-        if self.active:
-            self.active = False
-            unhook(self.model)
+        """Takes the hooks off; warns if the cache has read nothing."""
+        if not self.active:
+            return
+        self.active = False
+        unhook(self.model)
+        if self.cache is not None and not self.cache.used:
+            text = "the cache of attach(model, policy) has read nothing, so nothing was evicted: pass past_key_values=cache"
+            warnings.warn(f"{text} to the model or its generate()", UnusedCacheWarning, stacklevel=3)
 
     def __enter__(self) -> Any:
         if self.soft is None:
@@ -77,10 +82,9 @@ class Attachment:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.entered:
             self.entered.pop().__exit__(None, None, None)
+        if kind is not None and self.cache is not None:
+            self.cache.used = True  # or would have been, but for the error
         self.detach()
-        if kind is None and self.cache is not None and not self.cache.used:
-            text = "the cache of attach(model, policy) has read nothing, so nothing was evicted: pass past_key_values=cache"
-            warnings.warn(f"{text} to the model or its generate()", UnusedCacheWarning, stacklevel=2)
 
 
 def attach(

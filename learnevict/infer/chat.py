@@ -30,6 +30,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.attachment = attach(model, policy)
         self.cache: Any = self.attachment.cache
+        self.cache.used = True  # it is handed on here, however little is asked
 
     def ask(self, text: str) -> str:
         """The model's answer to the user's next words; if the template refuses them, the conversation is as it was."""

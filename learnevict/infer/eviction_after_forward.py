@@ -7,6 +7,7 @@ row's last token, so what has been attended to until then is what an event insid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -78,7 +79,13 @@ def _decide_together(policy: Governor, layers: list[EvictingLayer], attended: di
         if not any(crowded):
             continue
         shown = [replace(event.signals, probe_attention=attended.get(event.signals.layer)) for event in events]
-        keeps = policy.keep_together(shown)
+        given: Any = policy.keep_together(shown)
+        keeps = list(given) if isinstance(given, Iterable) else [given]
+        if len(keeps) != len(layers):
+            raise CacheError(
+                f"keep_together(layers) returned {type(given).__name__} of {len(keeps)}, not a list of the slots to keep, one "
+                f"mask for each of {len(layers)} layers"
+            )
         drops = [drop | event.drop(keep, crowded) for drop, event, keep in zip(drops, events, keeps, strict=True)]
         rows = [now or before for now, before in zip(crowded, rows, strict=True)]
     last = [layer.due[-1] for layer in layers]

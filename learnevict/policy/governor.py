@@ -19,6 +19,10 @@ from learnevict.signals import Signals
 
 DEFAULT_BUDGET = 512
 """Slots per layer and kv head, for who names no budget."""
+KINDS: dict[str, type] = {
+    "scorer": Scorer, "allocator": Allocator, "schedule": Schedule, "guard": Guard, "base": Base,
+}  # fmt: skip
+"""Of a Governor's parts."""
 
 
 @runtime_checkable
@@ -95,7 +99,7 @@ class Rule(Governor):
     def keep(self, signals: Signals) -> Any:  # whatever it is, the cache checks it
         return self.given.keep(signals) if hasattr(self.given, "keep") else self.given(signals)
 
-    def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
+    def keep_together(self, layers: Sequence[Signals]) -> Any:
         return self.given.keep_together(layers)
 
 
@@ -107,7 +111,7 @@ def governor(given: Any, **parts: Any) -> Governor:
         **parts: of a Governor, over the object's own.
 
     Raises:
-        UsageError: it can do neither, or is of scope "model" without `keep_together(layers)`.
+        UsageError: it can do neither, a part is of another kind, or it is of scope "model" without `keep_together(layers)`.
         BudgetError: its budget is not understood.
 
     Warns:
@@ -115,14 +119,25 @@ def governor(given: Any, **parts: Any) -> Governor:
     """
     if isinstance(given, Governor):
         return replace(given, **parts) if parts else given
-    own = {part.name: getattr(given, part.name) for part in fields(Governor) if hasattr(given, part.name)}
-    named: dict[str, Any] = {"name": getattr(given, "__name__", type(given).__name__), **own, **parts}
+    own = {part.name: getattr(given, part.name, None) for part in fields(Governor)}
+    own = {name: part for name, part in own.items() if part is not None or (name == "budget" and hasattr(given, name))}
+    named: dict[str, Any] = {**own, "name": getattr(given, "__name__", type(given).__name__), **parts}
+    if isinstance(own.get("name"), str) and "name" not in parts:
+        named["name"] = own["name"]
     if isinstance(given, type) or not callable(getattr(given, "keep", given)):
         raise UsageError(
             f"{named['name']} cannot govern a cache; give a method's policy(budget), an object with keep(signals), or a "
             "function that returns the slots to keep, bool [B, H, N]"
         )
-    if named.get("scope") == "model" and not hasattr(given, "keep_together"):
+    for part, kind in KINDS.items():
+        if not isinstance(named.get(part), kind | None):
+            raise UsageError(
+                f"{type(given).__name__} has a part `{part}` that is no {kind.__name__}, but {type(named[part]).__name__}; "
+                "call it otherwise if it is not meant for the cache"
+            )
+    if (scope := named.get("scope", "layer")) not in ("layer", "model"):
+        raise UsageError(f'{named["name"]} is of scope {scope!r}; choose "layer" or "model"')
+    if scope == "model" and not hasattr(given, "keep_together"):
         raise UsageError(
             f'{named["name"]} is of scope "model" but lacks keep_together(layers); write it, or drop the scope'
         )

@@ -167,6 +167,10 @@ def test_a_cache_that_was_forgotten_is_named():
         with attach(model, hashed()) as cache:
             model(ids)
     assert cache.nbytes == 0
+    attachment = attach(model, hashed())
+    with pytest.warns(UnusedCacheWarning, match="read nothing"):
+        attachment.detach()
+    attachment.detach()
     with pytest.raises(KeyError), attach(model, hashed()):
         raise KeyError
 

@@ -21,6 +21,7 @@ from learnevict.errors import (
     PromptInPiecesWarning,
     StockLayersWarning,
     TraceError,
+    UnusedCacheWarning,
     UsageError,
 )
 from learnevict.hub import weight_hash
@@ -163,12 +164,14 @@ def test_a_new_prompt_in_a_used_cache_is_refused():
 
 def test_attach_checks_the_base_of_gates():
     gates = Gates.make("foresightkv", zoo.build("qwen3"), hidden=4)
-    attach(zoo.build("qwen3"), gates.policy(40, slack=4)).detach()
+    with pytest.warns(UnusedCacheWarning):
+        attach(zoo.build("qwen3"), gates.policy(40, slack=4)).detach()
     other = zoo.fresh("qwen3")
     other.lm_head.weight.add_(1.0)
     with pytest.raises(GateError, match="other weights"):
         attach(other, gates.policy(40, slack=4))
-    attach(other, gates.policy(40, slack=4, allow_other_base=True)).detach()
+    with pytest.warns(UnusedCacheWarning):
+        attach(other, gates.policy(40, slack=4, allow_other_base=True)).detach()
     for changed in ({"num_hidden_layers": 1}, {"num_attention_heads": 2}):
         with pytest.raises(GateError, match="another model"):
             attach(zoo.fresh("qwen3", **changed), gates.policy(40, slack=4, allow_other_base=True))
@@ -202,7 +205,8 @@ def test_gates_are_not_spread_over_devices():
     spread.model.layers[1].to("meta")
     with pytest.raises(GateError, match=r"compute on cpu and meta.*one device"):
         attach(spread, methods.foresightkv.policy(200, gate=random_gates("foresightkv", "llama").gate))
-    attach(spread, random_policy()).detach()
+    with pytest.warns(UnusedCacheWarning):
+        attach(spread, random_policy()).detach()
 
 
 def test_any_changed_tensor_changes_the_fingerprint():

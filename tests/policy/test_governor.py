@@ -98,11 +98,30 @@ def test_the_smallest_policy_of_the_readme():
         (Newest, UsageError, "Newest cannot govern a cache"),
         (SimpleNamespace(keep=newest, budget=12, scope="model"), UsageError, r"lacks keep_together\(layers\)"),
         (SimpleNamespace(keep=newest, budget="a lot"), BudgetError, "'a lot' is not understood"),
+        (SimpleNamespace(keep=newest, budget=None), BudgetError, "None is not understood"),
+        (SimpleNamespace(keep=newest, budget=12, scope="all"), UsageError, "scope 'all'"),
+        (
+            SimpleNamespace(keep=newest, budget=12, scorer=torch.nn.Linear(2, 2)),
+            UsageError,
+            "`scorer` that is no Scorer, but Linear",
+        ),
+        (SimpleNamespace(keep=newest, budget=12, schedule=8), UsageError, "`schedule` that is no Schedule, but int"),
     ],
 )
 def test_who_cannot_govern(given, error, message):
     with pytest.raises(error, match=message):
         governor(given)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "NoneType of 1"), ([None], "list of 1"), (iter(()), "of 0")])
+def test_what_is_no_mask_of_every_layer_is_refused(given, found):
+    model = zoo.build("llama")
+    together = SimpleNamespace(
+        keep=newest, keep_together=lambda layers: given, budget=12, scope="model", schedule=Schedule(4), name=len
+    )
+    cache = EvictingCache(model.config, together)
+    with attach(model), torch.no_grad(), pytest.raises(CacheError, match=rf"{found}, not a list .* each of 2 layers"):
+        model(IDS, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
