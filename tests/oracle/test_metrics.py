@@ -20,7 +20,6 @@ from learnevict.oracle import golden as roll_golden
 from learnevict.oracle.metrics import (
     kept_attention,
     measure,
-    measure_policy,
     ranking_cost,
     recalled,
     top_recall,
@@ -166,7 +165,6 @@ def test_figures_of_a_policy_are_those_of_its_trace(model, batch, method):
     figures = found.figures()
     assert figures["top_recall"] < 1 and figures["regret"] > 1 and 0 < figures["attention_kept"] < 1
     assert figures["attention_kept_min"] < figures["attention_kept"]
-    assert figures == measure_policy(model, policy, ids, mask, prompt_length=[9, 9, 9])
 
 
 def test_golden_is_its_own_measure_and_random_the_other_end(model, batch):
@@ -207,7 +205,7 @@ def test_recovered_loss_is_measured_from_random_to_golden(model, batch):
 
 
 def test_nothing_evicted_leaves_nothing_to_say(model, batch):
-    figures = measure_policy(model, full.policy(), *batch)
+    figures = measure(model, full.policy(), Reference.of(model, *batch, block=128)).figures()
     assert figures["loss_ratio"] == pytest.approx(1.0, rel=1e-5) and figures["attention_kept_min"] == 1.0
     assert not {"oracle_gap_closed", "top_recall", "regret"} & set(figures)
 
@@ -226,10 +224,11 @@ def test_a_text_is_measured_alike_alone_and_beside_others(model, batch):
 
 
 def test_shares_and_rules_are_measured_too(model, batch):
-    figures = measure_policy(model, snapkv.policy("40%", **TERMS), *batch)
+    reference = Reference.of(model, *batch, block=BLOCK)
+    figures = measure(model, snapkv.policy("40%", **TERMS), reference).figures()
     assert {"oracle_gap_closed", "top_recall", "regret"} <= set(figures)
     last = governor(lambda s: s.age < s.budget.view(-1, 1, 1), budget=12, schedule=Schedule(4))
-    figures = measure_policy(model, last, *batch)
+    figures = measure(model, last, reference).figures()
     assert "regret" not in figures and figures["top_recall"] < 1
     with pytest.raises(UsageError, match="block=4"):
         measure(model, h2o.policy(12, **TERMS), Reference.of(model, *batch, block=8))
@@ -354,7 +353,7 @@ def test_a_case_knows_the_oracle(model, case):
     close(case.labels(by_value)[1] * mask[:, None, :, None], weighted)
     scores = case.measure(case.golden)
     losses = case.losses(case.run(case.golden)[0]).sum(-1)
-    assert scores.loss == pytest.approx(losses.tolist(), rel=1e-5)
+    assert scores["loss"] == pytest.approx(losses.tolist(), rel=1e-5)
 
 
 def test_an_output_changes_as_its_label_says(case):
