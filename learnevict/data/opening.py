@@ -43,7 +43,6 @@ def read_source(
     source: str | Source,
     tokenizer: Any,
     limit: int,
-    max_length: int = 4096,
     *,
     first_seed: int = 0,
     families: tuple[str, ...] = testbed.FAMILIES,
@@ -55,10 +54,9 @@ def read_source(
         source: "testbed", a file, folder or dataset, as data.sources.Source has it.
         tokenizer: of the base model.
         limit: documents at most.
-        max_length: tokens of a document at most, where `source` is a name.
         first_seed, families, split: of the testbed; a family named twice gives twice as many texts, each of them once.
     """
-    where = source if isinstance(source, Source) else Source(source, max_length=max_length)
+    where = source if isinstance(source, Source) else Source(source)
     if where.name != TESTBED:
         return read_documents(where, tokenizer, limit)[0]
     if where.packed:

@@ -30,12 +30,12 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def resamples(num_samples: int, draws: int, seed: int, stratum: int = 0) -> np.ndarray:
+def resamples(num_samples: int, draws: int, seed: int = 0, stratum: int = 0) -> np.ndarray:
     """Returns indices of bootstrap draws, int64 [draws, num_samples]; same arguments, same draws, so figures stay paired."""
     return np.random.default_rng([seed, stratum]).integers(0, num_samples, (draws, num_samples))
 
 
-def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def ratio(above: Sequence[float], below: Sequence[float], *, draws: int = DRAWS) -> Estimate:
     """Returns sum(above) / sum(below), samples resampled in pairs.
 
     Draws whose denominator is not positive are left out of the interval. NaN where nothing can be divided.
@@ -45,26 +45,26 @@ def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0, draw
         raise ValueError(f"{len(top)} numerators and {len(bottom)} denominators are no pairs")
     if bottom.sum() <= 0:
         return Estimate(math.nan, math.nan, math.nan)
-    index = resamples(len(top), draws, seed)
+    index = resamples(len(top), draws)
     return estimate(float(top.sum() / bottom.sum()), top[index].sum(-1), bottom[index].sum(-1))
 
 
-def step_accuracy(right: Sequence[float], seen: Sequence[float], *, seed: int = 0) -> Estimate:
+def step_accuracy(right: Sequence[float], seen: Sequence[float]) -> Estimate:
     """Returns share of answer-mask tokens predicted right (micro-average)."""
-    return ratio(right, seen, seed=seed)
+    return ratio(right, seen)
 
 
-def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def mean(values: Sequence[float]) -> Estimate:
     """Returns the plain mean over samples."""
-    return ratio(values, [1.0] * len(values), seed=seed)
+    return ratio(values, [1.0] * len(values))
 
 
-def share(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def share(values: Sequence[float]) -> Estimate:
     """Returns the mean over samples that are right (1) or wrong (0), with Wilson's interval; see `mean_of_shares`."""
-    return mean_of_shares([values], seed=seed) if values else mean(values, seed=seed)
+    return mean_of_shares([values]) if values else mean(values)
 
 
-def mean_of_shares(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
+def mean_of_shares(strata: Sequence[Sequence[float]]) -> Estimate:
     """Returns the mean over families of the share of right samples (1), families counting alike, with Wilson's interval.
 
     The interval is that of one share of as many samples as the families would have together if all were of the smallest
@@ -73,7 +73,7 @@ def mean_of_shares(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estim
     are resampled within their family instead.
     """
     if not all({0.0, 1.0}.issuperset(values) for values in strata):
-        return mean_share([(values, [1.0] * len(values)) for values in strata], seed=seed)
+        return mean_share([(values, [1.0] * len(values)) for values in strata])
     value = sum(sum(values) / len(values) for values in strata) / len(strata)
     return wilson(value, len(strata) * min(map(len, strata)))
 
@@ -89,11 +89,11 @@ def wilson(value: float, num: int) -> Estimate:
     return Estimate(value, max(middle - half, 0.0), min(middle + half, 1.0))
 
 
-def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Estimate:
+def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate:
     """Returns the mean over families of sum(right) / sum(seen), families counting alike; samples are resampled within each."""
     sums = np.zeros(DRAWS + 1)
     for stratum, (right, seen) in enumerate(strata):
-        index = resamples(len(seen), DRAWS, seed, stratum)
+        index = resamples(len(seen), DRAWS, stratum=stratum)
         above, below = np.asarray(right, dtype=np.float64), np.asarray(seen, dtype=np.float64)
         sums[0] += above.sum() / below.sum()
         sums[1:] += above[index].sum(-1) / below[index].sum(-1)
@@ -101,11 +101,9 @@ def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]], *, see
     return estimate(float(sums[0]), sums[1:], np.ones(DRAWS))
 
 
-def paired_difference(
-    one: Sequence[float], other: Sequence[float], seen: Sequence[float], *, seed: int = 0
-) -> Estimate:
+def paired_difference(one: Sequence[float], other: Sequence[float], seen: Sequence[float]) -> Estimate:
     """Returns step accuracy of `one` minus that of `other` on the same samples; an interval above zero: really better."""
-    return ratio(np.subtract(one, other).tolist(), seen, seed=seed)
+    return ratio(np.subtract(one, other).tolist(), seen)
 
 
 def estimate(value: float, above: np.ndarray, below: np.ndarray) -> Estimate:

@@ -12,7 +12,6 @@ recovered loss    (loss of random - loss) / (loss of random - loss of golden) un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,24 +124,6 @@ class PolicyMetrics:
             "attention_kept_min": float(chosen.attention_least.min()),
         }
         return {name: value for name, value in found.items() if value == value}
-
-
-def measure_policy(
-    model: PreTrainedModel,
-    policy: AnyPolicy,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: Int[Tensor, "B T"] | None = None,
-    *,
-    prompt_length: Sequence[int] | Int[Tensor, "B"] | None = None,
-    loss_mask: Bool[Tensor, "B T"] | None = None,
-) -> dict[str, float]:
-    """Returns the figures of a policy run teacher-forced over texts; for several policies make one Reference, see `measure`."""
-    policy = governor(policy)
-    block = policy.schedule.period
-    reference = Reference.of(
-        model, input_ids, attention_mask, block=block, prompt_length=prompt_length, loss_mask=loss_mask
-    )
-    return measure(model, policy, reference).figures()
 
 
 @torch.no_grad()

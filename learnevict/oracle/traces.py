@@ -157,7 +157,7 @@ class Roll:
         fits = beside <= self.limit[:, m].view(-1, 1, 1) - prompt.clamp(max=seen)
         return fits & evictable(position, seen, prompt, self.guard, block=0)
 
-    def trace(self, score: Score, source: str = "", budget: int | None = None) -> Trace:
+    def trace(self, score: Score) -> Trace:
         """Returns the trace of evicting after every block what scores lowest.
 
         `held` is int64 [L, B, H, N], ascending unpadded positions, with T (an empty place) where a head holds fewer.
@@ -182,7 +182,7 @@ class Roll:
                 expiry.scatter_(-1, where.where(victim, num), end.expand_as(where).contiguous())
                 held = held.masked_fill(victim, num)
             held = held.sort(-1).values[..., : int((held < num).sum(-1).max())]
-        return Trace(expiry[..., :num], source, budget, self.block, self.guard.terms)
+        return Trace(expiry[..., :num], period=self.block, guard=self.guard.terms)
 
     def _excess(self, held: Tensor, m: int) -> Tensor:
         """Returns how many tokens must go, [L, B, H], [L, B, 1] or [1, B, 1], of tokens held [L, B, H]."""

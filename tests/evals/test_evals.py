@@ -26,14 +26,14 @@ from learnevict.evals.report import write_report
 from learnevict.evals.sample_log import SampleLog, log_path
 from learnevict.evals.suite import run
 from learnevict.evals.tasks import FamilyTask, TextBatch, family_tasks, read, resolve
-from learnevict.evals.teacher_forced import measure, measure_golden
+from learnevict.evals.teacher_forced import measure, measure_golden, reference
 from learnevict.files import locked
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
-from learnevict.oracle.metrics import measure_policy
+from learnevict.oracle.metrics import measure as measure_policy
 from tests.interrupting import ctrl_c_after
 from tools.results import pairs, sections, tables, tuning
 from tools.results.label_table import Tried, TriedLabels, label_tables
@@ -592,10 +592,7 @@ def test_rows_tell_how_near_the_oracle_is(finished, subject):
     assert random_row["attention_kept_min"] < random_row["attention_kept"] < golden_row["attention_kept"] < 1
     given = read(subject.tokenizer, [testbed.generate("recall", seed) for seed in range(5)])
     policy = random.policy(QUARTER, **COMPARISON.options)
-    figures = measure_policy(
-        subject.model, policy, given.input_ids, given.attention_mask, prompt_length=given.prompt_length,
-        loss_mask=given.loss_mask,
-    )  # fmt: skip
+    figures = measure_policy(subject.model, policy, reference(subject.model, given, COMPARISON)).figures()
     for name in ORACLE_KEYS[1:]:
         assert random_row[name] == pytest.approx(figures[name], rel=1e-3), name
     plan = small_plan(free="none", oracle=False, num_samples=2, budgets=("64",))

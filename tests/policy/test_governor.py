@@ -13,7 +13,8 @@ from learnevict import EvictingCache, attach, methods, testbed
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, CacheError, DefaultBudgetWarning, UsageError
 from learnevict.infer.generate import generate
-from learnevict.oracle.metrics import measure_policy
+from learnevict.oracle.metrics import measure
+from learnevict.oracle.reference import Reference
 from learnevict.policy import Schedule, governor
 from tests.laws import zoo
 
@@ -53,7 +54,7 @@ def test_it_generates_and_is_measured():
     tokenizer: Any = SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids))
     found = generate(model, tokenizer, Newest(), [IDS[0].tolist()], max_new_tokens=6)[0]
     assert (found.budget, found.kept) == (12, [[13, 13]] * 2)
-    figures = measure_policy(model, Newest(), IDS)
+    figures = measure(model, Newest(), Reference.of(model, IDS, block=4)).figures()
     assert "regret" not in figures and figures["top_recall"] < 1
 
 
