@@ -233,6 +233,10 @@ def check_folder(folder: Path, names: Collection[str], proof: str, mark: bytes) 
         mark: as in `check`.
     """
     with writing(folder):
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{str(folder)!r} is the folder you are in, or holds it; name another one, such as a new one in it"
+            )
         fresh, old = _beside(folder)
         if not folder.exists() and old.exists() and fresh.exists():
             os.replace(fresh, folder)

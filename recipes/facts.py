@@ -19,7 +19,7 @@ from pathlib import Path
 
 from learnevict.errors import DataError, UsageError, told_in_one_line
 from learnevict.files import check, write
-from learnevict.infer.prompts.text_files import read_file
+from learnevict.infer.prompts.text_files import checked, parse_row, read_lines
 from learnevict.train.run.flags import check_fields, flag, read_flags
 
 FIRST = "Anna Ben Clara David Elena Frank Greta Hugo Iris Jonas Karla Leon Mara Nils Olga Paul Rita Simon Tessa Viktor".split()
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         DataError: the prose cannot be read, or is shorter than one chat.
     """
     check(Path(config.out), MARK)
-    rows = [json.loads(line)["text"] for line in read_file(Path(config.data)).splitlines() if line.strip()]
+    rows = [read_text(line, number, config.data) for number, line in enumerate(read_lines(Path(config.data)), 1)]
     sentences = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", " ".join(rows)).strip())
     lines: list[str] = []
     for index in range(config.chats):
@@ -65,6 +65,17 @@ def main(config: Config) -> None:
         lines.append(json.dumps({"messages": [{"role": "user", "content": chat(draw, sentences, config)}]}) + "\n")
     write(Path(config.out), "".join(lines), MARK)
     print(f"{len(lines)} chats: {config.out}")
+
+
+def read_text(line: bytes, number: int, source: str) -> str:
+    """Returns the text of a line of JSON; a DataError if it has none."""
+    try:
+        found = parse_row(line).get("text") if line.strip() else ""
+        if not isinstance(found, str):
+            raise DataError('has no "text"')
+    except DataError as error:
+        raise DataError(f"line {number} of {source!r} {error}") from error
+    return checked(found, f"line {number} of {source!r} ")
 
 
 def chat(draw: random.Random, sentences: list[str], config: Config) -> str:

@@ -161,6 +161,9 @@ def test_a_folder_is_replaced_as_a_whole_and_only_by_its_own_kind(tmp_path):
             check_folder(folder, *KIND)
         strange.unlink()
     strange.parent.rmdir()
+    for name in (".", "..", "/"):
+        with pytest.raises(DataError, match="is the folder you are in, or holds it"):
+            check_folder(Path(name), *KIND)
     (folder / "a.json").write_text("{}")
     with pytest.raises(DataError, match=r"holds a\.json, not written"), replacing_folder(folder, *KIND):
         pass

@@ -200,7 +200,11 @@ def read_rows(path: Path) -> list[Row]:
     rows: Any = []
     try:
         whole = json.loads(text) if text.lstrip().startswith("{") and "\n{" not in text.strip() else None
-        rows = whole["rows"] if whole and "rows" in whole else [json.loads(line) for line in text.splitlines() if line]
+        rows = (
+            whole["rows"]
+            if whole and "rows" in whole
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{str(path)!r} is neither JSON lines nor a report: {error}") from error
     known = {"method", "family", "budget"}

@@ -31,7 +31,7 @@ from learnevict.data.documents import Collator
 from learnevict.data.opening import describe_base, families_of, load_base, longest_text
 from learnevict.hub import Gates
 from learnevict.train.run.estimate import estimate, length_of, memory_of, report
-from learnevict.train.run.flags import check_fields, flag, literal, read_file, read_flags, refuse_unknown
+from learnevict.train.run.flags import check_fields, flag, is_file, literal, read_file, read_flags, refuse_unknown
 from learnevict.train.run.launch import find_tools, launch_defaults
 from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.registry import required, trainable_method
@@ -178,9 +178,11 @@ def parse(arguments: list[str], program: str | None = None) -> Arguments:
         program: the command's name for --help; None: that of this process.
     """
     find_tools()
+    if arguments and not arguments[0].startswith("-") and not is_file(arguments[0]):
+        method, *rest = arguments
+        file = rest[:1] if is_file(*rest[:1]) else []  # the file comes first
+        arguments = [*file, "--method", method, *rest[len(file) :]]
     words, written = read_file(arguments)
-    if words and words == arguments and not words[0].startswith("-"):
-        words = arguments = ["--method", *words]
     name = str(_early(words, ["method"]).get("method", written.get("method", DistillConfig.method)))
     early = {**written, **_early(words, required(name))}
     method = trainable_method(name, {key: literal(value) for key, value in early.items()})

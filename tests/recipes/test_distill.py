@@ -181,6 +181,16 @@ def test_a_file_of_flags(tmp_path, distill, flags):
     path.write_text("hiden: 8\nlearning_rate: 0.1\n")
     with pytest.raises(UsageError, match=r"sets hiden, which nobody here knows; known are .*hidden.*TrainingArguments"):
         distill.parse([str(path)])
+    for text, said in (
+        ("max_steps: 1\nmax-steps: 2\n", "max_steps more than once"),
+        ("output_dir:\n", "output_dir to null"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            distill.parse([str(path)])
+    path.write_text("hidden: 8\n")
+    found = distill.parse(["foresightkv", str(path), "--max_steps", "9"])
+    assert (found.common.method, found.settings["hidden"], found.training.max_steps) == ("foresightkv", 8, 9)
     path.write_text("- 8\n")
     with pytest.raises(UsageError, match="holds no flags"):
         distill.parse([str(path)])

@@ -29,3 +29,6 @@ def test_chats_have_facts_and_the_asked_length(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match=r"prose\.jsonl"):
         facts.main(facts.parse([*words, "--out", str(tmp_path / "prose.jsonl")]))
+    (tmp_path / "odd.jsonl").write_text('{"text": "one\u2028line of prose"}\n\n{"words": "?"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 3 of .*odd\.jsonl' has no \"text\""):
+        facts.main(facts.parse(["--data", str(tmp_path / "odd.jsonl"), "--out", str(tmp_path / "four.jsonl")]))

@@ -157,24 +157,28 @@ def read_flags(
     return Flags(vars(found), given | set(written))
 
 
-def read_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the words without a YAML file in front, and the flags in that file.
+def is_file(word: str = "") -> bool:
+    """Returns whether a word is the name of a file of flags."""
+    return word.lower().endswith((".yaml", ".yml"))
 
-    Raises:
-        UsageError: it cannot be read, or is no mapping.
-    """
+
+def read_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Returns the words without a YAML file in front, and its flags; a UsageError if it cannot be read or is no mapping."""
     import yaml
 
     words = list(arguments)
-    if not words or not words[0].lower().endswith((".yaml", ".yml")):
+    if not is_file(*words[:1]):
         return words, {}
     path = Path(words.pop(0))
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found, node = (read(path.read_text(encoding="utf-8")) for read in (yaml.safe_load, yaml.compose))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read flags from {str(path)!r}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{str(path)!r} holds no flags; write one a line, as in `learning_rate: 0.001`")
+    names = [str(name.value).replace("-", "_") for name, _ in node.value] if node else []
+    if twice := ", ".join(sorted({name for name in names if names.count(name) > 1})):
+        raise UsageError(f"{str(path)!r} sets {twice} more than once; leave one of them")
     return words, {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
@@ -234,7 +238,11 @@ def _as_words(written: Mapping[str, Any], parser: Any) -> Iterator[str]:
     many = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     for name, value in written.items():
-        empty = isinstance(hints[name], type) or (get_args(hints[name]) and type(None) not in get_args(hints[name]))
+        empty = (
+            name == "output_dir"
+            or isinstance(hints[name], type)
+            or (get_args(hints[name]) and type(None) not in get_args(hints[name]))
+        )
         if (isinstance(value, list) and (name not in many or not value)) or (value is None and empty):
             raise UsageError(
                 f"the configuration file sets {name} to {json.dumps(value)}; give it a value, or leave it out"
