@@ -58,7 +58,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: int | str | Budget) -> Budget:
-        """Read 512, "512", "25%", "1/4" or "64MiB".
+        """Reads 512, "512", "25%", "1/4" or "64MiB".
 
         Raises:
             BudgetError: anything else, or an amount that is not positive.
@@ -80,7 +80,7 @@ class Budget:
         raise BudgetError(f"budget {text!r:.80} is out of range; give {EXAMPLES}")
 
     def tokens(self, seen: int, floor: int, row_bytes_per_token: int, num_layers: int, reserve: int) -> int:
-        """Resolve to slots per (layer, kv head).
+        """Returns slots per (layer, kv head).
 
         Args:
             seen: tokens the row has seen (used by shares).

@@ -116,23 +116,23 @@ FREE_SPACE = "free some space, then run it again"
 
 
 def debugging() -> bool:
-    """Whether LEARNEVICT_DEBUG asks for tracebacks."""
+    """Returns whether LEARNEVICT_DEBUG asks for tracebacks."""
     return os.environ.get("LEARNEVICT_DEBUG", "0") not in ("", "0")
 
 
 def unusable(error: OSError, remedy: str) -> str:
-    """What the operating system says of a file, and what to do: on a full disk, no other file would be any better."""
+    """Returns what the operating system says of a file, and what to do: on a full disk, no other file would be any better."""
     return f"{error.strerror or type(error).__name__}; {FREE_SPACE if is_disk_full(error) else remedy}"
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether an error, of the operating system or of a library that writes, comes from a disk without room."""
+    """Returns whether an error, of the operating system or of a library that writes, comes from a disk without room."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 @contextmanager
 def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
-    """Around the main part of a program: what went wrong as one line, and no traceback unless LEARNEVICT_DEBUG=1.
+    """Says in one line what went wrong inside, the main part of a program; no traceback unless LEARNEVICT_DEBUG=1.
 
     Args:
         after_interrupt: what Ctrl-C leaves behind and how to go on.
@@ -159,7 +159,7 @@ def told_in_one_line(after_interrupt: str) -> Generator[None, None, None]:
 
 
 def unforeseen(error: Exception, flag: str) -> str:
-    """One line about an error that nothing else explains; `flag` is what shows its traceback."""
+    """Returns one line about an error that nothing else explains; `flag` is what shows its traceback."""
     kind, said = type(error).__name__, " ".join(str(error).split())
     remedy = FREE_SPACE if is_disk_full(error) else f"for the traceback run it again with {flag}"
     return f"{kind}{': ' * bool(said)}{said[:300]}; {remedy}"
@@ -167,7 +167,7 @@ def unforeseen(error: Exception, flag: str) -> str:
 
 @contextmanager
 def needing(extra: str) -> Generator[None, None, None]:
-    """Around imports of a program: what is not installed is told in one line.
+    """Says in one line which import of a program inside is not installed.
 
     Args:
         extra: of this package, that brings it.

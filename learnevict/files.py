@@ -36,13 +36,13 @@ HEAD = 2**16
 
 
 def special(path: Path) -> bool:
-    """Whether a path is a device, a pipe or an open file of this process, which can be written to but not replaced."""
+    """Returns whether a path is a device, a pipe or an open file of this process, which can be written to but not replaced."""
     named = str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/"))
     return named or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def is_ours(path: Path, mark: bytes) -> bool:
-    """Whether a file bears a mark of ours, or is empty; an OSError if it cannot be read."""
+    """Returns whether a file bears a mark of ours, or is empty; an OSError if it cannot be read."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     return not head or mark in head

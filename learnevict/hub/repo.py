@@ -87,13 +87,13 @@ def insist(call: Callable[..., Answer], *args: object, num_bytes: int = 0, **opt
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether it is the network or the Hub itself that failed, and not the question."""
+    """Returns whether it is the network or the Hub itself that failed, and not the question."""
     answered = any(_status(one) and _status(one) // 100 != 5 for one in _chain(error))
     return not answered and any(isinstance(one, (HTTPError, ConnectionError, TimeoutError)) for one in _chain(error))
 
 
 def offline(error: BaseException) -> bool:
-    """Whether the user has forbidden the network."""
+    """Returns whether the user has forbidden the network."""
     return any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error))
 
 

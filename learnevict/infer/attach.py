@@ -95,7 +95,7 @@ def attach(
     prompt_length: list[int] | None = None,
     soft: bool = False,
 ) -> Attachment:
-    """Let `model`, any that dispatches through transformers' attention interface, use evicting caches.
+    """Lets `model`, any that dispatches through transformers' attention interface, use evicting caches.
 
     Args:
         policy: governs the cache that `with attach(model, policy) as cache:` yields. Without one only hooks are set, and
@@ -129,7 +129,7 @@ def attach(
 
 
 def hook(model: PreTrainedModel) -> None:
-    """Set the hooks, or count one more user of those that are there."""
+    """Sets the hooks, or counts one more user of those that are there."""
     with _lock:
         if model in _hooked:
             _hooked[model].count += 1
@@ -154,7 +154,7 @@ def hook(model: PreTrainedModel) -> None:
 
 
 def unhook(model: PreTrainedModel) -> None:
-    """One user fewer; the last one removes the hooks."""
+    """Counts one user fewer; the last one removes the hooks."""
     with _lock:
         hooks = _hooked[model]
         hooks.count -= 1
@@ -218,7 +218,7 @@ def attention_function(
     learnevict: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered with transformers: [B, S, Hq, dv], and no probabilities."""
+    """Returns attention [B, S, Hq, dv], and no probabilities; registered with transformers."""
     if kwargs.get("cache") is not None:
         raise CacheError(
             "continuous batching (PagedAttentionCache) shares blocks between heads, so heads cannot evict apart"

@@ -36,7 +36,7 @@ class Run(ABC):
 
     @abstractmethod
     def takes(self, layer: int) -> bool:
-        """Whether this layer attends through `attend`, asked before its module runs; if not, it attends as it always does."""
+        """Returns whether this layer attends through `attend`, asked before its module runs; if not, it attends as always."""
 
     @abstractmethod
     def attend(
@@ -50,7 +50,7 @@ class Run(ABC):
         """
 
     def masks(self, window: int | None) -> bool:
-        """Whether visibility in layers with this sliding window (None: full attention) is decided without a mask."""
+        """Returns whether visibility in layers with this sliding window (None: full attention) is decided without a mask."""
         return window is None
 
 
@@ -59,7 +59,7 @@ RUN: ContextVar[Run | None] = ContextVar("learnevict_run", default=None)
 
 @contextmanager
 def running(run: Run) -> Generator[None]:
-    """Inside, `run` is the active one."""
+    """Makes `run` the active one inside."""
     token = RUN.set(run)
     try:
         yield
@@ -76,7 +76,7 @@ class Step(NamedTuple):
 
 
 def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> Tensor:
-    """One query per row [B, Hq, 1, d] over every occupied slot, its own included: [B, Hq, 1, dv], and no probabilities."""
+    """Returns attention of one query per row [B, Hq, 1, d] over every occupied slot, its own included: [B, Hq, 1, dv]."""
     batch, query_heads = query.shape[:2]
     plain = attention.softcap is None and attention.sinks is None
     if not plain or isinstance(store, PagePool):
@@ -88,7 +88,7 @@ def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attenti
 
 
 def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
-    """As `step_attention`, with probabilities float32 [B, H, G, 1, N]: every occupied slot is visible to the newest query."""
+    """Returns what `step_attention` does, and probabilities float32 [B, H, G, 1, N]; the query sees every occupied slot."""
     batch, query_heads = query.shape[:2]
     logits = store.logits(query.view(batch, store.position.shape[1], -1, query.shape[3]))
     bias = store.bias.unsqueeze(2)
@@ -100,7 +100,7 @@ def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attentio
 
 
 def block_attention(store: SlotPool | PagePool, signals: Signals) -> tuple[Tensor, Tensor]:
-    """A block of fresh queries over the slots, causal inside it: [B, Hq, S, dv] and probabilities float32 [B, H, G, S, N]."""
+    """Returns causal attention of fresh queries over the slots, [B, Hq, S, dv], and probabilities float32 [B, H, G, S, N]."""
     batch, query_heads, size, width = signals.query.shape
     heads = store.position.shape[1]
     logits = store.logits(signals.query.reshape(batch, heads, -1, width))
@@ -119,7 +119,7 @@ def replay_attention(
     attention: Attention,
     block: int = 128,
 ) -> Tensor:
-    """Causal attention in which token i of a head is visible to query t iff i <= t < expiry[i]: [B, Hq, T, dv].
+    """Returns causal attention in which token i of a head is visible to query t iff i <= t < expiry[i]: [B, Hq, T, dv].
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
@@ -142,7 +142,7 @@ def replay_attention(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-    """Attention of a layer that keeps its stock cache, [B, Hq, S, dv].
+    """Returns attention of a layer that keeps its stock cache, [B, Hq, S, dv].
 
     Args:
         query: [B, Hq, S, d]; key [B, H, N, d]; value [B, H, N, dv].
@@ -157,7 +157,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, attention: Attention, bias: Tensor | None = None
 ) -> Tensor:
-    """Queries [B, Hq, S, d] over whole keys [B, H, N, d] and values [B, H, N, dv]: [B, Hq, S, dv].
+    """Returns attention of queries [B, Hq, S, d] over whole keys [B, H, N, d] and values [B, H, N, dv]: [B, Hq, S, dv].
 
     `visible` and `bias` are as of Attention.probabilities.
     """

@@ -127,7 +127,7 @@ class EvictingCache(Cache):
         self.clock.commit()
 
     def starts_with(self, ids: Any, attention_mask: Tensor | None = None) -> bool:
-        """Whether a text [T] or [B, T], tensor or lists, begins with all that was read (padding aside) and goes on."""
+        """Returns whether a text [T] or [B, T], tensor or lists, begins with all that was read (padding aside) and goes on."""
         return self.conversation.starts(as_batch(ids), attention_mask)
 
     def check_served(self) -> None:
@@ -140,7 +140,7 @@ class EvictingCache(Cache):
             )
 
     def _warn_of_pieces(self) -> None:
-        """Once per conversation: where the prompt ends cannot be seen when it comes in several forwards."""
+        """Warns once per conversation that where the prompt ends cannot be seen when it comes in several forwards."""
         schedule, clock = self.policy.schedule, self.clock
         waits = self.policy.guard.prompt or schedule.prompt == "end"
         again = not self.conversation.step and clock.length and not clock.decoding and clock.prompt_length is None
@@ -186,14 +186,14 @@ class EvictingCache(Cache):
         return sum(layer.aux_nbytes for layer in self._slots())
 
     def positions(self, layer: int) -> Tensor:
-        """Which token each slot of an evicting layer that has run holds, int32 [B, H, slots], -1 = empty."""
+        """Returns which token each slot of an evicting layer that has run holds, int32 [B, H, slots], -1 = empty."""
         found = self.layers[layer]
         if not isinstance(found, EvictingLayer) or found.store is None:
             raise CacheError(f"layer {layer} holds no slots (evicting layers: {self.evicting}; run the model first)")
         return found.store.position
 
     def trace(self) -> Trace:
-        """The recorded history: expiry int32 [L, B, H, T]; layers that stay stock never expire."""
+        """Returns the recorded history: expiry int32 [L, B, H, T]; layers that stay stock never expire."""
         slots = self._slots()
         if not self.record or any(layer.expiry is None for layer in slots):
             raise TraceError(
@@ -238,7 +238,7 @@ class EvictingCache(Cache):
                 self.layers[index] = stock[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row beam_idx[i] (beam search); refused while a trace is recorded, as beams have no single history."""
+        """Makes row i what row beam_idx[i] was (beam search); refused while a trace is recorded: beams have several."""
         if self.record and any(layer.expiry is not None for layer in self._slots()):
             raise CacheError("beams record no trace; create the cache with record=False")
         with ordinary_tensors():
@@ -263,7 +263,7 @@ class EvictingCache(Cache):
 
 
 def stored_bytes(layer: object) -> int:
-    """Bytes of keys and values of one cache layer, stock or evicting."""
+    """Returns bytes of keys and values of one cache layer, stock or evicting."""
     if isinstance(layer, EvictingLayer):
         return layer.nbytes
     held = [getattr(layer, name, None) for name in ("keys", "values")]

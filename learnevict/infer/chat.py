@@ -33,7 +33,7 @@ class Chat:
         self.cache.used = True  # it is handed on here, however little is asked
 
     def ask(self, text: str) -> str:
-        """The model's answer to the user's next words; if the template refuses them, the conversation is as it was."""
+        """Returns the model's answer to the user's next words; if the template refuses them, the conversation is as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = torch.tensor([read_chat(self.tokenizer, messages)], device=device_of(self.model))
         if not self.cache.starts_with(ids):

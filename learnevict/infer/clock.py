@@ -69,7 +69,7 @@ class Block:
         return rows, places
 
     def take(self, values: Tensor, dim: int) -> Tensor:
-        """The block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
+        """Returns the block's part of a fresh tensor; dim 0 is the batch, `dim` the tokens."""
         if isinstance(self.columns, slice):
             whole = self.columns.stop - self.columns.start == values.shape[dim]
             return values if whole else values[(slice(None),) * dim + (self.columns,)]
@@ -80,7 +80,7 @@ class Block:
         return values.gather(dim, self.columns.view(shape).expand(target))
 
     def put(self, out: Tensor, values: Tensor) -> None:
-        """Write [B, Hq, W, d] back to where `take` read it in out [B, Hq, S, d]."""
+        """Writes [B, Hq, W, d] back to where `take` read it in out [B, Hq, S, d]."""
         if isinstance(self.columns, slice):
             out[:, :, self.columns] = values
             return
@@ -194,7 +194,7 @@ class Clock:
         self.pending = 0
 
     def next_event(self, row: int, seen: int) -> int:
-        """How many tokens a row has read at its first event after `seen`; NEVER if forwards may be of any length."""
+        """Returns how many tokens a row has read at its first event after `seen`; NEVER if forwards may be of any length."""
         schedule, prompt = self.schedule, self.prompt_length
         grid = seen + schedule.period - seen % schedule.period
         if not schedule.active or (schedule.prompt == "end" and prompt is None):  # then it ends with its forward
@@ -206,7 +206,7 @@ class Clock:
     def _queues(
         self, batch: int, size: int, mask: Tensor | None, padded: list[bool] | None
     ) -> list[range] | list[list[int]]:
-        """The real columns of each row."""
+        """Returns the real columns of each row."""
         if mask is None:
             return [range(1 - over) for over in padded] if padded else [range(size)] * batch
         flags = mask[:, -size:].bool().tolist()
@@ -217,7 +217,7 @@ class Clock:
         ]
 
     def _extend_prompt(self, queues: list[range] | list[list[int]], single: bool) -> None:
-        """Tokens read before the first single step are the prompt, unless its length was given."""
+        """Counts tokens read before the first single step as the prompt, unless its length was given."""
         if single and self.prompt_length is None:
             self.decoding = all(self.seen)
         for row, queue in enumerate(queues):
@@ -275,7 +275,7 @@ class Clock:
         return schedule.decode and on_grid if past_prompt else last
 
     def _to_prompt_end(self, row: int) -> int:
-        """Tokens to the end of the row's prompt, where a schedule that waits for it cuts a block; else no limit."""
+        """Returns tokens to the end of the row's prompt, where a schedule that waits for it cuts a block; else no limit."""
         if self.schedule.prompt == "blocks" or self.prompt_length is None:
             return NEVER
         left = self.prompt_length[row] - self.seen[row]

@@ -33,7 +33,7 @@ class Event:
             columns[name] = fresh.to(columns[name].dtype)
 
     def waiting(self) -> Event:
-        """The same, holding nothing but what the policy may see: no part of a longer forward's states."""
+        """Returns the same event, holding nothing but what the policy may see: no part of a longer forward's states."""
         names = ("query", "key", "value", "hidden", "tokens")
         parts = {name: getattr(self.signals, name) for name in names}
         parts = {name: alone(part) for name, part in parts.items()}
@@ -43,7 +43,7 @@ class Event:
         return self.storage.targets_after(self.block)
 
     def crowded(self) -> list[bool]:
-        """Rows that are due and hold more than their budget."""
+        """Returns which rows are due and hold more than their budget."""
         return [
             due and live > target
             for due, live, target in zip(self.block.due, self.storage.live, self.targets(), strict=True)
@@ -69,7 +69,7 @@ class Event:
 
 
 def alone(part: Tensor | None) -> Tensor | None:
-    """The tensor without what else its memory holds."""
+    """Returns the tensor without what else its memory holds."""
     if part is None or part.untyped_storage().nbytes() == part.nbytes:
         return part
     return part.clone()

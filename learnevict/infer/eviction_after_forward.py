@@ -28,7 +28,7 @@ class Deferring(ProbedCache, Protocol):
 
 
 def is_deferred(policy: Governor) -> bool:
-    """Whether the policy's events are held after the forward."""
+    """Returns whether the policy's events are held after the forward."""
     return policy.scope == "model" or policy.probe is not None
 
 
@@ -52,7 +52,7 @@ def hold_events(cache: Deferring, decoder: nn.Module) -> None:
 
 
 def _crowded(layers: list[EvictingLayer]) -> list[list[bool]]:
-    """For each event of a forward, rows that are due and hold more than their budget in all layers together."""
+    """Returns, for each event of a forward, which rows are due and hold more than their budget in all layers together."""
     found: list[list[bool]] = []
     for events in zip(*(layer.due for layer in layers), strict=True):
         held = [sum(rows) for rows in zip(*(event.storage.held for event in events), strict=True)]
@@ -63,13 +63,13 @@ def _crowded(layers: list[EvictingLayer]) -> list[list[bool]]:
 
 
 def _room(event: Event) -> list[int]:
-    """Slots that the budget leaves to each row in all heads of one layer."""
+    """Returns the slots that the budget leaves to each row in all heads of one layer."""
     heads = event.signals.position.shape[1]
     return [heads * target for target in event.targets()]
 
 
 def _decide_together(policy: Governor, layers: list[EvictingLayer], attended: dict[Any, Tensor]) -> None:
-    """Ask the policy for all layers at once, evict, and fit every layer's pages to what it holds then.
+    """Asks the policy for all layers at once, evicts, and fits every layer's pages to what it holds then.
 
     This waits for the device once: how much each layer holds must be known to give back what it does not.
     """

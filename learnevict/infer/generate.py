@@ -81,7 +81,7 @@ def generate(
     record: bool = False,
     **sampling: Any,
 ) -> list[Completion]:
-    """Answer prompts under a policy; a Completion per prompt, in order.
+    """Answers prompts under a policy and returns a Completion per prompt, in order.
 
     Args:
         policy: governs the cache; None leaves the stock cache and the model's own attention.
@@ -108,14 +108,14 @@ def generate(
 
 
 def read_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a plain text, with the special tokens that the tokenizer adds."""
+    """Returns the token ids of a plain text, with the special tokens that the tokenizer adds."""
     if not text.strip():
         raise DataError("the prompt is empty; give at least one word")
     return list(tokenizer(checked(text, "the prompt ")).input_ids)
 
 
 def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, up to where the assistant answers."""
+    """Returns the token ids of a conversation under the tokenizer's chat template, up to where the assistant answers."""
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template; give a plain prompt, without --chat or messages")
     if not any(str(message.get("content", "")).strip() for message in messages):
@@ -155,7 +155,7 @@ class Printer(TextStreamer):
 
 
 def printer(tokenizer: Any) -> BaseStreamer:
-    """A streamer that prints the answer to one prompt at a time."""
+    """Returns a streamer that prints the answer to one prompt at a time."""
     return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
@@ -193,7 +193,7 @@ class _Batch:
         return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
-        """The model's own settings, with ours on top; greedy ignores how the model would sample."""
+        """Returns the model's own settings, with ours on top; greedy ignores how the model would sample."""
         config = copy.deepcopy(self.model.generation_config)
         config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=self.pad, num_beams=1)
         config.update(do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False)
@@ -252,7 +252,7 @@ def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def seeded(sampling: Sampling, device: torch.device) -> Generator[None, None, None]:
-    """Random numbers from the seed inside; the caller's random state is untouched."""
+    """Draws random numbers from the seed inside; the caller's random state is untouched."""
     if sampling.temperature == 0:
         yield
         return
@@ -262,14 +262,14 @@ def seeded(sampling: Sampling, device: torch.device) -> Generator[None, None, No
 
 
 def kept_slots(cache: Any, row: int, seen: int) -> list[list[int]]:
-    """Slots that each kv head of each evicting layer holds for one row, [L][H]; of every layer in a stock cache."""
+    """Returns the slots that each kv head of each evicting layer holds for one row, [L][H]; of every layer in a stock cache."""
     if isinstance(cache, EvictingCache):
         return [(cache.positions(layer)[row] != EMPTY).sum(-1).tolist() for layer in cache.evicting]
     return [[min(layer.keys.shape[2], seen)] * layer.keys.shape[1] for layer in cache.layers]
 
 
 def resolved_budget(cache: EvictingCache, seen: int) -> int:
-    """The budget in slots per head after so many tokens, before a layer allocator moves it about."""
+    """Returns the budget in slots per head after so many tokens, before a layer allocator moves it about."""
     policy, place = cache.policy, next(layer.place for layer in cache.layers if isinstance(layer, EvictingLayer))
     return policy.budget.tokens(
         seen, policy.floor, place.row_bytes_per_token, place.num_evicting, policy.schedule.slack
@@ -277,7 +277,7 @@ def resolved_budget(cache: EvictingCache, seen: int) -> int:
 
 
 def row_trace(trace: Trace, row: int, padding: int, seen: int) -> Trace:
-    """One row of a batch's trace in its own time: first real token = 0."""
+    """Returns one row of a batch's trace, its columns counted from the first real token."""
     expiry = trace.expiry[:, row : row + 1, :, padding : padding + seen]
     expiry = torch.where(expiry == NEVER, NEVER, (expiry - padding).clamp_max(seen)).int()
     return replace(trace, expiry=expiry.cpu())

@@ -83,7 +83,7 @@ class EvictingLayer(CacheLayerMixin):
         return self.clock.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical sizes; visibility is decided from slot positions, never from this."""
+        """Returns logical sizes; visibility is decided from slot positions, never from this."""
         return self.clock.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -175,7 +175,7 @@ class EvictingLayer(CacheLayerMixin):
         hidden: Tensor | None,
         attention: Attention,
     ) -> Signals:
-        """`states`: query, key and value of the whole forward."""
+        """Returns what the policy sees of a block; `states`: query, key and value of the whole forward."""
         tokens = self.clock.tokens
         if not self.clock.single:
             states = (block.take(states[0], 2), block.take(states[1], 2), block.take(states[2], 2))

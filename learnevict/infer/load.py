@@ -133,7 +133,7 @@ def _shape_of(key: str) -> str:
 
 @contextmanager
 def whole_weights() -> Generator[None]:
-    """Inside, `from_pretrained` loads whole weights in every process, also under ZeRO-3.
+    """Lets `from_pretrained` load whole weights in every process inside, also under ZeRO-3.
 
     transformers would deal them out. The base is not trained, and gates are dealt out by DeepSpeed when training begins.
     """
@@ -157,8 +157,9 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def locate(name: str) -> tuple[str, bool]:
-    """Where to load from, and whether only from this machine: a folder, that of a model that `learnevict model get` brought,
-    or a Hub id after one question to the Hub.
+    """Returns where to load from, and whether only from this machine.
+
+    It is a folder, that of a model that `learnevict model get` brought, or a Hub id after one question to the Hub.
 
     Raises:
         ModelError: neither; what looks like a path never becomes a download.

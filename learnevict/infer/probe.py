@@ -86,7 +86,7 @@ class ProbeRun(Run):
         return plain_attention(query, keys, values, seen.unsqueeze(1).to(torch.int8) - 1, attention)
 
     def _real(self, column: Tensor) -> Tensor:
-        """Which columns hold tokens, bool [B, n]."""
+        """Returns which columns hold tokens, bool [B, n]."""
         first = torch.tensor(self.cache.clock.first).to(column.device, non_blocking=True)
         real = column >= first.unsqueeze(-1)
         if self.cache.mask is None:
@@ -96,7 +96,7 @@ class ProbeRun(Run):
 
 
 def probe_attention(model: PreTrainedModel, cache: ProbedCache, probe: Probe) -> dict[int, Tensor]:
-    """What a probe attends to in every evicting layer, with gradient to its parameters where that is on.
+    """Returns what a probe attends to in every evicting layer, with gradient to its parameters where that is on.
 
     The model is attached and has read a text into `cache`, an EvictingCache in which nothing changes.
 
@@ -144,7 +144,7 @@ def check_probed(layers: list[Any]) -> None:
 
 
 def still(store: SlotPool | PagePool) -> SlotPool | PagePool:
-    """The same slots in memory of their own: a gradient needs them as they are now, and the cache may go on."""
+    """Returns the same slots in memory of their own: a gradient needs them as they are, and the cache may go on."""
     found = copy(store)
     found.keys, found.values = store.keys.clone(), store.values.clone()
     return found
@@ -153,7 +153,7 @@ def still(store: SlotPool | PagePool) -> SlotPool | PagePool:
 def attend_with_probe(
     store: SlotPool | PagePool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
+    """Returns attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
 
     Args:
         query: [B, Hq, P, d]; key [B, H, P, d]; value [B, H, P, dv]; post-RoPE.

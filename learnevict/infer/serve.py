@@ -29,7 +29,7 @@ from learnevict.signals import Attention
 
 
 def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A model's generate(), given only prompts that go on from what their cache has read; the cache learns how rows end."""
+    """Calls generate() with a prompt that goes on from what its cache has read, and tells the cache how rows end."""
     if not isinstance(kwargs.get("past_key_values"), EvictingCache):
         return generate(*args, **kwargs)
     given = by_name(inspect.signature(generate), args, kwargs)
@@ -61,7 +61,7 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments of a call by their names, those that the function takes as **kwargs among them."""
+    """Returns the arguments of a call by their names, those that the function takes as **kwargs among them."""
     given = signature.bind_partial(*args, **kwargs).arguments
     rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
     return {**given.pop(rest, {}), **given}
@@ -136,7 +136,7 @@ class Serve(Run):
 
 
 def inputs(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Of a decoder's arguments: ids or embeddings, whichever were given; ids; mask; position ids."""
+    """Returns of a decoder's arguments: ids or embeddings, whichever were given; ids; mask; position ids."""
     tokens = given.get("input_ids")
     source = tokens if tokens is not None else given["inputs_embeds"]
     return source, tokens, given.get("attention_mask"), given.get("position_ids")
@@ -174,14 +174,14 @@ def check_arguments(decoder: nn.Module, cache: EvictingCache, given: Mapping[str
 
 
 def shape_of(config: Any) -> dict[str, Any]:
-    """What a cache of a model depends on."""
+    """Returns what a cache of a model depends on."""
     layout = asdict(layout_of(config))
     del layout["vocab_size"]
     return {**layout, "layer_types": getattr(config, "layer_types", None)}
 
 
 def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) -> list[int]:
-    """Columns after which pieces of a forward must end, the last one included; `flags`: real tokens, None if all are."""
+    """Returns the columns after which pieces of a forward must end, the last included; `flags`: real tokens, None: all."""
     stops = {size}
     for row in range(batch):
         columns = range(size) if flags is None else [column for column, real in enumerate(flags[row]) if real]
@@ -194,7 +194,7 @@ def cuts(clock: Clock, flags: list[list[bool]] | None, batch: int, size: int) ->
 
 
 def parts(given: Arguments, stops: list[int], batch: int, length: int) -> Iterator[Arguments]:
-    """The arguments of a decoder's forward behind `length` columns, cut along its tokens where pieces end (`stops`)."""
+    """Yields the arguments of a decoder's forward behind `length` columns, cut along its tokens where pieces end (`stops`)."""
     size = stops[-1]
 
     def cut(name: str, value: Any, start: int, stop: int) -> Any:
@@ -214,7 +214,7 @@ def parts(given: Arguments, stops: list[int], batch: int, length: int) -> Iterat
 
 
 def joined(outputs: list[Any]) -> Any:
-    """What one forward would have returned, from what its pieces did."""
+    """Returns what one forward would have returned, from what its pieces did."""
     if isinstance(outputs[-1], ModelOutput):
         names = outputs[-1].keys()
         return type(outputs[-1])(**{name: _joined(name, [out[name] for out in outputs]) for name in names})

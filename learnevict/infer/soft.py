@@ -58,7 +58,7 @@ class TextInput:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TextInput:
-        """The text in the arguments of a decoder's forward."""
+        """Returns the text in the arguments of a decoder's forward."""
         if given.get("past_key_values") is not None:
             raise CacheError(
                 "attach(soft=True) weighs a whole text at once and evicts nothing: call the model without past_key_values "
@@ -133,7 +133,7 @@ class Soft(Run):
 
 
 def soft_gate(scorer: Scorer) -> SoftGate:
-    """What of a scorer can weigh attention."""
+    """Returns what of a scorer can weigh attention."""
     if (gate := scorer.soft) is None:
         raise UsageError(
             f"attach(soft=True) needs a policy scored by a SoftGate, which weighs attention; {type(scorer).__name__} cannot: "
@@ -153,7 +153,7 @@ def soft_attention(
     tile: int = TILE,
     again: bool = True,
 ) -> Tensor:
-    """Causal attention [B, Hq, T, dv] with the bias of `decay` on the logits, after the cap; differentiable in everything.
+    """Returns causal attention [B, Hq, T, dv] with the bias of `decay` on the logits, after the cap; differentiable in all.
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
@@ -187,7 +187,7 @@ def _tile(
     window: int | None,
     attention: Attention,
 ) -> Tensor:
-    """The last queries [B, Hq, s, d] of a text of n columns, over all of these."""
+    """Returns attention of the last queries [B, Hq, s, d] of a text of n columns, over all of these."""
     num, size = log_retention.shape[-1], query.shape[2]
     column = torch.arange(num, device=query.device)
     row = column[num - size :]
@@ -198,7 +198,7 @@ def _tile(
 
 @contextmanager
 def layers_again(model: nn.Module, attached: Callable[[Soft], AbstractContextManager[Any]]) -> Generator[None]:
-    """Inside, decoder layers of a soft forward keep their inputs only and are computed again in the backward pass.
+    """Makes decoder layers of soft forwards inside keep their inputs only and compute again in the backward pass.
 
     That may come after the attachment has ended, and on another thread, so each layer attaches itself again, by `attached`.
     Dropout of the model stays off.

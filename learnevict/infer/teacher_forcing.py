@@ -75,7 +75,7 @@ def prefill(
     last_only: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Read a text into a cache in one forward; logits [B, T, V], or [B, 1, V].
+    """Reads a text into a cache in one forward and returns logits [B, T, V], or [B, 1, V].
 
     Args:
         input_ids: int64 [B, T], what comes next; padded on the left.
@@ -92,7 +92,7 @@ def prefill(
 
 
 def read_once(model: PreTrainedModel, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """As `prefill`, for whole texts padded on the left, into a fresh cache after which the conversation does not go on.
+    """Reads whole texts, padded on the left, as `prefill` does, into a fresh cache whose conversation does not go on.
 
     Events of rows that are padded differently fall at different columns, and each would cut all rows. So rows are moved to
     the left by less than a period until events coincide; the cache then knows the columns they were moved to.
@@ -118,7 +118,7 @@ def replay(
     observe: Observer | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What the model would have answered at every position had its cache been evicted as the trace says.
+    """Returns what the model would have answered at every position had its cache been evicted as the trace says.
 
     Args:
         input_ids: int64 [B, T]; attention_mask [B, T], 0 = padding.

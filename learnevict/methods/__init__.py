@@ -33,7 +33,7 @@ class Paper:
 
 
 def load(name: str) -> ModuleType:
-    """A method module by name or import path, as a user gives it: it is imported.
+    """Returns a method's module by name or import path, as a user gives it: it is imported.
 
     Raises:
         UsageError: no such method, or the module lacks PAPER or policy.
@@ -54,7 +54,7 @@ def load(name: str) -> ModuleType:
 
 
 def known(name: str) -> ModuleType:
-    """A method module by a name that gates give: one of METHODS, or one that the caller has named or imported himself.
+    """Returns a method's module by a name that gates give: one of METHODS, or one that the caller has named or imported.
 
     Gates come from other people. Were theirs imported, a config.json could run any module that lies about.
 

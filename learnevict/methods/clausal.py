@@ -44,7 +44,7 @@ class ClausalGate(Table):
         self.separator, self.places = separator, places
 
     def entries(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Table entries of whole texts, int64 [B, T]; padding ends a clause."""
+        """Returns table entries of whole texts, int64 [B, T]; padding ends a clause."""
         start = tokens.new_zeros(len(tokens))
         opening, place = self._clauses(torch.where(mask.bool(), tokens, self.separator), start, start)
         return self._entry(opening, place)
@@ -53,7 +53,7 @@ class ClausalGate(Table):
         return opening * self.places + place.clamp_max(self.places - 1)
 
     def _clauses(self, tokens: Tensor, opening: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """First token of each token's clause and its place in it, int64 [B, S]; [B] say how the text before ended."""
+        """Returns the first token of each token's clause and its place, int64 [B, S]; [B] say how the text before ended."""
         index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         begins = torch.zeros_like(tokens, dtype=torch.bool)
         begins[:, 1:] = tokens[:, :-1] == self.separator
@@ -83,7 +83,7 @@ class ClausalGate(Table):
 
 
 def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
-    """An empty table for a base model."""
+    """Returns an empty table for a base model."""
     return ClausalGate(layout.num_layers, layout.num_heads, layout.vocab_size, separator, places)
 
 

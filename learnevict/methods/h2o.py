@@ -38,7 +38,7 @@ class AttentionMass(Scorer):
     observes = True
 
     def observe(self, signals: Signals) -> dict[str, Tensor]:
-        """Add what the fresh queries gave, averaged over the group."""
+        """Adds what the fresh queries gave, averaged over the group."""
         assert signals.fresh_attention is not None
         group = signals.fresh_attention.shape[2]
         return {"mass": signals.state["mass"] + signals.fresh_attention.sum((2, 3)) / group}

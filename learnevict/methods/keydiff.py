@@ -40,7 +40,7 @@ class Unlikeness(Scorer):
 
 
 def directions(vectors: Tensor) -> Tensor:
-    """Unit vectors in float32; zero stays zero."""
+    """Returns unit vectors in float32; zero stays zero."""
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 

@@ -70,7 +70,7 @@ class KVzapGate(Surrogate):
         self.bias = nn.Parameter(torch.zeros(layers, layout.num_heads))
 
     def estimate(self, signals: Signals) -> Tensor:
-        """log s+ of fresh tokens, float32 [B, H, S]."""
+        """Returns log s+ of fresh tokens, float32 [B, H, S]."""
         layer, inner = signals.layer, hidden_of(signals, "kvzap")
         if self.kind == "mlp":
             inner = nn.functional.gelu(inner @ self.weight_in[layer] + self.bias_in[layer])

@@ -34,7 +34,7 @@ class LexicalGate(Table):
 
 
 def build(layout: Layout) -> LexicalGate:
-    """An empty table for a base model."""
+    """Returns an empty table for a base model."""
     return LexicalGate(layout.num_layers, layout.num_heads, layout.vocab_size)
 
 

@@ -65,7 +65,7 @@ class LookaheadGate(SoftTokens):
         self.deltas = LowRank(layout, rank, alpha)
 
     def settings(self) -> dict[str, Any]:
-        """What `build` needs."""
+        """Returns what `build` needs."""
         return {**super().settings(), "rank": self.deltas.rank, "alpha": self.deltas.alpha}
 
     def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:
@@ -73,7 +73,7 @@ class LookaheadGate(SoftTokens):
         return self.deltas.added_to(decoder)
 
     def attention(self, probe_attention: Tensor) -> Tensor:
-        """Mean over the tokens, as a distribution over slots, float32 [B, H, G, N]."""
+        """Returns the mean over the tokens, as a distribution over slots, float32 [B, H, G, N]."""
         mean = probe_attention.mean(3)
         return mean / mean.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 

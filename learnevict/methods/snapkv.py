@@ -57,7 +57,7 @@ VARIANTS: dict[str, SnapAttention | WindowAttention] = {
 
 
 def observer(variant: str, window: int | None, recent: int | None) -> tuple[Scorer, int]:
-    """The scorer of a variant and the recent window: one length, unless both are given."""
+    """Returns the scorer of a variant and the recent window: one length, unless both are given."""
     if variant not in VARIANTS:
         raise unknown_variant("snapkv", variant, VARIANTS)
     scorer = VARIANTS[variant]

@@ -31,7 +31,7 @@ class LastAttention(Scorer):
     window = 1
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N]. Heads hold the same tokens, but storage order means nothing: they are matched by order."""
+        """Returns scores, float32 [B, H, N]; heads hold the same tokens, in any order of storage, and are matched by order."""
         weights = next(signals.window(1))[0].mean((2, 3))
         shared = weights.gather(-1, signals.order).mean(1, keepdim=True)
         return torch.empty_like(weights).scatter_(-1, signals.order, shared.expand_as(weights).contiguous())

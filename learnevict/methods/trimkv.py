@@ -62,7 +62,7 @@ class TrimGate(RetentionGate):
 
 
 def build(layout: Layout, *, tied: bool = False, **settings: Any) -> RetentionGate:
-    """Fresh gates for a base model; `tied` makes those of dbtrimkv, which gates on disk may name as a kind of trimkv."""
+    """Returns fresh gates for a base model; `tied` makes those of dbtrimkv, which gates on disk may call trimkv."""
     if not tied:
         settings.pop("shared_output", None)  # older gates name it here too
         return TrimGate(layout, **settings)

@@ -19,7 +19,7 @@ _said: set[str] = set()
 
 
 def slot_attention_reference(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Softmax(query . keys * scaling + bias) . values, in plain torch; the specification of the kernel.
+    """Returns softmax(query . keys * scaling + bias) . values, in plain torch; the specification of the kernel.
 
     Args:
         query: [B, H, G, d], the query heads of each kv head.
@@ -37,7 +37,7 @@ def slot_attention_reference(query: Tensor, keys: Tensor, values: Tensor, bias: 
 
 @torch.library.custom_op("learnevict::slot_attention", mutates_args=())
 def slot_attention_op(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """The operator that kernels implement; without one it is the reference."""
+    """Runs the operator that kernels implement; without one it is the reference."""
     return slot_attention_reference(query, keys, values, bias, scaling)
 
 
@@ -63,7 +63,7 @@ def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
 
 
 def runs_in_torch(reason: str) -> None:
-    """Warn, once per reason, of a step that kernels were asked for but cannot do."""
+    """Warns, once per reason, of a step that kernels were asked for but cannot do."""
     if _enabled and reason not in _said:
         _said.add(reason)
         warnings.warn(
@@ -72,7 +72,7 @@ def runs_in_torch(reason: str) -> None:
 
 
 def use_kernels() -> None:
-    """Route decode steps on CUDA tensors through the Triton kernels (with TRITON_INTERPRET=1: CPU tensors, for tests).
+    """Routes decode steps on CUDA tensors through the Triton kernels (with TRITON_INTERPRET=1: CPU tensors, for tests).
 
     Steps of scorers that watch every step (h2o), of ragged heads (adakv), and of layers with softcap or attention sinks
     stay in plain torch; a KernelUnusedWarning says so once.

@@ -16,7 +16,7 @@ def count() -> int:
 
 
 def summed(value: Tensor) -> Tensor:
-    """Sum over processes, without gradient."""
+    """Returns the sum over processes, without gradient."""
     if count() == 1:
         return value.detach()
     total = value.detach().clone()
@@ -25,7 +25,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def highest(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest of all processes' numbers.
+    """Returns the largest of all processes' numbers.
 
     Args:
         value: this process's.
@@ -39,7 +39,7 @@ def highest(value: int, device: torch.device | str = "cpu") -> int:
 
 
 def ratio(numerator: Tensor, denominator: Tensor, least: float = 1.0) -> Tensor:
-    """numerator / max(denominator, least), of the batch of all processes.
+    """Returns numerator / max(denominator, least), of the batch of all processes.
 
     The value is the same in all of them. The gradient is that of a process's own part, times their number, so that its mean
     over processes, which is what data-parallel training takes, is the gradient of the whole.

@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 def hashed(*parts: Tensor | int) -> Tensor:
-    """An int64 word for every combination of whole numbers, which are broadcast against each other; their order matters."""
-    word = torch.zeros((), dtype=torch.int64)
+    """Returns a random key, int64, for whole numbers that are broadcast against each other; their order matters."""
+    key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        word = finalise(word + torch.as_tensor(part, dtype=torch.int64))
-    return word
+        key = finalise(key + torch.as_tensor(part, dtype=torch.int64))
+    return key
 
 
-def uniform(word: Tensor) -> Tensor:
+def uniform(key: Tensor) -> Tensor:
     """Words as float32 in [0, 1): their top 24 bits."""
-    return shift(word, 40).float() * 2.0**-24
+    return shift(key, 40).float() * 2.0**-24
 
 
-def shift(word: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
+def shift(key: Tensor, bits: int) -> Tensor:
+    """Returns the logical right shift of int64."""
+    return (key >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def finalise(word: Tensor) -> Tensor:
-    """SplitMix64's mixing of int64 words, modulo 2**64."""
-    word = word + (0x9E3779B97F4A7C15 - 2**64)
-    word = (word ^ shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    word = (word ^ shift(word, 27)) * (0x94D049BB133111EB - 2**64)
-    return word ^ shift(word, 31)
+def finalise(key: Tensor) -> Tensor:
+    """SplitMix64's mixing of int64 keys, modulo 2**64."""
+    key = key + (0x9E3779B97F4A7C15 - 2**64)
+    key = (key ^ shift(key, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    key = (key ^ shift(key, 27)) * (0x94D049BB133111EB - 2**64)
+    return key ^ shift(key, 31)

@@ -71,7 +71,7 @@ class SoftTokens(Gate):
         return probe_attention.mean(3)
 
     def score(self, signals: Signals) -> Tensor:
-        """float32 [B, H, N].
+        """Returns scores, float32 [B, H, N].
 
         Raises:
             ModelError: the policy has no probe, so it attended to nothing.

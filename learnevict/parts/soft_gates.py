@@ -84,7 +84,7 @@ class RetentionGate(SoftGate):
         return (x @ self.weight_out[output]).float() + self.bias_out[output].float()
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """{"retention": log beta of fresh tokens, float32 [B, H, S]}."""
+        """Returns {"retention": log beta of fresh tokens, float32 [B, H, S]}."""
         logits = self.logits(signals.layer, hidden_of(signals, "a retention gate", self.weight_in.dtype)).transpose(
             1, 2
         )
@@ -154,7 +154,7 @@ class AdmissionGate(SoftGate):
         """Returns the logits of g for fresh tokens, float32 [B, H, S]."""
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
-        """{"admission": log g, float32 [B, H, S]}."""
+        """Returns {"admission": log g, float32 [B, H, S]}."""
         logits = self.logits(signals)
         if self.training and self.noise:
             logits = logits + self.noise * logistic(logits, signals, self.random_keys)

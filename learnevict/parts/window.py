@@ -53,7 +53,7 @@ class WindowAttention(Scorer):
         return self.importance(signals).masked_fill(~before_window(signals), HIGHEST)
 
     def importance(self, signals: Signals) -> Tensor:
-        """Pooled attention of candidates, float32 [B, H, N]; meaningless elsewhere."""
+        """Returns pooled attention of candidates, float32 [B, H, N]; meaningless elsewhere."""
         candidates = before_window(signals)
         total, num_queries = self._attention(signals, candidates)
         if self.reduce == "mean":
@@ -63,7 +63,7 @@ class WindowAttention(Scorer):
         return pooled / total.shape[2]
 
     def _attention(self, signals: Signals, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduced over queries, [B, H, G or 1, N], and the number of queries in each row's window, int64 [B]."""
+        """Returns attention reduced over queries, [B, H, G or 1, N], and the number of queries in each row's window, [B]."""
         total: Tensor | None = None
         num_queries = signals.rows.now.new_zeros(signals.rows.now.shape, dtype=torch.int64)
         for logits, where in signals.window_logits(self.window):
@@ -76,7 +76,7 @@ class WindowAttention(Scorer):
         return total, num_queries
 
     def _probabilities(self, signals: Signals, logits: Tensor, where: Tensor, candidates: Tensor) -> Tensor:
-        """[B, H, G, w, N] -> [B, H, G or 1, w, N]; zeros for missing queries."""
+        """Returns probabilities [B, H, G or 1, w, N] of logits [B, H, G, w, N]; zeros for missing queries."""
         scores = logits
         attention = signals.attention
         visible = signals.visible(where)
@@ -93,7 +93,7 @@ class WindowAttention(Scorer):
         return weights.mean(2, keepdim=True) if self.group == "prob_mean" else weights
 
     def _pooled(self, signals: Signals, values: Tensor, candidates: Tensor) -> Tensor:
-        """Pool [B, H, N] along tokens, among candidates only."""
+        """Returns [B, H, N] pooled along tokens, among candidates only."""
         half = self.kernel // 2
         if self.pool == "none":
             return values

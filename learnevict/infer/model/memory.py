@@ -84,7 +84,7 @@ def estimate(
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
-    """The number of weights of the model, tied ones once; nothing is allocated."""
+    """Returns the number of weights of the model, tied ones once; nothing is allocated."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -19,7 +19,7 @@ from learnevict.errors import ModelError
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The model's self-attention modules by layer index."""
+    """Returns the model's self-attention modules by layer index."""
     found: dict[int, nn.Module] = {}
     both_ways: list[int] = []
     for module in decoder_of(model).modules():
@@ -50,13 +50,13 @@ def modelling_names(module: nn.Module) -> dict[str, Any]:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the text's layers."""
+    """Returns the module that holds the text's layers."""
     decoder = model.get_decoder()
     return model if decoder is None else decoder
 
 
 def front_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward receives the 2D attention mask: the decoder, or what wraps it with encoders of images."""
+    """Returns the module that receives the 2D attention mask: the decoder, or what wraps it with encoders of images."""
     decoder = decoder_of(model)
     if getattr(decoder, "config", None) is model.config:
         return decoder
@@ -71,7 +71,7 @@ def front_of(model: PreTrainedModel) -> nn.Module:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; with offloaded weights (meta tensors until accelerate's hooks fill them) not where they are."""
+    """Returns where a module computes; offloaded weights (meta tensors until accelerate's hooks fill them) are elsewhere."""
     own = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     if own.type != "meta":
         return own
@@ -81,7 +81,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What `set_attn_implementation` takes to bring back how a model and the models inside it attend now."""
+    """Returns what `set_attn_implementation` takes to bring back how a model and the models inside it attend now."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     inner = {name: attention_settings(part) for name, part in parts.items() if part is not None}
     return {"": config._attn_implementation, **inner}
@@ -103,7 +103,7 @@ class Rotation:
 
 
 def rotation_of(decoder: nn.Module, module: nn.Module) -> Rotation | None:
-    """How `module` rotates queries and keys; None if that is unknown, or neighbouring dimensions rather than halves."""
+    """Returns how `module` rotates queries and keys; None if that is unknown, or neighbouring dimensions rather than halves."""
     names, applied = modelling_names(module), applies_rope(module)
     if "rotate_half" in names:
         halves = names["rotate_half"](torch.arange(4)).tolist() == [-2, -3, 0, 1]
@@ -119,7 +119,7 @@ def rotation_of(decoder: nn.Module, module: nn.Module) -> Rotation | None:
 
 
 def applies_rope(module: nn.Module) -> bool | None:
-    """Whether a module's forward rotates queries and keys, by the conditions in its source under which it does so.
+    """Returns whether a module's forward rotates queries and keys, by the conditions under which its source does so.
 
     Models without RoPE in some layers have a rotary embedding all the same, and each tells those layers in its own way
     (`use_rope`, `sliding_window`, ...). None: it does not call transformers' `apply_rotary_pos_emb`, or under a condition
@@ -134,7 +134,7 @@ def applies_rope(module: nn.Module) -> bool | None:
 
 @cache
 def _rope_calls(kind: type[nn.Module]) -> list[tuple[ast.expr, ...]]:
-    """For each call of `apply_rotary_pos_emb` in the forward of this class, the conditions that have to hold for it."""
+    """Returns the conditions that have to hold for each call of `apply_rotary_pos_emb` in the forward of this class."""
     try:
         source = textwrap.dedent(inspect.getsource(kind.forward))
     except (OSError, TypeError):
@@ -155,7 +155,7 @@ def _rope_conditions(node: ast.AST, tests: tuple[ast.expr, ...] = ()) -> Iterato
 
 
 def _value(node: ast.expr, module: nn.Module) -> Any:
-    """The value of a condition over attributes of `self`. Raises LookupError for anything else."""
+    """Returns the value of a condition over attributes of `self`. Raises LookupError for anything else."""
     match node:
         case ast.Constant(value=value):
             return value

@@ -33,7 +33,7 @@ def evicting_layers(stock: list) -> list[int]:
 
 
 def state_shape(text: Any, layer: int | None = None) -> tuple[int, int]:
-    """Key-value heads and head size of one layer, by default the first with full attention (Gemma 4: wider than the rest)."""
+    """Returns key-value heads and head size of one layer, by default the first with full attention (Gemma 4: wider)."""
     if layer is None:
         kinds = getattr(text, "layer_types", None) or []
         layer = kinds.index("full_attention") if "full_attention" in kinds else 0
@@ -81,7 +81,7 @@ def check_base(base: Base, model: PreTrainedModel) -> None:
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
-    """The cache shape of a model, from its config."""
+    """Returns the cache shape of a model, from its config."""
     text = config.get_text_config(decoder=True)
     heads, width = state_shape(text)
     return Layout(
@@ -96,7 +96,7 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 
 
 def device_for(scorer: Scorer, model: PreTrainedModel) -> torch.device:
-    """Where the parameters of a scorer belong: where the model's attention computes."""
+    """Returns where the parameters of a scorer belong: where the model's attention computes."""
     devices = sorted({str(device_of(module)) for module in attention_modules(model).values()})
     if len(devices) > 1 and type(scorer).to is not Scorer.to:
         raise GateError(
@@ -107,7 +107,7 @@ def device_for(scorer: Scorer, model: PreTrainedModel) -> torch.device:
 
 
 def weight_hash(model: PreTrainedModel) -> str:
-    """Fingerprint of a model's weights: sha256 over names, shapes and up to 256 evenly spaced values of every tensor.
+    """Returns a fingerprint of weights: sha256 over names, shapes and up to 256 evenly spaced values of every tensor.
 
     Values are taken in bfloat16, so that a model loaded in another precision keeps its fingerprint. Offloaded weights are
     brought in module by module.
@@ -122,7 +122,7 @@ def weight_hash(model: PreTrainedModel) -> str:
 
 
 def _sample(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """Up to 256 evenly spaced values of a tensor of the state dict, bfloat16 [n] on the CPU, wherever its model keeps it."""
+    """Returns up to 256 evenly spaced values of a tensor of the state dict, bfloat16 [n] on the CPU."""
     if tensor.is_meta:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)

@@ -62,7 +62,7 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
 
 
 def _text(content: Any, number: int) -> str:
-    """Text, parts of text in a row, or nothing."""
+    """Returns the text of a content: text, parts of text in a row, or nothing."""
     if isinstance(content, str):
         return checked(content)
     if content is not None and not isinstance(content, list):

@@ -94,7 +94,7 @@ class Conversation:
         return hidden
 
     def _padded(self, tokens: Tensor | None, ends: Ends) -> list[bool]:
-        """Rows that a step pads; a single one never is."""
+        """Returns the rows that a step pads; a single one never is."""
         seen, known = self.clock.seen, self.ends or ends
         if tokens is None or len(seen) < 2 or not all(seen) or not (known.ends or self.hears):
             return []
@@ -102,7 +102,7 @@ class Conversation:
         return padded if any(padded) else []
 
     def _compare(self, mask: Tensor | None, padded: Sequence[bool] = ()) -> Tensor | None:
-        """What of the columns read a mask hides, if that is more than the padding known; no mask calls all of them text."""
+        """Returns what of the columns read a mask hides, if that is more than the padding known; no mask: all are text."""
         old, length = self.ids, self.clock.length
         if old is None or (mask is not None and mask.shape[1] <= length):
             return None
@@ -186,7 +186,7 @@ class Conversation:
         return not bool(wrong.any())
 
     def check_prompt(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Refuse what generate() is given, unless it goes on from what was read.
+        """Refuses what generate() is given, unless it goes on from what was read.
 
         Args:
             ids: int64 [B, T]: the whole conversation; or what is new, with a mask [B, columns read + T].
@@ -202,7 +202,7 @@ class Conversation:
         )
 
     def check_embeddings(self, states: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
-        """Refuse embeddings [B, T, E] of more columns than were read, whose beginning is not that of the tokens read.
+        """Refuses embeddings [B, T, E] of more columns than were read, whose beginning is not that of the tokens read.
 
         Columns that were read as embeddings are not compared; `embed` maps ids int64 [B, T] to their embeddings.
         """
@@ -219,7 +219,7 @@ class Conversation:
 
 
 def as_batch(ids: Any) -> Tensor:
-    """Token ids as int64 [B, T], from a tensor or lists, of one row or several."""
+    """Returns token ids as int64 [B, T], from a tensor or lists, of one row or several."""
     try:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError) as error:
@@ -231,7 +231,7 @@ def as_batch(ids: Any) -> Tensor:
 
 
 def check_positions(places: Tensor, last: Tensor | None, mask: Tensor | None, length: int, seen: list[int]) -> None:
-    """Refuse several columns that do not stand behind what a cache has read; this waits for the device.
+    """Refuses several columns that do not stand behind what a cache has read; this waits for the device.
 
     Positions may count the mask's tokens, or go on from those given before (`last`, [B or 1, 1]); if none were, count columns
     or tokens read.

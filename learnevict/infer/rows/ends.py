@@ -38,12 +38,12 @@ class Ends:
 
     @classmethod
     def of(cls, config: Any) -> Ends:
-        """What a generation config says; without a pad token nobody knows what a row is padded with."""
+        """Returns what a generation config says; without a pad token nobody knows what a row is padded with."""
         return cls(*(frozenset(_ids(getattr(config, name, None))) for name in ("eos_token_id", "pad_token_id")))
 
     @classmethod
     def of_generate(cls, given: Mapping[str, Any], *configs: Any) -> Ends:
-        """What generate() makes of its arguments, where None is an answer, and of the first config that says anything."""
+        """Returns what generate() makes of its arguments, where None is an answer, and of the first config that says any."""
 
         def first(name: str) -> list[int]:
             if name in given:
@@ -66,7 +66,7 @@ class Finished:
         self.forget()
 
     def forget(self) -> None:
-        """A forward that is no step begins: every row goes on."""
+        """Starts anew, as a forward that is no step begins: every row goes on."""
         self.padded: list[bool] = []
         self.over: list[bool] = []
         self.heard: Tensor | None = None
@@ -78,12 +78,12 @@ class Finished:
             self.padded, self.over = ([rows[i] for i in index] for rows in (self.padded, self.over))
 
     def hear(self, done: Any) -> None:
-        """A criterion of generate() has spoken of the tokens that the next step reads, bool [B]."""
+        """Takes what a criterion of generate() says of the tokens that the next step reads, bool [B]."""
         if isinstance(done, Tensor) and done.ndim == 1:
             self.heard = done if self.heard is None else self.heard | done
 
     def look(self, tokens: Tensor, known: Ends) -> list[bool]:
-        """Rows that are given padding now, by ids int64 [B, 1]."""
+        """Returns which rows are given padding now, by ids int64 [B, 1]."""
         padded = self.over = self.over or [False] * len(tokens)
         if self.copy is not None:
             last, heard = self._last().tolist()
@@ -104,7 +104,7 @@ class Finished:
         return padded
 
     def _last(self) -> Tensor:
-        """Of the last step, int64 [2, B]: each row's id, and 1 where a criterion ended the row with it."""
+        """Returns of the last step, int64 [2, B]: each row's id, and 1 where a criterion ended the row with it."""
         assert self.copy is not None
         copy, event = self.copy
         if event is not None:
@@ -130,7 +130,7 @@ class Heard(StoppingCriteria):
 
 
 def heard_criteria(given: Mapping[str, Any], configs: tuple[Any, ...], finished: Finished) -> StoppingCriteriaList:
-    """The criteria for generate() in place of those it was given: all that may end one row before the others are heard.
+    """Returns the criteria for generate() in place of those it was given: all that may end one row before the others are heard.
 
     Kinds that generate() makes itself stay what they are, for its own give way to them, and are asked once more where they are
     heard: they keep nothing in mind.
@@ -146,7 +146,7 @@ def heard_criteria(given: Mapping[str, Any], configs: tuple[Any, ...], finished:
 
 
 def warn_of_padding(num: int) -> None:
-    """Tell the caller of the model that `num` tokens were taken for text and are padding; of one, an end token, nothing."""
+    """Tells the caller of the model that `num` tokens were taken for text and are padding; of one, an end token, nothing."""
     if num <= 1:
         return
     warnings.warn(

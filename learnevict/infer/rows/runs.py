@@ -14,7 +14,7 @@ Run = tuple[int, int]
 
 
 def lengthen(runs: list[Run], seen: int, columns: Sequence[int], offset: int = 0) -> None:
-    """Enter real tokens at ascending `columns` + `offset`, of which `seen` came before."""
+    """Enters real tokens at ascending `columns` + `offset`, of which `seen` came before."""
     jumps = range(1, len(columns)) if columns[-1] - columns[0] >= len(columns) else ()
     for rank in (0, *(rank for rank in jumps if columns[rank] != columns[rank - 1] + 1)):
         column, before = columns[rank] + offset, seen + rank
@@ -23,13 +23,13 @@ def lengthen(runs: list[Run], seen: int, columns: Sequence[int], offset: int = 0
 
 
 def columns_of(runs: list[Run], seen: int) -> list[int]:
-    """Where the `seen` real tokens of a row stand."""
+    """Returns where the `seen` real tokens of a row stand."""
     ends = [before for _, before in runs[1:]] + [seen]
     return [column + rank for (column, before), end in zip(runs, ends, strict=True) for rank in range(end - before)]
 
 
 def laid_out(rows: list[list[Run]], device: torch.device) -> Tensor | None:
-    """As of signals.Rows.runs, int32 [2, B, R]; None if no row has padding between real tokens."""
+    """Returns the table of signals.Rows.runs, int32 [2, B, R]; None if no row has padding between real tokens."""
     width = max(map(len, rows))
     if width <= 1:
         return None

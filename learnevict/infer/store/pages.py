@@ -79,7 +79,7 @@ class PagePool:
         self._set_table(self.table)
 
     def narrow(self, widest: int) -> None:
-        """Give up what the logical view has beyond `widest` slots, more than which no head holds."""
+        """Gives up what the logical view has beyond `widest` slots, more than which no head holds."""
         depth = max(-(-widest // self.page), 1)
         if depth < self.table.shape[2]:
             slots = torch.arange(depth * self.page, device=self.table.device)
@@ -97,7 +97,7 @@ class PagePool:
         self.table, self.owner, self.rank = table, entry // depth, entry % depth
 
     def _move(self, pages: int) -> None:
-        """Renumber pages in use to the front of a pool of `pages` pages."""
+        """Renumbers pages in use to the front of a pool of `pages` pages."""
         used = self._in_use()
         old = used.argsort(descending=True, stable=True)[:pages]
         new_name = torch.zeros(self.keys.shape[0], dtype=torch.int64, device=self.keys.device)
@@ -110,7 +110,7 @@ class PagePool:
             setattr(self, name, target)
 
     def _held(self) -> Tensor:
-        """Table entries that hold occupied slots, bool [B, H, M]."""
+        """Returns the table entries that hold occupied slots, bool [B, H, M]."""
         entry = torch.arange(self.table.shape[2], device=self.table.device)
         return entry * self.page < self.count.unsqueeze(-1)
 
@@ -121,7 +121,7 @@ class PagePool:
         return used
 
     def assign(self, ahead: list[int]) -> None:
-        """Give every head of row b pages for its occupied slots and the next ahead[b] tokens."""
+        """Gives every head of row b pages for its occupied slots and the next ahead[b] tokens."""
         held = self._held()
         room = torch.tensor(ahead).to(self.count.device, non_blocking=True).view(-1, 1)
         need = ((self.count + room + self.page - 1) // self.page).clamp_max(self.table.shape[2])
@@ -135,7 +135,7 @@ class PagePool:
         self._set_table(torch.where(held, self.table, torch.where(wanted, fresh, 0)))
 
     def _physical(self, slot: Tensor) -> Tensor:
-        """Flat index into the pool of logical slots int64 [b, H, n]; rows follow `slot`."""
+        """Returns the flat index into the pool of logical slots int64 [b, H, n]; rows follow `slot`."""
         return self.table.gather(2, slot // self.page) * self.page + slot % self.page
 
     def write(
@@ -159,7 +159,7 @@ class PagePool:
         self.count = self.count + torch.tensor(sizes).to(key.device, non_blocking=True).unsqueeze(-1)
 
     def evict(self, drop: Tensor) -> None:
-        """Empty the slots of `drop`, bool [B, H, N], close the holes and hand emptied pages back."""
+        """Empties the slots of `drop`, bool [B, H, N], close the holes and hand emptied pages back."""
         position = self.position.masked_fill(drop, EMPTY)
         alive = position >= 0
         count = alive.sum(-1)
@@ -175,7 +175,7 @@ class PagePool:
         self._clean(inside)
 
     def _close(self, hole: Tensor, tail: Tensor) -> Tensor:
-        """Copy the survivors `tail` into as many holes of their head, bool [B, H, N]; where each slot comes from, [B, H, N].
+        """Copies the survivors `tail` into as many holes of their head, bool [B, H, N]; returns each slot's origin [B, H, N].
 
         Counted over all heads, the i-th hole and the i-th tail are of one head, and at most half of what is stored moves.
         """
@@ -200,7 +200,7 @@ class PagePool:
             pool.view(-1, pool.shape[-1]).masked_fill_(~kept.unsqueeze(-1), 0.0)
 
     def _stored(self, slot: Tensor) -> Tensor:
-        """Flat index into the pool of logical slots counted over all rows and heads, int64 [n]."""
+        """Returns the flat index into the pool of logical slots counted over all rows and heads, int64 [n]."""
         return self.table.flatten()[slot // self.page] * self.page + slot % self.page
 
     @property
@@ -211,7 +211,7 @@ class PagePool:
         return max(self.page, slots // self.page * self.page)
 
     def chunks(self, *, keys: bool = True, values: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk is gathered from its pages; what is not asked for is not: page 0 stands in."""
+        """Yields chunks gathered from their pages; in place of what is not asked for, page 0."""
         pages = self._step // self.page
         for start in range(0, self.table.shape[2], pages):
             table = self.table[:, :, start : start + pages]
@@ -223,11 +223,11 @@ class PagePool:
             yield part, found[0], found[1]
 
     def _gathers(self, num: int) -> bool:
-        """Whether products with `num` rows are taken chunk by chunk, not page by page: pages too small to be worth a call."""
+        """Returns whether products with `num` rows are taken chunk by chunk, as pages are too small to be worth a call."""
         return self.page < SMALL_PAGE or num > self.page
 
     def _parts(self, width: int, whole: int) -> Iterator[slice]:
-        """Pages but the first, so few at a time that `width` numbers for each stay below half of the keys' bytes.
+        """Yields pages but the first, so few at a time that `width` numbers for each stay below half of the keys' bytes.
 
         Beside a result of `whole` numbers it may be a quarter of them, as long as that fits a processor's cache.
         """
@@ -236,7 +236,7 @@ class PagePool:
             yield slice(start, start + step)
 
     def logits(self, query: Tensor) -> Tensor:
-        """[B, H, R, d] -> [B, H, R, N]; 0 where a head has no page."""
+        """Returns products of [B, H, R, d] with every key, [B, H, R, N]; 0 where a head has no page."""
         batch, heads, num, width = query.shape
         if self._gathers(num):
             wide = query.new_empty(batch, heads, num, self.position.shape[2])
@@ -250,7 +250,7 @@ class PagePool:
         return out[:-1].view(batch, heads, num, -1)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """[B, H, R, N] -> [B, H, R, dv]; what pages add up to is summed in float32."""
+        """Returns values weighed by [B, H, R, N], [B, H, R, dv]; what pages add up to is summed in float32."""
         batch, heads, num, _ = weights.shape
         width, total = self.values.shape[-1], torch.promote_types(self.values.dtype, torch.float32)
         if self._gathers(num):
@@ -267,7 +267,7 @@ class PagePool:
         return out[:-1].view(batch, heads, num, width).to(self.values.dtype)
 
     def select(self, index: Tensor) -> None:
-        """Rows of the batch, int64 [b]; pages are copied, never shared."""
+        """Takes rows of the batch, int64 [b]; pages are copied, never shared."""
         batch, _, depth = self.table.shape
         table = self.table.index_select(0, index)
         count = self.count.index_select(0, index)

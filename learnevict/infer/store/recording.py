@@ -37,7 +37,7 @@ class Ring:
         return 0 if self.held is None else sum(tensor.nbytes for tensor in self.held)
 
     def add(self, block: Block, query: Tensor) -> None:
-        """Enter the queries of a block, [B, Hq, S, d]."""
+        """Enters the queries of a block, [B, Hq, S, d]."""
         if not self.size:
             return
         if self.held is None:
@@ -56,7 +56,7 @@ class Ring:
                 positions[row, at : at + stop - start] = block.position[row, start:stop]
 
     def hide(self, hidden: Tensor) -> None:
-        """Forget the queries of columns bool [B, columns read]."""
+        """Forgets the queries of columns bool [B, columns read]."""
         if self.held is not None:
             position = self.held[1]
             gone = hidden.gather(1, position.clamp_min(0).long()) & (position >= 0)
@@ -74,7 +74,7 @@ class Expiries:
         self.table: Tensor | None = None
 
     def cover(self, length: int, position: Tensor) -> None:
-        """Room for `length` columns of the rows and heads of position [B, H, N]."""
+        """Makes room for `length` columns of the rows and heads of position [B, H, N]."""
         old = self.table
         if old is not None and old.shape[-1] > length:
             return
@@ -84,7 +84,7 @@ class Expiries:
             self.table[..., : old.shape[-1] - 1] = old[..., :-1]
 
     def note(self, drop: Tensor, position: Tensor, end: Tensor) -> None:
-        """The slots `drop` [B, H, N] at `position` are gone from column `end` [B, 1, 1] on."""
+        """Notes that slots `drop` [B, H, N] at `position` are gone from column `end` [B, 1, 1] on."""
         if self.table is None:
             return  # only padding was read, so no slot is occupied
         column = torch.where(drop, position, self.table.shape[-1] - 1).long()
@@ -92,7 +92,7 @@ class Expiries:
 
 
 def ring_spans(before: int, size: int, window: int) -> list[tuple[int, int, int]]:
-    """Where the last tokens of a block go in a ring: (start, stop, ring offset) pieces."""
+    """Returns where the last tokens of a block go in a ring: (start, stop, ring offset) pieces."""
     start = max(0, size - window)
     spans = []
     while start < size:

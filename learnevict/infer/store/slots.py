@@ -28,7 +28,7 @@ class SlotStates:
         self.first = first_rows(self.position)
 
     def resize(self, capacity: int, pick: Tensor | None) -> None:
-        """Keep the slots `pick` [B, H, n <= capacity] (None: all, in place) and add empty ones up to `capacity`."""
+        """Keeps the slots `pick` [B, H, n <= capacity] (None: all, in place) and add empty ones up to `capacity`."""
         self.position = resized(self.position, capacity, pick, EMPTY)
         for column in self.spec:
             self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
@@ -121,7 +121,7 @@ class SlotPool:
         self.cursor = list(map(add, self.cursor, sizes))
 
     def _next(self, width: int, real: Picked | None) -> Tensor:
-        """The slots that fresh tokens take, counted over all rows and heads, int64 [n]."""
+        """Returns the slots that fresh tokens take, counted over all rows and heads, int64 [n]."""
         start = self.cursor[0]
         if real is None and self.cursor.count(start) == len(self.cursor):
             return self.order[start] if width == 1 else self.order[start : start + width].t().flatten()
@@ -131,7 +131,7 @@ class SlotPool:
         return flattened(free.gather(2, index.expand(-1, free.shape[1], -1)), real)
 
     def evict(self, drop: Tensor) -> None:
-        """Empty the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
+        """Empties the slots of `drop`, bool [B, H, N]; zeros until the next tokens overwrite them."""
         self.position.masked_fill_(drop, EMPTY)
         for pool in (self.keys, self.values):
             pool.masked_fill_(drop.unsqueeze(-1), 0.0)  # infinity or NaN would survive a weight of 0
@@ -150,7 +150,7 @@ class SlotPool:
         return query @ self.keys.transpose(-1, -2)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """[B, H, R, N] -> [B, H, R, dv]."""
+        """Returns values weighed by [B, H, R, N], [B, H, R, dv]."""
         return weights.to(self.values.dtype) @ self.values
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -167,18 +167,18 @@ class SlotPool:
 
 
 def flattened(values: Tensor, real: Picked | None) -> Tensor:
-    """Tokens of [B, H, W, ...], all or those picked, one after the other for each head: [n, ...]."""
+    """Returns the tokens of [B, H, W, ...], all or those picked, one after the other for each head: [n, ...]."""
     return values.flatten(0, 2) if real is None else values.transpose(1, 2)[real].flatten(0, 1)
 
 
 def first_rows(slots: Tensor) -> Tensor:
-    """Where each head of [B, H, N] starts once the three are flattened, int64 [B, H, 1]."""
+    """Returns where each head of [B, H, N] starts once the three are flattened, int64 [B, H, 1]."""
     batch, heads, capacity = slots.shape
     return torch.arange(batch * heads, device=slots.device).view(batch, heads, 1) * capacity
 
 
 def resized(values: Tensor, capacity: int, pick: Tensor | None, fill: float) -> Tensor:
-    """Slots `pick` (or all) of [B, H, N, ...], followed by `fill` up to `capacity`."""
+    """Returns slots `pick` (or all) of [B, H, N, ...], followed by `fill` up to `capacity`."""
     out = values.new_full((*values.shape[:2], capacity, *values.shape[3:]), fill)
     if pick is None:
         out[:, :, : values.shape[2]] = values

@@ -76,7 +76,7 @@ class Storage:
         return targets(self.policy, self.clock, self.place, seen, self.rounding)
 
     def targets_after(self, block: Block) -> list[int]:
-        """The slots per kv head that each row may hold after a block's event, computed once."""
+        """Returns the slots per kv head that each row may hold after a block's event, computed once."""
         if self.known[0] is not block:
             self.known = block, self.targets(block.after)
         return self.known[1]
@@ -103,14 +103,14 @@ class Storage:
             pool.resize(steady if need <= steady <= 2 * roomy else roomy)
 
     def _steady(self) -> int:
-        """Slots per head that a bounded policy ends up with; 0 if it has none yet."""
+        """Returns slots per head that a bounded policy ends up with; 0 if it has none yet."""
         schedule = self.clock.schedule
         if not schedule.bounded:
             return 0
         return max(self.targets(self.clock.seen)) + schedule.period
 
     def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
-        """`ahead`: tokens to the end of each row's block, for which every head will be given pages."""
+        """Makes room in pages; `ahead`: tokens to the end of each row's block, for which every head will be given pages."""
         heads, steady = pool.position.shape[1], self._steady()
         need = max(need, steady) if need > steady // 2 else need
         total = heads * sum(max(live + room, need) for live, room in zip(self.live, ahead, strict=True))
@@ -120,12 +120,12 @@ class Storage:
             self.fitted, self.unassigned = total, True
 
     def _ahead(self, seen: Sequence[int]) -> list[int]:
-        """Tokens to the end of each row's block."""
+        """Returns the tokens to the end of each row's block."""
         period = self.clock.schedule.period
         return [period - tokens % period for tokens in seen]
 
     def _share(self, pool: PagePool, room: list[int]) -> tuple[int, int]:
-        """Slots in all, and in the fullest head, if room[b] tokens come to every head of row b."""
+        """Returns slots in all, and in the fullest head, if room[b] tokens come to every head of row b."""
         heads = pool.position.shape[1]
         total = sum(held + heads * tokens for held, tokens in zip(self.held, room, strict=True))
         return total, max(longest + tokens for longest, tokens in zip(self.longest, room, strict=True))
@@ -137,7 +137,7 @@ class Storage:
             self.fitted, self.unassigned = total, True
 
     def settle(self, held: list[int], longest: list[int]) -> None:
-        """Fit pages to what an event of all layers has left here, and to the blocks that come next."""
+        """Fits pages to what an event of all layers has left here, and to the blocks that come next."""
         pool = self.pool
         assert isinstance(pool, PagePool)
         self.held, self.longest = held, longest
@@ -159,27 +159,27 @@ class Storage:
             self.longest = [longest + size for longest, size in zip(self.longest, block.sizes, strict=True)]
 
     def evict(self, drop: Tensor) -> None:
-        """Empty the slots `drop`, bool [B, H, N]; the caller says how many are left by setting `live`."""
+        """Empties the slots `drop`, bool [B, H, N]; the caller says how many are left by setting `live`."""
         self.note_peak()
         self.pool.evict(drop)
         self.unassigned = True
 
     def recount(self) -> None:
-        """Ask the pool what is left in it, after tokens were taken back; the host waits for it."""
+        """Asks the pool what is left in it, after tokens were taken back; the host waits for it."""
         counts = (self.pool.position >= 0).sum(-1)
         self.held, self.longest = torch.stack([counts.sum(-1), counts.amax(-1)]).tolist()
         ragged = isinstance(self.pool, PagePool)
         self.live = [-(-held // counts.shape[1]) for held in self.held] if ragged else list(self.longest)
 
     def note_peak(self) -> None:
-        """Remember the most bytes ever held, and tell the meter what is held now."""
+        """Remembers the most bytes ever held, and tells the meter what is held now."""
         held = self.pool.nbytes
         if held != self.noted:
             self.peak_nbytes, self.noted = max(self.peak_nbytes, held), held
             self.meter.note(self.place.index, held)
 
     def give_back(self) -> None:
-        """Free what a long prompt needed and the steady state does not."""
+        """Frees what a long prompt needed and the steady state does not."""
         steady, pool = self._steady(), self.pool
         if not steady or max(self.live) > steady:
             return
@@ -201,7 +201,7 @@ class Storage:
 
 
 def targets(policy: Governor, clock: Clock, place: Place, seen: list[int], rounding: int = 0) -> list[int]:
-    """Slots per kv head after an event, for rows that have seen so many tokens.
+    """Returns slots per kv head after an event, for rows that have seen so many tokens.
 
     A protected prompt is held on top of the budget, but inside a budget in bytes, which is a hard total; so are `rounding`
     slots per head that storage may take.

@@ -87,7 +87,7 @@ class Shapes:
         self.tile = 2 * 4 * plan.rows * self.layout.num_query_heads * min(TILE, plan.tokens) * plan.tokens
 
     def labels(self, heads: int) -> int:
-        """Bytes of block labels, 4 B heads T ceil(T / p), of so many heads (oracle.future_attention)."""
+        """Returns bytes of block labels, 4 B heads T ceil(T / p), of so many heads (oracle.future_attention)."""
         return 4 * self.plan.rows * heads * self.plan.tokens * -(-self.plan.tokens // self.plan.period)
 
     @property
@@ -97,14 +97,14 @@ class Shapes:
         return 4 * self.plan.tokens * (2 * group * min(TILE, self.plan.period) + self.layout.head_dim)
 
     def cache(self, slots: int, columns: bool = True) -> int:
-        """Bytes of keys and values, s B L H slots (d + dv), and of the gate's per-slot state."""
+        """Returns bytes of keys and values, s B L H slots (d + dv), and of the gate's per-slot state."""
         state = 4 * sum(math.prod(column.shape) for column in self.gate.columns) if columns else 0
         return (
             self.plan.rows * self.heads * slots * (self.number * (self.layout.head_dim + self.layout.value_dim) + state)
         )
 
     def forward(self, rows: int, logits: int) -> int:
-        """Bytes of a pass without gradient in its widest layer, and of logits of so many tokens of each row."""
+        """Returns bytes of a pass without gradient in its widest layer, and of logits of so many tokens of each row."""
         layout, tokens = self.layout, self.plan.tokens
         attention = 2 * layout.hidden_size + 2 * layout.num_query_heads * layout.head_dim
         attention += layout.num_heads * (layout.head_dim + layout.value_dim)
@@ -139,7 +139,7 @@ def replay_phases(sizes: Shapes) -> Phases:
 
 
 def stream_phases(sizes: Shapes) -> Phases:
-    """One pass of the base; every layer's gates keep what their backward pass needs."""
+    """Counts one pass of the base; every layer's gates keep what their backward pass needs."""
     plan = sizes.plan
     times = plan.cuts * plan.rows / (plan.rows + 1) if sizes.at_cuts else 1
     return {
@@ -172,7 +172,7 @@ def soft_phases(sizes: Shapes) -> Phases:
 
 
 def probe_phases(sizes: Shapes) -> Phases:
-    """What responses attend to, per query head and moment; the full cache that the probe reads."""
+    """Counts what responses attend to, per query head and moment, and the full cache that the probe reads."""
     plan = sizes.plan
     targets = 4 * plan.rows * sizes.layout.num_query_heads * sizes.layers * plan.tokens * (plan.cuts + 1)
     base = sizes.forward(plan.rows, 1)
