@@ -12,7 +12,7 @@ from torch import Tensor
 from learnevict.evals.methods import EvaluationSettings, golden_policy
 from learnevict.evals.tasks import Task
 from learnevict.infer.generate import Completion, generate
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 
 
 def answer(
@@ -20,7 +20,7 @@ def answer(
     tokenizer: Any,
     task: Task,
     samples: Sequence[Any],
-    policy: Governor | None,
+    policy: AnyPolicy | None,
     *,
     tries: int = 1,
     **sampling: Any,

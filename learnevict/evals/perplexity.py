@@ -20,7 +20,7 @@ from learnevict.evals.tasks import resolve
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import bytes_held
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy, Governor
 
 CHUNK = 512
 
@@ -79,7 +79,7 @@ def check_known(tokenizer: Any, ids: Int[Tensor, "T"], text: str) -> None:
 def perplexity(
     model: Any,
     ids: Int[Tensor, "1 T"],
-    policy: Governor | None,
+    policy: AnyPolicy | None,
     *,
     chunk: int = CHUNK,
     advance: Callable[[int], None] | None = None,

@@ -22,7 +22,7 @@ from learnevict.methods import golden
 from learnevict.oracle import golden as roll_golden
 from learnevict.oracle.metrics import KeptSlots, compare
 from learnevict.oracle.reference import Reference, losses, recording
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Trace
 
 TOLERANCE = 1e-3
@@ -44,7 +44,7 @@ def reference(model: Any, texts: TextBatch, settings: EvaluationSettings) -> Ref
 
 
 @torch.no_grad()
-def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Reference | None = None) -> Columns:
+def measure(model: Any, texts: TextBatch, policy: AnyPolicy | None, beside: Reference | None = None) -> Columns:
     """Returns scores of the texts under a policy (None: the model as it is, with its stock cache).
 
     Args:
@@ -57,6 +57,7 @@ def measure(model: Any, texts: TextBatch, policy: Governor | None, beside: Refer
     if beside is None:
         logits, cache = _evicted_logits(model, texts, policy)
         return score(texts, logits) | _bytes_held(cache, texts)
+    policy = governor(policy)
     recorded, scores = recording(policy)
     logits, cache = _evicted_logits(model, texts, recorded, record=True)
     return score(texts, logits) | _kept(compare(policy, beside, cache.trace(), scores)) | _bytes_held(cache, texts)
@@ -121,7 +122,7 @@ def _golden_trace(model: Any, beside: Reference, budget: int, settings: Evaluati
 
 
 def _evicted_logits(
-    model: Any, texts: TextBatch, policy: Governor, *, record: bool = False
+    model: Any, texts: TextBatch, policy: AnyPolicy, *, record: bool = False
 ) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
     """Returns logits of texts read through an evicting cache, and the cache."""
     with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:

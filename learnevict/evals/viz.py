@@ -15,7 +15,7 @@ from learnevict.errors import TraceError
 from learnevict.infer.attach import attach
 from learnevict.infer.model.modules import device_of
 from learnevict.infer.teacher_forcing import prefill
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 from learnevict.signals import NEVER, Trace
 from learnevict.untrusted import printable
 
@@ -26,7 +26,7 @@ FOREVER = 2**32 - 1
 
 
 @torch.no_grad()
-def record(model: Any, policy: Governor, ids: list[int], prompt_length: int | None = None) -> Trace:
+def record(model: Any, policy: AnyPolicy, ids: list[int], prompt_length: int | None = None) -> Trace:
     """Returns the eviction history of one text.
 
     Args:

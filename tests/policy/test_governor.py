@@ -12,6 +12,10 @@ import torch
 from learnevict import EvictingCache, attach, methods, testbed
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, CacheError, DefaultBudgetWarning, UsageError
+from learnevict.evals import teacher_forced
+from learnevict.evals.perplexity import perplexity
+from learnevict.evals.tasks import TextBatch
+from learnevict.evals.viz import record
 from learnevict.infer.generate import generate
 from learnevict.oracle.metrics import measure
 from learnevict.oracle.reference import Reference
@@ -56,6 +60,15 @@ def test_it_generates_and_is_measured():
     assert (found.budget, found.kept) == (12, [[13, 13]] * 2)
     figures = measure(model, Newest(), Reference.of(model, IDS, block=4)).figures()
     assert "regret" not in figures and figures["top_recall"] < 1
+
+
+def test_evaluations_take_it_too():
+    model, whole = zoo.build("llama"), torch.ones_like(IDS, dtype=torch.bool)
+    texts = TextBatch(IDS, whole.long(), whole, whole, [1])
+    columns = teacher_forced.measure(model, texts, Newest(), Reference.of(model, IDS, block=4))
+    assert columns["loss"] == teacher_forced.measure(model, texts, Newest())["loss"]
+    assert perplexity(model, IDS, Newest()).loss == pytest.approx(columns["loss"][0], rel=1e-5)
+    assert record(model, Newest(), IDS[0].tolist()).evictions == 2 * 2 * 28
 
 
 def test_a_function_governs_with_the_default_budget_and_says_so():

@@ -14,7 +14,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.cache import bytes_held
 from learnevict.infer.generate import ends_and_pad, generate, left_padded, up_to_end
 from learnevict.infer.model.modules import device_of
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 Pair = tuple[list[int], list[int]]
@@ -59,7 +59,7 @@ def split_prompt(tokenizer: Any, context: str, question: str, *, chat: bool, kno
 def ask(
     model: Any,
     tokenizer: Any,
-    policy: Governor | None,
+    policy: AnyPolicy | None,
     asked: Sequence[tuple[str, str]],
     *,
     each: int = 1,
@@ -86,7 +86,7 @@ def ask(
 
 
 def _afterwards(
-    model: Any, tokenizer: Any, policy: Governor | None, pairs: list[Pair], each: int, limit: int
+    model: Any, tokenizer: Any, policy: AnyPolicy | None, pairs: list[Pair], each: int, limit: int
 ) -> Replies:
     (ends, pad), device = ends_and_pad(model, tokenizer), device_of(model)
     before, real = left_padded([context for context, _ in pairs[::each]], pad, device)

@@ -17,7 +17,7 @@ from typing import Any
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.tasks.questions import ask, split_prompt
 from learnevict.evals.tasks.task import TextBatch
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 
 ADJECTIVES = (
     "amber brass cedar copper coral crimson dusty eastern emerald frozen gentle golden granite hidden hollow ivory "
@@ -276,7 +276,7 @@ class RetrievalTask:
         return float(sample.questions[0].score(answer) == 1)
 
     def measure(
-        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Context], policy: Governor | None
+        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Context], policy: AnyPolicy | None
     ) -> dict[str, Any]:
         """Returns columns of the log: `exact` and `found`, shares of a context's questions and of their answers, `tokens`
         generated, `depth` of the first question's fact (-1: none), `seconds` and bytes."""

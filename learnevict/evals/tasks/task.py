@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learnevict.config import Budget
 from learnevict.oracle.reference import align
-from learnevict.policy import Governor
+from learnevict.policy import AnyPolicy
 
 SHARED_MODES = ("teacher", "free")
 """Modes that the suite measures itself; a task measures its own."""
@@ -98,7 +98,7 @@ class OwnModes(Task, Protocol):
     """A task that is measured in ways of its own, which `modes` names."""
 
     def measure(
-        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Any], policy: Governor | None
+        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Any], policy: AnyPolicy | None
     ) -> Mapping[str, Any]:
         """Returns columns of the log for one batch: `exact`, `tokens` and bytes as of evals.generation.answer."""
         ...
