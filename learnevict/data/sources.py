@@ -93,6 +93,12 @@ def kind_of(path: Path) -> str:
 def open_rows(source: Source) -> Any:
     """Returns rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved; DataError: no such."""
     path = Path(source.name).expanduser()
+    saved_here = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if path.exists() and (source.config or (source.split != "train" and not saved_here)):
+        what = f"configuration {source.config!r}" if source.config else f"split {source.split!r}"
+        raise DataError(
+            f"{source.name!r} is no dataset of the Hub and has no {what}; leave that out, or name the file of it"
+        )
     if path.is_file() and kind_of(path) in ("json", "text"):
         return TextRows([path])
     try:
@@ -102,13 +108,15 @@ def open_rows(source: Source) -> Any:
             f"reading {source.name!r} needs the package datasets: pip install 'learnevict[train]'"
         ) from error
     try:
-        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        if saved_here:
             saved: Any = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
                 if source.split not in saved:
                     splits = ", ".join(map(str, saved))
                     raise DataError(f"{source.name!r} has no split {source.split!r}; it has {splits}")
                 saved = saved[source.split]
+            elif source.split not in ("train", str(saved.split)):
+                raise DataError(f"{source.name!r} has one split, {saved.split}, and no {source.split!r}; leave it out")
             return saved.to_iterable_dataset()
         if path.exists():
             return _local(path, source)
@@ -126,12 +134,15 @@ def _local(path: Path, source: Source) -> Any:
     """Opens a file, or a folder of files of one format."""
     import datasets
 
-    files = sorted(one for one in path.rglob("*") if kind_of(one)) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():  # what is hidden was not put there to be read: .git, .ipynb_checkpoints, ._copies
+        found = (one for one in path.rglob("*") if kind_of(one) and one.is_file())
+        files = sorted(one for one in found if not any(part.startswith(".") for part in one.relative_to(path).parts))
     kinds = {kind_of(one) for one in files}
     if len(kinds) != 1 or kinds == {""}:
-        found = f"files of {len(kinds)} formats" if len(kinds) > 1 else "none of these"
+        what = f"files of {len(kinds)} formats" if len(kinds) > 1 else "none of these"
         raise DataError(
-            f"cannot read {source.name!r}: expected files of one format, {', '.join(FORMATS)}; found {found}"
+            f"cannot read {source.name!r}: expected files of one format, {', '.join(FORMATS)}; found {what}"
         )
     if kinds != {"parquet"}:
         return TextRows(files)

@@ -64,6 +64,17 @@ def test_every_kind_of_local_source_reads_the_same(tmp_path, jsonl):
     assert len(read_documents(Source(str(tmp_path / "splits"), split="other"), TOKENIZER, 99)[0]) == 1
     with pytest.raises(DataError, match="has no split 'nope'; it has train, other"):
         read_documents(Source(str(tmp_path / "splits"), split="nope"), TOKENIZER, 99)
+    for name, more in (("saved", {"split": "nope"}), ("files", {"split": "nope"}), ("one.parquet", {"config": "nope"})):
+        with pytest.raises(DataError, match=r"no .*'nope'; leave"):
+            read_documents(Source(str(tmp_path / name), **more), TOKENIZER, 99)
+
+
+def test_hidden_files_of_a_folder_are_not_read(tmp_path):
+    for name in ("a.txt", ".b.txt", "._a.txt", ".git/c.txt", "more/.d.jsonl", "more/e.txt"):
+        (tmp_path / ".home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".home" / name).write_text(text(0))
+    found, _ = read_documents(Source(str(tmp_path / ".home")), TOKENIZER, 9)
+    assert [one.input_ids for one in found] == [ids(text(0))] * 2
 
 
 def test_what_cannot_be_read_is_told_and_never_downloaded(tmp_path):
