@@ -9,8 +9,8 @@ Who takes part: all methods that need no training, and every folder testbed-NAME
 "NAME-sl" beside them, the supervised ones that refinement started from. Learned methods without gates are left out.
 
 Stages, in order: `tune` picks the baselines' settings and the best heuristic on validation seeds; `main` compares all
-methods under the same rules; `published` leaves each method its own recent window; `prompt` protects the prompt; `long` takes
-texts longer than in training; `free` lets the model write its own answers. Every stage goes on where it was interrupted;
+methods under the same settings; `published` leaves each method its own recent window; `prompt` protects the prompt; `long`
+takes texts longer than in training; `free` lets the model write its own answers. Every stage goes on where it was interrupted;
 numbers are kept per sample, in docs/results/STAGE/FAMILY.samples.jsonl. Processes of different families may run side by side:
 each keeps its settings in docs/results/tuning/FAMILY.tuned.json, and all of them together are what `eval --tuned` reads. With
 another --out everything is kept and read there, those settings too (tuned.json), and the package's are left alone.

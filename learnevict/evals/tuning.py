@@ -21,7 +21,7 @@ class Tuned:
     """Settings that tuning found.
 
     Attributes:
-        record: what they were tuned under: model, weights, tasks, rules, samples, and hashes of the tables that were tuned.
+        record: what they were tuned under: model, weights, tasks, settings, samples, and hashes of the tables that were tuned.
         settings: by family, budget and method.
         accuracy: step accuracy on validation under them, by family, budget and method.
     """

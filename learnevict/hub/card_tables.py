@@ -18,7 +18,7 @@ from learnevict.untrusted import one_line
 NONE = "–"
 Row = Mapping[str, Any]
 TEXTS = ("family", "model", "split", "length")
-"""What the same texts, read by the same model, have in common; the full cache is the same under any budget and rules."""
+"""What the same texts, read by the same model, have in common; the full cache is the same under any budget and settings."""
 CELL = (*TEXTS, "budget", "rules")
 MEASURE = "`learnevict eval --ckpt GATES --out ROWS` measures them"
 
@@ -155,11 +155,11 @@ def terms(rows: Sequence[Row]) -> str:
     splits = sorted(
         {one_line(f"{row.get('split')} split, {row.get('length')} length") for row in rows if row.get("split")}
     )
-    rules = sorted({_rules(row["rules"]) for row in rows if row.get("rules")})
+    settings = sorted({_settings(row["rules"]) for row in rows if row.get("rules")})
     parts = ["Measured" + (f" on {' and '.join(models)}" if models else "")]
     parts += [" and ".join(splits)] if splits else []
     parts += [f"{' or '.join(map(str, samples))} samples a cell"] if samples else []
-    return "; ".join([", ".join(parts), *rules]) + "."
+    return "; ".join([", ".join(parts), *settings]) + "."
 
 
 def family(row: Row) -> str:
@@ -204,10 +204,10 @@ def _bytes(row: Row) -> str:
     return f"{peak:,} of {full:,}" if peak and full else NONE
 
 
-def _rules(rules: Mapping[str, Any]) -> str:
+def _settings(settings: Mapping[str, Any]) -> str:
     names = {"slack": "an eviction every {} tokens", "sinks": "{} sinks", "recent": "the last {} tokens kept"}
-    said = [text.format(one_line(rules[name])) for name, text in names.items() if rules.get(name) is not None]
-    return ", ".join([*said, "prompt protected" if rules.get("prompt") else "prompt not protected"])
+    said = [text.format(one_line(settings[name])) for name, text in names.items() if settings.get(name) is not None]
+    return ", ".join([*said, "prompt protected" if settings.get("prompt") else "prompt not protected"])
 
 
 def shown(value: object) -> str:

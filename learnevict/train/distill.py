@@ -131,7 +131,7 @@ def main(flags: Arguments) -> None:
     settings: Any = {
         "config": vars(config), "mode": {"name": method.mode, **vars(flags.mode)}, "gate": flags.settings
     }  # fmt: skip
-    rules = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
+    terms = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
     with run("distill", gates, training, settings, (documents, held_out)) as running:
         trainer = method.trainer(  # its compute_loss is the objective: learnevict/train/trainers
             model=gates,
@@ -139,7 +139,7 @@ def main(flags: Arguments) -> None:
             args=training,
             train_dataset=documents,
             data_collator=Collator(tokenizer.pad_token_id or 0),
-            validation=Validation(held_out, tuple(config.eval_budgets), terms=rules) if held_out else None,
+            validation=Validation(held_out, tuple(config.eval_budgets), terms=terms) if held_out else None,
             callbacks=[Patience(config.patience)] if config.patience else [],
             config=flags.mode,
         )

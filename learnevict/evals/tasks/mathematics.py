@@ -167,12 +167,12 @@ class MathTask:
         texts = [(self.prompt(tokenizer, one), self._solution(tokenizer, one)) for one in samples]
         width = max(len(prompt) + len(solution) for prompt, solution in texts)
         ids = torch.full((len(texts), width), tokenizer.pad_token_id or 0)
-        mask, spoken = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        mask, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for row, (prompt, solution) in enumerate(texts):
             ids[row, width - len(prompt) - len(solution) :] = torch.tensor(prompt + solution)
             mask[row, width - len(prompt) - len(solution) :] = 1
-            spoken[row, width - len(solution) :] = True
-        return TextBatch(ids, mask, spoken, spoken, [len(prompt) for prompt, _ in texts])
+            response[row, width - len(solution) :] = True
+        return TextBatch(ids, mask, response, response, [len(prompt) for prompt, _ in texts])
 
     def _solution(self, tokenizer: Any, sample: Problem) -> list[int]:
         text = f"{'' if self.chat else ' '}{sample.solution}\n#### {sample.answer}"

@@ -25,7 +25,7 @@ SMALL_PAGE = 8
 
 
 class PagePool:
-    """Keys, values and ledger of one layer with ragged heads.
+    """Keys, values and per-slot state of one layer with ragged heads.
 
     Args:
         page: slots per page.

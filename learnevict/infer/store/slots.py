@@ -55,7 +55,7 @@ class SlotStates:
 
 
 class SlotPool:
-    """Keys, values and ledger of one layer; every head owns `capacity` slots.
+    """Keys, values and per-slot state of one layer; every head owns `capacity` slots.
 
     Shapes: keys [B, H, N, d], values [B, H, N, dv], position int32 [B, H, N].
     """

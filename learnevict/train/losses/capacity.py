@@ -23,8 +23,8 @@ def occupancy(
 ) -> Float[Tensor, "B H T"]:
     """Returns what each head holds after each token: S_t = sum over i <= t of exp((t - i) r_i) (arXiv 2512.03324).
 
-    Every token fades at its own rate, so there is no recurrence; but over chunks of C tokens, t = b C + u, earlier tokens
-    factor into exp((b C - i) r_i) exp(u r_i): a product of [T / C, T] and [T, C]. All exponents are at most 0.
+    Every token has a log-retention of its own, so there is no recurrence; but over chunks of C tokens, t = b C + u, earlier
+    tokens factor into exp((b C - i) r_i) exp(u r_i): a product of [T / C, T] and [T, C]. All exponents are at most 0.
 
     Args:
         retention: log retention r at most 0, in columns of the text.
@@ -34,21 +34,21 @@ def occupancy(
     length = retention.shape[-1]
     size = chunk or max(16, 2 ** round(math.log2(max(length, 1)) / 2))
     num = -(-length // size)
-    rate = torch.nn.functional.pad(retention.float(), (0, num * size - length))
+    log_retention = torch.nn.functional.pad(retention.float(), (0, num * size - length))
     real = torch.nn.functional.pad(valid, (0, num * size - length)).unsqueeze(1)
-    column = torch.arange(num * size, device=rate.device)
+    column = torch.arange(num * size, device=log_retention.device)
     step = column[:size]
 
     distance = step.view(-1, 1) - step  # [u, v] within a chunk
-    own = rate.unflatten(-1, (num, 1, size))
+    own = log_retention.unflatten(-1, (num, 1, size))
     inside = (distance.clamp_min(0) * own).exp() * ((distance >= 0) & real.unflatten(-1, (num, 1, size)))
 
     before = (
         step.new_tensor(range(0, num * size, size)).view(-1, 1) - column
     )  # [b, i]: from token i to the chunk's start
-    faded = (before.clamp_min(0) * rate.unsqueeze(-2)).exp() * ((before > 0) & real.unsqueeze(-2))
-    then = (step * rate.unsqueeze(-1)).exp()
-    return (inside.sum(-1) + faded @ then).flatten(-2)[..., :length]
+    decayed = (before.clamp_min(0) * log_retention.unsqueeze(-2)).exp() * ((before > 0) & real.unsqueeze(-2))
+    then = (step * log_retention.unsqueeze(-1)).exp()
+    return (inside.sum(-1) + decayed @ then).flatten(-2)[..., :length]
 
 
 def hinge(

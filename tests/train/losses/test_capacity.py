@@ -27,10 +27,10 @@ def retentions(low: float, high: float, seed: int = 0) -> Tensor:
     return -(10 ** (low + (high - low) * draw))
 
 
-def held(rate: Tensor, real: Tensor) -> Tensor:
+def held(log_retention: Tensor, real: Tensor) -> Tensor:
     """float64, every pair of tokens."""
     age = (torch.arange(LENGTH).view(-1, 1) - torch.arange(LENGTH)).double()
-    weight = (age.clamp_min(0) * rate.double().unsqueeze(-2)).exp()
+    weight = (age.clamp_min(0) * log_retention.double().unsqueeze(-2)).exp()
     return (weight * ((age >= 0) & real[:, None, None])).sum(-1)
 
 
@@ -40,11 +40,11 @@ RANGES = {"forgetting": (-2.0, 0.5), "near one": (-9.0, -7.0), "near zero": (1.0
 @pytest.mark.parametrize("chunk", [1, 8, 37, 64, None])
 @pytest.mark.parametrize("name", RANGES)
 def test_occupancy_is_the_sum_over_all_pairs(name, chunk):
-    rate = retentions(*RANGES[name]).requires_grad_()
+    log_retention = retentions(*RANGES[name]).requires_grad_()
     towards = torch.randn(3, 2, LENGTH, generator=torch.Generator().manual_seed(1)) * valid()[:, None]
-    found = capacity.occupancy(rate, valid(), chunk=chunk)
-    (slope,) = torch.autograd.grad((found * towards).sum(), rate)
-    double = rate.detach().double().requires_grad_()
+    found = capacity.occupancy(log_retention, valid(), chunk=chunk)
+    (slope,) = torch.autograd.grad((found * towards).sum(), log_retention)
+    double = log_retention.detach().double().requires_grad_()
     expected = held(double, valid())
     (other,) = torch.autograd.grad((expected * towards.double()).sum(), double)
     close(found, expected)
@@ -59,16 +59,18 @@ def test_untrained_gates_still_tell_tokens_apart():
         gate.weight_out.zero_()
         gate.bias_out[0] = torch.tensor([18.0, 19.0])
     signals = signals_of(zoo.build("llama"))
-    rate = gate.write(signals)["retention"]
-    low, high = rate.detach().unbind(1)
+    log_retention = gate.write(signals)["retention"]
+    low, high = log_retention.detach().unbind(1)
     assert float(low.min()) > -2e-8 and bool((low < high).all()) and bool((high < 0).all())
     (slope,) = torch.autograd.grad(
-        capacity.occupancy(rate, torch.ones_like(low, dtype=torch.bool)).sum(), rate, retain_graph=True
+        capacity.occupancy(log_retention, torch.ones_like(low, dtype=torch.bool)).sum(),
+        log_retention,
+        retain_graph=True,
     )
-    later = torch.arange(rate.shape[-1]).flip(0)
+    later = torch.arange(log_retention.shape[-1]).flip(0)
     close(slope, (later * (later + 1) / 2).expand_as(slope))  # every later token counts its distance
-    (learned,) = torch.autograd.grad(rate, gate.bias_out, slope)
-    close(learned[0], -(torch.expm1(rate.detach()) * slope).sum((0, 2)))  # d log beta / d b = 1 - beta
+    (learned,) = torch.autograd.grad(log_retention, gate.bias_out, slope)
+    close(learned[0], -(torch.expm1(log_retention.detach()) * slope).sum((0, 2)))  # d log beta / d b = 1 - beta
 
 
 @pytest.mark.parametrize("together", [False, True])
