@@ -150,7 +150,7 @@ def show_oracle(row: Row) -> str:
 
 def show_bytes(row: Row) -> str:
     """Returns most bytes held, and those of a full cache."""
-    if row.get("kv_bytes_peak") is None:
+    if None in (row.get("kv_bytes_peak"), row.get("kv_bytes_full")):
         return ""
     return f"{row['kv_bytes_peak'] / 1024:.0f} of {row['kv_bytes_full'] / 1024:.0f}"
 

@@ -127,6 +127,21 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(checked(text, "the conversation "), add_special_tokens=False).input_ids)
 
 
+def decoding(model: Any, pad: int, sampling: Sampling) -> GenerationConfig:
+    """Returns the model's own settings, with ours on top: one answer, plain ids; greedy ignores how the model would sample."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=pad, num_beams=1, num_return_sequences=1,
+        do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False, output_attentions=False,
+    )  # fmt: skip
+    config.use_cache = True  # else every step would read the whole text into the cache again
+    if sampling.temperature > 0:
+        config.update(temperature=sampling.temperature)
+    else:
+        config.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+    return config
+
+
 class Stopwatch(BaseStreamer):
     """Notes when the first new token of a batch came, and hands every token on."""
 
@@ -179,8 +194,9 @@ class _Batch:
         attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
         with seeded(sampling, device_of(self.model)), attached as cache:
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=watch
-            )
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=watch,
+                tokenizer=self.tokenizer,
+            )  # fmt: skip
         stop = time.perf_counter()
         answers = [up_to_end(row, self.ends) for row in out[:, self.width :].tolist()]
         count = sum(map(len, answers))
@@ -193,15 +209,6 @@ class _Batch:
         return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
-        """Returns the model's own settings, with ours on top; greedy ignores how the model would sample."""
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=self.pad, num_beams=1)
-        config.update(do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False)
-        config.use_cache = True  # else every step would read the whole text into the cache again
-        if sampling.temperature > 0:
-            config.update(temperature=sampling.temperature)
-        else:
-            config.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and self.width + sampling.max_new_tokens > limit:
             warnings.warn(
@@ -209,7 +216,7 @@ class _Batch:
                 "positions this model was made for; what comes after is guesswork",
                 stacklevel=2,
             )
-        return config
+        return decoding(self.model, self.pad, sampling)
 
     def _completion(self, row: int, answer: list[int], cache: Any, timing: dict[str, float]) -> Completion:
         prompt, num_rows, evicting = self.prompts[row], len(self.prompts), isinstance(cache, EvictingCache)

@@ -12,7 +12,7 @@ import torch
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import bytes_held
-from learnevict.infer.generate import ends_and_pad, generate, left_padded, up_to_end
+from learnevict.infer.generate import Sampling, decoding, ends_and_pad, generate, left_padded, up_to_end
 from learnevict.infer.model.modules import device_of
 from learnevict.policy import AnyPolicy
 
@@ -103,7 +103,7 @@ def _afterwards(
         before, real = before.repeat_interleave(each, 0), real.repeat_interleave(each, 0)
         out = model.generate(
             input_ids=torch.cat([before, after], 1), attention_mask=torch.cat([real, fresh], 1), past_key_values=cache,
-            max_new_tokens=limit, do_sample=False, pad_token_id=pad, use_cache=True,
+            generation_config=decoding(model, pad, Sampling(limit)), tokenizer=tokenizer,
         )  # fmt: skip
     replies = [up_to_end(row, ends) for row in out[:, before.shape[1] + after.shape[1] :].tolist()]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)

@@ -69,6 +69,26 @@ def test_contexts_of_one_batch_do_not_meet(subject: EvaluatedModel, haystack: Ha
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 3), ("num_return_sequences", 2), ("stop_strings", ["~"]), ("return_dict_in_generate", True),
+        ("output_attentions", True), ("use_cache", False),
+    ],
+)  # fmt: skip
+def test_settings_that_a_model_came_with_stop_no_question(
+    subject: EvaluatedModel, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = methods.load("keydiff").policy(60, slack=16)
+    asked = [(PROSE[:300], "When?"), (PROSE[:300], "How long?")]
+    expected = [
+        ask(subject.model, subject.tokenizer, policy, asked, each=2, known=known).texts for known in (False, True)
+    ]
+    monkeypatch.setattr(subject.model.generation_config, name, value)
+    found = [ask(subject.model, subject.tokenizer, policy, asked, each=2, known=known).texts for known in (False, True)]
+    assert name == "stop_strings" or found == expected
+
+
 def test_a_known_question_stands_on_both_sides(subject: EvaluatedModel) -> None:
     before, after = split_prompt(subject.tokenizer, "A text.", "What?", chat=True, known=True)
     whole = subject.tokenizer.decode(before + after)
