@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from learnevict.errors import CacheError, ModelError, PromptInPiecesWarning, StockLayersWarning, TraceError
 from learnevict.infer.clock import Clock
-from learnevict.infer.eviction_after_forward import is_deferred
 from learnevict.infer.layer import NO_CROP, EvictingLayer
 from learnevict.infer.model.supported import check_rope, evicting_layers, state_shape
-from learnevict.infer.probe import check_probed
 from learnevict.infer.rows.conversation import Conversation, as_batch
 from learnevict.infer.rows.ends import Ends, warn_of_padding
 from learnevict.infer.store.recording import ordinary_tensors
@@ -37,10 +35,16 @@ class EvictingCache(Cache):
         prompt_length: real tokens of each row's prompt, for prompt protection when prompt and answer are read in one
             forward; by default the prompt is what is read before the first single-token step.
 
+    Attributes:
+        mask: [B, columns read] of the last forward, 0 = padding; None if it had none, or one of its own columns only.
+        places: position ids of the last forward's last column, [..., 1]; None if it had none.
+
     Raises:
         ModelError: layers that can neither be evicted from nor left stock.
         BudgetError: a byte budget that cannot hold guards and slack.
     """
+
+    layers: list[Any]
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class EvictingCache(Cache):
         self.policy = policy = governor(policy)
         self.record = record
         self._warned = False
-        self.clock = Clock(policy.schedule, prompt_length, deferred=is_deferred(policy))
+        self.clock = Clock(policy.schedule, prompt_length, deferred=policy.deferred)
         self.conversation = Conversation(self.clock)
         self.used = False
         self.mask: Tensor | None = None
@@ -260,6 +264,18 @@ class EvictingCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
+
+
+def check_probed(layers: list[Any]) -> None:
+    """Raises ModelError for cache layers of which a probe cannot see all that a token would."""
+    wrong = sorted(
+        {type(one).__name__ for one in layers if not isinstance(one, EvictingLayer | DynamicSlidingWindowLayer)}
+    )
+    if wrong:
+        raise ModelError(
+            f"a probe cannot be run beside cache layers of kind {', '.join(wrong)}: reading it would change their state; use a "
+            "method without a probe"
+        )
 
 
 def stored_bytes(layer: object) -> int:

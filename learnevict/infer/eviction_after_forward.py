@@ -9,31 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learnevict.errors import CacheError
+from learnevict.infer.cache import EvictingCache
 from learnevict.infer.eviction import Event
 from learnevict.infer.layer import EvictingLayer
-from learnevict.infer.probe import ProbedCache, run_probe
+from learnevict.infer.probe import run_probe
 from learnevict.policy import Governor
 
 
-class Deferring(ProbedCache, Protocol):
-    """The cache whose events are held here."""
-
-    policy: Governor
-
-
-def is_deferred(policy: Governor) -> bool:
-    """Returns whether the policy's events are held after the forward."""
-    return policy.scope == "model" or policy.probe is not None
-
-
 @torch.no_grad()
-def hold_events(cache: Deferring, decoder: nn.Module) -> None:
+def hold_events(cache: EvictingCache, decoder: nn.Module) -> None:
     """Holds the events that the layers of a forward have left, when its last layer has run; the decoder reads the probe."""
     policy, layers = cache.policy, [layer for layer in cache.layers if isinstance(layer, EvictingLayer) and layer.due]
     if not layers:

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import Run, plain_attention, running
-from learnevict.infer.clock import Clock
+from learnevict.infer.cache import EvictingCache, check_probed
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import decoder_of, device_of
 from learnevict.infer.store.pages import PagePool
@@ -29,26 +27,11 @@ from learnevict.signals import Attention
 Receive = Callable[[int, Tensor], None]
 
 
-class ProbedCache(Protocol):
-    """What a probe needs of a cache.
-
-    Attributes:
-        layers: its cache layers, evicting and stock.
-        mask: [B, columns read] of the last forward, 0 = padding; None if it had none, or one of its own columns only.
-        places: position ids of the last forward's last column, [..., 1]; None if it had none.
-    """
-
-    layers: list[Any]
-    clock: Clock
-    mask: Tensor | None
-    places: Tensor | None
-
-
 @dataclass(frozen=True)
 class ProbeRun(Run):
     """A probe on its way through the layers; `receive` is told every evicting layer and its float32 [B, H, G, P, N]."""
 
-    cache: ProbedCache
+    cache: EvictingCache
     receive: Receive
 
     @property
@@ -95,7 +78,7 @@ class ProbeRun(Run):
         return real & (padded | (column >= self.columns_read))
 
 
-def probe_attention(model: PreTrainedModel, cache: ProbedCache, probe: Probe) -> dict[int, Tensor]:
+def probe_attention(model: PreTrainedModel, cache: EvictingCache, probe: Probe) -> dict[int, Tensor]:
     """Returns what a probe attends to in every evicting layer, with gradient to its parameters where that is on.
 
     The model is attached and has read a text into `cache`, an EvictingCache in which nothing changes.
@@ -111,7 +94,7 @@ def probe_attention(model: PreTrainedModel, cache: ProbedCache, probe: Probe) ->
     return found
 
 
-def run_probe(decoder: nn.Module, cache: ProbedCache, probe: Probe, receive: Receive) -> None:
+def run_probe(decoder: nn.Module, cache: EvictingCache, probe: Probe, receive: Receive) -> None:
     """Runs a probe through the decoder; `receive` is told what it attends to in each layer before the next layer runs."""
     check_probed(cache.layers)
     if not cache.clock.seen:
@@ -128,18 +111,6 @@ def run_probe(decoder: nn.Module, cache: ProbedCache, probe: Probe, receive: Rec
             attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
             position_ids=places,
             use_cache=False,
-        )
-
-
-def check_probed(layers: list[Any]) -> None:
-    """Raises ModelError for cache layers of which a probe cannot see all that a token would."""
-    wrong = sorted(
-        {type(one).__name__ for one in layers if not isinstance(one, EvictingLayer | DynamicSlidingWindowLayer)}
-    )
-    if wrong:
-        raise ModelError(
-            f"a probe cannot be run beside cache layers of kind {', '.join(wrong)}: reading it would change their state; use a "
-            "method without a probe"
         )
 
 

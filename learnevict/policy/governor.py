@@ -77,6 +77,11 @@ class Governor(ABC):
     probe: Probe | None = None
 
     @property
+    def deferred(self) -> bool:
+        """Whether events fall after the forward: layers are ranked together, or a probe is run."""
+        return self.scope == "model" or self.probe is not None
+
+    @property
     def floor(self) -> int:
         """The smallest budget that leaves room for one scored slot beside the guards and the fresh block."""
         return self.guard.reserved(self.schedule.period) + 1
