@@ -311,6 +311,7 @@ class Conversations(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "attachment"):
+            self.cache.used = True  # a conversation may be over before it began
             self.attachment.detach()
 
     def tokens(self, size: int) -> Tensor:
