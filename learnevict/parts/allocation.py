@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
 from learnevict.files import write
-from learnevict.parts.allocators import Together, best_beyond, contest, whole_shares
+from learnevict.parts.allocators import Together, best_beyond, contest, largest_remainder, whole_shares
 from learnevict.policy import Allocator, Uniform
 
 FORMAT = "learnevict allocation 1"
@@ -39,9 +39,7 @@ class HeadShares(Allocator):
         whole = sum(self.heads)
         parts = whole_shares([MILLION * head / whole if whole else MILLION / len(self.heads) for head in self.heads])
         exact = free.unsqueeze(-1) * torch.tensor(parts, device=free.device)
-        share, remainder = exact // MILLION, exact % MILLION
-        place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        share = (share + (place < (free - share.sum(-1)).unsqueeze(-1))).minimum(room)
+        share = largest_remainder(exact, MILLION, free).minimum(room)
         return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
 
 

@@ -145,9 +145,7 @@ class Ada(Allocator):
         heads = found.shape[1]
         equal = round(self.alpha * MILLE)
         exact = (MILLE - equal) * heads * found + equal * free.unsqueeze(-1)
-        whole, remainder = exact // (MILLE * heads), exact % (MILLE * heads)
-        place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return whole + (place < (free - whole.sum(-1)).unsqueeze(-1))
+        return largest_remainder(exact, MILLE * heads, free)
 
 
 @dataclass(frozen=True)
@@ -189,6 +187,13 @@ def whole_shares(shares: list[float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda index: round(whole[index] - shares[index], 6))
     extra = by_remainder[: round(sum(shares)) - sum(whole)]
     return [share + (index in extra) for index, share in enumerate(whole)]
+
+
+def largest_remainder(exact: Tensor, unit: int, total: Tensor) -> Tensor:
+    """Returns exact [B, H] / unit in whole numbers that sum to total [B], int64 [B, H]; of equal remainders lower heads win."""
+    whole, remainder = exact // unit, exact % unit
+    place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return whole + (place < (total - whole.sum(-1)).unsqueeze(-1))
 
 
 def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
