@@ -18,6 +18,7 @@ from learnevict.oracle import golden as roll
 from learnevict.parts.allocators import Ada, Pyramid
 from learnevict.parts.window import WindowAttention
 from learnevict.policy import Guard
+from learnevict.policy.governor import governor
 from learnevict.signals import NEVER, Signals, Trace
 from tests import brute_force as brute
 from tests.closeness import close
@@ -329,7 +330,7 @@ class Watched:
 def watch(case: str, data: Stream | None = None, prompt: int = 37) -> tuple[object, Signals]:
     """A policy, and what it saw at its last event."""
     watched = Watched(make(case, slack=5))
-    Loop(watched, data or stream()).run(prompt=prompt)
+    Loop(governor(watched), data or stream()).run(prompt=prompt)
     assert watched.seen is not None
     return watched.policy, watched.seen
 
