@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.errors import DataError
+from learnevict.config import Budget
+from learnevict.errors import BudgetError, DataError
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.plan import Cell, EvaluatedModel, Key, Plan
@@ -43,7 +44,7 @@ on the same samples, with its interval; null without the full cache's."""
 
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
-NUMBERS = (*KEYS[2:], *ORACLE_KEYS, *NATS_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
+NUMBERS = (*KEYS[3:], *ORACLE_KEYS, *NATS_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
 
 Row = dict[str, Any]
 MARK = b'"kv_bytes_peak": '
@@ -211,6 +212,10 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and known <= set(row) for row in rows):
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
     for row in rows:
+        try:
+            Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
+        except BudgetError as error:
+            raise DataError(f"a row in {str(path)!r}: {error}") from error
         odd = [name for name in NUMBERS if not isinstance(row.get(name), (int, float, type(None)))]
         if odd:
             raise DataError(f"{odd[0]} of a row in {str(path)!r} is no number: {row[odd[0]]!r}")

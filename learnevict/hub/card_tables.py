@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from learnevict.errors import DataError, UsageError
+from learnevict.config import Budget
+from learnevict.errors import BudgetError, DataError, UsageError
 from learnevict.hub.run_record import last_part
 from learnevict.infer.load import HUB_ID
 from learnevict.untrusted import one_line
@@ -34,7 +35,7 @@ HEADER = (
     "peak bytes, of full",
 )  # fmt: skip
 FIGURES = (
-    "budget", "step_accuracy", "ci_low", "ci_high", "exact_match", "exact_low", "exact_high", "perplexity",
+    "step_accuracy", "ci_low", "ci_high", "exact_match", "exact_low", "exact_high", "perplexity",
     "perplexity_ratio", "num_tokens", "samples", "kv_bytes_peak", "kv_bytes_full",
 )  # fmt: skip
 
@@ -47,6 +48,10 @@ def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
             raise DataError(
                 "a row of an evaluation needs method, family and budget; `learnevict eval --out` writes such rows"
             )
+        try:
+            Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
+        except BudgetError as error:
+            raise DataError(f"a row of {row['method']}: {error}") from error
         odd = [name for name in FIGURES if not isinstance(row.get(name), (int, float, type(None)))]
         if odd:
             raise DataError(f"{odd[0]} of a row of {row['method']} is no number: {row[odd[0]]!r}")
@@ -173,7 +178,7 @@ def budget(row: Row) -> str:
     if row["budget"] is None:
         return "full cache"
     share = f" ({row['budget_share']} of the length)" if row.get("budget_share") else ""
-    return one_line(f"{row['budget']} slots{share}")
+    return one_line(f"{row['budget']}{' slots' * (not isinstance(row['budget'], str))}{share}")
 
 
 def value(row: Row, kind: str) -> str:

@@ -29,6 +29,7 @@ from learnevict.evals.tasks import FamilyTask, TextBatch, family_tasks, read, re
 from learnevict.evals.teacher_forced import measure, measure_golden, reference
 from learnevict.files import locked
 from learnevict.hub import Gates, weight_hash
+from learnevict.hub.card_tables import budget, join
 from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
@@ -799,6 +800,22 @@ def test_a_report_has_table_and_plot(finished, tmp_path):
     assert f"| random | {rows[1]['step_accuracy']:.3f} [" in page.decode() and "| method | 1/4 | 40 |" in page.decode()
     lines = sheet.decode().splitlines()
     assert lines[0] == ",".join((*KEYS, *ORACLE_KEYS)) and len(lines) == 6 and lines[1].startswith("full,recall,,,")
+
+
+def test_budgets_may_be_shares_of_what_was_read_and_bytes(subject, tmp_path):
+    out, compared = tmp_path / "rows.jsonl", [evaluated_method(name) for name in ("full", "random")]
+    plan = small_plan(free="none", budgets=("25%", "64KiB", "40"), num_samples=1, oracle=False)
+    rows = run(plan, subject, compared, out)[0]
+    assert [row["budget"] for row in read_rows(out)] == [None, "25%", "64KiB", 40]
+    assert run(plan, subject, compared, out, resume=True)[0] == rows
+    assert "| method | 25% | 64KiB | 40 |" in write_report(read_rows(out), tmp_path / "report")[0].read_text()
+    assert [budget(row) for row in join(rows)] == ["full cache", "25%", "64KiB", "40 slots"]
+    for odd in ("a lot", True, [1]):
+        out.write_text(json.dumps(rows[0] | {"budget": odd}))
+        with pytest.raises(DataError, match="is not understood"):
+            read_rows(out)
+        with pytest.raises(DataError, match="is not understood"):
+            join([rows[0] | {"budget": odd}])
 
 
 def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
