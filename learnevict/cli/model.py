@@ -36,7 +36,7 @@ def fetch(
     precision give --model the Hub id that `learnevict model list` shows. A call that was broken off goes on where it was.
     LEARNEVICT_CACHE names another cache folder than ~/.cache/learnevict/models.
     """
-    from learnevict.infer.catalogue import MODELS
+    from learnevict.infer.model.catalogue import MODELS
 
     if name not in MODELS:
         raise UsageError(f"no model is called {name!r}; choose from {', '.join(MODELS)}, or give --model a Hub id")
@@ -76,7 +76,7 @@ def table(as_json: o.AsJson = False) -> None:
 
         learnevict model list
     """
-    from learnevict.infer.catalogue import MODELS, cache_folder
+    from learnevict.infer.model.catalogue import MODELS, cache_folder
 
     rows: list[dict[str, Any]] = [
         {

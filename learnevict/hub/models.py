@@ -20,8 +20,8 @@ from learnevict.errors import DataError, HubError, LearnevictError, LearnevictWa
 from learnevict.files import check_folder, locked, replacing_folder, writing
 from learnevict.hub.download import digest
 from learnevict.hub.repo import PATIENCE, Address, asking, insist
-from learnevict.infer.catalogue import MODELS, KnownModel, cache_folder
 from learnevict.infer.load import check_weights, pick_dtype, whole_weights
+from learnevict.infer.model.catalogue import MODELS, KnownModel, cache_folder
 
 SOURCE = "source.json"
 """The file of a converted model that says what it was made from."""

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from learnevict.errors import GateError, LearnevictError, ModelError, UnusedWeightsWarning, UsageError
-from learnevict.infer.catalogue import MODELS, folder_of_known
+from learnevict.infer.model.catalogue import MODELS, folder_of_known
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")

@@ -15,8 +15,8 @@ import torch
 from learnevict.cli import main
 from learnevict.errors import DataError, HubError, LearnevictWarning, ModelError
 from learnevict.hub.models import convert, get
-from learnevict.infer.catalogue import MODELS, KnownModel
 from learnevict.infer.load import load
+from learnevict.infer.model.catalogue import MODELS, KnownModel
 from tests import tiny_gguf
 from tests.hub_state import Repository
 
@@ -136,7 +136,7 @@ def test_the_hub_comes_first(hub, client, gguf, tmp_path):
     code = """
 from pathlib import Path
 from learnevict.hub.models import fetch
-from learnevict.infer.catalogue import KnownModel
+from learnevict.infer.model.catalogue import KnownModel
 result = str(fetch(KnownModel("someone/tiny", "MIT", sha256, 0, repo, "main", "tiny.gguf", ()), Path(folder)))
 """
     sha256 = hashlib.sha256(gguf.read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from learnevict import Gates, attach, methods
 from learnevict.cli import main
 from learnevict.hub.models import fetch
-from learnevict.infer.catalogue import MODELS, folder_of_known
+from learnevict.infer.model.catalogue import MODELS, folder_of_known
 from tests.laws.cases import EXEMPT, Case
 from tests.laws.test_laws import LAWS
 from tests.recipe_runs import run_recipe
