@@ -125,7 +125,8 @@ class OpenedModel:
                     "or Hub id, or train some: `learnevict train NAME`"
                 )
         gates = Gates.load(source or "")
-        if method is not None and gates.method != method:
+        given = self.eviction.checkpoint is not None  # dbtrimkv ships as gates of trimkv that are tied
+        if given and method not in (None, gates.method):
             raise GateError(f"the gates in {source!r} are of method {gates.method!r}, not {method!r}; drop --method")
         return partial(gates.policy, allow_other_base=self.eviction.allow_other_base)
 

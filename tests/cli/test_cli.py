@@ -143,6 +143,16 @@ def test_a_full_cache_and_a_small_one(learnevict):
     assert small["correct"] is False
 
 
+def test_every_method_with_shipped_gates_goes_by_its_name(learnevict):
+    for folder in GATES_FOLDER.glob("testbed-*"):
+        name = folder.name.removeprefix("testbed-")
+        if name in methods.METHODS:
+            code, out, err = learnevict(
+                "infer", "--task", "recall", "--json", "--method", name, "--budget", 64, "-n", 2
+            )
+            assert (code, json.loads(out)["method"]) == (0, name), err
+
+
 def test_text_streams_and_figures_follow(learnevict):
     words = ("--task", "program", "--method", "streaming_llm", "--budget", "25%")
     record = infer(learnevict, *words)
