@@ -6,7 +6,7 @@ Numbers are compared as numbers; other answers need math-verify (`pip install 'l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -75,22 +75,30 @@ def number(text: str) -> Fraction | None:
 
 
 def same(gold: str, found: str) -> bool:
-    """Returns whether two final answers are the same.
-
-    Raises:
-        UsageError: the answer is no number and math-verify is not installed.
-    """
+    """Returns whether two final answers are the same: of a number, the only one in what was found; else as math-verify says."""
     wanted = number(gold)
-    if wanted is not None and number(found) is not None:
-        return wanted == number(found)
+    if wanted is not None:
+        given = NUMBER.findall(found)
+        return number(given[0] if len(given) == 1 else found) == wanted
     if gold.strip() == found.strip() or not found:
         return bool(found)
+    parse, verify = math_verify()
+    return bool(verify(*(parse(f"${text}$") for text in (gold, found))))
+
+
+def math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the parser and the comparison of math-verify, each with its own limit of some seconds.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UsageError(f"to compare {gold!r} math-verify is needed: pip install 'learnevict[eval]'") from error
-    wanted, given = (parse(f"${text}$", parsing_timeout=None) for text in (gold, found))
-    return bool(verify(wanted, given, timeout_seconds=None))
+        raise UsageError(
+            "answers that are no numbers are compared by math-verify: pip install 'learnevict[eval]'"
+        ) from error
+    return parse, verify
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,10 @@ class MathTask:
     examples: tuple[Problem, ...] = ()
     chat: bool = True
     max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if any(number(one.answer) is None for one in self.problems):
+            math_verify()  # missing, it would stop the run in its middle
 
     @property
     def modes(self) -> tuple[str, ...]:

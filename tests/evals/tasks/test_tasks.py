@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,21 @@ def test_final_answers(text: str, answer: str) -> None:
         ("5", "6", False),
         ("5", "", False),
         ("1.75", "3.5/2", True),
+        ("12", "12\\text{ eggs}", True),
+        ("12", "12 or 13", False),
+        ("12", "twelve", False),
     ],
 )
 def test_numbers_are_compared_as_numbers(gold: str, found: str, right: bool) -> None:
     assert same(gold, found) is right
     assert [number(text) for text in ("x", "1/0", "5/00", "9" * 5000)] == [None] * 4
+
+
+def test_what_math_verify_is_needed_for_is_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert MathTask("sums", (Problem("?", "", "5"),))
+    with pytest.raises(UsageError, match="learnevict\\[eval"):
+        MathTask("halves", (Problem("?", "", "\\frac{1}{2}"),))
 
 
 def test_problems_are_read_as_they_are_published() -> None:
