@@ -46,11 +46,14 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if isinstance(states, Tensor) and isinstance(model, PreTrainedModel):
         talk.check_embeddings(states, model.get_input_embeddings())
     configs = (given.get("generation_config"), getattr(model, "generation_config", None))
-    if criteria := heard_criteria(given, configs, talk.finished):
+    ends, criteria = Ends.of_generate(given, *configs), None
+    if ends.ends or any(hasattr(one, "eos_token_id") for one in given.get("stopping_criteria") or ()):
+        criteria = heard_criteria(given, configs, talk.finished)  # else generate() pads no row, whoever ends it
+    if criteria:
         given["stopping_criteria"] = criteria
     width = next((one.shape[1] for one in (mask, tokens, states) if isinstance(one, Tensor)), 0)
     talk.ends, talk.hears, talk.turn_end = (
-        Ends.of_generate(given, *configs),
+        ends,
         bool(criteria),
         max(width, talk.clock.length + 1),
     )

@@ -489,7 +489,7 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-ENDINGS = ["eos_token_id", "generation_config", "criteria", "criteria without end token", "string", "its criterion"]
+ENDINGS = ["eos_token_id", "generation_config", "criteria", "string", "its criterion"]
 
 
 @pytest.mark.parametrize("given", ENDINGS)
@@ -503,11 +503,11 @@ def test_a_row_that_ends_early_goes_on_as_alone(method, given, monkeypatch):
     prompts = [row[: 30 - pad] for row, pad in zip(text, PADS, strict=True)]
     answers = [[*row[30 : 30 + size], end] for row, size in zip(text, (25, 4, 9), strict=True)]
     more = [row[60 : 60 + size] for row, size in zip(text, (12, 12, 7), strict=True)]
-    tokenizer, ends = letters(), {"eos_token_id": None if given == "criteria without end token" else 2}
+    tokenizer, ends = letters(), {"eos_token_id": 2}
     if given == "generation_config":  # which leaves to the model's what it does not say
         monkeypatch.setattr(model.generation_config, "eos_token_id", 2)
         ends = {"generation_config": GenerationConfig(output_logits=True)}
-    if given.startswith("criteria"):
+    if given == "criteria":
         ends["stopping_criteria"] = [Stop(end)]
     if given == "string":
         ends |= {"stop_strings": [tokenizer.decode([end])], "tokenizer": tokenizer}
@@ -523,6 +523,20 @@ def test_a_row_that_ends_early_goes_on_as_alone(method, given, monkeypatch):
             assert [layer[row] for layer in held[0]] == [layer[0] for layer in kept[0]]
         if size == max(map(len, more)):
             assert [layer[row] for layer in held[1]] == [layer[0] for layer in kept[1]]
+
+
+def test_a_criterion_pads_nobody_where_no_end_token_is_known():
+    """generate() then lets a row that ended go on with tokens of its own, and so does a cache that evicts nothing."""
+    model, inputs = zoo.build("llama"), prompt(zoo.build("llama"))
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    stock = model.generate(**inputs, **how)
+    end = int(stock[0, inputs["input_ids"].shape[1] + 2])
+    expected = model.generate(**inputs, **how, stopping_criteria=[Stop(end)])
+    with attach(model, methods.load("streaming_llm").policy(400, slack=4)) as cache:
+        assert torch.equal(
+            model.generate(**inputs, **how, stopping_criteria=[Stop(end)], past_key_values=cache), expected
+        )
+        assert cache.clock.seen == [expected.shape[1] - 1 - pad for pad in PADS]
 
 
 def test_only_padding_after_an_end_token_is_no_text():
