@@ -80,11 +80,14 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device(next(found, own))
 
 
-def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns what `set_attn_implementation` takes to bring back how a model and the models inside it attend now."""
+def attention_settings(config: PreTrainedConfig) -> str | dict[str, Any]:
+    """Returns what `set_attn_implementation` takes to bring back how a model and the models inside it attend now.
+
+    One without models inside is named by a word: transformers 5.17 takes nothing else of an inner model.
+    """
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     inner = {name: attention_settings(part) for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **inner}
+    return {"": config._attn_implementation, **inner} if inner else config._attn_implementation
 
 
 @dataclass(frozen=True)
