@@ -87,7 +87,8 @@ def attention_settings(config: PreTrainedConfig) -> str | dict[str, Any]:
     """
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     inner = {name: attention_settings(part) for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **inner} if inner else config._attn_implementation
+    own = config._attn_implementation or "eager"  # None until a model is made of it
+    return {"": own, **inner} if inner else own
 
 
 @dataclass(frozen=True)
