@@ -13,7 +13,7 @@ import typer
 
 import learnevict.cli.options as o
 from learnevict.cli.output import INTERRUPTED, say, show_rows, tell
-from learnevict.cli.tasks import ANSWERS, TESTBED, SampleOptions, TaskOptions, listed, refuse
+from learnevict.cli.tasks import ANSWERS, TESTBED, WITHOUT, SampleOptions, TaskOptions, listed, refuse
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError
 from learnevict.files import special
@@ -127,15 +127,15 @@ def evaluate(
     given, content = samples.given, ""
     for words in (tasks.tasks, tasks.families, methods.methods, methods.budgets):
         _warn_of_doubles(words)
+    said = {**given, "free": free, "keep_prompt": methods.keep_prompt or None}
     if tasks.group != TESTBED:
-        flags = {"split": given.get("split"), "tuned": methods.tuned or None}
-        refuse(flags, f"the testbed, not to {tasks.tasks}")
+        refuse({"split": given.get("split"), "tuned": methods.tuned or None}, f"the testbed, not to {tasks.tasks}")
     if tasks.streamed:
-        flags = {"keep_prompt": methods.keep_prompt or None, "free": free, "resume": resume or None}
         refuse(
-            {**given, **flags},
+            {**said, "resume": resume or None},
             "tasks of several samples; perplexity reads one text as a whole, unless --length cuts it into some",
         )
+    refuse({name: said.get(name) for name in WITHOUT[tasks.group]}, f"other tasks than {tasks.tasks}")
     if tasks.text is not None:
         content = read_text(tasks.text)
     if resume and out is None:

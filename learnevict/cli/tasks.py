@@ -14,6 +14,11 @@ TASKS, ANSWERS = "What to evaluate", "How to evaluate"
 TESTBED, PERPLEXITY = "testbed", "perplexity"
 RETRIEVAL = ("needle", "multi_key", "multi_value", "multi_query", "variable_tracking", "frequent_words")
 MATHEMATICS = ("gsm8k", "math500", "aime24", "aime25")
+GROUPS = {
+    TESTBED: TESTBED, PERPLEXITY: PERPLEXITY, **dict.fromkeys(RETRIEVAL, "retrieval"),
+    **dict.fromkeys(MATHEMATICS, "problems"),
+}  # fmt: skip
+"""What kind of task each name is."""
 
 
 class Split(str, Enum):
@@ -74,11 +79,9 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         names = listed(self.tasks)
-        known = {TESTBED: TESTBED, PERPLEXITY: PERPLEXITY, **dict.fromkeys(RETRIEVAL, "retrieval")}
-        known |= dict.fromkeys(MATHEMATICS, "problems")
-        if strange := [name for name in names if name not in known]:
-            raise UsageError(f"there is no task {', '.join(strange)}; choose {', '.join(known)}")
-        groups = dict.fromkeys(known[name] for name in names)
+        if strange := [name for name in names if name not in GROUPS]:
+            raise UsageError(f"there is no task {', '.join(strange)}; choose {', '.join(GROUPS)}")
+        groups = dict.fromkeys(GROUPS[name] for name in names)
         if len(groups) != 1:
             raise UsageError(f"one run asks tasks of one group, not {' and '.join(groups) or 'none'}; give each a run")
         refuse(
@@ -105,8 +108,7 @@ class TaskOptions:
     @property
     def group(self) -> str:
         """Returns what kind of tasks these are: testbed, perplexity, retrieval or problems."""
-        first = listed(self.tasks)[0]
-        return first if first in (TESTBED, PERPLEXITY) else "retrieval" if first in RETRIEVAL else "problems"
+        return GROUPS[listed(self.tasks)[0]]
 
     @property
     def streamed(self) -> bool:
@@ -125,6 +127,12 @@ OWN = {
     "shots": ("problems",), "chat": ("retrieval", "problems"), "max_new_tokens": ("retrieval", "problems"),
 }  # fmt: skip
 """Options of TaskOptions, and the groups of tasks that have them."""
+WITHOUT = {
+    "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (),
+    PERPLEXITY: ("teacher", "free", "temperature", "tries"), TESTBED: (),
+}  # fmt: skip
+"""Options of samples and answers that would change nothing in a group of tasks (a context that is a prompt kept whole would be
+a full cache)."""
 
 
 @dataclass(frozen=True)

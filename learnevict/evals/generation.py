@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from learnevict.evals.methods import EvaluationSettings, golden_policy
-from learnevict.evals.tasks import Task
+from learnevict.evals.tasks import AnsweredTask
 from learnevict.infer.generate import Completion, generate
 from learnevict.policy import AnyPolicy
 
@@ -18,7 +18,7 @@ from learnevict.policy import AnyPolicy
 def answer(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: AnsweredTask,
     samples: Sequence[Any],
     policy: AnyPolicy | None,
     *,
@@ -43,7 +43,7 @@ def answer(
 def answer_golden(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: AnsweredTask,
     samples: Sequence[Any],
     budget: int,
     settings: EvaluationSettings,
@@ -100,7 +100,7 @@ def agreement(first: Sequence[int], second: Sequence[int]) -> float:
 
 
 def _scored(
-    tokenizer: Any, task: Task, samples: Sequence[Any], answers: list[Completion], tries: int
+    tokenizer: Any, task: AnsweredTask, samples: Sequence[Any], answers: list[Completion], tries: int
 ) -> dict[str, Any]:
     scores = [task.score(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)]
     starts, one = range(0, len(answers), tries), answers[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from learnevict import methods
 from learnevict.errors import GateError, UsageError
+from learnevict.evals.tasks.task import fingerprint
 from learnevict.hub import Gates, weight_hash
 from learnevict.methods import golden
 from learnevict.oracle.collect import golden_trace
@@ -55,7 +55,7 @@ class EvaluationSettings:
         found = {name: value for name, value in vars(self).items() if value is not None or name in ("sinks", "recent")}
         if self.allocation not in (None, EQUAL, POOLED):
             made = read_shares(Path(self.allocation))
-            found["allocation"] = hashlib.sha256(repr((made.indices, made.layers)).encode()).hexdigest()[:16]
+            found["allocation"] = fingerprint(map(repr, (made.indices, made.layers)))
         return found
 
     @property

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.config import Budget
-from learnevict.errors import BudgetError, DataError
+from learnevict.errors import DataError
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.plan import Cell, EvaluatedModel, Key, Plan
 from learnevict.evals.sample_log import SampleLog
 from learnevict.evals.tasks import SHARED_MODES
 from learnevict.files import write
+from learnevict.hub.card_tables import check_row
 
 KEYS = (
     "method", "family", "budget", "exact_match", "step_accuracy", "ci_low", "ci_high", "loss_ratio", "kv_bytes_peak",
@@ -212,11 +212,5 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and known <= set(row) for row in rows):
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
     for row in rows:
-        try:
-            Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
-        except BudgetError as error:
-            raise DataError(f"a row in {str(path)!r}: {error}") from error
-        odd = [name for name in NUMBERS if not isinstance(row.get(name), (int, float, type(None)))]
-        if odd:
-            raise DataError(f"{odd[0]} of a row in {str(path)!r} is no number: {row[odd[0]]!r}")
+        check_row(row, NUMBERS, f"in {str(path)!r}")
     return rows

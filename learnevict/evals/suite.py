@@ -12,7 +12,7 @@ from learnevict.evals.methods import EvaluatedMethod
 from learnevict.evals.plan import Cell, EvaluatedModel, Plan, cells, check, configuration
 from learnevict.evals.records import Row, make_row, read_rows, write_rows
 from learnevict.evals.sample_log import SampleLog, log_path
-from learnevict.evals.tasks import SHARED_MODES, OwnModes, Task, TextBatch
+from learnevict.evals.tasks import SHARED_MODES, AnsweredTask, MeasuredTask, ReferenceTask, Task, TextBatch
 from learnevict.evals.teacher_forced import measure, measure_golden, reference
 from learnevict.files import locked, special, writing
 from learnevict.oracle.reference import Reference
@@ -152,7 +152,7 @@ class _Reader:
         key = tuple(seeds)
         if key not in self.kept:
             model, settings = self.subject.model, self.plan.settings
-            texts = self.task.reference(self.subject.tokenizer, self.task.samples(seeds))
+            texts = cast(ReferenceTask, self.task).reference(self.subject.tokenizer, self.task.samples(seeds))
             texts = texts.to(model.device).aligned(settings.block)
             while len(self.kept) >= MOST_BATCHES:
                 self.kept.pop(next(iter(self.kept)))
@@ -186,7 +186,8 @@ def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> Mapp
             return measure_golden(model, texts, golden, plan.settings, verify=plan.seed in seeds, beside=beside)
         return measure(model, texts, policy, beside)
     if mode not in SHARED_MODES:
-        return cast(OwnModes, task).measure(mode, model, tokenizer, task.samples(seeds), policy)
+        return cast(MeasuredTask, task).measure(mode, model, tokenizer, task.samples(seeds), policy)
+    task = cast(AnsweredTask, task)
     sampling = {"max_new_tokens": task.max_new_tokens, "temperature": plan.temperature, "seed": seeds[0]}
     if golden:
         return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.settings, **sampling)

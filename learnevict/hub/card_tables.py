@@ -40,6 +40,21 @@ FIGURES = (
 )  # fmt: skip
 
 
+def check_row(row: Row, figures: Sequence[str], where: str) -> None:
+    """Refuses a row whose budget is none, or whose figures are no numbers; `where` ends "a row ...".
+
+    Raises:
+        DataError: naming what is wrong.
+    """
+    try:
+        Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
+    except BudgetError as error:
+        raise DataError(f"a row {where}: {error}") from error
+    odd = [name for name in figures if not isinstance(row.get(name), (int, float, type(None)))]
+    if odd:
+        raise DataError(f"{odd[0]} of a row {where} is no number: {row[odd[0]]!r}")
+
+
 def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns one row per measured cell, whose step accuracy and exact match come from different runs; DataError: no rows."""
     cells: dict[str, dict[str, Any]] = {}
@@ -48,13 +63,7 @@ def join(rows: Sequence[Row]) -> list[dict[str, Any]]:
             raise DataError(
                 "a row of an evaluation needs method, family and budget; `learnevict eval --out` writes such rows"
             )
-        try:
-            Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
-        except BudgetError as error:
-            raise DataError(f"a row of {row['method']}: {error}") from error
-        odd = [name for name in FIGURES if not isinstance(row.get(name), (int, float, type(None)))]
-        if odd:
-            raise DataError(f"{odd[0]} of a row of {row['method']} is no number: {row[odd[0]]!r}")
+        check_row(row, FIGURES, f"of {row['method']}")
         names = ("method", "gates", "budget_share", *CELL)
         cell = cells.setdefault(json.dumps([row.get(name) for name in names], sort_keys=True), dict(row))
         cell.update({name: value for name, value in row.items() if cell.get(name) is None})

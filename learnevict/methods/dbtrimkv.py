@@ -13,7 +13,6 @@ the slots that an equal split would give it. Departures of TRAINING: those of tr
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import Unpack
@@ -91,5 +90,5 @@ def policy(
             TrainedOtherwiseWarning,
             stacklevel=2,
         )
-    together = compose("dbtrimkv", budget, RetentionSum(gate, horizon), allocator=Together(floor), **options)
-    return replace(together, scope="model")
+    scorer = RetentionSum(gate, horizon)
+    return compose("dbtrimkv", budget, scorer, allocator=Together(floor), scope="model", **options)

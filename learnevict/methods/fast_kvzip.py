@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def policy(
     budget: int | str | Budget,
     *,
     gate: FastKVzipGate,
-    scope: str = "layer",
+    scope: Literal["layer", "model"] = "layer",
     threshold: float | None = None,
     **options: Unpack[Options],
 ) -> Policy:
@@ -107,7 +107,8 @@ def policy(
     """
     if scope not in ("layer", "model"):
         raise UsageError(f"scope is 'layer' or 'model', not {scope!r}")
-    made = compose("fast_kvzip", budget, gate, **options)
+    allocator = None if scope == "layer" else Together(0.2)
+    made = compose("fast_kvzip", budget, gate, allocator=allocator, scope=scope, **options)
     if threshold is not None:
         made = replace(made, draw=Above(threshold))
-    return made if scope == "layer" else replace(made, allocator=Together(0.2), scope="model")
+    return made

@@ -16,7 +16,6 @@ unless told otherwise; so with the scope: beside the paper's equal budgets ("lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -113,4 +112,4 @@ def policy(
     if (scope or gate.scope) == "layer":
         allocator = None if gate.demand is None else gate.demand.allocator()
         return compose("foresightkv", budget, gate, allocator=allocator, **options)
-    return replace(compose("foresightkv", budget, gate, allocator=Together(floor), **options), scope="model")
+    return compose("foresightkv", budget, gate, allocator=Together(floor), scope="model", **options)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class Shares(Uniform):
         return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
 
     def in_layer(self, layer: int) -> HeadShares:
+        if layer not in self.indices:
+            raise UsageError(
+                f"this allocation says nothing of layer {layer}; make one for this model: learnevict profile"
+            )
         return HeadShares(self.layers[self.indices.index(layer)])
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
@@ -129,8 +133,8 @@ def shares_of(labels: Sequence[Sequence[Tensor | None]], budgets: Sequence[float
     return Shares(layers=tuple(tuple(round(head, 8) for head in heads) for heads in shares), indices=indices, made=made)
 
 
-def allocator_for(name: str | Shares | Path, own: Allocator) -> tuple[Allocator, bool]:
-    """Returns the allocator that `allocation` names, and whether slots of all layers compete.
+def allocator_for(name: str | Shares | Path, own: Allocator) -> tuple[Allocator, Literal["layer", "model"]]:
+    """Returns the allocator that `allocation` names, and the scope in which slots compete.
 
     Args:
         name: "equal", "pooled", shares, or the file that holds them.
@@ -145,7 +149,7 @@ def allocator_for(name: str | Shares | Path, own: Allocator) -> tuple[Allocator,
             f"this method shares its budget out itself ({type(own).__name__}); give allocation only to methods that do not"
         )
     if name == EQUAL:
-        return Uniform(), False
+        return Uniform(), "layer"
     if name == POOLED:
-        return Together(0.0), True
-    return (name if isinstance(name, Shares) else read_shares(Path(name))), False
+        return Together(0.0), "model"
+    return (name if isinstance(name, Shares) else read_shares(Path(name))), "layer"

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from learnevict.config import Budget
 from learnevict.errors import UsageError
-from learnevict.parts.allocation import Shares, allocator_for
+from learnevict.parts.allocation import POOLED, Shares, allocator_for
 from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
 
 
@@ -56,6 +56,7 @@ def compose(
     recent: int = 8,
     recent_share: float = 0.0,
     allocator: Allocator | None = None,
+    scope: Literal["layer", "model"] = "layer",
     **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Returns the policy of one method; arguments as of Policy, Guard and ScheduleOptions.
@@ -77,10 +78,9 @@ def compose(
     else:
         raise UsageError(f"schedule {when!r} is unknown; choose blocks, prefill_end or prefill_only")
     guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False), recent_share)
-    own, together = allocator or Uniform(), False
-    if "allocation" in options:
-        own, together = allocator_for(options["allocation"], own)
-    scope = "model" if together else "layer"
+    own = allocator or Uniform()
+    if "allocation" in options and (options["allocation"], scope) != (POOLED, "model"):  # it competes already
+        own, scope = allocator_for(options["allocation"], own)
     return Policy(Budget.parse(budget), scorer, own, schedule, guard, name=name, scope=scope)
 
 

@@ -1095,6 +1095,7 @@ def test_gates_of_the_command_line(subject, folder, tmp_path, capsys):
 
 
 PERPLEXITY = ["--task", "perplexity", "--text", "x.txt"]
+NEEDLE = ["--tasks", "needle", "--text", "x.txt"]
 
 
 @pytest.mark.parametrize(
@@ -1117,6 +1118,12 @@ PERPLEXITY = ["--task", "perplexity", "--text", "x.txt"]
         (["--tasks", "gsm8k"], "--data test.jsonl"),
         (["--tasks", "needle", "--text", "x.txt", "--length", "long"], "number of tokens"),
         (["--length", "77"], "normal or long"),
+        (
+            [*NEEDLE, "--temperature", "1", "--tries", "2"],
+            "--temperature and --tries belong to other tasks than needle",
+        ),
+        ([*NEEDLE, "--keep-prompt"], "--keep-prompt belongs to other tasks than needle"),
+        ([*PERPLEXITY, "--length", "64", "--free"], "--free/--no-free belongs to other tasks than perplexity"),
         (["--task", "perplexity"], "--text"),
         (["--task", "perplexity", "--text", "/nowhere.txt"], "cannot read"),
         (["--resume", "--methods", "full"], "--out"),

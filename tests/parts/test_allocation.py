@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from learnevict import attach, methods
 from learnevict.errors import DataError, UsageError
+from learnevict.infer.model.supported import layout_of
 from learnevict.parts.allocation import HeadShares, Shares, read_shares, shares_of
 from tests.laws import zoo
 
@@ -41,6 +43,16 @@ def test_a_method_that_allocates_keeps_its_own() -> None:
     with pytest.raises(UsageError, match="shares its budget out itself"):
         methods.load("pyramidkv").policy(40, slack=8, allocation=SHARES)
     assert held("adakv", allocation="equal") == [[40, 40], [40, 40]]
+
+
+def test_slots_that_compete_already_are_pooled_and_nothing_replaces_a_given_allocation() -> None:
+    gate = methods.load("fast_kvzip").build(layout_of(zoo.build("llama").config))
+    make = functools.partial(methods.load("fast_kvzip").policy, 40, gate=gate, slack=8)
+    assert make(scope="model", allocation="pooled").scope == "model"
+    assert make(scope="model", allocation="equal").scope == "layer"
+    assert make(allocation="pooled").allocator.floor == 0
+    with pytest.raises(UsageError, match="shares its budget out itself"):
+        make(scope="model", allocation=SHARES)
 
 
 def test_shares_of_heads_are_exact() -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.task import TextBatch
-from learnevict.evals.tasks.texts import fingerprint
+from learnevict.evals.tasks.task import TextBatch, fingerprint
 from learnevict.infer.generate import read_chat, read_text
 from learnevict.infer.prompts.text_files import checked
 

@@ -15,8 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.questions import ask, split_prompt
-from learnevict.evals.tasks.task import TextBatch
+from learnevict.evals.tasks.questions import ask
 from learnevict.policy import AnyPolicy
 
 ADJECTIVES = (
@@ -261,19 +260,6 @@ class RetrievalTask:
     def samples(self, seeds: Sequence[int]) -> list[Context]:
         """See Task."""
         return [make(self.kind, seed, self.haystack, self.tokens, self.depth) for seed in seeds]
-
-    def prompt(self, tokenizer: Any, sample: Context) -> list[int]:
-        """Returns the whole prompt of a context's first question."""
-        before, after = split_prompt(tokenizer, sample.text, sample.questions[0].text, chat=self.chat, known=False)
-        return before + after
-
-    def reference(self, tokenizer: Any, samples: Sequence[Context]) -> TextBatch:
-        """Refused: replies are generated."""
-        raise UsageError("retrieval has no reference texts")
-
-    def score(self, sample: Context, answer: str) -> float:
-        """Returns 1 if a reply to the first question holds all its answers."""
-        return float(sample.questions[0].score(answer) == 1)
 
     def measure(
         self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Context], policy: AnyPolicy | None

@@ -5,7 +5,8 @@ The suite, its log, resume and reports know a task by the protocol `Task` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ class TextBatch:
 
 
 class Task(Protocol):
-    """Samples of one kind, and what a right answer to one of them is."""
+    """Samples of one kind. What its modes ask of a task besides is in the protocols below."""
 
     @property
     def name(self) -> str:
@@ -59,18 +60,12 @@ class Task(Protocol):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """How it can be measured: "teacher" along a reference text, "free" by scoring the model's own answer, or ways of its
-        own (see OwnModes)."""
+        """How it can be measured: "teacher" (ReferenceTask), "free" (AnsweredTask), or ways of its own (MeasuredTask)."""
         ...
 
     @property
     def origin(self) -> dict[str, Any]:
         """Everything but the seed that makes its samples what they are; the tasks of one log have it in common."""
-        ...
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest answer that is waited for."""
         ...
 
     def mean_length(self, *, prompt: bool = True) -> float:
@@ -81,20 +76,33 @@ class Task(Protocol):
         """Returns the samples of these seeds; only the task itself looks into them."""
         ...
 
+
+class ReferenceTask(Task, Protocol):
+    """A task that is measured along reference texts: mode "teacher"."""
+
+    def reference(self, tokenizer: Any, samples: Sequence[Any]) -> TextBatch:
+        """Returns prompts with their reference answers."""
+        ...
+
+
+class AnsweredTask(Task, Protocol):
+    """A task whose answers the model writes itself: mode "free"."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer that is waited for."""
+        ...
+
     def prompt(self, tokenizer: Any, sample: Any) -> list[int]:
         """Returns the token ids after which the model answers."""
         ...
 
-    def reference(self, tokenizer: Any, samples: Sequence[Any]) -> TextBatch:
-        """Returns prompts with their reference answers, for the mode "teacher"."""
-        ...
-
     def score(self, sample: Any, answer: str) -> float:
-        """Returns 1 for a right answer and 0 for a wrong one, or a share of it, for the mode "free"."""
+        """Returns 1 for a right answer and 0 for a wrong one, or a share of it."""
         ...
 
 
-class OwnModes(Task, Protocol):
+class MeasuredTask(Task, Protocol):
     """A task that is measured in ways of its own, which `modes` names."""
 
     def measure(
@@ -102,6 +110,11 @@ class OwnModes(Task, Protocol):
     ) -> Mapping[str, Any]:
         """Returns columns of the log for one batch: `exact`, `tokens` and bytes as of evals.generation.answer."""
         ...
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """Returns a short hash of what samples are made of: a file of the same name may hold something else tomorrow."""
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def is_share(text: str) -> bool:

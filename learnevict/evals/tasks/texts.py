@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.task import TextBatch
-
-
-def fingerprint(parts: Iterable[str]) -> str:
-    """Returns a short hash of what samples are made of: a file of the same name may hold something else tomorrow."""
-    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
+from learnevict.evals.tasks.task import TextBatch, fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,6 @@ class TextTask:
     start: int | None = None
 
     modes = ("teacher",)
-    max_new_tokens = 0
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -69,17 +62,9 @@ class TextTask:
         lead = self.ids.new_tensor([] if self.start is None else [self.start])
         return [torch.cat([lead, self.ids[seed * fresh : (seed + 1) * fresh]]) for seed in seeds]
 
-    def prompt(self, tokenizer: Any, sample: Int[Tensor, "length"]) -> list[int]:
-        """Returns nothing: a text is not asked."""
-        return []
-
     def reference(self, tokenizer: Any, samples: Sequence[Int[Tensor, "length"]]) -> TextBatch:
         """Returns the stretches; every token but the first is predicted, checked and counts."""
         ids = torch.stack(list(samples))
         predicted = torch.ones_like(ids, dtype=torch.bool)
         predicted[:, 0] = False
         return TextBatch(ids, torch.ones_like(ids), predicted, predicted, [1] * len(ids))
-
-    def score(self, sample: Int[Tensor, "length"], answer: str) -> float:
-        """Returns nothing that counts: texts are not answered."""
-        return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from learnevict.cli.tasks import RETRIEVAL
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.tasks.retrieval import KINDS, Haystack, Question, make
 
@@ -84,3 +85,7 @@ def test_what_cannot_be_made_is_refused(haystack: Haystack) -> None:
         make("needle", 0, haystack, 10**6)
     with pytest.raises(DataError, match="ten sentences"):
         Haystack("One. Two.", count)
+
+
+def test_the_command_line_knows_every_kind() -> None:
+    assert RETRIEVAL == KINDS
