@@ -32,8 +32,8 @@ from learnevict.errors import LearnevictWarning, UsageError, needing
 from learnevict.hub import GATES_FOLDER, Gates
 from learnevict.rl.config import RefineConfig
 from learnevict.testbed import generate, verify
-from learnevict.train.run.estimate import estimate, length_of, memory_of, report
-from learnevict.train.run.flags import check_fields, flag, read_flags
+from learnevict.train.run.estimate import ProgramFlags, estimate, length_of, report
+from learnevict.train.run.flags import flag, read_flags
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults
 from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.resume import run, smoke_folder
@@ -41,7 +41,7 @@ from learnevict.train.validation import Validation
 
 
 @dataclass
-class RefineProgramConfig:
+class RefineProgramConfig(ProgramFlags):
     """Settings of a refinement: the gates, and the texts."""
 
     start_from: str = flag(str(GATES_FOLDER / "testbed-foresightkv-sl"), "gates that score slots, a folder or Hub id")
@@ -54,17 +54,10 @@ class RefineProgramConfig:
     documents: int = flag(4000, "to learn from at most")
     max_length: int = flag(4096, "tokens of a document at most")
     eval_documents: int = flag(16, "held out for evaluations (--eval_strategy steps)", least=0)
-    smoke: bool = flag(False, "seconds instead of minutes, the same code")
-    dry_run: bool = flag(
-        False, "print what the run would take, and do nothing; only the configuration of the model is read"
-    )
-    gpu_memory: str = flag("80GiB", "of one GPU, for that")
-    gpus: int = flag(0, "that the run would have, for that; otherwise as many as processes were launched")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         families_of(self.families)
-        memory_of(self.gpu_memory)
 
 
 DEFAULTS = {

@@ -30,8 +30,8 @@ from learnevict.config import Budget
 from learnevict.data.documents import Collator
 from learnevict.data.opening import describe_base, families_of, load_base, longest_text
 from learnevict.hub import Gates
-from learnevict.train.run.estimate import estimate, length_of, memory_of, report
-from learnevict.train.run.flags import check_fields, flag, is_file, literal, read_file, read_flags, refuse_unknown
+from learnevict.train.run.estimate import ProgramFlags, estimate, length_of, report
+from learnevict.train.run.flags import flag, is_file, literal, read_file, read_flags, refuse_unknown
 from learnevict.train.run.launch import find_tools, launch_defaults
 from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.registry import required, trainable_method
@@ -41,7 +41,7 @@ from learnevict.train.validation import Patience, Validation
 
 
 @dataclass
-class DistillConfig:
+class DistillConfig(ProgramFlags):
     """Settings of a distillation: what to learn, and from what."""
 
     method: str = flag("foresightkv", "a name of `learnevict list`, or the import path of your own")
@@ -81,17 +81,10 @@ class DistillConfig:
     )
     eval_budgets: list[str] = flag(["64"], "what the gates are evaluated under: 48, 25% or 64MiB")
     patience: int = flag(0, "evaluations without improvement after which training stops; 0 never stops")
-    smoke: bool = flag(False, "seconds instead of minutes, the same code")
-    dry_run: bool = flag(
-        False, "print what the run would take, and do nothing; only the configuration of the model is read"
-    )
-    gpu_memory: str = flag("80GiB", "of one GPU, for that")
-    gpus: int = flag(0, "that the run would have, for that; otherwise as many as processes were launched")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         families_of(self.families)
-        memory_of(self.gpu_memory)
         for budget in self.eval_budgets:
             Budget.parse(budget)
 

@@ -27,6 +27,7 @@ from learnevict.oracle import Received
 from learnevict.parts.learned import Learner, SlotScorer
 from learnevict.policy import Gate
 from learnevict.signals import Attention
+from learnevict.train.run.flags import check_fields, flag
 from learnevict.train.run.phases import PHASES, Phases, RunPlan, Shapes
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
@@ -232,6 +233,22 @@ def length_of(training: TrainingArguments, gpus: int, documents: int) -> dict[st
     batch = training.per_device_train_batch_size * processes * training.gradient_accumulation_steps
     epochs = math.ceil(training.num_train_epochs * documents / batch)
     return {"processes": processes, "steps": training.max_steps if training.max_steps > 0 else max(epochs, 1)}
+
+
+@dataclass
+class ProgramFlags:
+    """Flags of every program that trains: trying it, and estimating what it would take."""
+
+    smoke: bool = flag(False, "seconds instead of minutes, the same code")
+    dry_run: bool = flag(
+        False, "print what the run would take, and do nothing; only the configuration of the model is read"
+    )
+    gpu_memory: str = flag("80GiB", "of one GPU, for that")
+    gpus: int = flag(0, "that the run would have, for that; otherwise as many as processes were launched")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        memory_of(self.gpu_memory)
 
 
 def memory_of(text: str) -> int:
