@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def policy(
     budget: int | str | Budget,
     *,
     gate: FastKVzipGate,
-    scope: Literal["layer", "model"] = "layer",
+    scope: str = "layer",
     threshold: float | None = None,
     **options: Unpack[Options],
 ) -> Policy:
