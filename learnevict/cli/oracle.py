@@ -16,8 +16,6 @@ from learnevict.cli.output import progress, say, tell
 from learnevict.cli.tasks import listed
 
 TEXTS = "What to label"
-REPEAT = "\n\nRepeat the previous context exactly."
-"""What a model that follows instructions is told before it reads a text again."""
 
 
 class Wanted(str, Enum):
@@ -159,12 +157,11 @@ def _wanted(model: Any, tokenizer: Any, ids: list[int], repeats: bool) -> list[A
     import torch
 
     from learnevict.infer.model.modules import device_of
-    from learnevict.oracle import Repeating, golden_labels, horizon, reconstruct
+    from learnevict.oracle import Repeating, golden_labels, horizon, reconstruct, repeat_prompt
 
     batch = torch.tensor([ids], device=device_of(model))
     if repeats:
-        prompt = tuple(tokenizer(REPEAT, add_special_tokens=False).input_ids)
-        return reconstruct(model, batch, how=Repeating(prompt=prompt))
+        return reconstruct(model, batch, how=Repeating(prompt=repeat_prompt(tokenizer, "auto")))
     block = max(len(ids) // 16, 1)
     found = golden_labels(model, batch, block=block)[0]
     half = len(ids) // block // 2

@@ -187,27 +187,35 @@ def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) ->
 
 
 class Collator:
-    """Left-pads documents; labels, if stored, become one tensor per layer."""
+    """Left-pads documents; labels and states, if stored, become one tensor per layer."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
     def __call__(self, documents: list[Document]) -> dict[str, Any]:
-        """Returns input_ids and attention_mask [B, T], prompt_length [B], stored_labels [L, B, H, T, M] or None."""
+        """Returns input_ids and attention_mask [B, T], prompt_length [B]; of documents from a store also stored_labels
+        [L, B, H, T, M] and stored_states float16 [L, B, T, E], otherwise None."""
         width = max(len(d.input_ids) for d in documents)
         ids = torch.full((len(documents), width), self.pad)
         mask = torch.zeros(len(documents), width, dtype=torch.long)
         blocks = max((d.labels.shape[-1] for d in documents if d.labels is not None), default=0)
-        first = documents[0].labels
+        first, state = documents[0].labels, documents[0].states
         labels = None if first is None else torch.zeros(first.shape[0], len(documents), first.shape[1], width, blocks)
+        shape = None if state is None else (state.shape[0], len(documents), width, state.shape[2])
+        states = None if shape is None else torch.zeros(shape, dtype=torch.float16)
         for row, document in enumerate(documents):
             size = len(document.input_ids)
             ids[row, width - size :] = torch.tensor(document.input_ids)
             mask[row, width - size :] = 1
             if labels is not None and document.labels is not None:
                 labels[:, row, :, width - size :, : document.labels.shape[-1]] = document.labels.float()
+            if states is not None and document.states is not None:
+                states[:, row, width - size :] = document.states
         prompts = torch.tensor([d.prompt_length for d in documents])
-        return {"input_ids": ids, "attention_mask": mask, "prompt_length": prompts, "stored_labels": labels}
+        return {
+            "input_ids": ids, "attention_mask": mask, "prompt_length": prompts, "stored_labels": labels,
+            "stored_states": states,
+        }  # fmt: skip
 
 
 def long_enough(documents: list[Document], shortest: int) -> list[Document]:

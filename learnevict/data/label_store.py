@@ -1,7 +1,8 @@
-"""The label store: golden labels of many documents as sharded Parquet, with a manifest so that runs are not mixed.
+"""The label store: labels of many documents as sharded Parquet, with a manifest so that runs are not mixed.
 
     folder/manifest.json            what the labels are: base, data, block, reducer, layout; hashes
     folder/data/train-00003-of-00010.parquet
+    folder/states/train-00003-of-00010.safetensors      if wanted, what the attention of every layer reads, float16
 
 Shards are written under another name and renamed when whole, so a killed run leaves whole shards; which are missing is seen
 from the files. A shard's bytes depend on its documents alone, not on who writes it or when.
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learnevict.errors import LabelError
@@ -22,6 +25,7 @@ from learnevict.files import replacing, write
 
 MARK = b'"base_hash": '
 """What shows that a file is a manifest."""
+STATES = b'"written_by":"learnevict"'
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Manifest:
     num_heads: int
     num_documents: int
     documents_per_shard: int
+    repetition: str = ""  # how texts are repeated, for labels of a repetition; empty for those of a text's own future
+    states: bool = False  # hidden states are kept beside the labels
 
     @property
     def num_shards(self) -> int:
@@ -46,13 +52,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Document:
-    """One labelled document: token ids and labels float16 [L, H, T, M]; layers that stay stock hold zeros."""
+    """One document: token ids; labels float16 [L, H, T, M] and inputs of attention float16 [L, T, E], if it has them.
+
+    Layers that stay stock hold zeros. Stored states are read from the disk as they are needed.
+    """
 
     input_ids: list[int]
     prompt_length: int
     family: str
     seed: int
     labels: Tensor | None = None
+    states: Tensor | None = None
 
 
 def hash_documents(documents: list[Document]) -> str:
@@ -95,6 +105,10 @@ class LabelStore:
         """Returns the file of a shard."""
         return self.folder / "data" / f"train-{shard:05d}-of-{self.manifest.num_shards:05d}.parquet"
 
+    def states_path(self, shard: int) -> Path:
+        """Returns the file of a shard's states."""
+        return self.folder / "states" / f"{self.path(shard).stem}.safetensors"
+
     def missing(self) -> list[int]:
         """Returns the shards that are not written yet."""
         return [shard for shard in range(self.manifest.num_shards) if not self.path(shard).exists()]
@@ -119,7 +133,7 @@ class LabelStore:
         )
         rows = [
             {
-                **{key: value for key, value in vars(document).items() if key != "labels"},
+                **{key: value for key, value in vars(document).items() if key not in ("labels", "states")},
                 "num_blocks": document.labels.shape[-1],
                 "labels": document.labels.to(torch.float16).flatten().numpy(),
             }
@@ -127,27 +141,44 @@ class LabelStore:
             if document.labels is not None
         ]
         table = Dataset.from_list(rows, features=features).data.table
+        if self.manifest.states:  # before the labels, whose presence says that a shard is done
+            states = {str(i): one.states for i, one in enumerate(documents) if one.states is not None}
+            self.states_path(shard).parent.mkdir(exist_ok=True)
+            with replacing(self.states_path(shard), STATES) as fresh:
+                save_file(states, fresh, {"written_by": "learnevict"})
         with replacing(self.path(shard), b"PAR1") as fresh:  # a worker may outlive its killed launcher
             parquet.write_table(table, fresh, compression="zstd")
 
     def clean(self) -> None:
         """Removes what killed runs had begun to write; call it when no shard is missing."""
-        for path in (self.folder / "data").glob(".train-*.part"):
+        for path in self.folder.glob("*/.train-*.part"):
             path.unlink(missing_ok=True)
+
+    def _states(self, shard: int) -> dict[str, Tensor]:
+        """Returns the states of a shard's documents by their number in it; the file is mapped, not read."""
+        path = self.states_path(shard)
+        try:
+            return load_file(path) if self.manifest.states else {}
+        except (OSError, SafetensorError) as error:
+            raise LabelError(
+                f"cannot read {str(path)!r} ({error}); remove the shard's labels too, and make both anew"
+            ) from error
 
     def documents(self) -> list[Document]:
         """Returns the documents of the shards written so far; a LabelError if there is none."""
         import pyarrow.parquet as parquet
 
-        files = [str(self.path(s)) for s in range(self.manifest.num_shards) if self.path(s).exists()]
-        if not files:
+        shards = [shard for shard in range(self.manifest.num_shards) if self.path(shard).exists()]
+        if not shards:
             raise LabelError(
                 f"{str(self.folder)!r} has a manifest but no shard yet; run `learnevict oracle` to the end"
             )
         found: list[Document] = []
-        for table in map(parquet.read_table, files):
+        for shard in shards:
+            table = parquet.read_table(str(self.path(shard)))
+            states = self._states(shard)
             rows = table.drop_columns(["labels"]).to_pylist()
-            for row, labels in zip(rows, table.column("labels"), strict=True):
+            for index, (row, labels) in enumerate(zip(rows, table.column("labels"), strict=True)):
                 flat = torch.from_numpy(labels.values.to_numpy(zero_copy_only=False).copy())
                 shape = (
                     self.manifest.num_layers,
@@ -155,5 +186,5 @@ class LabelStore:
                     len(row["input_ids"]),
                     row.pop("num_blocks"),
                 )
-                found.append(Document(**row, labels=flat.view(shape)))
+                found.append(Document(**row, labels=flat.view(shape), states=states.get(str(index))))
         return found

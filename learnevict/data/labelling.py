@@ -16,15 +16,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnevict.data.documents import Collator
 from learnevict.data.label_store import Document, LabelStore, Manifest, hash_documents
-from learnevict.errors import LabelError
+from learnevict.errors import LabelError, UsageError
 from learnevict.hub import weight_hash
 from learnevict.hub.run_record import Record, own_record
 from learnevict.infer.model.supported import state_shape
-from learnevict.oracle import golden_labels
+from learnevict.infer.teacher_forcing import replay
+from learnevict.oracle import PRESETS, Received, Repeating, full_trace, reconstruct
+from learnevict.oracle.collect import layer_labels
+
+STORED = ("golden", "kvzip", "kvzip+")
+"""Labels that a store can hold, of learnevict.oracle.PRESETS: one for each kv head."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Labelling:
         per_shard: documents in a file.
         pad: token id of padding.
         threads: of torch, in each process on a CPU: sums of another number of threads may differ in the last bit, and
-            with one, labels do not depend on how many processes share the work.
+            with one, labels do not depend on how many processes share the work; 0: as many as there are.
+        reduce: how attention becomes labels, a name of learnevict.oracle.PRESETS.
+        how: the repetition whose attention counts; None: the text's own later blocks do.
+        states: keep what the attention of every layer reads, in float16.
     """
 
     data: str
@@ -47,6 +56,21 @@ class Labelling:
     per_shard: int = 200
     pad: int = 0
     threads: int = 1
+    reduce: str = "golden"
+    how: Repeating | None = None
+    states: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduce not in STORED:
+            raise UsageError(f"labels {self.reduce!r} are unknown, or not kept; choose {', '.join(STORED)}")
+        if PRESETS[self.reduce].needs_queries != (self.how is not None):
+            what = "a repetition" if self.how is None else "the text's own future"
+            raise UsageError(f"labels {self.reduce!r} are of {what}; ask for that target, or for other labels")
+
+    @property
+    def repetition(self) -> str:
+        """Returns how texts are repeated, in words; "" if they are not."""
+        return "" if self.how is None else " ".join(f"{name}={value}" for name, value in vars(self.how).items())
 
 
 @dataclass(frozen=True)
@@ -136,7 +160,7 @@ def fill_store(
 def threads(number: int) -> Generator[None]:
     """Sets the number of torch's threads inside."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:
@@ -156,7 +180,9 @@ def describe(model: PreTrainedModel, documents: list[Document], labelling: Label
         data=labelling.data,
         data_hash=hash_documents(documents),
         block=labelling.block,
-        reduce="golden",
+        reduce=labelling.reduce,
+        repetition=labelling.repetition,
+        states=labelling.states,
         num_layers=text.num_hidden_layers,
         num_heads=state_shape(text)[0],
         num_documents=len(documents),
@@ -165,18 +191,54 @@ def describe(model: PreTrainedModel, documents: list[Document], labelling: Label
 
 
 def label(model: PreTrainedModel, documents: list[Document], labelling: Labelling) -> list[Document]:
-    """Returns the same documents with golden labels float16 [L, H, T, M], on the host."""
+    """Returns the same documents with labels float16 [L, H, T, M] and, if asked for, states float16 [L, T, E], on the host.
+
+    Labels of a repetition have M = 1.
+    """
     done: list[Document] = []
     collate = Collator(labelling.pad)
     for start in range(0, len(documents), labelling.batch_size):
         batch = documents[start : start + labelling.batch_size]
         inputs = collate(batch)
         ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        layers, _ = golden_labels(model, ids, mask, block=labelling.block)
-        like = next(part for part in layers if part is not None)
-        full = torch.stack([torch.zeros_like(like) if part is None else part for part in layers])
+        labels, states = _read(model, ids, mask, labelling)
         for row, document in enumerate(batch):
             size = len(document.input_ids)
-            part = full[:, row, :, full.shape[3] - size :, : -(-size // labelling.block)].to(torch.float16)
-            done.append(replace(document, labels=part.cpu()))
+            blocks = -(-size // labelling.block) if labelling.how is None else 1
+            kept = None if states is None else states[:, row, -size:].contiguous()
+            part = labels[:, row, :, -size:, :blocks].to(torch.float16).cpu()
+            done.append(replace(document, labels=part, states=kept))
     return done
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, labelling: Labelling) -> tuple[Tensor, Tensor | None]:
+    """Returns labels [L, B, H, T, M], and states float16 [L, B, T, E] on the host if asked for; stock layers hold zeros."""
+    reduce, valid = PRESETS[labelling.reduce], mask.bool()
+    labels, states = dict[int, Tensor](), dict[int, Tensor]()
+
+    def keep(layer: int, received: Received, found: Tensor) -> None:
+        labels[layer] = found if found.ndim == 4 else found.unsqueeze(-1)
+        if labelling.states:
+            if received.hidden is None:
+                raise LabelError(
+                    f"layer {layer} of {type(model).__name__} hides what its attention reads; keep no states"
+                )
+            states[layer] = received.hidden.to("cpu", torch.float16)
+
+    def see(layer: int, received: Received) -> None:
+        keep(layer, received, layer_labels(model, layer, received, block=labelling.block, valid=valid, reduce=reduce))
+
+    if labelling.how is None:
+        replay(model, ids, full_trace(model, ids), mask, observe=see, logits_to_keep=1)
+    else:
+        reconstruct(model, ids, mask, how=labelling.how, reduce=reduce, visit=keep)
+    layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
+    like = next(iter(labels.values()))
+    whole = torch.stack([labels.get(layer, torch.zeros_like(like)) for layer in layers])
+    if not states:
+        return whole, None
+    if not all(bool(part.isfinite().all()) for part in states.values()):
+        raise LabelError("hidden states of this model are too large for float16; keep no states")
+    like = next(iter(states.values()))
+    return whole, torch.stack([states.get(layer, torch.zeros_like(like)) for layer in layers])

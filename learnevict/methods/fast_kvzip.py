@@ -54,6 +54,7 @@ class FastKVzipGate(Surrogate):
     """
 
     oracle = "kvzip"
+    from_hidden = True
     objective = "bce"
 
     def __init__(self, layout: Layout, rank: int = 16, num_sinks: int = 16) -> None:

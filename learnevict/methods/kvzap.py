@@ -52,6 +52,7 @@ class KVzapGate(Surrogate):
     """
 
     oracle = "kvzip+"
+    from_hidden = True
     objective = "mse"
 
     def __init__(self, layout: Layout, kind: str = "mlp", hidden: int | None = None) -> None:

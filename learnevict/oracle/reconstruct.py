@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +30,17 @@ from learnevict.signals import NEVER, Trace
 
 Visitor = Callable[[int, Received, Tensor], None]
 """Called with a layer's index, what its attention received of the context, and the labels of the context."""
+
+
+REPEAT = "\n\nRepeat the previous context exactly."
+"""What a model that follows instructions is told before it reads a text again."""
+
+
+def repeat_prompt(tokenizer: Any, words: str = "auto") -> tuple[int, ...]:
+    """Returns the token ids before a repetition: of `words`; "auto" is REPEAT for a model with a chat template, else none."""
+    if words == "auto":
+        words = REPEAT if tokenizer.chat_template else "none"
+    return () if words == "none" else tuple(tokenizer(words, add_special_tokens=False)["input_ids"])
 
 
 @dataclass(frozen=True)

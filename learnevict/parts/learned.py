@@ -29,12 +29,14 @@ class Learner(Gate):
         oracle: what its paper would have it predict, a name of learnevict.oracle.PRESETS.
         objective: how its numbers are compared with the oracle's, a name of learnevict.train.trainers.teacher_pass.OBJECTIVES.
         at_cuts: True if it ranks the slots held at an event, False if it scores tokens as they are written.
+        from_hidden: it reads nothing but the hidden states of fresh tokens, so stored ones are all that its training needs.
     """
 
     mode = "stream"
     oracle: str
     objective: str
     at_cuts: bool
+    from_hidden = False
 
     @abstractmethod
     def predictions(self, signals: Signals) -> Tensor:

@@ -37,6 +37,7 @@ from learnevict.train.run.phases import RunPlan
 from learnevict.train.run.registry import required, trainable_method
 from learnevict.train.run.resume import run
 from learnevict.train.run.setup import Arguments, make_gates, read_data, settle
+from learnevict.train.run.stored_labels import store_states, with_repeat_ids
 from learnevict.train.validation import Patience, Validation
 
 
@@ -51,7 +52,8 @@ class DistillConfig(ProgramFlags):
         False, "read weights of the model that are pickles (.bin) too; otherwise safetensors only"
     )
     labels: str | None = flag(
-        None, "folder of `learnevict oracle`, for modes that can use it; otherwise labels are made on the way"
+        None,
+        "folder of `learnevict oracle`, or of an earlier run, for modes that can use it; otherwise labels are made",
     )
     data: str = flag(
         "testbed",
@@ -117,8 +119,9 @@ def main(flags: Arguments) -> None:
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)
     gates = make_gates(flags, base)
+    with_repeat_ids(flags, tokenizer)
 
-    documents, held_out = read_data(flags, base, tokenizer)
+    documents, held_out = read_data(flags, gates, base, tokenizer)
 
     method = flags.trainable_method
     settings: Any = {
@@ -126,6 +129,7 @@ def main(flags: Arguments) -> None:
     }  # fmt: skip
     terms = {"sinks": config.sinks, "recent": config.recent, "slack": config.period}
     with run("distill", gates, training, settings, (documents, held_out)) as running:
+        documents = store_states(flags, gates, base, documents)
         trainer = method.trainer(  # its compute_loss is the objective: learnevict/train/trainers
             model=gates,
             base=base,

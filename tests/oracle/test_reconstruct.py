@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from learnevict.errors import ModelError, UsageError
-from learnevict.oracle import KVZAP, KVZIP, KVZIP_PLUS, Received, Repeating, future_attention, reconstruct
+from learnevict.oracle import (
+    KVZAP,
+    KVZIP,
+    KVZIP_PLUS,
+    Received,
+    Repeating,
+    future_attention,
+    reconstruct,
+    repeat_prompt,
+)
 from tests.closeness import close
 from tests.laws import zoo
 from tests.laws.run import batch
@@ -132,3 +141,18 @@ def test_errors_teach():
         future_attention(
             torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), reduce=KVZIP, queries=torch.ones(1, 3).bool()
         )
+
+
+def test_a_model_with_a_chat_template_is_asked_to_repeat():
+    class Tokenizer:
+        chat_template: str | None = None
+
+        def __call__(self, words: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [len(word) for word in words.split()]}
+
+    tokenizer = Tokenizer()
+    assert repeat_prompt(tokenizer) == () == repeat_prompt(tokenizer, "none")
+    assert repeat_prompt(tokenizer, "say it") == (3, 2)
+    tokenizer.chat_template = "{{ messages }}"
+    assert repeat_prompt(tokenizer) == (6, 3, 8, 7, 8)

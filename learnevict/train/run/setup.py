@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
-from learnevict.data.label_store import Document, LabelStore
+from learnevict.data.label_store import Document
 from learnevict.data.opening import families_of, read_for_learning
 from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
-from learnevict.errors import DataError, LabelError, LearnevictWarning, UsageError
-from learnevict.hub import Gates, weight_hash
+from learnevict.errors import DataError, LearnevictWarning, UsageError
+from learnevict.hub import Gates
 from learnevict.train.run.launch import check_launch
 from learnevict.train.run.registry import TrainableMethod
 from learnevict.train.run.resume import smoke_folder
+from learnevict.train.run.stored_labels import read_labelled
 from learnevict.train.validation import BEST
 
 SMOKE = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 2}
@@ -126,7 +126,7 @@ def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
     return gates
 
 
-def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any) -> tuple[Any, list[Document]]:
+def read_data(flags: Arguments, gates: Gates, base: PreTrainedModel, tokenizer: Any) -> tuple[Any, list[Document]]:
     """Returns what to learn from, a list of documents or a Stream, and the documents held out.
 
     Raises:
@@ -146,7 +146,7 @@ def read_data(flags: Arguments, base: PreTrainedModel, tokenizer: Any) -> tuple[
         stream = Stream(source, tokenizer, num_held, shortest, training.process_index, training.world_size)
         return stream, long_enough(held_out, shortest) if held_out else []
     if common.labels:
-        found, held_out = _labelled(flags, base), list[Document]()
+        found, held_out = read_labelled(flags, base, gates.gate), list[Document]()
         if num_held and common.data == "testbed":
             held_out = read_for_learning(source, tokenizer, 0, num_held, names)[1]
         elif num_held:
@@ -179,18 +179,3 @@ def _suitable(documents: list[Document], flags: Arguments) -> list[Document]:
         why = "are too short or have no response" if responses else "are too short"
         warnings.warn(f"{len(documents) - len(kept)} of {len(documents)} texts {why}: left out", LearnevictWarning, 2)
     return kept
-
-
-def _labelled(flags: Arguments, base: PreTrainedModel) -> list[Document]:
-    """Returns the documents of a label store, checked against model, trainer and period."""
-    folder, method = flags.common.labels, flags.trainable_method
-    if not method.trainer.stored_labels:
-        raise UsageError(f"mode {method.mode} does not learn from labels; drop --labels, and give --data")
-    store = LabelStore(Path(folder))
-    if store.manifest.base_hash != weight_hash(base):
-        raise LabelError(f"{folder!r} holds labels of another base model; make them anew with `learnevict oracle`")
-    if store.manifest.block != flags.mode.period:
-        raise LabelError(
-            f"{folder!r} holds labels of block {store.manifest.block}; train with --period {store.manifest.block}"
-        )
-    return store.documents()

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from learnevict.errors import UsageError
+from learnevict.infer.model.supported import evicting_layers, layout_of
 from learnevict.infer.teacher_forcing import replay
 from learnevict.ops.distributed import highest
 from learnevict.oracle import (
@@ -29,7 +30,7 @@ from learnevict.oracle import (
 from learnevict.oracle.collect import layer_labels
 from learnevict.parts.learned import Learner
 from learnevict.policy import Guard
-from learnevict.signals import Trace
+from learnevict.signals import Attention, Trace
 from learnevict.train.batch_random import BatchRandom, check_budgets
 from learnevict.train.losses import objectives, regret
 from learnevict.train.run.flags import check_fields, flag
@@ -55,6 +56,9 @@ class StreamConfig:
         "what labels are: reconstruction (attention of the text's repetition, KVzip; needs a model that can repeat a text) or "
         "future (of the text's own later blocks)",
     )
+    oracle: str = flag(
+        "", "how attention becomes a label, a name of learnevict.oracle.PRESETS; otherwise the gate's own"
+    )
     objective: str = flag("", f"one of {', '.join(OBJECTIVES)}; otherwise the gate's own")
     period: int = flag(16, "tokens between events, and queries per label block")
     along: Literal["full", "golden"] = flag(
@@ -71,8 +75,18 @@ class StreamConfig:
     recent: int = flag(8, "last tokens that stay, and are no candidates", least=0)
     closed_form: bool = flag(False, "fit linear surrogates to all documents at once before the first step")
     chunk: int = flag(2048, "of reconstruction, see learnevict.oracle.Repeating")
-    repeat: tuple[int, ...] = flag((), "of reconstruction: token ids of the prompt to repeat")
+    repeat: str = flag(
+        "auto",
+        "of reconstruction: what the model is told before it reads a text again; auto: an English request, of a model with a "
+        "chat template; none: nothing",
+    )
+    repeat_ids: tuple[int, ...] = flag((), "the same as token ids; otherwise those of the words")
     tail: int = flag(0, "of reconstruction, see learnevict.oracle.Repeating")
+    store: bool = flag(
+        True,
+        "if documents are read more than once, and the gate learns from hidden states alone: run the model over them once, "
+        "before the first step, and keep hidden states (float16) and labels in output_dir",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -81,6 +95,8 @@ class StreamConfig:
             raise UsageError(
                 f"target {self.target!r} along {self.along!r} is unknown; choose reconstruction or future, full or golden"
             )
+        if self.oracle and self.oracle not in PRESETS:
+            raise UsageError(f"oracle {self.oracle!r} is unknown; choose {', '.join(sorted(PRESETS))}")
         if self.objective and self.objective not in OBJECTIVES:
             raise UsageError(f"objective {self.objective!r} is unknown; choose {', '.join(sorted(OBJECTIVES))}")
 
@@ -97,7 +113,7 @@ class StreamConfig:
     @property
     def repeating(self) -> Repeating:
         """The settings of a repetition."""
-        return Repeating(self.chunk, self.sinks, self.repeat, self.tail)
+        return Repeating(self.chunk, self.sinks, self.repeat_ids, self.tail)
 
     def reduce(self, gate: Learner) -> Reducers:
         """Returns the target's reducers: the gate's own, or golden's for the future of a gate whose own need a repetition.
@@ -105,9 +121,10 @@ class StreamConfig:
         Raises:
             UsageError: a reconstruction for a gate whose oracle looks at the future.
         """
-        own = PRESETS[gate.oracle]
+        name = self.oracle or gate.oracle
+        own = PRESETS[name]
         if self.target == "reconstruction" and not own.needs_queries:
-            raise UsageError(f"a gate of oracle {gate.oracle!r} learns from the future; give target='future'")
+            raise UsageError(f"oracle {name!r} looks at a text's own future; give target='future', or --oracle kvzip")
         return GOLDEN if own.needs_queries and self.target == "future" else own
 
     def loss(self, gate: Learner, seeds: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -134,10 +151,12 @@ class TeacherPass:
     def __init__(self, config: StreamConfig, gate: Learner, inputs: dict[str, Any], draws: BatchRandom) -> None:
         self.config, self.reduce = config, config.reduce(gate)
         self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
+        self.states: Tensor | None = inputs.get("stored_states")
         self.stored: list[Tensor | None] | None = None
         if inputs.get("stored_labels") is not None:
-            self.stored = list(inputs["stored_labels"])
-            if self.reduce != GOLDEN and config.along == "full":
+            repeated = config.target == "reconstruction" and config.along == "full"
+            self.stored = [part.squeeze(-1) if repeated else part for part in inputs["stored_labels"]]
+            if self.reduce != GOLDEN and config.along == "full" and not repeated:
                 raise UsageError("stored labels are golden ones, but this gate learns others; train it without them")
         self.valid = self.mask.bool()
         self.positions = UnpaddedPositions.of(self.ids, self.valid)
@@ -148,7 +167,8 @@ class TeacherPass:
     def read(self, base: PreTrainedModel, visit: Callable[[LayerBatch], None]) -> None:
         """Calls `visit` with the batch of every evicting layer, in order."""
         config = self.config
-        trace, labels = full_trace(base, self.ids), self.stored if self.reduce == GOLDEN else None
+        wanted = self.reduce == GOLDEN or config.target == "reconstruction"
+        trace, labels = full_trace(base, self.ids), self.stored if wanted else None
         if config.along == "golden":
             trace, labels = self._golden_trace(base)
 
@@ -166,7 +186,10 @@ class TeacherPass:
             assert found is not None
             show(layer, received, found)
 
-        if config.target == "reconstruction" and labels is None:
+        if self.states is not None and labels is not None:
+            for layer in evicting_layers(DynamicCache(config=base.config.get_text_config(decoder=True)).layers):
+                see(layer, received_states(base.config, self.states[layer]))
+        elif config.target == "reconstruction" and labels is None:
             reconstruct(base, self.ids, self.mask, how=config.repeating, reduce=self.reduce, visit=show)
         else:
             replay(base, self.ids, trace, self.mask, observe=see, logits_to_keep=1)
@@ -181,3 +204,13 @@ class TeacherPass:
         elif self.reduce != GOLDEN:
             labels = golden_labels(base, self.ids, self.mask, block=config.period, reduce=self.reduce)[0]
         return trace, labels
+
+
+def received_states(config: PreTrainedConfig, hidden: Tensor) -> Received:
+    """Returns what is stored of what a layer received: hidden states [B, T, E]; queries, keys and values have width 0."""
+    layout = layout_of(config)
+    heads = [
+        hidden.new_zeros(hidden.shape[0], number, hidden.shape[1], 0)
+        for number in (layout.num_query_heads, layout.num_heads)
+    ]
+    return Received(heads[0], heads[1], heads[1], hidden, Attention(layout.head_dim**-0.5))

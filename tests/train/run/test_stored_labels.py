@@ -1,0 +1,141 @@
+"""Texts that are read more than once go through the model once; the run resumes exactly, and shares its labels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from learnevict import testbed
+from learnevict.data.label_store import LabelStore
+from learnevict.errors import LabelError, UsageError
+from learnevict.hub import Gates
+from learnevict.hub.run_record import read_record
+from learnevict.train.run import stored_labels
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model that speaks the testbed's words."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = testbed.build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(base: Path, tmp_path: Path) -> list[str]:
+    """Of five texts of 40 to 56 tokens, read twice."""
+    words = [word for word in testbed.build_tokenizer().get_vocab() if not word.startswith("<")]
+    rng = Random(0)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=40 + 4 * i))}) for i in range(5)))
+    return [
+        *(
+            "--model",
+            str(base),
+            "--data",
+            str(path),
+            "--period",
+            "8",
+            "--sinks",
+            "2",
+            "--recent",
+            "4",
+            "--budgets",
+            "24",
+        ),
+        *("30", "--per_device_train_batch_size", "2", "--max_steps", "6", "--save_steps", "2", "--logging_steps", "2"),
+        *("--warmup_steps", "1", "--disable_tqdm", "true"),
+    ]
+
+
+def train(distill: Any, flags: list[str], folder: Path, *more: str) -> dict[str, torch.Tensor]:
+    distill.main(distill.parse([*flags, "--output_dir", str(folder), *more]))
+    return load_file(folder / "model.safetensors")
+
+
+def labels_in(folder: Path) -> Path:
+    (found,) = folder.glob("labels-*")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("kvzap", []), ("fast_kvzip", ["--target", "reconstruction"])],
+)
+def test_the_model_reads_texts_once_and_a_run_resumes_exactly(
+    method, more, tmp_path, distill, flags, monkeypatch, capsys
+):
+    read, forward = list[int](), Qwen3ForCausalLM.forward
+
+    def counted(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        read.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", counted)
+    flags = [*flags, "--method", method, *more]
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    first = train(distill, flags, whole)
+    assert sum(read) == 5
+    assert "5 texts of 240 tokens" in capsys.readouterr().out
+    shutil.copytree(whole / "checkpoint-4", lost / "checkpoint-4")
+    shutil.copy(whole / "run.json", lost)
+    again = train(distill, flags, lost, "--resume_from_checkpoint", "true")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    start = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in first.items()), "nothing was learned"
+    assert labels_in(whole).name == labels_in(lost).name
+    documents = LabelStore(labels_in(whole)).documents()
+    assert all(one.states.shape == (2, len(one.input_ids), 32) for one in documents)
+    assert documents[0].states.dtype == torch.float16
+    log = [[line["loss"] for line in read_record(one)["log"] if "loss" in line] for one in (whole, lost)]
+    assert log[0] == log[1] and len(log[0]) == 3
+    read.clear()
+    shared = train(distill, flags, tmp_path / "shared", "--labels", str(labels_in(whole)))
+    assert read == [] and all(torch.equal(tensor, shared[name]) for name, tensor in first.items())
+    anew = train(distill, flags, tmp_path / "anew", "--store", "false")
+    assert sum(read) == 10
+    assert not list((tmp_path / "anew").glob("labels-*"))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, anew[name], atol=2e-2), name  # float16
+    assert Gates.load(whole).policy("25%", allow_other_base=True, allocation="pooled").scope == "model"
+
+
+def test_one_pass_stores_nothing(tmp_path, distill, flags):
+    train(distill, flags, tmp_path / "one", "--method", "kvzap", "--max_steps", "3")
+    assert not list((tmp_path / "one").glob("labels-*"))
+
+
+def test_labels_of_another_kind_are_refused(tmp_path, distill, flags):
+    repeated = [*flags, "--target", "reconstruction"]
+    train(distill, [*repeated, "--method", "kvzap", "--oracle", "kvzip"], tmp_path / "first")
+    labels = ["--labels", str(labels_in(tmp_path / "first"))]
+    for more, wanted in (
+        (["--method", "kvzap"], r"kvzip\+"),
+        (["--method", "fast_kvzip", "--target", "future"], "golden"),
+    ):
+        with pytest.raises(LabelError, match=f"holds kvzip labels, but {wanted} labels are learned from"):
+            train(distill, [*repeated, *labels, *more], tmp_path / "second")
+    train(distill, [*repeated, *labels, "--method", "fast_kvzip"], tmp_path / "third")
+    with pytest.raises(UsageError, match="oracle 'sum' is unknown"):
+        distill.parse([*flags, "--method", "kvzap", "--oracle", "sum"])
+
+
+def test_a_disk_without_room_is_told_before(tmp_path, distill, flags, monkeypatch):
+    monkeypatch.setattr(stored_labels.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(UsageError, match=r"240 tokens take 30.0 KiB.*--store false"):
+        train(distill, flags, tmp_path / "full", "--method", "kvzap")
