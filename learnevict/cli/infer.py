@@ -105,7 +105,9 @@ def _answer_one(opened: OpenedModel, request: Request, as_json: bool, **sampling
     from learnevict.infer.generate import printer
 
     if opened.eviction.golden:
-        say("golden runs twice: first with a full cache, to learn what the future needs, then under that trace")
+        say(
+            "golden runs twice: first with a full cache, to learn what the future needs, then under eviction that knows it"
+        )
     streamer = None if as_json else printer(opened.tokenizer)
     ((_, record),) = opened.answer([request], streamer=streamer, **sampling)
     if as_json:
@@ -169,7 +171,7 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
     if "runs" in record:
         same = f"the same text for {record['agreement']:.0%}, then recency"
         same = "the same text" if record["agreement"] == 1 else same
-        lines.append(f"golden ran twice: a full cache for the labels, then under their trace; {same}")
+        lines.append(f"golden ran twice: a full cache for the labels, then under eviction by them; {same}")
     if "correct" in record:
         lines.append(f"answer: {'right' if record['correct'] else 'wrong'}, expected: {record['expected']}")
     return lines
@@ -225,7 +227,7 @@ def viz(
         assert trace is not None
     else:
         ids = request.ids if sample is None else read_text(opened.tokenizer, sample.text)
-        trace = record(opened.model, opened.policy_for(ids, len(request.ids)), ids, len(request.ids))
+        trace = record(opened.model, opened.policy_for(ids), ids, len(request.ids))
     layers, _, heads, length = trace.expiry.shape
     about = (
         f"{opened.method} on {opened.name}: {length} tokens read, budget {eviction.budget}, {trace.evictions} "

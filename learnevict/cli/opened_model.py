@@ -58,13 +58,12 @@ class OpenedModel:
         return {**(COMPARISON if self.speaks_testbed else {}), **self.eviction.given}
 
     @property
-    def golden(self) -> tuple[int, EvaluationSettings]:
+    def golden(self) -> tuple[str, EvaluationSettings]:
         """The budget and the settings under which the oracle evicts."""
         from learnevict.evals.methods import EvaluationSettings
 
         options: dict[str, Any] = {"slack": 128, "sinks": None, "recent": None, **self.options}
-        options.pop("schedule", None)
-        return int(self.eviction.budget or 0), EvaluationSettings(**options)
+        return self.eviction.budget or "", EvaluationSettings(**options)
 
     def under(self, eviction: EvictionOptions) -> OpenedModel:
         """Returns the same model with the policy that was asked for; `attach` then compares it with the base of the gates.
@@ -91,7 +90,7 @@ class OpenedModel:
         except TypeError as error:
             raise UsageError(f"the method does not take these options: {error}") from error
 
-    def policy_for(self, ids: list[int], prompt_length: int) -> Policy:
+    def policy_for(self, ids: list[int]) -> Policy:
         """Returns the policy for a text that is there already; golden reads it beforehand."""
         if self.policy is not None:
             return self.policy
@@ -100,7 +99,7 @@ class OpenedModel:
         from learnevict.evals.methods import golden_policy
 
         rows = torch.tensor([ids], device=self.model.device)
-        return golden_policy(self.model, rows, *self.golden, prompt_length=[prompt_length])
+        return golden_policy(self.model, rows, *self.golden)
 
     def _maker(self) -> Any:
         """Returns the function that makes the policy: of a method, or of the gates that were given or that ship."""

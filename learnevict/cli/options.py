@@ -200,10 +200,8 @@ class EvictionOptions:
             )
         if parsed is None and not self.full:
             raise UsageError("say how much may be kept: --budget 512 (tokens), 25%, 1/4 or 64MiB")
-        if self.golden and parsed is not None and parsed.unit != "tokens":
-            raise UsageError("golden is rolled for one budget in tokens; give --budget 64 rather than a share or bytes")
-        if self.golden and (self.variant or self.schedule not in (None, When.blocks)):
-            raise UsageError("golden has no variant, and its events fall in blocks; drop --variant and --schedule")
+        if self.golden and self.variant:
+            raise UsageError("golden has no variant; drop --variant")
 
     @property
     def full(self) -> bool:

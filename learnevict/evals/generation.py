@@ -45,7 +45,7 @@ def answer_golden(
     tokenizer: Any,
     task: AnsweredTask,
     samples: Sequence[Any],
-    budget: int,
+    budget: int | str,
     settings: EvaluationSettings,
     **sampling: Any,
 ) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def generate_golden(
 ) -> tuple[list[Completion], list[float]]:
     """Generates answers under golden eviction, in two runs, and says how far the second text follows the first.
 
-    The first run has the full cache; its text gives the labels. The second follows their trace while it writes the same
+    The first run has the full cache; its text gives the labels. The second keeps what they say while it writes the same
     text, and falls back on recency behind the guards from a row's first divergence on.
     """
     first = generate(model, tokenizer, None, prompts, batch_size=len(prompts), **sampling)
     ids, mask = (part.to(model.device) for part in padded(first, tokenizer.pad_token_id or 0))
-    policy = golden_policy(model, ids, budget, settings, mask=mask, prompt_length=[len(prompt) for prompt in prompts])
+    policy = golden_policy(model, ids, budget, settings, mask=mask)
     second = generate(model, tokenizer, policy, prompts, batch_size=len(prompts), streamer=streamer, **sampling)
     return second, [agreement(one.tokens, other.tokens) for one, other in zip(first, second, strict=True)]
 

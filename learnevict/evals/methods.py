@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from learnevict.errors import GateError, UsageError
 from learnevict.evals.tasks.task import fingerprint
 from learnevict.hub import Gates, weight_hash
 from learnevict.methods import golden
-from learnevict.oracle.collect import golden_trace
+from learnevict.oracle.collect import future_of, golden_labels
 from learnevict.parts.allocation import EQUAL, POOLED, read_shares
 from learnevict.policy import Guard, Policy
 
@@ -147,24 +146,7 @@ def golden_policy(
     settings: EvaluationSettings,
     *,
     mask: Int[Tensor, "B T"] | None = None,
-    prompt_length: Sequence[int] | None = None,
 ) -> Policy:
-    """Returns the policy that follows the golden trace of texts, which the model reads in full for it.
-
-    Raises:
-        UsageError: the budget is no number of slots.
-    """
-    check_golden(budget, settings)
-    length = None if prompt_length is None else torch.tensor(prompt_length)
-    trace = golden_trace(
-        model, ids, mask, budget=int(budget), block=settings.block, guard=settings.guard, prompt_length=length
-    )
-    return golden.policy(int(budget), trace=trace, text=ids, **settings.options)
-
-
-def check_golden(budget: int | str, settings: EvaluationSettings) -> None:
-    """Raises a UsageError for a budget in per cent or bytes, or settings, that golden cannot be rolled out for."""
-    if not isinstance(budget, int):
-        raise UsageError(f"golden is rolled out for a number of slots, not {budget}; give 1/4 or tokens (64)")
-    if settings.schedule not in (None, "blocks") or settings.allocation not in (None, EQUAL):
-        raise UsageError("golden evicts in blocks and holds every head to the budget; drop --schedule and --allocation")
+    """Returns golden eviction of texts, which the model reads in full for it."""
+    labels, _ = golden_labels(model, ids, mask, block=settings.block)
+    return golden.from_labels(budget, future_of(labels), text=ids, **settings.options)

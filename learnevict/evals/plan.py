@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from learnevict.errors import BudgetError, UsageError
-from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, check_golden
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, RANDOM, EvaluatedMethod, EvaluationSettings
 from learnevict.evals.tasks import SHARED_MODES, Task, family_tasks, is_share, resolve
 from learnevict.hub import weight_hash
 
@@ -91,9 +91,9 @@ class Cell:
         return self.asked if is_share(self.asked) else None
 
     @property
-    def golden(self) -> int | None:
-        """Returns the budget if it is the oracle that evicts."""
-        return self.budget if self.evaluated_method.method == GOLDEN and isinstance(self.budget, int) else None
+    def golden(self) -> bool:
+        """Returns whether it is the oracle that evicts."""
+        return self.evaluated_method.method == GOLDEN
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -169,18 +169,11 @@ def check(plan: Plan, evaluated_methods: Sequence[EvaluatedMethod]) -> None:
 def _check_cell(plan: Plan, cell: Cell) -> None:
     if cell.budget is None:
         return
-    if cell.evaluated_method.method != GOLDEN:
-        cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
-        return
-    check_golden(cell.budget, plan.settings)
-    if own := [mode for mode in cell.modes if mode not in SHARED_MODES]:
-        raise UsageError(
-            f"golden is not defined for {cell.family}, which is measured {' and '.join(own)}; leave it out"
-        )
-    smallest = plan.settings.guard.reserved(plan.settings.block) + 1
-    if int(cell.budget) < smallest:
-        raise BudgetError(f"budget {cell.budget} on {cell.family} is too small; the smallest that works is {smallest}")
-    if plan.temperature > 0 and "free" in cell.modes:
+    known = replace(cell.evaluated_method, method=RANDOM) if cell.golden else cell.evaluated_method
+    known.policy(
+        cell.budget, plan.settings, cell.options
+    )  # what budget golden can be held to does not hang on its labels
+    if cell.golden and plan.temperature > 0 and "free" in cell.modes:
         raise UsageError("golden in free generation follows one greedy text; drop --temperature or golden")
 
 

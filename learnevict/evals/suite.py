@@ -15,6 +15,7 @@ from learnevict.evals.sample_log import SampleLog, log_path
 from learnevict.evals.tasks import SHARED_MODES, AnsweredTask, MeasuredTask, ReferenceTask, Task, TextBatch
 from learnevict.evals.teacher_forced import measure, measure_golden, reference
 from learnevict.files import locked, special, writing
+from learnevict.methods.golden import from_labels
 from learnevict.oracle.reference import Reference
 
 Advance = Callable[[str, int], None]
@@ -178,17 +179,23 @@ def _run_cell(reader: _Reader, cell: Cell, mode: str, log: SampleLog, advance: A
 def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> Mapping[str, Any]:
     """Returns one batch of one cell: what goes into the log."""
     plan, task, model, tokenizer = reader.plan, reader.task, reader.subject.model, reader.subject.tokenizer
-    budget, golden = cell.budget, cell.golden
-    policy = None if budget is None or golden else cell.evaluated_method.policy(budget, plan.settings, cell.options)
+    golden = cell.budget if cell.golden else None
+    policy = None
+    if cell.budget is not None and golden is None:
+        policy = cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
     if mode == "teacher":
         texts, beside = reader.texts(seeds)
-        if golden:
-            return measure_golden(model, texts, golden, plan.settings, verify=plan.seed in seeds, beside=beside)
+        if golden is not None:
+            return measure_golden(model, texts, golden, plan.settings, beside=beside)
         return measure(model, texts, policy, beside)
     if mode not in SHARED_MODES:
-        return cast(MeasuredTask, task).measure(mode, model, tokenizer, task.samples(seeds), policy)
+        measured, samples = cast(MeasuredTask, task), task.samples(seeds)
+        if golden is not None:
+            future = measured.future(mode, model, tokenizer, samples, plan.settings.block)
+            policy = from_labels(golden, future, **plan.settings.options)
+        return measured.measure(mode, model, tokenizer, samples, policy)
     task = cast(AnsweredTask, task)
     sampling = {"max_new_tokens": task.max_new_tokens, "temperature": plan.temperature, "seed": seeds[0]}
-    if golden:
+    if golden is not None:
         return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.settings, **sampling)
     return answer(model, tokenizer, task, task.samples(seeds), policy, tries=plan.tries, **sampling)

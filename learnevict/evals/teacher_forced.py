@@ -12,21 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from learnevict.errors import TraceError
-from learnevict.evals.methods import GOLDEN, EvaluationSettings
+from learnevict.evals.methods import EvaluationSettings
 from learnevict.evals.tasks import TextBatch
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import EvictingCache, bytes_held
-from learnevict.infer.teacher_forcing import read_once, replay
+from learnevict.infer.teacher_forcing import read_once
 from learnevict.methods import golden
-from learnevict.oracle import golden as roll_golden
+from learnevict.oracle.collect import future_of
 from learnevict.oracle.metrics import KeptSlots, compare
 from learnevict.oracle.reference import Reference, losses, recording
 from learnevict.policy import AnyPolicy, governor
-from learnevict.signals import Trace
 
-TOLERANCE = 1e-3
-"""Between float32 logits of an incremental run and of the replay of its trace."""
 Columns = dict[str, Any]
 """What goes into the log: a list has an entry per sample, a number holds for each of them.
 
@@ -63,40 +59,21 @@ def measure(model: Any, texts: TextBatch, policy: AnyPolicy | None, beside: Refe
     return score(texts, logits) | _kept(compare(policy, beside, cache.trace(), scores)) | _bytes_held(cache, texts)
 
 
-@torch.no_grad()
 def measure_golden(
     model: Any,
     texts: TextBatch,
-    budget: int,
+    budget: int | str,
     settings: EvaluationSettings,
     *,
-    verify: bool = False,
     beside: Reference | None = None,
 ) -> Columns:
-    """Returns scores under golden eviction: labels of one full-cache pass, rolled into a trace, replayed.
-
-    Args:
-        verify: also run the trace incrementally, through the cache, and compare; gives the bytes held too.
-        beside: see `measure`; its labels are used.
-
-    Raises:
-        TraceError: both runs disagree.
-    """
+    """Returns scores under golden eviction, by labels of one full-cache pass; `beside` as of `measure`, with its labels."""
     texts = texts.aligned(settings.block)
     beside = reference(model, texts, settings) if beside is None else beside
-    trace = _golden_trace(model, beside, budget, settings)
-    logits = replay(model, texts.input_ids, trace, texts.attention_mask).logits
-    policy = golden.policy(budget, trace=trace, **settings.options)
-    scores = score(texts, logits) | _kept(compare(policy, beside, trace, []))
-    if not verify:
-        return scores
-    again, cache = _evicted_logits(model, texts, policy)
-    apart = float((again - logits)[texts.attention_mask.bool()].abs().max())
-    if logits.dtype == torch.float32 and apart > TOLERANCE:
-        raise TraceError(
-            f"the {GOLDEN} trace replayed and run incrementally gives logits {apart:.2g} apart; please report this"
-        )
-    return scores | _bytes_held(cache, texts)
+    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
+    for index, part in zip(beside.layers, beside.labels, strict=True):
+        labels[index] = part
+    return measure(model, texts, golden.from_labels(budget, future_of(labels), **settings.options), beside)
 
 
 def score(texts: TextBatch, logits: Float[Tensor, "B T V"]) -> Columns:
@@ -108,17 +85,6 @@ def score(texts: TextBatch, logits: Float[Tensor, "B T V"]) -> Columns:
         "loss": [round(value, 6) for value in losses(logits, texts.input_ids, texts.loss_mask).tolist()],
         "spoken": texts.loss_mask[:, 1:].sum(-1).tolist(),
     }
-
-
-def _golden_trace(model: Any, beside: Reference, budget: int, settings: EvaluationSettings) -> Trace:
-    """Returns the golden trace of texts whose labels are known."""
-    labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
-    for index, part in zip(beside.layers, beside.labels, strict=True):
-        labels[index] = part
-    return roll_golden(
-        labels, budget=budget, block=settings.block, guard=settings.guard, valid=beside.attention_mask.bool(),
-        prompt_length=beside.prompt if settings.prompt else None,
-    )  # fmt: skip
 
 
 def _evicted_logits(

@@ -1,8 +1,9 @@
-"""Golden eviction: follow a trace that was rolled from the future (`oracle.golden`). A reference, not a bound.
+"""Golden eviction: keep what the future attends to most (`oracle.golden`). A reference, not a bound.
 
-A slot's score is its token's expiry, so an event drops exactly the tokens that the trace ends there. Where the trace
-has nothing to say (past its last token, or once a row's text has left the text it was made from) recency decides,
-within the guards. Any recorded trace of a uniform policy can be followed the same way.
+`policy` follows a trace: a slot's score is its token's expiry, so an event drops exactly the tokens that the trace ends there.
+`from_labels` scores a token by its labels of what is still to come: under equal allocation the events are those of the golden
+trace of these labels, and any other allocation or schedule will do as well. Where nothing is known (past the last token, or
+once a row's text has left the text that was looked at) recency decides, within the guards.
 """
 
 from __future__ import annotations
@@ -18,29 +19,37 @@ from learnevict.errors import TraceError
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy
-from learnevict.signals import Signals, StateColumn, Trace
+from learnevict.signals import NEVER, Signals, StateColumn, Trace
 
 PAPER = Paper("Golden eviction, section 3.1 of ForesightKV", "2602.03203", 2026, kind="reference")
 
 
 class Hindsight(Gate):
-    """Looks up expiries; its tables move with the model's device.
+    """Looks up what tokens are worth; its tables move with the model's device.
 
     Args:
-        trace: the history to follow.
-        text: int64 [B, T], the token ids the trace was made from; a row leaves the trace at its first other token.
-        divergence: column from which each row leaves the trace; None: its end.
+        scores: [L, B, H, T, M], the worth of the token in column t to blocks m, m + 1, ...; higher stays. Rows of a batch of
+            k B are k neighbours for each row of the table.
+        block: tokens per block; with M = 1 it does not matter.
+        text: int64 [B, T], the token ids that were looked at; a row is left to recency from its first other token on.
+        until: column from which each row is left to recency, whatever its text; None: never.
     """
 
     columns = (StateColumn("left", dtype=torch.bool),)
 
-    def __init__(self, trace: Trace, text: Tensor | None, divergence: int | Sequence[int] | Tensor | None) -> None:
+    def __init__(
+        self,
+        scores: Tensor,
+        block: int = 1,
+        text: Tensor | None = None,
+        until: int | Sequence[int] | Tensor | None = None,
+    ) -> None:
         super().__init__()
-        length = trace.expiry.shape[-1]
-        until = torch.as_tensor(length if divergence is None else divergence, dtype=torch.int32)
-        self.expiry = nn.Buffer(trace.expiry)
+        self.block = block
+        self.scores = nn.Buffer(scores)
         self.text = None if text is None else nn.Buffer(text)
-        self.until = nn.Buffer(until.clamp(max=length).expand(trace.expiry.shape[1]).clone())
+        ends = torch.as_tensor(NEVER if until is None else until, dtype=torch.int32)
+        self.until = nn.Buffer(ends.expand(scores.shape[1]).clone())
 
     def write(self, signals: Signals) -> dict[str, Tensor]:
         """Returns whether a row has left the text, at every token since: the newest slot always knows."""
@@ -56,15 +65,35 @@ class Hindsight(Gate):
 
     def score(self, signals: Signals) -> Tensor:
         batch, heads = signals.position.shape[:2]
-        if (batch, heads) != self.expiry.shape[1:3] or signals.layer >= self.expiry.shape[0]:
+        num_layers, rows, known, length, num_blocks = self.scores.shape
+        if batch % rows or heads != known or signals.layer >= num_layers:
             raise TraceError(
-                f"the trace covers (layers, rows, kv heads) = {tuple(self.expiry.shape[:3])}, but layer {signals.layer} of "
+                f"the trace covers (layers, rows, kv heads) = {(num_layers, rows, known)}, but layer {signals.layer} of "
                 f"this run has {batch} rows and {heads} kv heads; make a trace for this batch and model"
             )
-        table = self.expiry[signals.layer]
-        ends = table.gather(-1, signals.position.clamp(0, table.shape[-1] - 1).long())
-        left = (signals.state["left"] & signals.occupied).any(-1).any(-1) | (signals.rows.now >= self.until)
-        return torch.where(left.view(-1, 1, 1), signals.position, ends).float()
+        block = (signals.rows.seen // self.block).clamp(max=num_blocks - 1).long()
+        table, until = self.scores[signals.layer], self.until
+        if batch > rows:
+            table, until = (part.repeat_interleave(batch // rows, 0) for part in (table, until))
+        worth = table.gather(-1, block.view(-1, 1, 1, 1).expand(-1, heads, length, -1)).squeeze(-1)
+        worth = worth.gather(-1, signals.position.clamp(0, length - 1).long()).float()
+        worth = worth.masked_fill(signals.position >= length, NEVER)
+        left = (signals.state["left"] & signals.occupied).any(-1).any(-1) | (signals.rows.now >= until)
+        return torch.where(left.view(-1, 1, 1), signals.position.float(), worth)
+
+
+def from_labels(
+    budget: int | str | Budget, future: Tensor, *, text: Tensor | None = None, **options: Unpack[Options]
+) -> Policy:
+    """Returns golden eviction that reads labels, under any budget, allocation and schedule.
+
+    Args:
+        future: [L, B, H, T, M], the largest label of blocks m, m + 1, ... of as many tokens as the slack; or of one block.
+        text: what they were made from, if the text may turn out another.
+    """
+    until = None if text is None else text.shape[1]
+    hindsight = Hindsight(future, max(options.get("slack", 128), 1), text, until)
+    return compose("golden", budget, hindsight, **options)
 
 
 def policy(
@@ -79,7 +108,8 @@ def policy(
 
     Args:
         trace: from `oracle.golden`, or recorded; its period is the slack, its events fall in "blocks".
-        text, divergence: see Hindsight; a text is needed in free generation.
+        text: token ids that the trace was made from; needed in free generation, see Hindsight.
+        divergence: column from which each row leaves the trace; None: its end.
 
     Raises:
         TraceError: another budget, guard, period or schedule than the trace's.
@@ -103,4 +133,6 @@ def policy(
         raise TraceError(
             f"the trace was rolled with (sinks, recent, prompt protected) = {trace.guard}, not {given}; drop these options"
         )
-    return compose("golden", asked, Hindsight(trace, text, divergence), **terms)
+    length = trace.expiry.shape[-1]
+    until = torch.as_tensor(length if divergence is None else divergence).clamp(max=length)
+    return compose("golden", asked, Hindsight(trace.expiry.unsqueeze(-1), text=text, until=until), **terms)

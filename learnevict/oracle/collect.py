@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -15,7 +18,7 @@ from learnevict.infer.model.modules import attention_modules
 from learnevict.infer.model.supported import state_shape
 from learnevict.infer.teacher_forcing import Received, replay
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
-from learnevict.oracle.reducers import GOLDEN, Reducers
+from learnevict.oracle.reducers import GOLDEN, Reducers, horizon
 from learnevict.oracle.traces import golden
 from learnevict.policy import DecayBias, Guard, Policy, Schedule, SoftGate
 from learnevict.signals import NEVER, Signals, Trace
@@ -70,6 +73,8 @@ def golden_labels(
     *,
     block: int = 128,
     reduce: Reducers = GOLDEN,
+    queries: Bool[Tensor, "B T"] | None = None,
+    **kwargs: Any,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns labels [B, H, T, M] of every layer (None for layers that stay stock) and the full-cache logits [B, T, V].
 
@@ -79,15 +84,25 @@ def golden_labels(
         attention_mask: [B, T], 0 = padding.
         block: queries per label block; the event period of the policy they are meant for.
         reduce: how attention becomes labels.
+        queries: which tokens' attention counts, for reducers that ask for it.
+        **kwargs: handed to the model's forward.
     """
     labels: list[Tensor | None] = [None] * model.config.get_text_config(decoder=True).num_hidden_layers
     valid = None if attention_mask is None else attention_mask.bool()
 
     def observe(layer: int, received: Received) -> None:
-        labels[layer] = layer_labels(model, layer, received, block=block, valid=valid, reduce=reduce)
+        labels[layer] = layer_labels(model, layer, received, block=block, valid=valid, reduce=reduce, queries=queries)
 
-    logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe).logits
+    logits = replay(model, input_ids, full_trace(model, input_ids), attention_mask, observe=observe, **kwargs).logits
     return labels, logits
+
+
+def future_of(labels: Sequence[Tensor | None]) -> Tensor:
+    """Returns the largest label of blocks m, m + 1, ... in every layer, [L, B, H, T, M + 1]: zeros behind the end, and in
+    layers that stay stock."""
+    like = next(part for part in labels if part is not None)
+    known = torch.stack([torch.zeros_like(like) if part is None else part for part in labels])
+    return torch.nn.functional.pad(horizon(known), (0, 1))
 
 
 def golden_trace(

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from learnevict.errors import UsageError
 from learnevict.infer.attach import attach
 from learnevict.infer.cache import bytes_held
 from learnevict.infer.generate import Sampling, decoding, ends_and_pad, generate, left_padded, up_to_end
 from learnevict.infer.model.modules import device_of
+from learnevict.oracle.collect import future_of, golden_labels
+from learnevict.oracle.reducers import Reducers
 from learnevict.policy import AnyPolicy
 
+LARGEST = Reducers(query="max", group="max", needs_queries=True)
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 Pair = tuple[list[int], list[int]]
 """Token ids of a context, and of all that comes behind it."""
@@ -83,6 +88,37 @@ def ask(
     found = generate(model, tokenizer, policy, prompts, batch_size=len(prompts), max_new_tokens=max_new_tokens)
     held = {"peak": found[0].kv_bytes_peak, "end": found[0].kv_bytes, "full": found[0].kv_bytes_full}
     return Replies([one.text for one in found], [len(one.tokens) for one in found], held)
+
+
+@torch.no_grad()
+def foreseen(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[tuple[str, str]],
+    replies: Sequence[str],
+    *,
+    each: int = 1,
+    chat: bool = True,
+    known: bool = False,
+) -> Float[Tensor, "L B H T 1"]:
+    """Returns how much any token of a question and its reply attends to each token before, with the full cache.
+
+    Tokens are those that `ask` reads with the same arguments: of a context, at most over its questions; or of a whole prompt.
+
+    Args:
+        replies: right ones, for each question.
+    """
+    found: list[Tensor] = []
+    for (context, question), reply in zip(asked, replies, strict=True):
+        before, after = split_prompt(tokenizer, context, question, chat=chat, known=known)
+        answer = list(tokenizer(reply, add_special_tokens=False).input_ids)
+        ids = torch.tensor([before + after + answer], device=device_of(model))
+        later = torch.arange(ids.shape[1], device=ids.device)[None] >= len(before)
+        labels, _ = golden_labels(model, ids, block=ids.shape[1], reduce=LARGEST, queries=later, logits_to_keep=1)
+        found.append(future_of(labels)[:, :, :, : len(before + after) if known else len(before), :1])
+    width = max(one.shape[3] for one in found)
+    rows = torch.cat([torch.nn.functional.pad(one, (0, 0, width - one.shape[3], 0)) for one in found], 1)
+    return rows if known else rows.unflatten(1, (-1, each)).amax(2)
 
 
 def _afterwards(

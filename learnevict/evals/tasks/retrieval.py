@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.questions import ask
+from learnevict.evals.tasks.questions import ask, foreseen
 from learnevict.policy import AnyPolicy
 
 ADJECTIVES = (
@@ -266,9 +269,8 @@ class RetrievalTask:
     ) -> dict[str, Any]:
         """Returns columns of the log: `exact` and `found`, shares of a context's questions and of their answers, `tokens`
         generated, `depth` of the first question's fact (-1: none), `seconds` and bytes."""
-        both = [(sample.text, question) for sample in samples for question in sample.questions]
-        asked, questions = [(text, question.text) for text, question in both], [question for _, question in both]
-        each, start = len(samples[0].questions), time.perf_counter()
+        asked, questions, each = self._asked(samples)
+        start = time.perf_counter()
         replies = ask(
             model, tokenizer, policy, asked, each=each, chat=self.chat, known=mode == "known",
             max_new_tokens=self.max_new_tokens,
@@ -284,3 +286,16 @@ class RetrievalTask:
             "seconds": round(seconds, 4),
             **replies.held,
         }
+
+    def future(
+        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Context], block: int
+    ) -> Float[Tensor, "L B H T 1"]:
+        """Returns what questions and right answers attend to, see `foreseen`: golden knows all questions of a context."""
+        asked, questions, each = self._asked(samples)
+        replies = [", ".join(question.answers) for question in questions]
+        return foreseen(model, tokenizer, asked, replies, each=each, chat=self.chat, known=mode == "known")
+
+    def _asked(self, samples: Sequence[Context]) -> tuple[list[tuple[str, str]], list[Question], int]:
+        """Returns (context, question) pairs, the questions, and how many each context has."""
+        both = [(sample.text, question) for sample in samples for question in sample.questions]
+        return [(text, one.text) for text, one in both], [one for _, one in both], len(samples[0].questions)

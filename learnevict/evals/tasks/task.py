@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learnevict.config import Budget
@@ -109,6 +109,12 @@ class MeasuredTask(Task, Protocol):
         self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Any], policy: AnyPolicy | None
     ) -> Mapping[str, Any]:
         """Returns columns of the log for one batch: `exact`, `tokens` and bytes as of evals.generation.answer."""
+        ...
+
+    def future(
+        self, mode: str, model: Any, tokenizer: Any, samples: Sequence[Any], block: int
+    ) -> Float[Tensor, "L B H T M"]:
+        """Returns what the full cache says of one batch, as `methods.golden.from_labels` reads it: golden evicts by it."""
         ...
 
 

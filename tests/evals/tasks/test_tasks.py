@@ -15,7 +15,7 @@ from learnevict.evals.methods import EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan
 from learnevict.evals.suite import run
 from learnevict.evals.tasks.mathematics import MathTask, Problem, final_answer, number, read_problem, same
-from learnevict.evals.tasks.questions import ask, split_prompt
+from learnevict.evals.tasks.questions import ask, foreseen, split_prompt
 from learnevict.evals.tasks.retrieval import Haystack, RetrievalTask, make
 from learnevict.evals.tasks.texts import TextTask
 from tests.evals.tasks import byte_model
@@ -120,8 +120,41 @@ def test_retrieval_in_the_suite(subject: EvaluatedModel, haystack: Haystack, tmp
         assert row["exact_match"] == row["exact_after"]
     again, _ = run(plan, subject, compared, out, resume=True)
     assert again == rows
-    with pytest.raises(UsageError, match="golden is not defined for needle@400"):
-        run(plan, subject, [evaluated_method("golden")])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_golden_foresees_is_the_attention_of_questions_and_replies(
+    subject: EvaluatedModel, haystack: Haystack, known: bool
+) -> None:
+    """Beside the attention that transformers returns, with contexts of different length."""
+    samples = [make("multi_key", seed, haystack, size) for seed, size in ((0, 600), (1, 500))]
+    asked = [(sample.text, question.text) for sample in samples for question in sample.questions]
+    replies = [question.answers[0] for sample in samples for question in sample.questions]
+    found = foreseen(subject.model, subject.tokenizer, asked, replies, each=4, known=known)
+    config = subject.model.config
+    expected = torch.zeros_like(found)
+    for row, ((context, question), reply) in enumerate(zip(asked, replies, strict=True)):
+        before, after = split_prompt(subject.tokenizer, context, question, chat=True, known=known)
+        ids = torch.tensor([before + after + subject.tokenizer(reply, add_special_tokens=False).input_ids])
+        attention = torch.stack(subject.model(ids, output_attentions=True).attentions)[:, 0, :, len(before) :]
+        heads = attention.amax(2).unflatten(1, (config.num_key_value_heads, -1)).amax(2)
+        kept = len(before + after) if known else len(before)
+        place = expected[:, row if known else row // 4, :, -kept:, 0]
+        place.copy_(place.maximum(heads[..., :kept]))
+    assert found.shape[1] == (8 if known else 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("allocation", [None, "pooled"])
+def test_golden_in_retrieval_holds_the_budget(
+    subject: EvaluatedModel, haystack: Haystack, allocation: str | None
+) -> None:
+    task = RetrievalTask("multi_key", 400, haystack, "prose", max_new_tokens=2)
+    settings = EvaluationSettings(slack=16, allocation=allocation)
+    plan = Plan(tasks=(task,), budgets=("1/4",), num_samples=2, settings=settings)
+    rows, _ = run(plan, subject, [evaluated_method(name) for name in ("full", "golden")])
+    assert rows[1]["method"] == "golden" and rows[1]["exact_known"] is not None
+    assert rows[1]["kv_bytes_end"] <= rows[1]["kv_bytes_peak"] < 0.4 * rows[0]["kv_bytes_full"]
 
 
 def test_texts_give_added_nats(subject: EvaluatedModel) -> None:

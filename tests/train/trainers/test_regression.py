@@ -78,7 +78,7 @@ def test_a_cut_is_the_event_that_inference_meets(method):
     model, gate = zoo.build("qwen3"), random_gates(method, "qwen3").gate.eval()
     ids, mask = text()
     trace = golden_trace(model, ids, mask, budget=BUDGET, block=PERIOD, guard=GUARD)
-    onlooker = Onlooker(gate, Hindsight(trace, None, None))
+    onlooker = Onlooker(gate, Hindsight(trace.expiry.unsqueeze(-1)))
     policy = Policy(Budget(BUDGET), onlooker, schedule=Schedule(PERIOD), guard=GUARD)
     with torch.no_grad(), attach(model, policy, record=True) as cache:
         model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
