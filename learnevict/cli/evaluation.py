@@ -22,8 +22,9 @@ from learnevict.evals.plan import EvaluatedModel, Plan, check, count
 from learnevict.evals.records import MARK, Row, write_rows
 from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import Task, family_tasks, fingerprint, resolve
+from learnevict.evals.tasks.contexts import Haystack
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
-from learnevict.evals.tasks.retrieval import Haystack, RetrievalTask
+from learnevict.evals.tasks.retrieval import RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
 from learnevict.files import locked, special

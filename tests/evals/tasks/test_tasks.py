@@ -14,9 +14,10 @@ from learnevict.errors import DataError, UsageError
 from learnevict.evals.methods import EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan
 from learnevict.evals.suite import run
+from learnevict.evals.tasks.contexts import Haystack, make
 from learnevict.evals.tasks.mathematics import MathTask, Problem, final_answer, number, read_problem, same
 from learnevict.evals.tasks.questions import ask, foreseen, split_prompt
-from learnevict.evals.tasks.retrieval import Haystack, RetrievalTask, make
+from learnevict.evals.tasks.retrieval import RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
 from tests.evals.tasks import byte_model
 

@@ -6,7 +6,7 @@ import pytest
 
 from learnevict.cli.tasks import RETRIEVAL
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.retrieval import KINDS, Haystack, Question, make
+from learnevict.evals.tasks.contexts import KINDS, Haystack, Question, make
 
 PROSE = " ".join(
     f"Sentence {number} of the story tells of things that happen on day {number}." for number in range(400)
