@@ -45,6 +45,11 @@ on the same samples, with its interval; null without the full cache's."""
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
 NUMBERS = (*KEYS[3:], *ORACLE_KEYS, *NATS_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
+TOGETHER = {
+    "step_accuracy": ("ci_low", "ci_high"), "exact_low": ("exact_high",), "perplexity": ("perplexity_ratio",),
+    "top_recall": ("attention_kept",),
+}  # fmt: skip
+"""Figures that reports show together: a row that has the first has the others."""
 
 Row = dict[str, Any]
 MARK = b'"kv_bytes_peak": '
@@ -192,7 +197,7 @@ def read_rows(path: Path) -> list[Row]:
     """Returns rows of a JSONL file, or of a report {"rows": [...]}.
 
     Raises:
-        DataError: no such file, not JSON, no rows, or texts where figures should be.
+        DataError: no such file, not JSON, no rows, texts where figures should be, or a figure without those shown with it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -211,6 +216,15 @@ def read_rows(path: Path) -> list[Row]:
     known = {"method", "family", "budget"}
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and known <= set(row) for row in rows):
         raise DataError(f"{str(path)!r} holds no rows of an evaluation; each needs the keys {', '.join(KEYS)}")
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         check_row(row, NUMBERS, f"in {str(path)!r}")
+        _check_whole(row, f"row {number} of {str(path)!r} ({row['method']})")
     return rows
+
+
+def _check_whole(row: Row, which: str) -> None:
+    for name, others in TOGETHER.items():
+        if row.get(name) is not None and (lost := [other for other in others if row.get(other) is None]):
+            raise DataError(
+                f"{which} has {name} but no {lost[0]}; add it, or write the rows anew with `learnevict eval`"
+            )

@@ -41,7 +41,7 @@ FIGURES = (
 
 
 def check_row(row: Row, figures: Sequence[str], where: str) -> None:
-    """Refuses a row whose budget is none, or whose figures are no numbers; `where` ends "a row ...".
+    """Refuses a row whose budget is none, or whose names are no texts and figures no numbers; `where` ends "a row ...".
 
     Raises:
         DataError: naming what is wrong.
@@ -50,6 +50,11 @@ def check_row(row: Row, figures: Sequence[str], where: str) -> None:
         Budget.parse(1 if row["budget"] is None else row["budget"])  # slots, 25% or 64MiB
     except BudgetError as error:
         raise DataError(f"a row {where}: {error}") from error
+    kinds = {"method": str, "family": str, "budget_share": str | None, "rules": Mapping | None}
+    for name, kind in kinds.items():
+        if not isinstance(row.get(name), kind):
+            what = "holds no settings" if name == "rules" else "is no text"
+            raise DataError(f"{name} of a row {where} {what}: {row.get(name)!r}")
     odd = [name for name in figures if not isinstance(row.get(name), (int, float, type(None)))]
     if odd:
         raise DataError(f"{odd[0]} of a row {where} is no number: {row[odd[0]]!r}")

@@ -841,6 +841,35 @@ def test_rows_are_read_from_reports_too_and_nonsense_is_not(tmp_path):
         write_rows(tmp_path / "no" / "folder.jsonl", [row])
 
 
+@pytest.mark.parametrize(
+    ("given", "lost"),
+    [
+        ({"step_accuracy": 0.5}, "ci_low"),
+        ({"step_accuracy": 0.5, "ci_low": 0.1}, "ci_high"),
+        ({"exact_low": 0.1}, "exact_high"),
+        ({"perplexity": 3.0}, "perplexity_ratio"),
+        ({"top_recall": 0.5}, "attention_kept"),
+    ],
+)
+def test_an_incomplete_row_is_named_with_what_it_lacks(tmp_path, capsys, given, lost):
+    row = {"method": "random", "family": "recall", "budget": 64}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n" + json.dumps(row | given) + "\n")
+    assert main(["report", str(rows), "--out", str(tmp_path / "report")]) == 1
+    said = capsys.readouterr().err
+    assert f"row 2 of '{rows}' (random) has {next(iter(given))} but no {lost}" in " ".join(said.split()), said
+    rows.write_text(json.dumps(row) + "\n")
+    assert main(["report", str(rows), "--out", str(tmp_path / "report")]) == 0, "what was not measured may be left out"
+
+
+@pytest.mark.parametrize("odd", [{"method": 3}, {"family": ["a"]}, {"budget_share": {}}, {"rules": "none"}])
+def test_rows_have_texts_and_settings_where_these_belong(tmp_path, odd):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"method": "random", "family": "recall", "budget": 64, **odd}))
+    with pytest.raises(DataError, match=f"{next(iter(odd))} of a row in"):
+        read_rows(rows)
+
+
 def test_results_pair_methods_sample_by_sample(finished):
     out, rows, log = finished
     for results in (read_results([out]), of_run(rows, log)):
