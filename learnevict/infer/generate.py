@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from learnevict.errors import DataError, UsageError
@@ -21,6 +20,7 @@ from learnevict.infer.cache import EvictingCache, bytes_held
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import device_of
 from learnevict.infer.prompts.text_files import checked
+from learnevict.infer.serve import OWN_CACHE
 from learnevict.policy import AnyPolicy
 from learnevict.signals import EMPTY, NEVER, Trace
 from learnevict.untrusted import printable
@@ -53,6 +53,10 @@ class Completion:
     kept: list[list[int]]
     budget: int | None = None
     trace: Trace | None = None
+
+
+OWN_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "penalty_alpha", "dola_layers")
+"""Settings of a model's generation_config.json for other ways of decoding than token by token."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +131,21 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(checked(text, "the conversation "), add_special_tokens=False).input_ids)
 
 
-def decoding(model: Any, pad: int, sampling: Sampling) -> GenerationConfig:
-    """Returns the model's own settings, with ours on top: one answer, plain ids; greedy ignores how the model would sample."""
-    config = copy.deepcopy(model.generation_config)
-    config.update(
-        max_new_tokens=sampling.max_new_tokens, max_length=None, pad_token_id=pad, num_beams=1, num_return_sequences=1,
-        do_sample=sampling.temperature > 0, cache_implementation=None, return_dict_in_generate=False, output_attentions=False,
-    )  # fmt: skip
-    config.use_cache = True  # else every step would read the whole text into the cache again
+def decoding(model: Any, pad: int, sampling: Sampling) -> dict[str, Any]:
+    """Returns arguments of generate() over the model's own settings: one answer, plain ids, token by token, by one cache.
+
+    Greedy ignores how the model would sample. These are arguments, no GenerationConfig, in which None would be the model's own.
+    """
+    how: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens, "max_length": None, "pad_token_id": pad, "num_beams": 1,
+        "num_return_sequences": 1, "do_sample": sampling.temperature > 0, "return_dict_in_generate": False,
+        "output_attentions": False, "use_cache": True,  # else every step would read the whole text into the cache again
+    }  # fmt: skip
+    own = vars(model.generation_config)
+    how |= {name: None for name in (*OWN_CACHE, *OWN_WAYS) if own.get(name)}
     if sampling.temperature > 0:
-        config.update(temperature=sampling.temperature)
-    else:
-        config.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
-    return config
+        return how | {"temperature": sampling.temperature}
+    return how | dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
 
 
 class Stopwatch(BaseStreamer):
@@ -189,13 +195,12 @@ class _Batch:
         self, policy: AnyPolicy | None, sampling: Sampling, streamer: BaseStreamer | None, record: bool
     ) -> list[Completion]:
         ids, mask = left_padded(self.prompts, self.pad, device_of(self.model))
-        config, watch = self._config(sampling), Stopwatch(streamer)
+        how, watch = self._how(sampling), Stopwatch(streamer)
         stock = DynamicCache(config=self.model.config)
         attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
         with seeded(sampling, device_of(self.model)), attached as cache:
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=watch,
-                tokenizer=self.tokenizer,
+                input_ids=ids, attention_mask=mask, past_key_values=cache, streamer=watch, tokenizer=self.tokenizer, **how,
             )  # fmt: skip
         stop = time.perf_counter()
         answers = [up_to_end(row, self.ends) for row in out[:, self.width :].tolist()]
@@ -208,7 +213,7 @@ class _Batch:
     def _attach(self, policy: AnyPolicy, **options: bool) -> Attachment:
         return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
+    def _how(self, sampling: Sampling) -> dict[str, Any]:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and self.width + sampling.max_new_tokens > limit:
             warnings.warn(

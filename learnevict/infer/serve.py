@@ -7,6 +7,7 @@ such an event is cut there, and every piece runs through the decoder by itself; 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from learnevict.errors import CacheError, UsageError
+from learnevict.errors import CacheError, LearnevictWarning, UsageError
 from learnevict.infer.attention import RUN, Arguments, Run, running
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.clock import Clock
@@ -26,6 +27,9 @@ from learnevict.infer.model.supported import check_text, layout_of
 from learnevict.infer.rows.ends import Ends, heard_criteria
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.signals import Attention
+
+OWN_CACHE = ("cache_implementation", "cache_config")
+"""Settings of generate() for a cache that it makes itself."""
 
 
 def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +50,7 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if isinstance(states, Tensor) and isinstance(model, PreTrainedModel):
         talk.check_embeddings(states, model.get_input_embeddings())
     configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    leave_cache(given, configs)
     ends, criteria = Ends.of_generate(given, *configs), None
     if ends.ends or any(hasattr(one, "eos_token_id") for one in given.get("stopping_criteria") or ()):
         criteria = heard_criteria(given, configs, talk.finished)  # else generate() pads no row, whoever ends it
@@ -61,6 +66,22 @@ def checked_generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return generate(**given)
     finally:
         talk.ends, talk.hears, talk.turn_end = None, False, 0
+
+
+def leave_cache(given: Arguments, configs: tuple[Any, ...]) -> None:
+    """Takes back, with a warning, what arguments of generate() or its configs say of a cache that it would make itself."""
+    said = {name: next((one for config in configs if (one := getattr(config, name, None))), None) for name in OWN_CACHE}
+    asked = {name: value for name in OWN_CACHE if (value := given.get(name, said[name]))}
+    if not asked:
+        return
+    given_up = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    warnings.warn(
+        f"{given_up} is not used: generate() was given an EvictingCache; drop it, or set it to None in the model's "
+        "generation_config",
+        LearnevictWarning,
+        stacklevel=3,
+    )
+    given.update(dict.fromkeys(asked))
 
 
 def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:

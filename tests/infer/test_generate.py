@@ -29,9 +29,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from learnevict import EvictingCache, attach, methods
-from learnevict.errors import CacheError, PaddingReadWarning, UsageError
+from learnevict.errors import CacheError, LearnevictWarning, PaddingReadWarning, UsageError
 from learnevict.infer.chat import Chat
-from learnevict.infer.generate import read_chat
+from learnevict.infer.generate import generate, read_chat
 from learnevict.signals import NEVER
 from learnevict.testbed import build_tokenizer
 from tests import brute_force as brute
@@ -786,6 +786,38 @@ def test_assisted_decoding_is_refused():
     for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": helper}):
         with attach(model, hashed()) as cache, pytest.raises(CacheError, match="assisted and prompt-lookup"):
             answer(model, inputs, cache, **how)
+
+
+@pytest.mark.parametrize("by", ["argument", "config", "model"])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "quantized", "paged"])
+def test_settings_for_a_cache_of_transformers_are_not_used(by, kind):
+    model = zoo.fresh("llama")
+    inputs = prompt(model)
+    with attach(model, hashed()) as cache:
+        expected = answer(model, inputs, cache).sequences
+    how: dict[str, Any] = {"argument": {"cache_implementation": kind}}.get(by, {})
+    if by == "config":
+        how = {"generation_config": GenerationConfig(cache_implementation=kind), "eos_token_id": None}
+    if by == "model":
+        model.generation_config.cache_implementation = kind
+    with attach(model, hashed()) as cache, pytest.warns(LearnevictWarning, match=f"'{kind}' is not used"):
+        assert torch.equal(answer(model, inputs, cache, **how).sequences, expected)
+
+
+@pytest.mark.parametrize("evicts", [True, False])
+def test_how_a_model_would_decode_changes_nothing_for_our_generate(evicts):
+    """With these settings in its generation_config.json, a model was of no use to `infer` and `eval`."""
+    model, tokenizer = zoo.fresh("llama", vocab_size=len(build_tokenizer())), build_tokenizer()
+    model.generation_config.eos_token_id = None
+    policy, text = hashed() if evicts else None, ["ann has 3"]
+    expected = generate(model, tokenizer, policy, text, max_new_tokens=9)[0].tokens
+    own = {
+        "cache_implementation": "static", "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "use_mtp": True,
+        "penalty_alpha": 0.6, "top_k": 4, "dola_layers": "low", "num_beams": 3, "use_cache": False, "max_length": 3,
+    }  # fmt: skip
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+        assert generate(model, tokenizer, policy, text, max_new_tokens=9)[0].tokens == expected, name
 
 
 def test_the_model_and_its_config_come_back_unchanged():

@@ -139,7 +139,7 @@ def _afterwards(
         before, real = before.repeat_interleave(each, 0), real.repeat_interleave(each, 0)
         out = model.generate(
             input_ids=torch.cat([before, after], 1), attention_mask=torch.cat([real, fresh], 1), past_key_values=cache,
-            generation_config=decoding(model, pad, Sampling(limit)), tokenizer=tokenizer,
+            tokenizer=tokenizer, **decoding(model, pad, Sampling(limit)),
         )  # fmt: skip
     replies = [up_to_end(row, ends) for row in out[:, before.shape[1] + after.shape[1] :].tolist()]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
