@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaModel
 
 from learnevict import EvictingCache, attach, methods
@@ -32,7 +32,7 @@ from learnevict.policy import Guard
 from learnevict.signals import NEVER
 from tests.closeness import SUMS, close, distance
 from tests.laws import zoo
-from tests.laws.naive import masked_logits, stock
+from tests.laws.naive import masked_logits, position_ids, stock
 from tests.laws.policies import hashed
 from tests.laws.run import PADS, PROMPT, Reader, batch, pieces, read
 
@@ -233,6 +233,42 @@ def test_a_cache_of_another_model_is_refused(changes, match):
     with attach(model), torch.no_grad():
         model(ids, past_key_values=same)
     assert same.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("given", ["alone", "of all columns", "of its own column"])
+def test_another_prompt_of_one_token_is_refused(given):
+    """It was answered from the first prompt; a step at position 0 is right only where a row has read nothing yet."""
+    model = zoo.build("llama")
+    ids, mask = batch(zoo.tokens(model, 3, LENGTH), (0, 3, LENGTH))
+    step, first = ids[:, :1], torch.zeros(3, 1, dtype=torch.long)
+    masks = {
+        "alone": None,
+        "of all columns": nn.functional.pad(mask, (0, 1), value=1),
+        "of its own column": mask[:, -1:],
+    }
+    with attach(model, hashed()) as cache, torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
+        with pytest.raises(CacheError, match=r"a single token at position 0 of row 0.*cache.reset\(\)"):
+            model(step, attention_mask=masks[given], position_ids=first, past_key_values=cache)
+        assert cache.get_seq_length() == LENGTH, "nothing was read, so the conversation may go on"
+        places = torch.tensor([[LENGTH], [LENGTH - 3], [0]])
+        model(step, attention_mask=masks["of all columns"], position_ids=places, past_key_values=cache)
+        assert cache.get_seq_length() == LENGTH + 1
+
+
+def test_a_batch_of_no_rows_is_refused():
+    model = zoo.build("llama")
+    none, (ids, mask) = torch.zeros(0, 5, dtype=torch.long), alone(model)
+    with attach(model, hashed()) as cache, torch.no_grad():
+        for _ in range(2):  # a new cache, and a used one
+            for read in (model, model.generate):
+                with pytest.raises(CacheError, match="no rows"):
+                    read(none, past_key_values=cache)
+            if not cache.get_seq_length():
+                model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(UsageError, match="token ids must be"):
+            cache.starts_with(none)
+    assert cache.get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("by", ["argument", "generation_config"])

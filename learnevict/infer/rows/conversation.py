@@ -10,10 +10,11 @@ from torch import Tensor
 
 from learnevict.errors import CacheError, UsageError
 from learnevict.infer.clock import Clock
-from learnevict.infer.rows.ends import Ends, Finished
+from learnevict.infer.rows.ends import Ends, Finished, HostCopy
 
 EMBEDDED, PADDING = -1, -2
 ROOM = 256
+NO_ROWS = "a batch of no rows came in, which nothing can be read of; give one row at least, or do not call the model"
 ADVICE = "call cache.reset() or make a new cache for a new prompt, and give a next turn the whole conversation"
 
 
@@ -30,6 +31,7 @@ class Conversation:
         open: columns of the forward that has been admitted and is not over; 0 if there is none.
         step: that forward is a single step, no turn or part of one.
         padded: rows that this step pads; empty if it does not pad.
+        last_step: rows whose single step stood at position 0, bool [B], and those that go on from a text; None once checked.
         ends: what generate() was told of ends; None outside of it.
         hears: generate() was given criteria that are heard.
         turn_end: columns of the prompt that generate() was given; 0 outside of it.
@@ -46,6 +48,7 @@ class Conversation:
         self.ids: Tensor | None = None
         self.open, self.step = 0, False
         self.padded: list[bool] = []
+        self.last_step: tuple[HostCopy, list[bool]] | None = None
         self.finished.forget()
 
     def admit(
@@ -73,6 +76,7 @@ class Conversation:
         """
         (batch, size), length = source.shape[:2], self.clock.length
         self._check_rows(batch)
+        self._check_step()
         if size == 0 or (mask is not None and mask.shape[1] not in (size, length + size)):
             given = (
                 "a forward of no columns" if not size else f"a mask of {0 if mask is None else mask.shape[1]} columns"
@@ -85,6 +89,8 @@ class Conversation:
         if not step and length and places is not None and places.ndim == 2:
             check_positions(places, last, mask, length, self.clock.seen)
         self.padded = self._padded(tokens, ends) if step else []
+        if step and length and not self.turn_end and places is not None and places.ndim == 2:
+            self._look_at_step(places, mask)
         if not step:
             self.finished.forget()
         shown = None if step and self.turn_end else mask
@@ -92,6 +98,28 @@ class Conversation:
         self._write(source, tokens, shown)
         self.open = size
         return hidden
+
+    def _look_at_step(self, places: Tensor, mask: Tensor | None) -> None:
+        """Looks whether a single step stands at position 0 behind a text: at once on a CPU, else when the next one comes."""
+        first = (places[:, -1] == 0).expand(len(self.clock.seen))
+        if mask is not None:
+            first = first & (mask[:, -1].to(places.device) != 0)
+        padded = self.padded or [False] * len(first)
+        going_on = [bool(seen) and not over for seen, over in zip(self.clock.seen, padded, strict=True)]
+        self.last_step = HostCopy.begin(first), going_on
+        if self.last_step[0].event is None:
+            self._check_step()
+
+    def _check_step(self) -> None:
+        if self.last_step is None:
+            return
+        (first, going_on), self.last_step = self.last_step, None
+        wrong = [begins and goes_on for begins, goes_on in zip(first.read().tolist(), going_on, strict=True)]
+        if any(wrong):
+            row = wrong.index(True)
+            raise CacheError(
+                f"a single token at position 0 of row {row} came in, but this cache has read a text there; {ADVICE}"
+            )
 
     def _padded(self, tokens: Tensor | None, ends: Ends) -> list[bool]:
         """Returns the rows that a step pads; a single one never is."""
@@ -125,6 +153,8 @@ class Conversation:
 
     def _check_rows(self, batch: int) -> None:
         seen, prompts = self.clock.seen, self.clock.prompt_length
+        if not batch:
+            raise CacheError(NO_ROWS)
         if seen and len(seen) != batch:
             raise CacheError(
                 f"this cache holds a conversation of {len(seen)} rows, but {batch} rows came in; call "
@@ -191,6 +221,8 @@ class Conversation:
         Args:
             ids: int64 [B, T]: the whole conversation; or what is new, with a mask [B, columns read + T].
         """
+        if not len(ids):
+            raise CacheError(NO_ROWS)
         new = mask is not None and mask.shape[1] > ids.shape[1]
         if new or len(self.clock.seen) % len(ids) or self.starts(ids, mask):
             return
@@ -225,7 +257,7 @@ def as_batch(ids: Any) -> Tensor:
     except (TypeError, ValueError) as error:
         raise UsageError(f"token ids must be [tokens] or [batch, tokens], a tensor or lists: {error}") from None
     found = found.unsqueeze(0) if found.ndim == 1 else found
-    if found.ndim != 2:
+    if found.ndim != 2 or not len(found):
         raise UsageError(f"token ids must be [tokens] or [batch, tokens], not of shape {list(found.shape)}")
     return found
 

@@ -30,6 +30,29 @@ from learnevict.errors import PaddingReadWarning
 
 
 @dataclass(frozen=True)
+class HostCopy:
+    """A small tensor on its way to the host, where nobody waits for it until it is read."""
+
+    tensor: Tensor
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def begin(cls, found: Tensor) -> HostCopy:
+        """Begins to copy; what is on the CPU already stays as it is."""
+        if found.device.type != "cuda":
+            return cls(found.to("cpu"))
+        copy, event = found.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record(torch.cuda.current_stream(found.device))
+        return cls(copy, event)
+
+    def read(self) -> Tensor:
+        """Returns the tensor when it has arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class Ends:
     """Token ids that end a row, and those it is then given until the other rows have ended."""
 
@@ -70,11 +93,12 @@ class Finished:
         self.padded: list[bool] = []
         self.over: list[bool] = []
         self.heard: Tensor | None = None
-        self.copy: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.copy: HostCopy | None = None
+        """Of the last step, int64 [2, B]: each row's id, and 1 where a criterion ended the row with it."""
 
     def reorder(self, index: list[int]) -> None:
         if self.copy is not None:
-            self.copy = self._last()[:, index], None
+            self.copy = HostCopy(self.copy.read()[:, index])
             self.padded, self.over = ([rows[i] for i in index] for rows in (self.padded, self.over))
 
     def hear(self, done: Any) -> None:
@@ -86,7 +110,7 @@ class Finished:
         """Returns which rows are given padding now, by ids int64 [B, 1]."""
         padded = self.over = self.over or [False] * len(tokens)
         if self.copy is not None:
-            last, heard = self._last().tolist()
+            last, heard = self.copy.read().tolist()
             self.over = [was or bool(now) for was, now in zip(self.over, heard, strict=True)]
             padded = [was or token in known.ends for was, token in zip(self.padded, last, strict=True)]
             if any(padded):
@@ -95,21 +119,9 @@ class Finished:
                 ]
             padded = [either or over for either, over in zip(padded, self.over, strict=True)]
         told = tokens.new_zeros(len(tokens)) if self.heard is None or len(self.heard) != len(tokens) else self.heard
-        on_gpu, event = tokens.device.type == "cuda", None
-        copy = torch.stack([tokens[:, 0], told.to(tokens)]).to("cpu", non_blocking=on_gpu)
-        if on_gpu:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(tokens.device))
-        self.padded, self.copy, self.heard = padded, (copy, event), None
+        copy = HostCopy.begin(torch.stack([tokens[:, 0], told.to(tokens)]))
+        self.padded, self.copy, self.heard = padded, copy, None
         return padded
-
-    def _last(self) -> Tensor:
-        """Returns of the last step, int64 [2, B]: each row's id, and 1 where a criterion ended the row with it."""
-        assert self.copy is not None
-        copy, event = self.copy
-        if event is not None:
-            event.synchronize()
-        return copy
 
 
 class Heard(StoppingCriteria):
