@@ -73,6 +73,17 @@ def hash_documents(documents: list[Document]) -> str:
     return digest.hexdigest()[:32]
 
 
+def check_new(folder: Path) -> None:
+    """Raises a LabelError for a folder without a manifest that holds what no run of labelling has begun to write."""
+    begun = ("manifest.json", "run.json", "run.lock", "data")  # other processes of this run are as far as that
+    found = [path for part in (folder, folder / "data") for path in part.glob("[!.]*")]
+    if strange := sorted(str(path.relative_to(folder)) for path in found if path.name not in begun):
+        some = ", ".join(strange[:3]) + " and more" * (len(strange) > 3)
+        raise LabelError(
+            f"{str(folder)!r} holds {some}, not written by a run that makes labels; choose another --out, a new folder"
+        )
+
+
 class LabelStore:
     """A folder of labelled documents; without a manifest, what is there is opened. LabelError: none, or of another run."""
 
@@ -96,8 +107,7 @@ class LabelStore:
         assert wanted is not None
         self.manifest: Manifest = wanted
         if found is None:
-            if strange := list((self.folder / "data").glob("*.parquet")):
-                raise LabelError(f"{str(strange[0])!r} belongs to no manifest; use another --out")
+            check_new(self.folder)
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
             write(path, json.dumps(asdict(self.manifest), indent=1), MARK)  # processes of one run all write the same
 

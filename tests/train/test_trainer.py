@@ -182,11 +182,14 @@ def test_labels_go_only_where_labels_are(tmp_path):
         ("run.json", '{"mine": 1}'),
         ("manifest.json", "{}"),
         ("data/train-00000-of-00001.parquet", "PAR1"),
+        ("config.json", '{"model_type": "llama"}'),
+        ("model.safetensors", ""),
+        ("data/notes.csv", "a,b"),
     ):
         path = tmp_path / Path(name).stem / name
         path.parent.mkdir(parents=True)
         path.write_text(text)
-        with pytest.raises(LearnevictError, match=r"not the record of oracle|no manifest"):
+        with pytest.raises(LearnevictError, match=r"not the record of oracle|no manifest|not written by"):
             fill_store(tmp_path / Path(name).stem, tiny(), texts, labelling)
         assert path.read_text() == text
         assert [one for one in (tmp_path / Path(name).stem).rglob("*") if one.is_file()] == [path]
