@@ -30,7 +30,7 @@ from learnevict.infer.model.modules import (
     front_of,
     rotation_of,
 )
-from learnevict.infer.model.supported import check_base, device_for, evicting_layers
+from learnevict.infer.model.supported import check_allocation, check_base, device_for, evicting_layers
 from learnevict.infer.serve import Serve, by_name, checked_generate
 from learnevict.infer.soft import Soft, soft_gate
 from learnevict.policy import AnyPolicy, governor
@@ -120,6 +120,7 @@ def attach(
         policy = governor(policy)
         if policy.base is not None:
             check_base(policy.base, model)
+        check_allocation(policy.allocator, model)
         policy.scorer.to(device_for(policy.scorer, model))
         if soft:
             stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers

@@ -6,7 +6,7 @@ Allocation and ranking are two questions: every method takes `allocation`, so th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ class Shares(Uniform):
 
     layers: tuple[tuple[float, ...], ...]
     indices: tuple[int, ...]
-    made: dict[str, Any] = field(default_factory=dict, compare=False)
+    made: Mapping[str, Any] = field(default_factory=dict, compare=False)
     ragged = True
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
@@ -85,7 +85,7 @@ class Shares(Uniform):
         Raises:
             DataError: it cannot be written, or is no such file and `overwrite` is not set.
         """
-        found = {"format": FORMAT, "indices": self.indices, "layers": self.layers, "made": self.made}
+        found = {"format": FORMAT, "indices": self.indices, "layers": self.layers, "made": dict(self.made)}
         write(path, json.dumps(found) + "\n", START, overwrite=overwrite)
 
 

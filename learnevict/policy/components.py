@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -20,9 +22,11 @@ class Allocator(ABC):
 
     Attributes:
         ragged: True if heads of one layer may hold different numbers of slots; storage is then paged.
+        made: what a file says that it was made of, "model" and its "weights" among it; empty for any model.
     """
 
     ragged: bool = False
+    made: Mapping[str, Any] = MappingProxyType({})
 
     def layer_budget(self, budget: int, rank: int, num_layers: int, floor: int) -> int:
         """Returns the budget of the `rank`-th evicting layer; the sum over layers is num_layers * budget."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from learnevict import attach, methods
-from learnevict.errors import DataError, UsageError
-from learnevict.infer.model.supported import layout_of
+from learnevict.errors import DataError, LearnevictWarning, UsageError
+from learnevict.infer.model.supported import layout_of, weight_hash
 from learnevict.parts.allocation import HeadShares, Shares, read_shares, shares_of
 from tests.laws import zoo
 
@@ -91,6 +92,18 @@ def test_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text("{}")
     with pytest.raises(DataError, match=r"f\.json"):
         SHARES.save(tmp_path / "f.json")
+
+
+def test_shares_measured_on_other_weights_are_told(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    path = tmp_path / "shares.json"
+    for weights, told in ((weight_hash(model), False), ("0" * 32, True)):
+        made = {"model": "tiny/llama", "weights": weights}
+        Shares(SHARES.layers, SHARES.indices, made).save(path, overwrite=True)
+        policy = methods.load("knorm").policy(40, slack=8, allocation=path)
+        said = pytest.warns(LearnevictWarning, match=r"other weights \(tiny/llama\).*learnevict profile")
+        with said if told else nullcontext(), attach(model, policy) as cache:
+            cache.used = True
 
 
 def test_another_model_is_refused() -> None:

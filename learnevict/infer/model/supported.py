@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from learnevict.config import Base, Layout
-from learnevict.errors import GateError, ModelError
+from learnevict.errors import GateError, LearnevictWarning, ModelError
 from learnevict.infer.model.modules import attention_modules, device_of
-from learnevict.policy import Scorer
+from learnevict.policy import Allocator, Scorer
 
 STOCK_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}
 
@@ -77,6 +78,17 @@ def check_base(base: Base, model: PreTrainedModel) -> None:
         raise GateError(
             f"these gates were trained on other weights of the same shape ({base.name}); pass --allow-other-base "
             "(allow_other_base=True) if that is intended"
+        )
+
+
+def check_allocation(allocator: Allocator, model: PreTrainedModel) -> None:
+    """Warns if the shares of layers and heads were measured on other weights; of another shape the shares refuse themselves."""
+    if (weights := allocator.made.get("weights")) and weights != weight_hash(model):
+        warnings.warn(
+            f"this allocation was measured on other weights ({allocator.made.get('model', 'it does not say which')}), which "
+            "may need their slots elsewhere; measure it on this model: learnevict profile",
+            LearnevictWarning,
+            stacklevel=3,
         )
 
 
