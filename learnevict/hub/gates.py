@@ -23,8 +23,9 @@ from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.repo import Address
-from learnevict.infer.load import HUB_ID, check_finite, damage, whole_weights
+from learnevict.infer.load import HUB_ID, whole_weights
 from learnevict.infer.model.supported import check_base, layout_of, weight_hash
+from learnevict.infer.model.weights import check_finite, damage
 from learnevict.policy import Gate, Policy
 
 Answer = TypeVar("Answer")

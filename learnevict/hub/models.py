@@ -20,8 +20,9 @@ from learnevict.errors import DataError, HubError, LearnevictError, LearnevictWa
 from learnevict.files import check_folder, locked, replacing_folder, writing
 from learnevict.hub.download import digest
 from learnevict.hub.repo import PATIENCE, Address, asking, insist
-from learnevict.infer.load import check_weights, pick_dtype, whole_weights
+from learnevict.infer.load import pick_dtype, whole_weights
 from learnevict.infer.model.catalogue import MODELS, KnownModel, cache_folder
+from learnevict.infer.model.weights import check_values, check_weights
 
 SOURCE = "source.json"
 """The file of a converted model that says what it was made from."""
@@ -158,6 +159,7 @@ def convert(source: Path, folder: Path, dtype: str = "fp32", **origin: str) -> N
             ) from error
         model, found = loaded
         check_weights(file.name, model, found)
+        check_values(file.name, model)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         note = {"file": file.name, "sha256": digest(file), "dtype": dtype, **origin}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from learnevict.errors import GateError, LearnevictError, ModelError, UnusedWeightsWarning, UsageError
+from learnevict.errors import LearnevictError, ModelError, UsageError
 from learnevict.infer.model.catalogue import MODELS, folder_of_known
+from learnevict.infer.model.weights import check_values, check_weights, damage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -50,7 +49,7 @@ def load(
 
     Raises:
         ModelError: nothing there that transformers can load without the author's code, pickles that were not allowed, or
-            weights that are not those of the model in config.json.
+            weights that are not those of the model in config.json, or not finite.
         UsageError: no such device or dtype on this machine.
     """
     where, kind = pick_device(device), pick_dtype(dtype)
@@ -73,6 +72,7 @@ def load(
         raise ModelError(_explain(name, error)) from error
     model, found = loaded
     check_weights(name, model, found)
+    check_values(name, model)
     return model.to(where).eval(), tokenizer
 
 
@@ -90,45 +90,6 @@ def refuse_pickles(name: str, source: str, local: bool, config: PreTrainedConfig
         files.append("adapter_model.bin")
     if pickled := next((file for file in files if not file.endswith(".safetensors")), None):
         raise ModelError(PICKLED.format(name, pickled))
-
-
-def check_weights(name: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Compares the tensors of a checkpoint with those of the model, by what `output_loading_info=True` returns.
-
-    Raises:
-        ModelError: tensors are missing (transformers makes random ones), of another shape, or left over in modules that the
-            model has; those of other parts, such as a head for another task, are named in an UnusedWeightsWarning.
-    """
-    wrong = {
-        "missing": set(found["missing_keys"]),
-        "of another shape": {f"{key} {tuple(have)}, not {tuple(want)}" for key, have, want in found["mismatched_keys"]},
-    }
-    parts = {_shape_of(key) for key in model.state_dict()} | {_shape_of(key) for key, _ in model.named_modules() if key}
-    unused = set(found["unexpected_keys"])
-    named = {key: (key, f"{model.base_model_prefix}.{key}") for key in unused}
-    wrong["left over"] = {
-        key
-        for key in unused
-        if any(_shape_of(part) in parts for one in named[key] for part in (one, one.rpartition(".")[0]))
-    }
-    said = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])})" for kind, keys in wrong.items() if keys]
-    if said:
-        raise ModelError(
-            f"the weights of {name!r} are not those of the {type(model).__name__} in its config.json: {'; '.join(said)}; "
-            "copy or download both again"
-        )
-    if unused:
-        warnings.warn(
-            f"{len(unused)} tensors of {name!r} belong to parts that {type(model).__name__} lacks and are not used: "
-            f"{', '.join(sorted(unused)[:3])}",
-            UnusedWeightsWarning,
-            stacklevel=3,
-        )
-
-
-def _shape_of(key: str) -> str:
-    """Returns a tensor's or module's name with N for the numbers of layers and experts."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
 
 
 @contextmanager
@@ -263,27 +224,6 @@ def _explain(name: str, error: Exception) -> str:
     if "gated" in str(error).lower():
         return f"model {name!r} is gated: ask for access on its page, then log in with `hf auth login`"
     return f"cannot load model {name!r}: {said}"
-
-
-def damage(source: str, error: Exception) -> str:
-    """Returns which file of weights is damaged, and what to do about it; `source` is a folder or a Hub id."""
-    for path in sorted(Path(source).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:  # noqa: PERF203
-            return f"{str(path)!r} is damaged or cut short ({error}); copy or download it again"
-    return (
-        f"a weight file of {source!r} is damaged or cut short ({error}); remove it from the cache (`hf cache rm "
-        f"model/{source}`) and download it again"
-    )
-
-
-def check_finite(weights: Mapping[str, Tensor], whose: str, remedy: str) -> None:
-    """Raises a GateError that names the first tensor with NaN or infinity."""
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise GateError(f"{name} of {whose} holds NaN or infinity; {remedy}")
 
 
 def quiet(*, bars: bool) -> None:

@@ -67,6 +67,20 @@ def test_weights_that_are_not_the_models_are_named(folder, change, said):
         load(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(folder, value):
+    spoil(folder, lambda weights: weights[f"{K}.weight"][3].fill_(value))
+    with pytest.raises(ModelError, match=rf"1 weights of .*read as float32, hold NaN or infinity \({K}\.weight\)"):
+        load(str(folder))
+
+
+def test_weights_that_a_narrow_dtype_cannot_hold_are_named(folder):
+    spoil(folder, lambda weights: weights[f"{K}.weight"][3].fill_(1e6))
+    load(str(folder))
+    with pytest.raises(ModelError, match=r"read as float16.*wider --dtype"):
+        load(str(folder), dtype="fp16")
+
+
 @pytest.mark.parametrize(
     ("layers", "said"), [(1, r"9 left over \(model\.layers\.1\."), (3, r"9 missing \(model\.layers\.2\.")]
 )
