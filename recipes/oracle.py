@@ -1,12 +1,14 @@
-"""Labels documents with golden attention, into a store that a killed run goes on with.
+"""Labels documents with the attention that their tokens will get, into a store that a killed run goes on with.
 
     python recipes/oracle.py --out runs/labels                              # the testbed
     python recipes/oracle.py --model path/to/model --data texts.jsonl --out runs/labels
+    python recipes/oracle.py --model smollm2 --data facts.jsonl --target reconstruction --states --out runs/labels
     accelerate launch recipes/oracle.py --out runs/labels                   # or torchrun --nproc-per-node 2
 
 One full-cache pass per document, labels streamed layer by layer (never [T, T]); shards of Parquet, each written whole, shared
 out among the processes. Run the same command again to resume, with any number of processes; a folder that holds labels of
-another base, data or block is refused.
+another base, data or block is refused. With --states, gates that read hidden states alone (kvzap, fast_kvzip) learn from the
+store without running the model again: `learnevict train fast_kvzip --target reconstruction --labels runs/labels`.
 Paper: golden eviction, Section 3.1 of ForesightKV (arXiv 2602.03203). Departure: block means over real rows only.
 """
 
@@ -46,6 +48,14 @@ class Config:
     max_length: int = flag(4096, "tokens of a document at most; exactly, if packed")
     packed: bool = flag(False, "join texts and cut them into pieces of max_length")
     streaming: bool = flag(False, "read as needed")
+    target: str = flag(
+        "future",
+        "future: attention of the text's later blocks; reconstruction: of its repetition (KVzip), by chat models",
+    )
+    labels: str = flag("", "golden, of the future; kvzip or kvzip+, of a reconstruction, by default kvzip")
+    states: bool = flag(
+        False, "keep what the attention of every layer reads too, in float16: for each token layers x width x 2 B"
+    )
     block: int = flag(16, "queries per label block (the paper: 256); the testbed's texts have 350 tokens")
     batch_size: int = flag(16, "documents at a time")
     per_shard: int = flag(200, "documents in a file")
@@ -72,8 +82,10 @@ def main(config: Config) -> None:
         source, tokenizer, config.documents, first_seed=config.first_seed, families=families_of(config.families)
     )
     name = config.data if config.data == "testbed" else Path(config.data).name
-    pad = tokenizer.pad_token_id or 0
-    labelling = Labelling(name, config.block, config.batch_size, config.per_shard, pad, config.threads)
+    labelling = Labelling.of_target(
+        config.target, config.labels, tokenizer, data=name, block=config.block, batch_size=config.batch_size,
+        per_shard=config.per_shard, threads=config.threads, states=config.states,
+    )  # fmt: skip
     if state.is_main_process:
         print(f"{len(documents)} documents")
     done = fill_store(config.out, model, documents, labelling, config=vars(config), watch=watched)

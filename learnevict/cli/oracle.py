@@ -52,18 +52,38 @@ def run(
     block: Annotated[
         int, o.option(TEXTS, "Queries per label block: the event period of the policies to be trained.", min=1)
     ] = 16,
+    target: Annotated[
+        str,
+        o.option(
+            TEXTS,
+            "future (attention of a text's later blocks) or reconstruction (of its repetition, KVzip; for chat models).",
+        ),
+    ] = "future",
+    labels: Annotated[
+        str, o.option(TEXTS, "golden, of the future; kvzip or kvzip+, of a reconstruction. [dim]golden, kvzip[/dim]")
+    ] = "",
+    states: Annotated[
+        bool,
+        o.option(
+            o.OUTPUT,
+            "Keep hidden states in float16 too, so that kvzap and fast_kvzip learn without running the model again.",
+            "--states",
+        ),
+    ] = False,
     model: o.ModelOptions,
     batch_size: Annotated[int, o.option(o.MACHINE, "Texts at a time.", min=1)] = 16,
     per_shard: Annotated[int, o.option(o.OUTPUT, "Texts in a file.", min=1)] = 200,
     as_json: o.AsJson = False,
 ) -> None:
-    """Label texts with golden attention: how much each block of later tokens attends to each token.
+    """Label texts with the attention that each of their tokens gets from later tokens, or from a repetition of the text.
 
     Examples:
 
         learnevict oracle --out runs/labels
 
         learnevict oracle --model Qwen/Qwen3-0.6B --data texts.jsonl --block 128 --out runs/labels
+
+        learnevict oracle --model smollm2 --data facts.jsonl --target reconstruction --states --out runs/labels
 
     The labels are what `learnevict train METHOD --labels` learns from: Parquet files that datasets can load. Interrupted,
     the same command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
@@ -76,7 +96,10 @@ def run(
     opened = open_model(model)
     source = Source(data, data_config, data_split, column, max_length, packed)
     found = read_source(source, opened.tokenizer, documents, families=families_of(families))
-    labelling = Labelling(Path(data).name, block, batch_size, per_shard, opened.tokenizer.pad_token_id or 0)
+    labelling = Labelling.of_target(
+        target, labels, opened.tokenizer,
+        data=Path(data).name, block=block, batch_size=batch_size, per_shard=per_shard, states=states,
+    )  # fmt: skip
     say(f"{len(found)} texts, {sum(len(one.input_ids) for one in found)} tokens")
 
     def watch(shards: Sequence[int]) -> Iterator[int]:

@@ -26,7 +26,7 @@ from learnevict.hub import weight_hash
 from learnevict.hub.run_record import Record, own_record
 from learnevict.infer.model.supported import state_shape
 from learnevict.infer.teacher_forcing import replay
-from learnevict.oracle import PRESETS, Received, Repeating, full_trace, reconstruct
+from learnevict.oracle import PRESETS, Received, Repeating, full_trace, reconstruct, repeat_prompt
 from learnevict.oracle.collect import layer_labels
 
 STORED = ("golden", "kvzip", "kvzip+")
@@ -66,6 +66,20 @@ class Labelling:
         if PRESETS[self.reduce].needs_queries != (self.how is not None):
             what = "a repetition" if self.how is None else "the text's own future"
             raise UsageError(f"labels {self.reduce!r} are of {what}; ask for that target, or for other labels")
+
+    @classmethod
+    def of_target(cls, target: str, labels: str, tokenizer: Any, **settings: Any) -> Labelling:
+        """Returns the settings of a target, future or reconstruction, and its labels, by default golden or kvzip.
+
+        Raises:
+            UsageError: no such target, or labels of the other one.
+        """
+        if target not in ("future", "reconstruction"):
+            raise UsageError(f"target {target!r} is unknown; choose future or reconstruction")
+        how = Repeating(prompt=repeat_prompt(tokenizer)) if target == "reconstruction" else None
+        return cls(
+            **settings, pad=tokenizer.pad_token_id or 0, reduce=labels or ("kvzip" if how else "golden"), how=how
+        )
 
     @property
     def repetition(self) -> str:

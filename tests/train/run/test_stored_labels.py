@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
+from learnevict.cli.console import main
 from learnevict.data.label_store import LabelStore
 from learnevict.errors import LabelError, UsageError
 from learnevict.hub import Gates
@@ -139,3 +140,29 @@ def test_a_disk_without_room_is_told_before(tmp_path, distill, flags, monkeypatc
     monkeypatch.setattr(stored_labels.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(UsageError, match=r"240 tokens take 30.0 KiB.*--store false"):
         train(distill, flags, tmp_path / "full", "--method", "kvzap")
+
+
+def test_labels_and_states_from_the_oracle(tmp_path, distill, flags, capsys):
+    """What `learnevict oracle` keeps is what a run would have made."""
+    given = dict(zip(flags[::2], flags[1::2], strict=False))
+    words = [
+        "oracle",
+        "--model",
+        given["--model"],
+        "--data",
+        given["--data"],
+        "--target",
+        "reconstruction",
+        "--device",
+        "cpu",
+    ]
+    more = ["--method", "fast_kvzip", "--target", "reconstruction"]
+    assert main([*words, "--states", "--batch-size", "2", "--out", str(tmp_path / "labels")]) == 0
+    one = train(distill, [*flags, *more], tmp_path / "one")
+    two = train(distill, [*flags, *more, "--labels", str(tmp_path / "labels")], tmp_path / "two")
+    assert all(torch.allclose(tensor, two[name], atol=1e-3) for name, tensor in one.items())
+    assert not list((tmp_path / "two").glob("labels-*"))
+    assert main([*words, "--labels", "golden", "--out", str(tmp_path / "other")]) == 2
+    assert "labels 'golden' are of the text's own future" in capsys.readouterr().err
+    assert main([*words[:-4], "--target", "past", "--out", str(tmp_path / "other")]) == 2
+    assert "choose future or reconstruction" in capsys.readouterr().err
