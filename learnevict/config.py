@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from learnevict.errors import BudgetError
 
@@ -57,7 +57,7 @@ class Budget:
     unit: Literal["tokens", "share", "bytes"] = "tokens"
 
     @classmethod
-    def parse(cls, text: int | str | Budget) -> Budget:
+    def parse(cls, text: AnyBudget) -> Budget:
         """Reads 512, "512", "25%", "1/4" or "64MiB".
 
         Raises:
@@ -106,6 +106,10 @@ class Budget:
         if self.unit == "share":
             return f"{self.amount:.4g}".rstrip("0") if self.amount > 1 else f"{100 * self.amount:.4g}%"
         return str(int(self.amount)) if self.unit == "tokens" else f"{int(self.amount)}B"
+
+
+AnyBudget: TypeAlias = int | str | Budget
+"""What `Budget.parse` reads."""
 
 
 def readable_bytes(num_bytes: float) -> str:

@@ -208,11 +208,14 @@ class Signals:
                 stop = min(start + step, keys.shape[2])
                 yield slice(part.start + start, part.start + stop), keys[:, :, start:stop], values[:, :, start:stop]
 
-    def per_slot(self, function: Callable[[Tensor, Tensor], Tensor], width: int = 1) -> Tensor:
-        """Returns function(keys [B, H, n, d], values [B, H, n, dv]) -> [B, H, n], taken piece by piece, float32 [B, H, N]."""
+    def per_slot(self, function: Callable[..., Tensor], width: int = 1, *others: Tensor) -> Tensor:
+        """Returns function(keys [B, H, n, d], values [B, H, n, dv], ...) -> [B, H, n], taken piece by piece, float32 [B, H, N].
+
+        `others` [B, H, N or 1, ...] are handed to it too, cut as keys and values are.
+        """
         out = torch.empty(self.position.shape, dtype=torch.float32, device=self.position.device)
         for part, keys, values in self.pieces(width):
-            out[:, :, part] = function(keys, values)
+            out[:, :, part] = function(keys, values, *(x if x.shape[2] == 1 else x[:, :, part] for x in others))
         return out
 
     def window(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -150,7 +150,7 @@ def profile(
     from learnevict.data.opening import read_source
     from learnevict.data.sources import Source
     from learnevict.hub import weight_hash
-    from learnevict.parts.allocation import shares_of
+    from learnevict.parts.shares import shares_of
 
     shares = tuple(float(Fraction(word)) for word in listed(budgets))
     opened = open_model(model)

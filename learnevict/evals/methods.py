@@ -17,7 +17,8 @@ from learnevict.evals.tasks.task import fingerprint
 from learnevict.hub import Gates, weight_hash
 from learnevict.methods import golden
 from learnevict.oracle.collect import future_of, golden_labels
-from learnevict.parts.allocation import EQUAL, POOLED, read_shares
+from learnevict.parts.options import EQUAL, POOLED
+from learnevict.parts.shares import read_shares
 from learnevict.policy import Guard, Policy
 
 GOLDEN, FULL, RANDOM = "golden", "full", "random"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from learnevict import methods
-from learnevict.config import Base, Budget, Layout
+from learnevict.config import AnyBudget, Base, Layout
 from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
@@ -195,7 +195,7 @@ class Gates(PreTrainedModel):
         config = self.config
         return Base(Layout(**config.layout), config.base_hash, config.base_name, allow_other)
 
-    def policy(self, budget: int | str | Budget, *, allow_other_base: bool = False, **options: Any) -> Policy:
+    def policy(self, budget: AnyBudget, *, allow_other_base: bool = False, **options: Any) -> Policy:
         """Returns the policy that these gates score for; options as in the method's `policy`.
 
         `attach` compares the model with the one the gates were trained on, unless `allow_other_base`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
 from learnevict.parts.options import ScheduleOptions, compose
@@ -24,7 +24,7 @@ PAPER = Paper("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocatio
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     alpha: float = 0.2,
     window: int | None = None,

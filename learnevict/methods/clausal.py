@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.options import Options
-from learnevict.parts.tables import Table, table_policy, tokens_of
+from learnevict.parts.options import Options, compose
+from learnevict.parts.tables import Table, tokens_of
 from learnevict.policy import Policy
 from learnevict.signals import Signals, StateColumn
 
@@ -87,8 +87,6 @@ def build(layout: Layout, separator: int = 0, places: int = 8) -> ClausalGate:
     return ClausalGate(layout.num_layers, layout.num_heads, layout.vocab_size, separator, places)
 
 
-def policy(
-    budget: int | str | Budget, *, gate: ClausalGate, bonus: float | None = None, **options: Unpack[Options]
-) -> Policy:
-    """Keep the places of clauses with the highest label on average; arguments as in parts.learned.table_policy."""
-    return table_policy("clausal", budget, gate, bonus, **options)
+def policy(budget: AnyBudget, *, gate: ClausalGate, bonus: float | None = None, **options: Unpack[Options]) -> Policy:
+    """Keep the places of clauses with the highest label on average; `bonus` as of Table.under."""
+    return compose("clausal", budget, gate.under(bonus), **options)

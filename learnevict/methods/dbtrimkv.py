@@ -17,7 +17,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.errors import TrainedOtherwiseWarning
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
@@ -67,7 +67,7 @@ build = DBTrimGate
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     gate: RetentionGate,
     floor: float = 0.2,
@@ -86,7 +86,7 @@ def policy(
     if gate.scope != "model":
         warnings.warn(
             "this gate is one of trimkv, so its retentions in one layer need not compare with those of another; train one "
-            'of dbtrimkv, or use scope="layer"',
+            'of dbtrimkv, or use allocation="equal"',
             TrainedOtherwiseWarning,
             stacklevel=2,
         )

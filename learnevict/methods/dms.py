@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.learned import hidden_of
-from learnevict.parts.options import Options
-from learnevict.parts.soft_gates import AdmissionGate, admit
+from learnevict.parts.options import Options, compose
+from learnevict.parts.soft_gates import AdmissionGate
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
@@ -72,6 +72,7 @@ class SparsityGate(AdmissionGate):
 build = SparsityGate
 
 
-def policy(budget: int | str | Budget, *, gate: SparsityGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: SparsityGate, **options: Unpack[Options]) -> Policy:
     """Evict what is most surely marked; the last `recent` tokens, by default the gate's window, stay."""
-    return admit("dms", budget, gate, **options)
+    options.setdefault("recent", gate.window_size)
+    return compose("dms", budget, gate, **options)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.parts.rotary import frequencies_of, turned
@@ -50,30 +50,25 @@ class ExpectedAttention(Scorer):
 
     def logits(self, signals: Signals) -> Tensor:
         """Returns the logarithm of the expected exponential of future logits, float32 [B, H, G, N]."""
-        batch, heads, num = signals.position.shape
-        count = self._ring(signals)[1].sum(-1).clamp_min(1).view(-1, 1, 1, 1)
-        mean = torch.zeros((), device=signals.position.device)
-        for query, real in self._ahead(signals):
-            mean = mean + (query * real).sum(2, keepdim=True) / count
-        spread = torch.zeros((), device=signals.position.device)
-        for query, real in self._ahead(signals):
-            apart = ((query - mean) * real).view(batch, heads, -1, query.shape[-1])
-            products = self._products(signals, apart).view(batch, heads, -1, query.shape[2], num)
-            spread = spread + products.square().sum(3) / count
-        scaling = signals.attention.scaling
-        centre = self._products(signals, mean.view(batch, heads, -1, mean.shape[-1]))
-        return scaling * centre + 0.5 * scaling**2 * spread
-
-    def _products(self, signals: Signals, query: Tensor) -> Tensor:
-        return signals.slots.logits(query.to(signals.query.dtype)).float()
-
-    def _ring(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Returns the positions of the queries in the ring, int32 [B, W], and which of them count, bool [B, W]."""
         assert signals.ring is not None
-        where = signals.ring[1]
-        return where, signals.rows.place(where) >= self.skip
+        batch, heads, num = signals.position.shape
+        counts = signals.rows.place(signals.ring[1]) >= self.skip
+        count = counts.sum(-1).clamp_min(1).view(-1, 1, 1, 1)
 
-    def _ahead(self, signals: Signals) -> Iterator[tuple[Tensor, Tensor]]:
+        def products(query: Tensor) -> Tensor:
+            grouped = query.view(batch, heads, -1, query.shape[-1]).to(signals.query.dtype)
+            return signals.slots.logits(grouped).float()
+
+        mean = spread = torch.zeros((), device=signals.position.device)
+        for query, real in self._ahead(signals, counts):
+            mean = mean + (query * real).sum(2, keepdim=True) / count
+        for query, real in self._ahead(signals, counts):
+            apart = products((query - mean) * real).view(batch, heads, -1, query.shape[2], num)
+            spread = spread + apart.square().sum(3) / count
+        scaling = signals.attention.scaling
+        return scaling * products(mean) + 0.5 * scaling**2 * spread
+
+    def _ahead(self, signals: Signals, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields queries moved to the average of the next positions, float32 [B, Hq, w, d], and which count, [B, 1, w, 1].
 
         A few at a time. Only distances enter, so it does not matter whether positions count padding.
@@ -82,8 +77,7 @@ class ExpectedAttention(Scorer):
         frequency = frequencies_of(signals, "expected_attention")
         steps = torch.arange(1, self.future + 1, device=frequency.device).unsqueeze(-1) * frequency
         cos, sin = steps.cos().mean(0), steps.sin().mean(0)
-        where, real = self._ring(signals)
-        queries, room = signals.ring[0], signals.slots.room
+        (queries, where), room = signals.ring, signals.slots.room
         group = queries.shape[1] // signals.position.shape[1]
         size = max(1, min(room, queries.shape[-1] * room // signals.position.shape[-1]) // (4 * group))
         for start in range(0, where.shape[1], size):
@@ -91,11 +85,11 @@ class ExpectedAttention(Scorer):
             angle = signals.rows.age(where[:, part]).unsqueeze(-1) * frequency
             to_cos = (cos * angle.cos() - sin * angle.sin()).unsqueeze(1)
             to_sin = (sin * angle.cos() + cos * angle.sin()).unsqueeze(1)
-            yield turned(queries[:, :, part], to_cos, to_sin), real[:, None, part, None].float()
+            yield turned(queries[:, :, part], to_cos, to_sin), counts[:, None, part, None].float()
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     window: int = 64,
     future: int = 512,

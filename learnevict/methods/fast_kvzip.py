@@ -8,29 +8,26 @@ h is what the attention module reads; s is what a token keeps of attention that 
 KVzip's scores s* (largest attention of the repeated text, oracle.KVZIP) by binary cross-entropy.
 
 Departures: b is added once, in training as at inference (the authors' training code adds it twice); heads are held to one
-budget each, where the paper ranks all layers and heads together: scope="model" does that, with a floor of 0.2 of an equal
-split for every head (`threshold` is a cap under the budget, as in kvzap); the paper's windows (4096 tokens or 2 % while
-reading, 128 while writing) are `recent` and the fresh block. Where the model cannot repeat a text, as the testbed's cannot, s*
-is the largest attention of the text's own later blocks (StreamConfig.target="future").
+budget each, where the paper ranks all layers and heads together: allocation="pooled" does that (`threshold` is a cap under the
+budget, as in kvzap); the paper's windows (4096 tokens or 2 % while reading, 128 while writing) are `recent` and the fresh
+block. Where the model cannot repeat a text, as the testbed's cannot, s* is the largest attention of the text's own later blocks
+(StreamConfig.target="future").
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
-from learnevict.errors import UsageError
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.allocators import Together
 from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Above, Policy
+from learnevict.policy import Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction", "2601.17668", 2026, "learned")
@@ -93,23 +90,11 @@ build = FastKVzipGate
 
 
 def policy(
-    budget: int | str | Budget,
-    *,
-    gate: FastKVzipGate,
-    scope: str = "layer",
-    threshold: float | None = None,
-    **options: Unpack[Options],
+    budget: AnyBudget, *, gate: FastKVzipGate, threshold: float | None = None, **options: Unpack[Options]
 ) -> Policy:
     """Keep what the gate takes for most needed to repeat the text.
 
     Args:
-        scope: "layer" gives every head the budget; "model" shares it out among the heads of all layers by score.
-        threshold: of s, 0 to 1, below which slots go even where budget and floor would hold them; None: those alone decide.
+        threshold: of s, 0 to 1, below which slots go even where the budget would hold them; None: the budget alone decides.
     """
-    if scope not in ("layer", "model"):
-        raise UsageError(f"scope is 'layer' or 'model', not {scope!r}")
-    allocator = None if scope == "layer" else Together(0.2)
-    made = compose("fast_kvzip", budget, gate, allocator=allocator, scope=scope, **options)
-    if threshold is not None:
-        made = replace(made, draw=Above(threshold))
-    return made
+    return compose("fast_kvzip", budget, gate, threshold=threshold, **options)

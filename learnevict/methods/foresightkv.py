@@ -9,8 +9,8 @@ period; decayed and undecayed sums are separate per-slot state; probabilities en
 is given beside the rotated key, because it survives rotation; age and budget / length let one network serve many budgets; two
 more statistics, the peak so far and the tokens since a token was last needed; two hidden layers; higher means keep. Attention
 is read from the last `window` queries of every period: gates remember the period they were trained with, and `policy` uses that
-unless told otherwise; so with the scope: beside the paper's equal budgets ("layer"), slots of all heads and layers may compete
-("model"), or layers may get the budget allocation that refinement has learned (`demand`).
+unless told otherwise; so with the allocation: beside the paper's equal budgets (scope "layer"), slots of all heads and layers
+may compete ("model"), or layers may get the budget allocation that refinement has learned (`demand`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Together
 from learnevict.parts.learned import Scope, SlotScorer
@@ -88,28 +88,16 @@ class ForesightGate(SlotScorer):
 build = ForesightGate
 
 
-def policy(
-    budget: int | str | Budget,
-    *,
-    gate: ForesightGate,
-    scope: Scope | None = None,
-    floor: float = 0.2,
-    **options: Unpack[Options],
-) -> Policy:
+def policy(budget: AnyBudget, *, gate: ForesightGate, floor: float = 0.2, **options: Unpack[Options]) -> Policy:
     """Evict what the network ranks lowest; paper: every 256 tokens in training, every 128 in its inference code.
 
     Args:
-        scope: "layer", as in the paper: every head holds the budget; "model": slots of all heads and layers compete, which
-            takes scores that compare (a gate trained for it). None: as trained.
-        floor: share of an equal split that every head keeps, for scope "model".
+        floor: share of an equal split that every head keeps, for gates that were trained for the scope "model".
 
     Warns:
-        TrainedOtherwiseWarning: another slack or scope than the gate was trained with.
+        TrainedOtherwiseWarning: another slack than the gate was trained with.
     """
-    if gate.period is not None:
-        options.setdefault("slack", gate.period)
-    gate.warn_if_trained_otherwise(options.get("slack"), scope)
-    if (scope or gate.scope) == "layer":
-        allocator = None if gate.demand is None else gate.demand.allocator()
-        return compose("foresightkv", budget, gate, allocator=allocator, **options)
-    return compose("foresightkv", budget, gate, allocator=Together(floor), scope="model", **options)
+    gate.warn_if_trained_otherwise(options.setdefault("slack", gate.period or 128))
+    together = gate.scope == "model"
+    allocator = Together(floor) if together else None if gate.demand is None else gate.demand.allocator()
+    return compose("foresightkv", budget, gate, allocator=allocator, scope=gate.scope, **options)

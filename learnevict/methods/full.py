@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget, Budget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Unscored
@@ -17,7 +17,7 @@ from learnevict.policy import Policy, Unscored
 PAPER = Paper("Full cache", None, 2017, kind="reference")
 
 
-def policy(budget: int | str | Budget = "100%", **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget = "100%", **options: Unpack[Options]) -> Policy:
     """Never evict; not bounded."""
     checked = compose("full", Budget.parse("100%"), Unscored(), **options)
     return replace(checked, budget=Budget.parse(budget), schedule=replace(checked.schedule, active=False))

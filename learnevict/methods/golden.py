@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget, Budget
 from learnevict.errors import TraceError
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
@@ -82,9 +82,7 @@ class Hindsight(Gate):
         return torch.where(left.view(-1, 1, 1), signals.position.float(), worth)
 
 
-def from_labels(
-    budget: int | str | Budget, future: Tensor, *, text: Tensor | None = None, **options: Unpack[Options]
-) -> Policy:
+def from_labels(budget: AnyBudget, future: Tensor, *, text: Tensor | None = None, **options: Unpack[Options]) -> Policy:
     """Returns golden eviction that reads labels, under any budget, allocation and schedule.
 
     Args:
@@ -97,7 +95,7 @@ def from_labels(
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     trace: Trace,
     text: Tensor | None = None,
@@ -114,25 +112,23 @@ def policy(
     Raises:
         TraceError: another budget, guard, period or schedule than the trace's.
     """
-    asked = Budget.parse(budget)
-    if trace.budget is not None and asked != Budget(trace.budget):
-        raise TraceError(
-            f"the trace was rolled for a budget of {trace.budget} tokens, not {asked}; roll one for {asked}"
-        )
-    slack = options.get("slack", 0 if trace.period == 1 else trace.period)
-    if slack is None or trace.period != max(slack, 1):
-        raise TraceError(
-            f"the trace has an event every {trace.period} tokens, not every {slack}; roll labels of that block"
-        )
-    if (when := options.get("schedule", "blocks")) != "blocks":
-        raise TraceError(f"the trace has its events in blocks, so schedule={when!r} cannot follow it")
     sinks, recent, prompt = trace.guard or (4, 8, False)
-    terms: Options = {"sinks": sinks, "recent": recent, "prompt": prompt, **options, "slack": slack}
-    given = (terms.get("sinks"), terms.get("recent"), terms.get("prompt"))
-    if trace.guard is not None and given != trace.guard:
-        raise TraceError(
-            f"the trace was rolled with (sinks, recent, prompt protected) = {trace.guard}, not {given}; drop these options"
-        )
+    usual: Options = {
+        "sinks": sinks,
+        "recent": recent,
+        "prompt": prompt,
+        "slack": 0 if trace.period == 1 else trace.period or 0,
+    }
+    terms: Options = {**usual, **options}
+    guard = (terms.get("sinks"), terms.get("recent"), terms.get("prompt"))
+    asked, period, when = Budget.parse(budget), max(terms.get("slack", 0), 1), options.get("schedule", "blocks")
+    given = {"budget": asked, "period": period, "schedule": when, "(sinks, recent, prompt protected)": guard}
+    own = (Budget(trace.budget) if trace.budget else asked, trace.period, "blocks", trace.guard or guard)
+    wrong = [
+        f"{name} {own}, not {found}" for (name, found), own in zip(given.items(), own, strict=True) if found != own
+    ]
+    if wrong:
+        raise TraceError(f"the trace was rolled with {'; '.join(wrong)}: drop these options, or roll another trace")
     length = trace.expiry.shape[-1]
     until = torch.as_tensor(length if divergence is None else divergence).clamp(max=length)
     return compose("golden", asked, Hindsight(trace.expiry.unsqueeze(-1), text=text, until=until), **terms)

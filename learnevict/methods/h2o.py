@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.policy import Policy, Scorer
@@ -49,7 +49,7 @@ class AttentionMass(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "paper",
     recent: int | None = None,

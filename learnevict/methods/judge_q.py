@@ -16,12 +16,11 @@ are protected.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.parts.probes import SoftTokens
@@ -51,6 +50,6 @@ class JudgeQGate(SoftTokens):
 build = JudgeQGate
 
 
-def policy(budget: int | str | Budget, *, gate: JudgeQGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: JudgeQGate, **options: Unpack[Options]) -> Policy:
     """Keep what the soft tokens attend to."""
-    return replace(compose("judge_q", budget, gate, **options), probe=gate)
+    return compose("judge_q", budget, gate, probe=gate, **options)

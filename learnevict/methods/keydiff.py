@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
@@ -44,6 +44,6 @@ def directions(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, **options: Unpack[Options]) -> Policy:
     """Keep keys that differ from the average."""
     return compose("keydiff", budget, Unlikeness(), **options)

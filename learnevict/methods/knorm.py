@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
@@ -32,6 +32,6 @@ class KeyNorm(Scorer):
         return -signals.per_slot(lambda keys, values: torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
 
 
-def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, **options: Unpack[Options]) -> Policy:
     """Keep keys of small norm."""
     return compose("knorm", budget, KeyNorm(), **options)

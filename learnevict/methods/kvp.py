@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.headwise import HeadwiseMLP
 from learnevict.parts.learned import NetworkRanker
@@ -64,6 +64,6 @@ class KVPGate(NetworkRanker):
 build = KVPGate
 
 
-def policy(budget: int | str | Budget, *, gate: KVPGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: KVPGate, **options: Unpack[Options]) -> Policy:
     """Evict what the ranker puts last."""
     return compose("kvp", budget, gate, **options)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.headwise import HeadwiseMLP
 from learnevict.parts.learned import NetworkRanker, hidden_of
@@ -93,6 +93,6 @@ def current(signals: Signals) -> Tensor:
 build = KVpopGate
 
 
-def policy(budget: int | str | Budget, *, gate: KVpopGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: KVpopGate, **options: Unpack[Options]) -> Policy:
     """Evict what the network ranks lowest, seen from now."""
     return compose("kvpop", budget, gate, **options)

@@ -16,19 +16,18 @@ the testbed's cannot, the target is the largest attention of the text's own late
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.learned import Surrogate, hidden_of
 from learnevict.parts.options import Options, compose
-from learnevict.policy import Above, Policy
+from learnevict.policy import Policy
 from learnevict.signals import Signals
 
 PAPER = Paper("KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", "2601.07891", 2026, "learned")
@@ -81,13 +80,10 @@ class KVzapGate(Surrogate):
 build = KVzapGate
 
 
-def policy(
-    budget: int | str | Budget, *, gate: KVzapGate, threshold: float | None = None, **options: Unpack[Options]
-) -> Policy:
+def policy(budget: AnyBudget, *, gate: KVzapGate, threshold: float | None = None, **options: Unpack[Options]) -> Policy:
     """Keep what the surrogate takes for most needed to repeat the text.
 
     Args:
         threshold: of log s+, below which slots go even where the budget would hold them; None: the budget alone decides.
     """
-    plain = compose("kvzap", budget, gate, **options)
-    return plain if threshold is None else replace(plain, draw=Above(threshold))
+    return compose("kvzap", budget, gate, threshold=threshold, **options)

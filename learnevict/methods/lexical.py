@@ -11,10 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.options import Options
-from learnevict.parts.tables import Table, table_policy, tokens_of
+from learnevict.parts.options import Options, compose
+from learnevict.parts.tables import Table, tokens_of
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
@@ -38,8 +38,6 @@ def build(layout: Layout) -> LexicalGate:
     return LexicalGate(layout.num_layers, layout.num_heads, layout.vocab_size)
 
 
-def policy(
-    budget: int | str | Budget, *, gate: LexicalGate, bonus: float | None = None, **options: Unpack[Options]
-) -> Policy:
-    """Keep the tokens with the highest label on average; arguments as in parts.learned.table_policy."""
-    return table_policy("lexical", budget, gate, bonus, **options)
+def policy(budget: AnyBudget, *, gate: LexicalGate, bonus: float | None = None, **options: Unpack[Options]) -> Policy:
+    """Keep the tokens with the highest label on average; `bonus` as of Table.under."""
+    return compose("lexical", budget, gate.under(bonus), **options)

@@ -16,14 +16,13 @@ end of the prompt). Sinks and recent tokens are protected.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.parts.probes import LowRank, SoftTokens
@@ -81,6 +80,6 @@ class LookaheadGate(SoftTokens):
 build = LookaheadGate
 
 
-def policy(budget: int | str | Budget, *, gate: LookaheadGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: LookaheadGate, **options: Unpack[Options]) -> Policy:
     """Keep what the soft tokens attend to."""
-    return replace(compose("lookahead_kv", budget, gate, **options), probe=gate)
+    return compose("lookahead_kv", budget, gate, probe=gate, **options)

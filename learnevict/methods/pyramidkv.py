@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.methods.snapkv import observer
 from learnevict.parts.allocators import Pyramid
@@ -24,7 +24,7 @@ PAPER = Paper("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Inform
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     beta: float = 20.0,
     variant: str = "paper",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.ops.random import finalise, uniform
 from learnevict.parts.options import Options, compose
@@ -36,6 +36,6 @@ class Hashed(Scorer):
         return uniform(word)
 
 
-def policy(budget: int | str | Budget, *, seed: int = 0, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, seed: int = 0, **options: Unpack[Options]) -> Policy:
     """Keep a random subset beside the guards: another seed, another subset."""
     return compose("random", budget, Hashed(seed), **options)

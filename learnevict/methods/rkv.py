@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.parts.window import HIGHEST, WindowAttention, before_window
@@ -68,7 +68,7 @@ def redundancy(signals: Signals, threshold: float = 0.5) -> Tensor:
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "paper",
     mix: float | None = None,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
@@ -69,7 +69,7 @@ def observer(variant: str, window: int | None, recent: int | None) -> tuple[Scor
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "paper",
     window: int | None = None,

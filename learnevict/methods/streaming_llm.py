@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
@@ -33,9 +33,7 @@ class Recency(Scorer):
         return -signals.age.float()
 
 
-def policy(
-    budget: int | str | Budget, *, positions: Literal["true", "slot"] = "true", **options: Unpack[Options]
-) -> Policy:
+def policy(budget: AnyBudget, *, positions: Literal["true", "slot"] = "true", **options: Unpack[Options]) -> Policy:
     """Keep sinks (4: section 3.2, table 2) and the most recent tokens; "true" keeps every key's own position.
 
     Raises:

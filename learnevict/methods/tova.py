@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Scorer
@@ -37,6 +37,6 @@ class LastAttention(Scorer):
         return torch.empty_like(weights).scatter_(-1, signals.order, shared.expand_as(weights).contiguous())
 
 
-def policy(budget: int | str | Budget, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, **options: Unpack[Options]) -> Policy:
     """Keep what the newest query looks at."""
     return compose("tova", budget, LastAttention(), **options)

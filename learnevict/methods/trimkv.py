@@ -18,12 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing_extensions import Unpack
-
-from learnevict.config import Budget, Layout
-from learnevict.errors import UsageError
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper, dbtrimkv
-from learnevict.parts.options import Options, compose
+from learnevict.parts.options import compose
 from learnevict.parts.soft_gates import RetentionGate
 from learnevict.policy import Policy
 
@@ -71,27 +68,8 @@ def build(layout: Layout, *, tied: bool = False, **settings: Any) -> RetentionGa
     return gate
 
 
-def policy(
-    budget: int | str | Budget,
-    *,
-    gate: RetentionGate,
-    scope: str | None = None,
-    floor: float = 0.2,
-    horizon: int = 128,
-    **options: Unpack[Options],
-) -> Policy:
-    """Evict what has decayed most (paper: every 128 tokens).
-
-    Args:
-        scope: "layer": every head holds the budget; "model": as dbtrimkv. None: as the gate was made.
-        floor, horizon: see dbtrimkv; only with scope="model".
-
-    Raises:
-        UsageError: another scope, a floor beyond 0 to 1, or a horizon below 1.
-    """
-    scope = scope or gate.scope
-    if scope == "layer":
-        return compose("trimkv", budget, gate, **options)
-    if scope != "model":
-        raise UsageError(f"trimkv has no scope {scope!r}; choose layer or model")
-    return dbtrimkv.policy(budget, gate=gate, floor=floor, horizon=horizon, **options)
+def policy(budget: AnyBudget, *, gate: RetentionGate, **options: Any) -> Policy:
+    """Evict what has decayed most (paper: every 128 tokens); gates that are tied are dbtrimkv's, and so are their options."""
+    if gate.scope == "model":
+        return dbtrimkv.policy(budget, gate=gate, **options)
+    return compose("trimkv", budget, gate, **options)

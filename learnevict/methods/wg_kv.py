@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import AnyBudget, Layout
 from learnevict.methods import Paper
-from learnevict.parts.options import Options
+from learnevict.parts.options import Options, compose
 from learnevict.parts.rotary import frequencies_of, turned
-from learnevict.parts.soft_gates import AdmissionGate, admit
+from learnevict.parts.soft_gates import AdmissionGate
 from learnevict.policy import Policy
 from learnevict.signals import Signals
 
@@ -94,6 +94,7 @@ class WriteGate(AdmissionGate):
 build = WriteGate
 
 
-def policy(budget: int | str | Budget, *, gate: WriteGate, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, gate: WriteGate, **options: Unpack[Options]) -> Policy:
     """Keep what the gate would write; the last `recent` tokens, by default the gate's window, stay."""
-    return admit("wg_kv", budget, gate, **options)
+    options.setdefault("recent", gate.window_size)
+    return compose("wg_kv", budget, gate, **options)

@@ -6,6 +6,8 @@ LayerAllocation is learned by reinforcement (learnevict.rl); its allocator is a 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,15 +77,10 @@ class Profile(Uniform):
             raise UsageError(
                 f"these gates allocate a budget to {len(self.level)} layers, but {num_layers} layers of the model evict"
             )
-        free = budget - floor
-        if free <= 0:
-            return budget
-        place = place_in(self.span, free)
-        logits = [
-            level + slope * place + more for level, slope, more in zip(self.level, self.slope, shift, strict=True)
-        ]
-        weights = [math.exp(logit - max(logits)) for logit in logits]
-        return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
+        place = place_in(self.span, budget - floor)
+        parts = zip(self.level, self.slope, shift, strict=True)
+        logits = [level + slope * place + more for level, slope, more in parts]
+        return in_proportion([math.exp(logit - max(logits)) for logit in logits], budget, rank, floor)
 
 
 class LayerAllocation(nn.Module):
@@ -118,38 +115,55 @@ class LayerAllocation(nn.Module):
         return Profile(tuple(level), tuple(slope), self.span, rows)
 
 
+class Competing(Allocator):
+    """Each head has a share of the slots beside protected ones; what it cannot fill goes to the best slots of the others."""
+
+    ragged = True
+
+    @abstractmethod
+    def shares(self, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
+        """Returns the slots that each head gets if it has so many, int64 [B, H] or [B, 1].
+
+        Args:
+            ordered: scores of candidates [B, H, N], best first, -inf behind them.
+            room: candidates int64 [B, H].
+            free: slots to share out int64 [B].
+        """
+
+    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
+        candidate = ~protected & (scores > -torch.inf)
+        room = candidate.sum(-1)
+        ordered = scores.masked_fill(~candidate, -torch.inf).sort(-1, descending=True).values
+        free = (scores.shape[1] * budget.long() - protected.sum((1, 2))).clamp_min(0).minimum(room.sum(-1))
+        share = self.shares(ordered, room, free).minimum(room)
+        slot = torch.arange(ordered.shape[-1], device=ordered.device)
+        rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
+        return protected.sum(-1) + share + best_of_all(rest, free - share.sum(-1), room - share)
+
+
 @dataclass(frozen=True)
-class Ada(Allocator):
+class Ada(Competing):
     """Heads compete for slots by score, above a floor that each keeps (Algorithm 1 of arXiv 2407.11550).
 
-    Of the slots beside protected ones, F in the whole layer, head h has f_h among the F best of all heads. It gets
+    Of the slots beside protected ones, F in the whole layer, head h has f_h among the F best of all heads. Its share is
     (1 - alpha) * f_h + alpha * F / H, in whole numbers by largest remainder (ties: the lower head), so that the layer
-    holds exactly H * budget. What a head cannot fill goes to the best slots left in the others. Exact integers, no sort
-    of ties.
+    holds exactly H * budget. Exact integers, no sort of ties.
     """
 
     alpha: float = 0.2
-    ragged = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha is the share that heads divide equally, 0 to 1, not {self.alpha}")
 
-    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        ordered, room, free = contest(scores, protected, budget)
-        share = self._divide(best_of_all(ordered, free, room), free).minimum(room)
-        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
-
-    def _divide(self, found: Tensor, free: Tensor) -> Tensor:
-        """Returns (1 - alpha) * found + alpha * free / H by largest remainder, int64 [B, H], which sums to free [B]."""
-        heads = found.shape[1]
-        equal = round(self.alpha * MILLE)
-        exact = (MILLE - equal) * heads * found + equal * free.unsqueeze(-1)
+    def shares(self, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
+        heads, equal = room.shape[1], round(self.alpha * MILLE)
+        exact = (MILLE - equal) * heads * best_of_all(ordered, free, room) + equal * free.unsqueeze(-1)
         return largest_remainder(exact, MILLE * heads, free)
 
 
 @dataclass(frozen=True)
-class Together(Allocator):
+class Together(Competing):
     """The best slots of all heads, above a floor that each keeps; for comparable scores, and for policies of scope "model".
 
     Of the F slots beside protected ones that H heads share, each head keeps its own best floor * F / H, rounded down, if
@@ -159,16 +173,13 @@ class Together(Allocator):
     """
 
     floor: float = 0.2
-    ragged = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise UsageError(f"floor is the share of an equal split that every head keeps, 0 to 1, not {self.floor}")
 
-    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        ordered, room, free = contest(scores, protected, budget)
-        share = room.minimum(self.least(free, scores.shape[1]).unsqueeze(-1))
-        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
+    def shares(self, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
+        return self.least(free, room.shape[1]).unsqueeze(-1)
 
     def least(self, free: Tensor, heads: int) -> Tensor:
         """Returns how many of `free` [B] slots beside protected ones every head keeps, if it has so many."""
@@ -179,6 +190,14 @@ def place_in(span: tuple[int, int], free: int) -> float:
     """Returns where a number of slots lies in a span of them, -1 to 1, on a logarithmic scale; 0 if the span is one number."""
     low, high = (math.log(end) for end in span)
     return 0.0 if low == high else 2 * (min(max(math.log(max(free, 1)), low), high) - low) / (high - low) - 1
+
+
+def in_proportion(weights: Sequence[float], budget: int, rank: int, floor: int) -> int:
+    """Returns the budget of the `rank`-th layer, if what budgets hold beyond the floor is shared out in these proportions."""
+    free = budget - floor
+    if free <= 0:
+        return budget
+    return floor + whole_shares([len(weights) * free * weight / sum(weights) for weight in weights])[rank]
 
 
 def whole_shares(shares: list[float]) -> list[int]:
@@ -194,26 +213,6 @@ def largest_remainder(exact: Tensor, unit: int, total: Tensor) -> Tensor:
     whole, remainder = exact // unit, exact % unit
     place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return whole + (place < (total - whole.sum(-1)).unsqueeze(-1))
-
-
-def contest(scores: Tensor, protected: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what heads compete with and for; arguments as of Allocator.counts.
-
-    Returns:
-        scores of candidates [B, H, N], best first, -inf behind them; candidates int64 [B, H]; slots to share out int64 [B].
-    """
-    candidate = ~protected & (scores > -torch.inf)
-    room = candidate.sum(-1)
-    ordered = scores.masked_fill(~candidate, -torch.inf).sort(-1, descending=True).values
-    free = (scores.shape[1] * budget.long() - protected.sum((1, 2))).clamp_min(0).minimum(room.sum(-1))
-    return ordered, room, free
-
-
-def best_beyond(share: Tensor, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
-    """Returns how many slots each head gets beyond its `share`: the best of the rest, as far as `free` goes, int64 [B, H]."""
-    slot = torch.arange(ordered.shape[-1], device=ordered.device)
-    rest = ordered.masked_fill(slot < share.unsqueeze(-1), -torch.inf)
-    return best_of_all(rest, free - share.sum(-1), room - share)
 
 
 def best_of_all(scores: Tensor, count: Tensor, room: Tensor) -> Tensor:

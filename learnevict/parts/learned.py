@@ -89,12 +89,13 @@ class NetworkRanker(Ranker):
         """Returns the other inputs by name, float32 [B, H, N or 1, width]."""
 
     def score(self, signals: Signals) -> Tensor:
-        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
-        others = self.inputs(signals)
-        for part, keys, values in signals.pieces(self.network.width):
-            here = {name: x if x.shape[2] == 1 else x[:, :, part] for name, x in others.items()}
-            out[:, :, part] = self.network(signals.layer, {"key": keys, "value": values, **here})
-        return out
+        inputs = self.inputs(signals)
+        names = ("key", "value", *inputs)
+
+        def ranked(*parts: Tensor) -> Tensor:
+            return self.network(signals.layer, dict(zip(names, parts, strict=True)))
+
+        return signals.per_slot(ranked, self.network.width, *inputs.values())
 
     def calibrate(self, signals: Signals) -> None:
         assert signals.key is not None
@@ -193,11 +194,10 @@ class SlotScorer(Gate):
         return self.demand
 
     def score(self, signals: Signals) -> Tensor:
-        out = torch.empty(signals.position.shape, dtype=torch.float32, device=signals.position.device)
-        statistics = self.statistics(signals)
-        for part, keys, values in signals.pieces(max(self.num_features, self.hidden)):
-            out[:, :, part] = self.score_features(signals.layer, self.features(keys, values, statistics[:, :, part]))
-        return out
+        def scored(*parts: Tensor) -> Tensor:
+            return self.score_features(signals.layer, self.features(*parts))
+
+        return signals.per_slot(scored, max(self.num_features, self.hidden), self.statistics(signals))
 
     def features(self, keys: Tensor, values: Tensor, statistics: Tensor) -> Tensor:
         """Joins keys [B, H, n, d], values [B, H, n, dv] and statistics [B, H, n, c] into float32 [B, H, n, in]."""
@@ -226,16 +226,12 @@ class SlotScorer(Gate):
             self.mean[layer, :, 0], self.scale[layer, :, 0] = centre_and_scale(part, candidates[layer].unsqueeze(-1))
         self.calibrated.fill_(1)
 
-    def warn_if_trained_otherwise(self, slack: int | None, scope: Scope | None) -> None:
-        """Warns (TrainedOtherwiseWarning) of another slack or scope than the gate was trained with."""
-        for trained, given, what, flag in (
-            (self.period, slack, "an event every {} tokens, not every {}", "period"),
-            (self.scope, scope, "scope {!r}, not {!r}", "scope"),
-        ):
-            if None not in (trained, given) and trained != given:
-                warnings.warn(
-                    f"these gates were trained for {what.format(trained, given)}; drop {'slack' if flag == 'period' else flag} "
-                    f"to use that, or train some with --{flag} {given}",
-                    TrainedOtherwiseWarning,
-                    stacklevel=3,
-                )
+    def warn_if_trained_otherwise(self, slack: int) -> None:
+        """Warns (TrainedOtherwiseWarning) of another slack than the gate was trained with."""
+        if self.period not in (None, slack):
+            warnings.warn(
+                f"these gates were trained for an event every {self.period} tokens, not every {slack}; drop slack to use that, "
+                f"or train some with --period {slack}",
+                TrainedOtherwiseWarning,
+                stacklevel=3,
+            )

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget, Budget
 from learnevict.errors import UsageError
-from learnevict.parts.allocation import POOLED, Shares, allocator_for
-from learnevict.policy import Allocator, Guard, Policy, Schedule, Scorer, Uniform
+from learnevict.parts.allocators import Together
+from learnevict.parts.shares import Shares, read_shares
+from learnevict.policy import Above, Allocator, Guard, Policy, Probe, Schedule, Scorer, TopK, Uniform
+
+EQUAL, POOLED = "equal", "pooled"
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "blocks": {}, "prefill_end": {"prompt": "end"}, "prefill_only": {"prompt": "end", "decode": False},
+}  # fmt: skip
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -28,7 +34,8 @@ class ScheduleOptions(TypedDict, total=False):
         schedule: "blocks" (default) runs events inside the prompt too; "prefill_end" compresses the prompt once, when
             it has been read; "prefill_only" does that and then lets the cache grow (not bounded).
         allocation: "equal" gives every layer and head the budget, "pooled" lets all of them compete by score, a file of
-            `learnevict profile` gives them fixed shares; by default the method decides.
+            `learnevict profile` gives them fixed shares; by default the method decides. Where slots go and which tokens hold
+            them are two questions, so that a comparison can hold one of them fixed.
     """
 
     sinks: int
@@ -50,38 +57,49 @@ class Options(ScheduleOptions, total=False):
 
 def compose(
     name: str,
-    budget: int | str | Budget,
+    budget: AnyBudget,
     scorer: Scorer,
     *,
     recent: int = 8,
     recent_share: float = 0.0,
     allocator: Allocator | None = None,
     scope: Literal["layer", "model"] = "layer",
+    threshold: float | None = None,
+    probe: Probe | None = None,
     **options: Unpack[ScheduleOptions],
 ) -> Policy:
     """Returns the policy of one method; arguments as of Policy, Guard and ScheduleOptions.
+
+    Args:
+        allocator, scope: the method's own, where `allocation` says nothing else.
+        threshold: of scores, below which slots go even where the budget would hold them; None: the budget alone decides.
 
     Raises:
         UsageError: an unknown option or schedule, or an allocation beside the method's own.
         DataError: a file that holds no allocation.
         BudgetError: a budget that is not understood or cannot hold the guards.
     """
-    unknown = sorted(set(options) - Options.__optional_keys__)
-    if unknown:
+    if unknown := sorted(set(options) - Options.__optional_keys__):
         taken = ", ".join(sorted(Options.__optional_keys__))
         raise UsageError(f"{name} has no option {', '.join(unknown)}; all methods take {taken}")
-    slack, when = options.get("slack", 128), options.get("schedule", "blocks")
-    if when == "blocks":
-        schedule = Schedule(slack)
-    elif when in ("prefill_end", "prefill_only"):
-        schedule = Schedule(slack, prompt="end", decode=when == "prefill_end")
-    else:
+    if (when := options.get("schedule", "blocks")) not in SCHEDULES:
         raise UsageError(f"schedule {when!r} is unknown; choose blocks, prefill_end or prefill_only")
+    schedule = Schedule(options.get("slack", 128), **SCHEDULES[when])
     guard = Guard(options.get("sinks", 4), recent, options.get("prompt", False), recent_share)
-    own = allocator or Uniform()
-    if "allocation" in options and (options["allocation"], scope) != (POOLED, "model"):  # it competes already
-        own, scope = allocator_for(options["allocation"], own)
-    return Policy(Budget.parse(budget), scorer, own, schedule, guard, name=name, scope=scope)
+    own, given = allocator or Uniform(), options.get("allocation")
+    if given == EQUAL:
+        own, scope = Uniform(), "layer"
+    elif given is not None and (given, scope) != (POOLED, "model"):  # then they compete already
+        if type(own) is not Uniform:
+            raise UsageError(
+                f"this method shares its budget out itself ({type(own).__name__}); give allocation only to methods that do not"
+            )
+        if given == POOLED:
+            own, scope = Together(0.0), "model"
+        else:
+            own, scope = given if isinstance(given, Shares) else read_shares(Path(given)), "layer"
+    draw = TopK() if threshold is None else Above(threshold)
+    return Policy(Budget.parse(budget), scorer, own, schedule, guard, name, None, scope, probe, draw)
 
 
 def unknown_variant(name: str, variant: str, variants: Iterable[str]) -> UsageError:

@@ -10,32 +10,49 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from learnevict.config import Budget, Layout
+from learnevict.config import Layout
 from learnevict.errors import UsageError
 from learnevict.ops.random import hashed, uniform
 from learnevict.parts.learned import hidden_of
-from learnevict.parts.options import Options, compose
-from learnevict.policy import DecayBias, Policy, SoftGate, WrappedScorer
+from learnevict.policy import DecayBias, SoftGate, WrappedScorer
 from learnevict.signals import Signals, StateColumn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
 
-class RetentionGate(SoftGate):
+class NoisyGate(SoftGate):
+    """Writes the log of a number in (0, 1) into its only column.
+
+    Args:
+        noise: scale of logistic noise on the logits of that number while training.
+    """
+
+    noise: float
+
+    @abstractmethod
+    def logits(self, signals: Signals) -> Tensor:
+        """Returns the logits for fresh tokens, float32 [B, H, S]."""
+
+    def write(self, signals: Signals) -> dict[str, Tensor]:
+        logits = self.logits(signals)
+        if self.training and self.noise:
+            logits = logits + self.noise * logistic(logits, signals, self.random_keys)
+        return {self.columns[0].name: nn.functional.logsigmoid(logits)}
+
+
+class RetentionGate(NoisyGate):
     """Writes log beta, the log-retention of each token, into the column "retention"; an MLP per layer, an output per kv head.
 
     Args:
         layout: of the base model.
         hidden: width of the hidden layers.
         bias: initial bias of the output. At 18 beta is 1 - 1.5e-8: the model starts with full attention.
-        dropout: on hidden units while training.
-        noise: scale of logistic noise on the logits of beta while training.
+        dropout, noise: on hidden units, and on the logits of beta, while training.
         activation: gelu, or silu as in published gates, which take that of their base model.
         num_hidden: hidden layers, 1 or 2.
         shared_output: one output projection for all layers.
@@ -74,23 +91,13 @@ class RetentionGate(SoftGate):
         self.weight_out = normal(outputs, hidden, layout.num_heads)
         self.bias_out = nn.Parameter(torch.full((outputs, layout.num_heads), float(bias)))
 
-    def logits(self, layer: int, hidden: Tensor) -> Tensor:
-        """Returns the logits of beta, float32 [B, S, H], for what the attention module of a layer reads, [B, S, E]."""
-        x = hidden
+    def logits(self, signals: Signals) -> Tensor:
+        layer, x = signals.layer, hidden_of(signals, "a retention gate", self.weight_in.dtype)
         for weight, bias in self.hidden_layers:
             x = self.activation(x @ getattr(self, weight)[layer] + getattr(self, bias)[layer])
             x = nn.functional.dropout(x, self.dropout, self.training)
         output = layer if len(self.weight_out) > 1 else 0
-        return (x @ self.weight_out[output]).float() + self.bias_out[output].float()
-
-    def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Returns {"retention": log beta of fresh tokens, float32 [B, H, S]}."""
-        logits = self.logits(signals.layer, hidden_of(signals, "a retention gate", self.weight_in.dtype)).transpose(
-            1, 2
-        )
-        if self.training and self.noise:
-            logits = logits + self.noise * logistic(logits, signals, self.random_keys)
-        return {"retention": nn.functional.logsigmoid(logits)}
+        return ((x @ self.weight_out[output]).float() + self.bias_out[output].float()).transpose(1, 2)
 
     def score(self, signals: Signals) -> Tensor:
         """Returns the log of what is left of each token at the next one, float32 [B, H, N]."""
@@ -128,7 +135,7 @@ def normal(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(*shape))
 
 
-class AdmissionGate(SoftGate):
+class AdmissionGate(NoisyGate):
     """Writes log g, g in (0, 1), into the column "admission"; in training a bias on tokens at least `window` old.
 
     At inference a head keeps the tokens with the largest g that its budget allows, whatever g is. The papers keep all tokens
@@ -136,7 +143,7 @@ class AdmissionGate(SoftGate):
 
     Args:
         window: age at which the bias begins, W.
-        noise: scale of the logistic noise on the logits of g while training.
+        noise: see NoisyGate.
 
     Attributes:
         least: the smallest g in training; smaller ones count as this.
@@ -149,17 +156,6 @@ class AdmissionGate(SoftGate):
         super().__init__()
         self.window_size, self.noise = window, noise
 
-    @abstractmethod
-    def logits(self, signals: Signals) -> Tensor:
-        """Returns the logits of g for fresh tokens, float32 [B, H, S]."""
-
-    def write(self, signals: Signals) -> dict[str, Tensor]:
-        """Returns {"admission": log g, float32 [B, H, S]}."""
-        logits = self.logits(signals)
-        if self.training and self.noise:
-            logits = logits + self.noise * logistic(logits, signals, self.random_keys)
-        return {"admission": nn.functional.logsigmoid(logits)}
-
     def score(self, signals: Signals) -> Tensor:
         """Returns log g, float32 [B, H, N]; the same at every age."""
         return signals.state["admission"]
@@ -168,12 +164,6 @@ class AdmissionGate(SoftGate):
         """Returns log g, not below that of `least`, for tokens at least `window` old."""
         log_g = state["admission"]
         return DecayBias(log_g.clamp_min(math.log(self.least)) if self.least else log_g, self.window_size)
-
-
-def admit(name: str, budget: int | str | Budget, gate: AdmissionGate, **options: Unpack[Options]) -> Policy:
-    """Returns the policy of an admission gate: its window is the recent window, unless `recent` says otherwise."""
-    given: dict[str, Any] = {"recent": gate.window_size, **options}
-    return compose(name, budget, gate, **given)
 
 
 def logistic(logits: Tensor, signals: Signals, random_keys: Tensor | None = None) -> Tensor:

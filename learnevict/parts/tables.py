@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from learnevict.config import Budget
 from learnevict.errors import GateError
-from learnevict.parts.options import Options, compose
-from learnevict.policy import Gate, Policy, WrappedScorer
+from learnevict.policy import Gate, Scorer, WrappedScorer
 from learnevict.signals import Signals, StateColumn
 
 
@@ -40,22 +37,26 @@ class Table(Gate):
         return self.table[layer][:, entries].transpose(0, 1)
 
     def score(self, signals: Signals) -> Tensor:
-        return aged(signals, self.bonus)
+        return self.aged(signals, self.bonus)
+
+    def aged(self, signals: Signals, bonus: Tensor | float) -> Tensor:
+        """Returns the token's score less `bonus` for every e-fold of age, float32 [B, H, N]."""
+        return signals.state["score"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
+
+    def under(self, bonus: float | None) -> Scorer:
+        """Returns the same table under another recency bonus than its own, one for all budgets; None: its own."""
+        return self if bonus is None else OtherBonus(self, bonus)
 
 
 @dataclass(frozen=True)
 class OtherBonus(WrappedScorer):
-    """The same table under another recency bonus than the one it was saved with."""
+    """A table under another recency bonus than the one it was saved with."""
 
+    scorer: Table
     bonus: float
 
     def score(self, signals: Signals) -> Tensor:
-        return aged(signals, self.bonus)
-
-
-def aged(signals: Signals, bonus: Tensor | float) -> Tensor:
-    """Returns the token's score less `bonus` for every e-fold of age, float32 [B, H, N]."""
-    return signals.state["score"] - bonus * torch.log1p(signals.age.clamp_min(0).float())
+        return self.scorer.aged(signals, self.bonus)
 
 
 def tokens_of(signals: Signals, method: str) -> Tensor:
@@ -67,10 +68,3 @@ def tokens_of(signals: Signals, method: str) -> Tensor:
     if signals.tokens is None:
         raise GateError(f"{method} scores token ids, but the model was called with inputs_embeds; pass input_ids")
     return signals.tokens
-
-
-def table_policy(
-    name: str, budget: int | str | Budget, gate: Table, bonus: float | None, **options: Unpack[Options]
-) -> Policy:
-    """Returns the policy of a table; `bonus` is the recency bonus, None: the gate's own, one for all budgets."""
-    return compose(name, budget, gate if bonus is None else OtherBonus(gate, bonus), **options)

@@ -5,8 +5,7 @@ This package says what these components must offer; the library of components is
 """
 
 from learnevict.policy.components import Above, Allocator, Draw, Guard, Schedule, TopK, Uniform
-from learnevict.policy.governor import AnyPolicy, Governor, Keeps, Rule, Unscored, governor
-from learnevict.policy.policy import Policy, keep_best
+from learnevict.policy.policy import AnyPolicy, Governor, Keeps, Policy, Rule, Unscored, governor, keep_best
 from learnevict.policy.scorer import DecayBias, Gate, Probe, Scorer, SoftGate, WrappedScorer
 
 __all__ = [

@@ -17,8 +17,7 @@ from learnevict.methods.rkv import redundancy
 from learnevict.oracle import golden as roll
 from learnevict.parts.allocators import Ada, Pyramid
 from learnevict.parts.window import WindowAttention
-from learnevict.policy import Guard
-from learnevict.policy.governor import governor
+from learnevict.policy import Guard, governor
 from learnevict.signals import NEVER, Signals, Trace
 from tests import brute_force as brute
 from tests.closeness import close
@@ -268,7 +267,7 @@ def test_golden_turns_to_recency_past_its_trace():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"slack": 8}, "every 5 tokens, not every 8"), ({"schedule": "prefill_end"}, "blocks")],
+    [({"slack": 8}, "period 5, not 8"), ({"schedule": "prefill_end"}, "blocks")],
 )
 def test_golden_refuses_another_grid(options, message):
     with pytest.raises(TraceError, match=message):
@@ -278,7 +277,7 @@ def test_golden_refuses_another_grid(options, message):
 def test_golden_refuses_another_budget_and_batch():
     trace = golden_trace(stream(), 5)
     for budget in (BUDGET + 1, "50%"):
-        with pytest.raises(TraceError, match="budget of 20 tokens"):
+        with pytest.raises(TraceError, match="budget 20, not"):
             methods.golden.policy(budget, trace=trace)
     with pytest.raises(TraceError, match="2 rows"):
         Loop(golden(trace), stream(pads=(0, 0))).run(prompt=37)

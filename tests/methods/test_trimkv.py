@@ -77,15 +77,19 @@ def still(rate: float, t: int, i: int) -> float:
     return rate
 
 
-@pytest.mark.parametrize("kind", [TrimGate, DBTrimGate])
-def test_the_first_layers_history_is_that_of_the_formulas(kind):
+def summed(rate: float, t: int, i: int) -> float:
+    return (t + 1 - i) * rate + math.log(sum(math.exp(n * rate) for n in range(128)))
+
+
+@pytest.mark.parametrize(("kind", "score"), [(TrimGate, fading), (DBTrimGate, summed)])
+def test_the_first_layers_history_is_that_of_the_formulas(kind, score):
     model = zoo.build("llama")
     gate = gate_for(model, kind)
-    done = run(model, gate, scope="layer")
+    done = run(model, gate, allocation="equal")
     rates = retention_of_first_layer(model, gate, done.ids)
     for head in range(2):
         for row, pad in enumerate(PADS):
-            expected = expected_expiry(rates[row, head], pad, fading)
+            expected = expected_expiry(rates[row, head], pad, score)
             assert done.trace.expiry[0, row, head].tolist()[pad:] == expected[pad:]
             assert expected != expected_expiry(rates[row, head], pad, still)  # it matters that retention ages
 
@@ -144,13 +148,13 @@ def test_db_trimkv_ranks_layers_together():
     fresh = (LENGTH - torch.tensor(PADS)) % SLACK
     assert (held.float().mean((0, 2)) <= BUDGET + fresh).all()
     assert held.unique().numel() > 1
-    uniform = run(model, gate, scope="layer")
+    uniform = run(model, gate, allocation="equal")
     assert (uniform.trace.expiry != expiry).any()
 
 
 def test_the_sum_by_brute_force():
     gate = DBTrimGate(layout_of(zoo.build("llama").config))
-    policy = methods.trimkv.policy(BUDGET, gate=gate, scope="model", horizon=9, slack=SLACK)
+    policy = methods.trimkv.policy(BUDGET, gate=gate, horizon=9, slack=SLACK)
     generator = torch.Generator().manual_seed(0)
     rate = -torch.rand(3, 2, 11, generator=generator).pow(4)
     position = torch.arange(11).int().expand(3, 2, -1)
@@ -175,15 +179,15 @@ def test_the_sum_by_brute_force():
 
 def test_what_trimkv_refuses():
     gate = TrimGate(layout_of(zoo.build("llama").config))
-    with pytest.raises(UsageError, match="scope"):
-        methods.trimkv.policy(BUDGET, gate=gate, scope="head", slack=SLACK)
+    with pytest.raises(UsageError, match="lets heads compete"):
+        methods.trimkv.policy(BUDGET, gate=gate, scope="model", slack=SLACK)
     with pytest.raises(UsageError, match="floor"):
-        methods.trimkv.policy(BUDGET, gate=DBTrimGate(gate_layout()), scope="model", floor=2.0, slack=SLACK)
+        methods.trimkv.policy(BUDGET, gate=DBTrimGate(gate_layout()), floor=2.0, slack=SLACK)
     for horizon in (0, -3):
         with pytest.raises(UsageError, match="a horizon of at least 1"):
             methods.trimkv.policy(BUDGET, gate=DBTrimGate(gate_layout()), horizon=horizon, slack=SLACK)
     with pytest.warns(TrainedOtherwiseWarning, match="one of trimkv"):
-        methods.trimkv.policy(BUDGET, gate=gate, scope="model", slack=SLACK)
+        methods.dbtrimkv.policy(BUDGET, gate=gate, slack=SLACK)
     loop = Loop(methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK), stream())
     with pytest.raises(GateError, match="hidden states"):
         loop.read(10)
@@ -203,8 +207,7 @@ def test_a_score_that_is_no_number_is_told(scope, worst):
         gate.bias_out[0, 1] = math.nan if math.isnan(worst) else 0.0
     if not math.isnan(worst):
         gate.score = lambda signals: torch.full_like(signals.state["retention"], worst)
-    scorer = {} if scope == "layer" else {"scope": "model"}
-    policy = methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK, sinks=SINKS, recent=RECENT, **scorer)
+    policy = methods.trimkv.policy(BUDGET, gate=gate, slack=SLACK, sinks=SINKS, recent=RECENT)
     policy = policy if math.isnan(worst) else replace(policy, scorer=gate)
     ids, mask = batch(zoo.distinct_tokens(model, len(PADS), LENGTH))
     with pytest.raises(CacheError, match=r"trimkv scores \d+ slots of layer 0 with NaN or infinity"):
@@ -233,4 +236,4 @@ def test_settings_and_weights_survive_a_round_trip(tmp_path, method, settings):
     assert set(again.gate.losses) == {"divergence", "next_token", "hinge_together" if together else "hinge"}
     assert again.policy(BUDGET, slack=SLACK).scope == ("model" if together else "layer")
     if method == "trimkv":
-        assert again.policy(BUDGET, slack=SLACK, scope="layer").scorer is again.gate
+        assert again.policy(BUDGET, slack=SLACK, allocation="equal").scope == "layer"

@@ -12,7 +12,7 @@ import torch
 from learnevict import attach, methods
 from learnevict.errors import DataError, LearnevictWarning, UsageError
 from learnevict.infer.model.supported import layout_of, weight_hash
-from learnevict.parts.allocation import HeadShares, Shares, read_shares, shares_of
+from learnevict.parts.shares import HeadShares, Shares, read_shares, shares_of
 from tests.laws import zoo
 
 SHARES = Shares(layers=((0.6, 0.2), (0.05, 0.15)), indices=(0, 1), made={"texts": 3})
@@ -47,13 +47,15 @@ def test_a_method_that_allocates_keeps_its_own() -> None:
 
 
 def test_slots_that_compete_already_are_pooled_and_nothing_replaces_a_given_allocation() -> None:
-    gate = methods.load("fast_kvzip").build(layout_of(zoo.build("llama").config))
-    make = functools.partial(methods.load("fast_kvzip").policy, 40, gate=gate, slack=8)
-    assert make(scope="model", allocation="pooled").scope == "model"
-    assert make(scope="model", allocation="equal").scope == "layer"
-    assert make(allocation="pooled").allocator.floor == 0
+    layout = layout_of(zoo.build("llama").config)
+    gate = methods.load("dbtrimkv").build(layout)
+    make = functools.partial(methods.load("dbtrimkv").policy, 40, gate=gate, slack=8)
+    assert make(allocation="pooled") == make() and make().allocator.floor == 0.2
+    assert make(allocation="equal").scope == "layer"
     with pytest.raises(UsageError, match="shares its budget out itself"):
-        make(scope="model", allocation=SHARES)
+        make(allocation=SHARES)
+    gate = methods.load("fast_kvzip").build(layout)
+    assert methods.load("fast_kvzip").policy(40, gate=gate, slack=8, allocation="pooled").allocator.floor == 0
 
 
 def test_shares_of_heads_are_exact() -> None:

@@ -1,7 +1,4 @@
-"""How a method shares its budget out: equally, in fixed shares of layers and heads from a file, or pooled over the model.
-
-Allocation and ranking are two questions: every method takes `allocation`, so that a comparison can hold one of them fixed.
-"""
+"""A budget in fixed shares of layers and heads: made of golden labels, written to a file, and read by `allocation`."""
 
 from __future__ import annotations
 
@@ -9,38 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnevict.errors import DataError, UsageError
 from learnevict.files import write
-from learnevict.parts.allocators import Together, best_beyond, contest, largest_remainder, whole_shares
-from learnevict.policy import Allocator, Uniform
+from learnevict.parts.allocators import Competing, in_proportion, largest_remainder, whole_shares
+from learnevict.policy import Uniform
 
 FORMAT = "learnevict allocation 1"
 START = b'{"format": "learnevict allocation'
-EQUAL, POOLED = "equal", "pooled"
 MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class HeadShares(Allocator):
-    """Heads of one layer in fixed proportions; what a head cannot fill goes to the best slots left in the others."""
+class HeadShares(Competing):
+    """Heads of one layer in fixed proportions."""
 
     heads: tuple[float, ...]
-    ragged = True
 
-    def counts(self, scores: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-        if scores.shape[1] != len(self.heads):
-            raise UsageError(f"this allocation is for {len(self.heads)} kv heads, but the layer has {scores.shape[1]}")
-        ordered, room, free = contest(scores, protected, budget)
+    def shares(self, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
+        if room.shape[1] != len(self.heads):
+            raise UsageError(f"this allocation is for {len(self.heads)} kv heads, but the layer has {room.shape[1]}")
         whole = sum(self.heads)
         parts = whole_shares([MILLION * head / whole if whole else MILLION / len(self.heads) for head in self.heads])
-        exact = free.unsqueeze(-1) * torch.tensor(parts, device=free.device)
-        share = largest_remainder(exact, MILLION, free).minimum(room)
-        return protected.sum(-1) + share + best_beyond(share, ordered, room, free)
+        return largest_remainder(free.unsqueeze(-1) * torch.tensor(parts, device=free.device), MILLION, free)
 
 
 @dataclass(frozen=True)
@@ -67,10 +59,7 @@ class Shares(Uniform):
                 f"this allocation is for {len(self.layers)} layers, but {num_layers} layers of the model evict; make one for "
                 "this model: learnevict profile"
             )
-        free, weights = budget - floor, [sum(heads) for heads in self.layers]
-        if free <= 0:
-            return budget
-        return floor + whole_shares([num_layers * free * weight / sum(weights) for weight in weights])[rank]
+        return in_proportion([sum(heads) for heads in self.layers], budget, rank, floor)
 
     def in_layer(self, layer: int) -> HeadShares:
         if layer not in self.indices:
@@ -131,25 +120,3 @@ def shares_of(labels: Sequence[Sequence[Tensor | None]], budgets: Sequence[float
             total = won if not total.shape[1] else total + won
     shares = (total / total.sum()).tolist()
     return Shares(layers=tuple(tuple(round(head, 8) for head in heads) for heads in shares), indices=indices, made=made)
-
-
-def allocator_for(name: str | Shares | Path, own: Allocator) -> tuple[Allocator, Literal["layer", "model"]]:
-    """Returns the allocator that `allocation` names, and the scope in which slots compete.
-
-    Args:
-        name: "equal", "pooled", shares, or the file that holds them.
-        own: the method's own, which must leave room for another.
-
-    Raises:
-        UsageError: the method shares its budget out itself.
-        DataError: the file holds no allocation.
-    """
-    if type(own) is not Uniform and name != EQUAL:
-        raise UsageError(
-            f"this method shares its budget out itself ({type(own).__name__}); give allocation only to methods that do not"
-        )
-    if name == EQUAL:
-        return Uniform(), "layer"
-    if name == POOLED:
-        return Together(0.0), "model"
-    return (name if isinstance(name, Shares) else read_shares(Path(name))), "layer"
