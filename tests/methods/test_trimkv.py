@@ -87,11 +87,13 @@ def test_the_first_layers_history_is_that_of_the_formulas(kind, score):
     gate = gate_for(model, kind)
     done = run(model, gate, allocation="equal")
     rates = retention_of_first_layer(model, gate, done.ids)
+    aged = False
     for head in range(2):
         for row, pad in enumerate(PADS):
             expected = expected_expiry(rates[row, head], pad, score)
             assert done.trace.expiry[0, row, head].tolist()[pad:] == expected[pad:]
-            assert expected != expected_expiry(rates[row, head], pad, still)  # it matters that retention ages
+            aged |= expected != expected_expiry(rates[row, head], pad, still)
+    assert aged, "it matters that retention ages"
 
 
 def test_retentions_are_those_of_the_formulas_after_another_precision():
