@@ -107,8 +107,9 @@ def check_words(opened: OpenedModel, text: str) -> None:
                 "another --model"
             )
         return
-    unknown_id = opened.tokenizer.unk_token_id
-    if unknown_id is not None and unknown_id in opened.tokenizer(text, add_special_tokens=False).input_ids:
+    unknown, unknown_id = opened.tokenizer.unk_token, opened.tokenizer.unk_token_id
+    written = unknown_id is None or unknown in text  # some models write it themselves, as in <|endoftext|>
+    if not written and unknown_id in opened.tokenizer(text, add_special_tokens=False).input_ids:
         warnings.warn("parts of the prompt are unknown to this model's tokenizer and are read as <unk>", stacklevel=2)
 
 

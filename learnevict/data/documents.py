@@ -31,17 +31,15 @@ MOST_BAD = 1000
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into token ids.
+    """Turns rows into token ids, of any length.
 
     Attributes:
         tokenizer: of the base model.
-        max_length: longer documents are cut.
         column: where the text or the chat is; None: "text", "messages", "conversations", or "prompt" and perhaps
             "completion".
     """
 
     tokenizer: Any
-    max_length: int
     column: str | None = None
 
     def encode(self, row: Any, where: str) -> tuple[list[int], int]:
@@ -76,7 +74,7 @@ class Encoder:
             return self._chat(as_messages([*prompt, *(response or [])]), answered=response is not None)
         if prompt and isinstance(prompt, str) and isinstance(response, str | None):
             ids = self._text(prompt)
-            return (ids + self._ids(response or ""))[: self.max_length], len(ids)
+            return ids + self._ids(response or ""), len(ids)
         wanted = (
             f"column {self.column!r} with text"
             if self.column
@@ -86,7 +84,7 @@ class Encoder:
 
     def _text(self, text: str) -> list[int]:
         """Returns ids with the special tokens that the tokenizer adds, as in inference."""
-        return list(self.tokenizer(checked(text), verbose=False)["input_ids"])[: self.max_length]
+        return list(self.tokenizer(checked(text), verbose=False)["input_ids"])
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(checked(text), add_special_tokens=False, verbose=False)["input_ids"])
@@ -106,26 +104,28 @@ class Encoder:
             raise DataError(f"is a chat that the chat template refuses: {error}") from error
         ids, prompt_ids = self._ids(full), self._ids(prompt)
         common = (i for i, (a, b) in enumerate(zip(ids, prompt_ids, strict=False)) if a != b)
-        length = next(common, min(len(ids), len(prompt_ids)))
-        return ids[: self.max_length], min(length, self.max_length)
+        return ids, next(common, min(len(ids), len(prompt_ids)))
 
 
 class Cutter:
     """Reads a source once: each row becomes a document or, packed, all of them in a row pieces of `max_length`.
 
+    A longer text becomes several documents; a longer prompt with answer, or chat, is cut off.
+
     Attributes:
         rows: of the source, whose position can be saved; None: not opened yet.
         number: rows read so far.
-        left: ids not cut yet, of a packed source.
+        left: ids not cut yet, of a packed source or of a long text.
+        num_cut: tokens of chats and prompts that were cut off.
         num_good: rows that could be read so far.
         num_bad: rows left out, because they could not be read.
         problem: of the first of these.
     """
 
     def __init__(self, source: Source, tokenizer: Any) -> None:
-        self.encoder = Encoder(tokenizer, 10**12 if source.packed else source.max_length, source.column)
+        self.encoder = Encoder(tokenizer, source.column)
         self.source, self.rows, self.number, self.left = source, None, 0, list[int]()
-        self.num_good, self.num_bad, self.problem = 0, 0, ""
+        self.num_cut, self.num_good, self.num_bad, self.problem = 0, 0, 0, ""
         end = getattr(tokenizer, "eos_token_id", None)
         self.end = [] if end is None else [end]
 
@@ -149,13 +149,18 @@ class Cutter:
             if self.source.packed:
                 self.left += ids if ids[-1:] == self.end else ids + self.end
                 yield from self._pieces()
+            elif prompt:
+                size = self.source.max_length
+                self.num_cut += max(len(ids) - size, 0)
+                yield self._document(ids[:size], min(prompt, size))
             else:
-                yield self._document(ids, prompt)
+                self.left = ids
+                yield from self._pieces()
 
     def _pieces(self) -> Iterator[Document]:
-        """Yields the packed documents that are ready."""
+        """Yields the pieces of what is left; a packed source keeps the last one until it is full."""
         size = self.source.max_length
-        while self.source.packed and len(self.left) >= size:
+        while len(self.left) >= (size if self.source.packed else 1):
             piece, self.left = self.left[:size], self.left[size:]
             yield self._document(piece, 0)
 
@@ -178,6 +183,12 @@ def read_documents(source: Source, tokenizer: Any, limit: int, skip: int = 0) ->
         total = cutter.num_bad + cutter.num_good
         message = f"{cutter.num_bad} of {total} rows cannot be read: left out; the first: {cutter.problem}"
         warnings.warn(message, LearnevictWarning, stacklevel=2)
+    if found and source.packed and cutter.left and len(found) < skip + limit:
+        message = f"the last {len(cutter.left)} tokens fill no piece of --max_length {source.max_length}: left out"
+        warnings.warn(message, LearnevictWarning, stacklevel=2)
+    if cutter.num_cut:
+        message = f"{cutter.num_cut:,} tokens of chats, or of prompts with answers, lie beyond --max_length {source.max_length}"
+        warnings.warn(f"{message}: left out", LearnevictWarning, stacklevel=2)
     if len(found) <= skip:
         held = f"only {len(found)} documents" if found else "no text"
         held += f" of {source.max_length} tokens" if source.packed else ""
@@ -219,10 +230,17 @@ class Collator:
 
 
 def long_enough(documents: list[Document], shortest: int) -> list[Document]:
-    """Returns the documents of at least so many tokens; a DataError if there is none."""
+    """Returns the documents of at least so many tokens, and warns of the others; a DataError if there is none."""
     kept = [document for document in documents if len(document.input_ids) >= shortest]
     if not kept:
         raise DataError(
             f"no text has the {shortest} tokens that the smallest training budget and the period ask for; lower them"
         )
+    if len(kept) < len(documents):
+        tokens = [sum(len(one.input_ids) for one in some) for some in (documents, kept)]
+        message = (
+            f"{len(documents) - len(kept)} of {len(documents)} texts, {tokens[0] - tokens[1]:,} of {tokens[0]:,} tokens, have "
+            f"fewer than {shortest}: left out"
+        )
+        warnings.warn(message, LearnevictWarning, stacklevel=2)
     return kept

@@ -38,7 +38,7 @@ class Stream(IterableDataset):
     ) -> None:
         self.source, self.tokenizer, self.skip, self.shortest = source, tokenizer, skip, shortest
         self.rank, self.num_ranks = rank, num_ranks
-        self.digest, self.index, self.bad_before, self.warned = "", 0, 0, False
+        self.digest, self.index, self.bad_before, self.warned = "", 0, 0, set[str]()
         self.cutter = Cutter(source, tokenizer)
 
     @property
@@ -92,7 +92,14 @@ class Stream(IterableDataset):
             self.cutter = Cutter(self.source, self.tokenizer)
 
     def _warn(self) -> None:
-        if self.cutter.num_bad and not self.warned:
-            self.warned = True
-            message = f"rows that cannot be read are left out, such as this: {self.cutter.problem}"
-            warnings.warn(message, LearnevictWarning, stacklevel=3)
+        cutter, most = self.cutter, self.source.max_length
+        for found, message in (
+            (cutter.num_bad, f"rows that cannot be read are left out, such as this: {cutter.problem}"),
+            (
+                cutter.num_cut,
+                f"chats and prompts with answers are cut off at {most} tokens, such as row {cutter.number}",
+            ),
+        ):
+            if found and message[:4] not in self.warned:
+                self.warned.add(message[:4])
+                warnings.warn(message, LearnevictWarning, stacklevel=3)

@@ -67,9 +67,12 @@ def encode(model: Any, tokenizer: Any, text: str, *, max_tokens: int | None = No
 
 
 def check_known(tokenizer: Any, ids: Int[Tensor, "T"], text: str) -> None:
-    """Raises a DataError if the vocabulary lacks words of a text, whose beginning has these ids."""
+    """Raises a DataError if the vocabulary lacks words of a text, whose beginning has these ids.
+
+    Some models write their unknown token themselves (SmolLM2: <|endoftext|>); where the text has it, that is no unknown word.
+    """
     unknown = tokenizer.unk_token_id
-    if unknown is not None and bool((ids == unknown).any()):
+    if unknown is not None and tokenizer.unk_token not in text and bool((ids == unknown).any()):
         known = {tokenizer.decode([token]) for token in set(ids.tolist()) - {unknown}}
         words = [word for word in dict.fromkeys(text.split()) if word not in known][:5]
         raise DataError(f"the model does not know words of this text, such as {', '.join(words)}; use another model")

@@ -153,13 +153,9 @@ def estimated(config: RefineProgramConfig, refine: RefineConfig, training: Any) 
 def suitable(documents: list[Document], refine: RefineConfig) -> list[Document]:
     """Returns the texts with an answer in which something is evicted; warns of those left out."""
     answered = [one for one in documents if one.prompt_length < len(one.input_ids)]
-    kept = long_enough(answered, refine.min_budget + refine.period + 2)
-    if len(kept) < len(documents):
-        left = len(documents) - len(kept)
-        warnings.warn(
-            f"{left} of {len(documents)} texts are too short or have no answer: left out", LearnevictWarning, 2
-        )
-    return kept
+    if left := len(documents) - len(answered):
+        warnings.warn(f"{left} of {len(documents)} texts have no answer: left out", LearnevictWarning, 2)
+    return long_enough(answered, refine.min_budget + refine.period + 2)
 
 
 def row_of(document: Document) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -103,61 +104,82 @@ def test_a_prompt_is_everything_before_the_last_answer():
         {"role": "assistant", "content": text(3)},
         {"role": "user", "content": text(4)},
     ]
-    found, prompt = Encoder(TOKENIZER, 999).encode({"messages": chat}, "here")
+    found, prompt = Encoder(TOKENIZER).encode({"messages": chat}, "here")
     assert found == ids(TOKENIZER.apply_chat_template(chat[:4], tokenize=False))
     assert found[:prompt] == ids(TOKENIZER.apply_chat_template(chat[:3], tokenize=False, add_generation_prompt=True))
     assert found[prompt : prompt + 5] == ids(text(3))
-    assert Encoder(TOKENIZER, 999, column="turns").encode({"turns": chat}, "here") == (found, prompt)
-    asked, prompt = Encoder(TOKENIZER, 999).encode({"messages": chat[:1]}, "here")
+    assert Encoder(TOKENIZER, column="turns").encode({"turns": chat}, "here") == (found, prompt)
+    asked, prompt = Encoder(TOKENIZER).encode({"messages": chat[:1]}, "here")
     assert asked == ids(TOKENIZER.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True))
     assert prompt == len(asked), "it ends where the answer would begin"
-    assert Encoder(TOKENIZER, 3).encode({"messages": chat}, "here") == (found[:3], 3)
 
 
 def test_prompt_and_completion_columns():
     row = {"prompt": text(0), "completion": text(1)}
-    assert Encoder(TOKENIZER, 999).encode(row, "here") == (ids(text(0)) + ids(text(1)), 5)
+    assert Encoder(TOKENIZER).encode(row, "here") == (ids(text(0)) + ids(text(1)), 5)
     turns = {
         "prompt": [{"role": "user", "content": text(0)}],
         "completion": [{"role": "assistant", "content": text(1)}],
     }
     chat = {"messages": [*turns["prompt"], *turns["completion"]]}
-    assert Encoder(TOKENIZER, 999).encode(turns, "here") == Encoder(TOKENIZER, 999).encode(chat, "here")
+    assert Encoder(TOKENIZER).encode(turns, "here") == Encoder(TOKENIZER).encode(chat, "here")
 
 
 def test_a_prompt_may_be_all_there_is():
-    assert Encoder(TOKENIZER, 999).encode({"prompt": text(0)}, "here") == (ids(text(0)), 5)
+    assert Encoder(TOKENIZER).encode({"prompt": text(0)}, "here") == (ids(text(0)), 5)
     turns = [{"role": role, "content": text(i)} for i, role in enumerate(("user", "assistant", "user"))]
     wanted = ids(TOKENIZER.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    assert Encoder(TOKENIZER, 999).encode({"prompt": turns}, "here") == (wanted, len(wanted))
-    assert Encoder(TOKENIZER, 999, column="body").encode({"prompt": "a", "body": text(0)}, "here") == (ids(text(0)), 0)
+    assert Encoder(TOKENIZER).encode({"prompt": turns}, "here") == (wanted, len(wanted))
+    assert Encoder(TOKENIZER, column="body").encode({"prompt": "a", "body": text(0)}, "here") == (ids(text(0)), 0)
     with pytest.raises(DataError, match="has no text"):
-        Encoder(TOKENIZER, 999).encode({"prompt": turns, "completion": text(0)}, "here")
+        Encoder(TOKENIZER).encode({"prompt": turns, "completion": text(0)}, "here")
 
 
 def test_a_row_without_text_names_its_columns():
     with pytest.raises(DataError, match=r"row 3 has no text.*its columns are body, n; name one with --column"):
-        Encoder(TOKENIZER, 9).encode({"body": "a", "n": 1}, "row 3")
-    assert Encoder(TOKENIZER, 9, column="body").encode({"body": text(0)}, "row 3") == (ids(text(0)), 0)
+        Encoder(TOKENIZER).encode({"body": "a", "n": 1}, "row 3")
+    assert Encoder(TOKENIZER, column="body").encode({"body": text(0)}, "row 3") == (ids(text(0)), 0)
     plain = testbed.build_tokenizer()
     plain.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        Encoder(plain, 9).encode({"messages": [{"role": "user", "content": "a"}]}, "row 3")
+        Encoder(plain).encode({"messages": [{"role": "user", "content": "a"}]}, "row 3")
 
 
 def test_packing_joins_and_cuts(jsonl):
     source = Source(str(jsonl), max_length=8, packed=True)
-    found = read_documents(source, TOKENIZER, 99)[0]
+    with pytest.warns(LearnevictWarning, match="the last 6 tokens fill no piece"):
+        found = read_documents(source, TOKENIZER, 99)[0]
     joined = [token for i in range(9) for token in [*ids(text(i)), TOKENIZER.eos_token_id]]
     assert [one.input_ids for one in found] == [joined[i : i + 8] for i in range(0, len(joined) - 7, 8)]
     with pytest.raises(DataError, match="no text of 999 tokens"):
         read_documents(Source(str(jsonl), max_length=999, packed=True), TOKENIZER, 9)
 
 
+def test_long_texts_become_pieces_and_what_is_cut_off_is_said(tmp_path):
+    rows = [{"text": text(0, 11)}, {"prompt": text(1), "completion": text(2)}, {"prompt": text(3, 6)}]
+    source = replace(write_lines(tmp_path / "a.jsonl", rows), max_length=4)
+    with pytest.warns(
+        LearnevictWarning, match="8 tokens of chats, or of prompts .* lie beyond --max_length 4: left out"
+    ):
+        found, _ = read_documents(source, TOKENIZER, 9)
+    whole = ids(text(0, 11))
+    pieces = [(whole[:4], 0), (whole[4:8], 0), (whole[8:], 0), (ids(text(1))[:4], 4), (ids(text(3))[:4], 4)]
+    assert [(one.input_ids, one.prompt_length) for one in found] == pieces
+    with pytest.warns(LearnevictWarning, match="cut off at 4 tokens, such as row 2") as told:
+        streamed = [one.input_ids for one in islice(Stream(source, TOKENIZER), 10)]
+    assert streamed == [piece for piece, _ in pieces] * 2 and len(told) == 1
+    packed = replace(source, packed=True, max_length=20)
+    with pytest.warns(LearnevictWarning, match="the last 10 tokens fill no piece of --max_length 20: left out"):
+        assert len(read_documents(packed, TOKENIZER, 9)[0]) == 1
+    with pytest.warns(LearnevictWarning, match="2 of 3 texts, 5 of 11 tokens, have fewer than 4: left out"):
+        kept = long_enough([Document([0] * size, 0, "", 0) for size in (2, 3, 6)], 4)
+    assert [len(one.input_ids) for one in kept] == [6]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_stream_goes_on_exactly_where_it_was(jsonl, packed):
-    source = Source(str(jsonl), max_length=4 if packed else 99, packed=packed, streaming=True)
+@pytest.mark.parametrize(("packed", "size"), [(False, 99), (False, 3), (True, 4)])
+def test_a_stream_goes_on_exactly_where_it_was(jsonl, packed, size):
+    source = Source(str(jsonl), max_length=size, packed=packed, streaming=True)
     whole = list(islice(Stream(source, TOKENIZER, skip=2), 30))
     assert [one.input_ids for one in whole[:3]] == [one.input_ids for one in read_documents(source, TOKENIZER, 3, 2)[0]]
     for stop in (0, 1, 6, 7, 13, 20):
@@ -283,7 +305,7 @@ def test_a_file_that_cannot_be_read_is_one_bad_row_of_its_folder(tmp_path):
 
 def test_conversations_of_all_shapes_are_one():
     chat = [("user", text(0)), ("assistant", text(1)), ("user", text(2)), ("assistant", text(3))]
-    wanted = Encoder(TOKENIZER, 99).encode({"messages": [{"role": a, "content": b} for a, b in chat]}, "here")
+    wanted = Encoder(TOKENIZER).encode({"messages": [{"role": a, "content": b} for a, b in chat]}, "here")
     old = {"user": "human", "assistant": "gpt"}
     for row in (
         {"conversations": [{"from": old[a], "value": b} for a, b in chat]},
@@ -296,8 +318,8 @@ def test_conversations_of_all_shapes_are_one():
             "completion": [{"from": "gpt", "value": text(3)}],
         },
     ):
-        assert Encoder(TOKENIZER, 99).encode(row, "here") == wanted, row
-        assert Encoder(TOKENIZER, 99).encode(json.dumps(row), "here") == wanted, row
+        assert Encoder(TOKENIZER).encode(row, "here") == wanted, row
+        assert Encoder(TOKENIZER).encode(json.dumps(row), "here") == wanted, row
     for turn, message in (
         ({"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}, "another kind than text: 'image_url'"),
         ({"role": "user", "content": 3}, "content is int, not text"),
@@ -306,7 +328,7 @@ def test_conversations_of_all_shapes_are_one():
         ({"role": "user", "content": "\ud800"}, "half of a surrogate pair"),
     ):
         with pytest.raises(DataError, match=f"here has a turn 1.*{message}|here holds.*{message}"):
-            Encoder(TOKENIZER, 99).encode({"messages": [turn]}, "here")
+            Encoder(TOKENIZER).encode({"messages": [turn]}, "here")
 
 
 def test_calls_of_tools_have_no_content():
@@ -315,11 +337,11 @@ def test_calls_of_tools_have_no_content():
     turns += [{"role": "tool", "content": text(1)}, {"role": "assistant", "content": text(2)}]
     tokenizer = testbed.build_tokenizer()
     with pytest.warns(LearnevictWarning, match="does not show tool calls"):
-        Encoder(tokenizer, 99).encode({"messages": turns}, "here")
+        Encoder(tokenizer).encode({"messages": turns}, "here")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content + ' ' }}{% if m.tool_calls %}look {% endif %}{% endfor %}"
     )
-    found, prompt = Encoder(tokenizer, 99).encode({"messages": turns}, "here")
+    found, prompt = Encoder(tokenizer).encode({"messages": turns}, "here")
     assert found == ids(f"{text(0)} look {text(1)} {text(2)}") and len(found) - prompt == 5
 
 

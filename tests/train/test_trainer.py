@@ -131,6 +131,7 @@ def test_texts_are_read_or_refused(tmp_path):
     good.write_text(json.dumps({"text": "abc"}) + "\n\n" + json.dumps({"text": "de"}))
     assert [d.input_ids for d in read_documents(Source(str(good), max_length=2), tokenizer, 9)[0]] == [
         [97, 98],
+        [99],
         [100, 101],
     ]
     for content, message in [

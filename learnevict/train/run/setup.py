@@ -166,16 +166,19 @@ def read_data(flags: Arguments, gates: Gates, base: PreTrainedModel, tokenizer: 
 def _suitable(documents: list[Document], flags: Arguments) -> list[Document]:
     """Returns the documents that the trainer can learn from; warns of how many are left out."""
     responses = flags.trainable_method.trainer.responses
-    kept = long_enough(documents, flags.mode.shortest)
+    kept = documents = long_enough(documents, flags.mode.shortest)
     if responses:
-        kept = [one for one in kept if 0 < one.prompt_length < len(one.input_ids)]
+        kept = [one for one in documents if 0 < one.prompt_length < len(one.input_ids)]
         if not kept:
             raise DataError(
                 f"mode {flags.trainable_method.mode} learns what a response attends to, but no document has a prompt and a "
                 "response: give chats, or columns prompt and completion, without --packed; or let the model answer, with "
                 "--own_answers"
             )
-    if len(kept) < len(documents):
-        why = "are too short or have no response" if responses else "are too short"
-        warnings.warn(f"{len(documents) - len(kept)} of {len(documents)} texts {why}: left out", LearnevictWarning, 2)
+        if len(kept) < len(documents):
+            warnings.warn(
+                f"{len(documents) - len(kept)} of {len(documents)} texts have no response: left out",
+                LearnevictWarning,
+                2,
+            )
     return kept
