@@ -2,7 +2,7 @@
 
 A row is a stream without padding, so positions are unpadded. `history` evicts by the rules of budget and slack and returns
 one expiry per (kv head, token); what a method adds is a function of `Moment` that gives every held token of a head a
-number.
+number. One that has `watch(moment)` is shown every token as it is read.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Moment:
     layer: int = 1
     softcap: float = INF
     sinks: list[float] | None = None
+    period: int = 1
+    prompt: int = 0
+    target: int = 0
     products: list[list[list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -91,8 +94,12 @@ def history(row: Any, prompt: int, rule: Rule, score: Callable[[Moment, int], di
     held: list[list[int]] = [[] for _ in range(heads)]
     mass: list[dict[int, float]] = [{} for _ in range(heads)]
     tokens = row.tokens[0].tolist()
-    at = Moment(q, k, v, attention.scaling, frequencies, tokens, held, mass, softcap=cap, sinks=sinks)
     period, target = max(rule.slack, 1), rule.budget - (rule.slack == 0)
+    at = Moment(
+        q, k, v, attention.scaling, frequencies, tokens, held, mass, softcap=cap, sinks=sinks, period=period, prompt=prompt,
+        target=target,
+    )  # fmt: skip
+    watch = getattr(score, "watch", lambda at: None)
     expiry = torch.full((heads, length), NEVER, dtype=torch.int32)
     for time in range(length):
         at.now = time
@@ -102,6 +109,7 @@ def history(row: Any, prompt: int, rule: Rule, score: Callable[[Moment, int], di
             for query_head in range(head * at.group, (head + 1) * at.group):
                 for j, weight in at.attention(query_head, time, held[head]).items():
                     mass[head][j] += weight / at.group
+        watch(at)
         grid = (time + 1) % period == 0
         due = grid if time >= prompt or not rule.at_prompt_end else time == prompt - 1
         if not due or sum(map(len, held)) <= heads * target:

@@ -16,7 +16,8 @@ from types import ModuleType
 from learnevict.errors import GateError, UsageError
 
 METHODS: tuple[str, ...] = (
-    "full", "random", "lexical", "clausal", "streaming_llm", "knorm", "h2o", "tova", "snapkv", "pyramidkv", "adakv", "rkv",
+    "full", "random", "random_attention", "lexical", "clausal", "streaming_llm", "knorm", "h2o", "tova", "keyformer", "snapkv",
+    "pyramidkv", "adakv", "defensivekv", "rkv", "pyramid_rkv", "g_kv", "lazy_eviction", "vase", "obcache", "caote",
     "expected_attention", "keydiff", "golden", "foresightkv", "trimkv", "dbtrimkv", "wg_kv", "dms", "kvzap", "fast_kvzip",
     "kvp", "kvpop", "judge_q", "lookahead_kv",
 )  # fmt: skip

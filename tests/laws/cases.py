@@ -27,6 +27,10 @@ AMPLE, ENDLESS = 4 * LENGTH, 100 * LENGTH
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in methods.METHODS},
     "random/slack0": ("random", {"slack": 0}),
+    "random_attention": ("random_attention", {"prompt": False}),
+    "lazy_eviction": ("lazy_eviction", {"alpha": 0.02}),
+    "vase/sketch": ("vase", {"variant": "sketch"}),
+    "obcache/all": ("obcache", {"window": None}),
     "adakv/slack0": ("adakv", {"slack": 0}),
     "h2o/kvpress": ("h2o", {"variant": "kvpress"}),
     "snapkv/rkv": ("snapkv", {"variant": "rkv"}),
@@ -58,6 +62,7 @@ EXEMPT: dict[tuple[str, str], str] = {
         "pyramidkv",
         "identity",
     ): "late layers hold less than the budget, so a text as long as the budget loses tokens there",
+    ("pyramid_rkv", "identity"): "some layers hold less than the budget, as pyramidkv's late ones",
 }
 
 

@@ -20,6 +20,7 @@ from learnevict.parts.window import WindowAttention
 from learnevict.policy import Guard, governor
 from learnevict.signals import NEVER, Signals, Trace
 from tests import brute_force as brute
+from tests import brute_systems as systems
 from tests.closeness import close
 from tests.event_loop import LAYER, VOCABULARY, Loop, Stream, stream
 
@@ -73,6 +74,44 @@ CASES = {
     "lexical": ("lexical", {"gate": lexical_gate}, brute.worth(worths(), 0.3), None),
     "clausal": ("clausal", {"gate": clausal_gate}, brute.clause_worth(clause_worths(), 3, 3), None),
     "lexical-bonus": ("lexical", {"gate": lexical_gate, "bonus": 1.5}, brute.worth(worths(), 1.5), None),
+    "random_attention": ("random_attention", {"seed": 3, "prompt": False}, systems.redrawn(3), None),
+    "random_attention-once": ("random_attention", {"prompt": False, "redraw": False}, brute.hashed(0), None),
+    "keyformer": ("keyformer", {"seed": 5}, systems.NoisyMass(1.0, 0.01, 5), None),
+    "defensivekv": ("defensivekv", {}, systems.worst_case(3), brute.ada_counts(0.2)),
+    "defensivekv-window": ("defensivekv", {"window": 9, "alpha": 1.0}, systems.worst_case(9), brute.ada_counts(1.0)),
+    "lazy_eviction": ("lazy_eviction", {"alpha": 0.05}, systems.Recurrence("gap", 0.05), None),
+    "lazy_eviction-paper": (
+        "lazy_eviction",
+        {"variant": "paper", "alpha": 1.5, "relative": True},
+        systems.Recurrence("paper", 1.5, relative=True),
+        None,
+    ),
+    "lazy_eviction-code": (
+        "lazy_eviction",
+        {"variant": "code", "alpha": 0.05},
+        systems.Recurrence("code", 0.05),
+        None,
+    ),
+    "vase": ("vase", {"seed": 2, "window": 6}, systems.large_or_drawn(6, 0.25, 2), None),
+    "vase-sketch": ("vase", {"variant": "sketch"}, systems.sketch(0, fixed=False), None),
+    "vase-fixed": ("vase", {"variant": "fixed", "seed": 4}, systems.sketch(4, fixed=True), None),
+    "g_kv": ("g_kv", {"window": 4}, systems.LocalAndGlobal(4), None),
+    "g_kv-mean": (
+        "g_kv",
+        {"memory": "mean", "alpha": 0.6, "window": 6},
+        systems.LocalAndGlobal(6, 0.5, 0.6, "mean"),
+        None,
+    ),
+    "g_kv-sum": ("g_kv", {"memory": "sum", "mix": 0.9, "window": 5}, systems.LocalAndGlobal(5, 0.9, 0.8, "sum"), None),
+    "obcache": ("obcache", {"window": 5}, systems.saliency("joint", 5), None),
+    "obcache-key": ("obcache", {"variant": "key", "window": 4}, systems.saliency("key", 4), None),
+    "obcache-value": ("obcache", {"variant": "value"}, systems.saliency("value", 16), None),
+    "obcache-all": ("obcache", {"window": None}, systems.AllSaliency("joint"), None),
+    "obcache-all-value": ("obcache", {"window": None, "variant": "value"}, systems.AllSaliency("value"), None),
+    "caote": ("caote", {}, systems.output_change(brute.snap("paper", 3)), None),
+    "caote-h2o": ("caote", {"base": "h2o"}, systems.output_change(brute.mass), None),
+    "caote-fast": ("caote", {"base": "h2o", "variant": "fast"}, systems.output_change(brute.mass, fast=True), None),
+    "pyramid_rkv": ("pyramid_rkv", {"window": 4}, brute.important_and_new(0.1, 4), None),
 }
 
 
@@ -103,18 +142,24 @@ def test_history_is_that_of_the_formulas(case, slack):
     assert torch.equal(found, expected(case, data, 37, slack=slack))
 
 
+ATTENTIVE = (
+    "snapkv", "tova", "h2o", "rkv", "adakv", "keyformer", "defensivekv", "lazy_eviction", "g_kv", "obcache", "caote", "vase",
+)  # fmt: skip
+SINKLESS = ("snapkv-rkv", "rkv", "rkv-code", "keyformer", "vase")
+"""Their softmax runs over tokens alone, so no sink takes part in it."""
+
+
 @pytest.mark.parametrize("kind", [{"softcap": 1.5}, {"sinks": True}], ids=["softcap", "sinks"])
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if CASES[case][0] in ("snapkv", "tova", "h2o", "rkv", "adakv")]
+    "case", [case for case in CASES if CASES[case][0] in ATTENTIVE and case not in ("vase-sketch", "vase-fixed")]
 )
 def test_history_under_softcap_and_attention_sinks(case, kind):
-    """As Gemma2 and GPT-OSS have them; R-KV's softmax runs over candidates alone, so no sink takes part in it."""
+    """As Gemma2 and GPT-OSS have them."""
     data = stream(**kind)
     found = Loop(make(case, slack=5), data).run(prompt=37)
     assert torch.equal(found, expected(case, data, 37, slack=5))
     plain = Loop(make(case, slack=5), stream()).run(prompt=37)
-    over_candidates = case in ("snapkv-rkv", "rkv", "rkv-code")
-    assert torch.equal(found, plain) == (over_candidates and "sinks" in kind)
+    assert torch.equal(found, plain) == (case in SINKLESS and "sinks" in kind)
 
 
 @pytest.mark.parametrize("case", ["h2o-paper", "snapkv-paper", "adakv", "rkv", "expected_attention"])
@@ -162,15 +207,19 @@ def test_every_method_takes_the_same_options():
 
 
 def test_defaults_are_bounded_and_cite_their_paper():
-    windows = {"snapkv": 32, "pyramidkv": 32, "adakv": 32, "rkv": 8}
+    windows = {
+        "snapkv": 32, "pyramidkv": 32, "adakv": 32, "defensivekv": 32, "caote": 32, "rkv": 8, "pyramid_rkv": 8, "g_kv": 16,
+        "obcache": 16, "vase": 64,
+    }  # fmt: skip
+    other = {name: Guard(4, 0, recent_share=0.5) for name in ("h2o", "keyformer")}
+    other["random_attention"] = Guard(4, 8, prompt=True)
     for name in methods.METHODS:
         module = methods.load(name)
         if module.PAPER.kind != "heuristic":
             continue
         policy = module.policy(512)
         assert policy.schedule.bounded
-        own = Guard(4, 0, recent_share=0.5) if name == "h2o" else Guard(4, windows.get(name, 8))
-        assert policy.guard == own, name
+        assert policy.guard == other.get(name, Guard(4, windows.get(name, 8))), name
         assert len(module.PAPER.arxiv) == 10
         assert 2023 <= module.PAPER.year <= 2026
 
@@ -188,6 +237,12 @@ def test_defaults_are_bounded_and_cite_their_paper():
         ("tova", {"slack": 600}, BudgetError, "605"),
         ("pyramidkv", {"beta": 0.5}, UsageError, "beta"),
         ("adakv", {"alpha": 2.0}, UsageError, "alpha"),
+        ("lazy_eviction", {"variant": "lazy"}, UsageError, "code, gap, paper"),
+        ("vase", {"variant": "dkv"}, UsageError, "attention, fixed, sketch"),
+        ("obcache", {"variant": "query"}, UsageError, "joint, key, value"),
+        ("g_kv", {"memory": "last"}, UsageError, "by max, mean, sum"),
+        ("caote", {"base": "knorm"}, UsageError, "which knorm has not"),
+        ("caote", {"variant": "slow"}, UsageError, "fast, paper"),
     ],
 )
 def test_errors_teach(name, options, error, message):
