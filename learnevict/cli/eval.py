@@ -19,6 +19,9 @@ from learnevict.errors import DataError, UsageError
 from learnevict.files import special
 from learnevict.infer.prompts.text_files import read_file
 
+KEPT = "+prompt"
+"""The end of the name of a method that never evicts the prompt."""
+
 
 @dataclass(frozen=True)
 class MethodOptions:
@@ -33,7 +36,8 @@ class MethodOptions:
         str,
         o.option(
             o.POLICY,
-            "Who evicts, separated by commas. [dim]full, random, lexical, some heuristics, golden, foresightkv[/dim]",
+            "Who evicts, separated by commas; NAME+prompt never evicts the prompt, beside which the budget counts. [dim]full, "
+            "random, random+prompt, lexical, some heuristics, golden, foresightkv[/dim]",
             "--methods",
             "--method",
         ),
@@ -66,7 +70,15 @@ class MethodOptions:
     recent: o.Recent = None
     slack: o.Slack = None
     schedule: o.Schedule = None
-    allocation: o.Allocation = None
+    allocation: Annotated[
+        str | None,
+        o.option(
+            o.POLICY,
+            "How budgets are shared out, separated by commas: equal, pooled (all layers and heads compete by score), files of "
+            "[bold]learnevict profile[/bold]. Every method is measured under each, golden too, except those that share "
+            "budgets out themselves. [dim]the method's own[/dim]",
+        ),
+    ] = None
     keep_prompt: Annotated[
         bool,
         o.option(
@@ -80,6 +92,11 @@ class MethodOptions:
     def __post_init__(self) -> None:
         for budget in listed(self.budgets):
             Budget.parse(budget)
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Returns whether any method never evicts the prompt."""
+        return self.keep_prompt or any(name.endswith(KEPT) for name in listed(self.methods))
 
 
 def evaluate(
@@ -114,6 +131,8 @@ def evaluate(
 
         learnevict eval --tasks needle,multi_key --text book.txt --length 1000 --model smollm2 --methods full,snapkv,keydiff
 
+        learnevict eval --tasks needle --text book.txt --model smollm2 --methods random,keydiff,golden --allocation equal,pooled
+
         learnevict eval --tasks gsm8k --data test.jsonl --examples train.jsonl --model smollm2 --methods full,h2o --budget 512
 
     Retrieval asks twice: "exact after" compresses a context once, before any question is known, as a cache that is kept does;
@@ -127,7 +146,7 @@ def evaluate(
     given, content = samples.given, ""
     for words in (tasks.tasks, tasks.families, methods.methods, methods.budgets):
         _warn_of_doubles(words)
-    said = {**given, "free": free, "keep_prompt": methods.keep_prompt or None}
+    said = {**given, "free": free, "keep_prompt": methods.keeps_prompts or None}
     if tasks.group != TESTBED:
         refuse({"split": given.get("split"), "tuned": methods.tuned or None}, f"the testbed, not to {tasks.tasks}")
     if tasks.streamed:

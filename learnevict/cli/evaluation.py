@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learnevict.cli.eval import MethodOptions
+from learnevict.cli.eval import KEPT, MethodOptions
 from learnevict.cli.opened_model import TESTBED, OpenedModel, open_model
 from learnevict.cli.options import ModelOptions, check_method
 from learnevict.cli.output import progress, say
@@ -17,7 +17,7 @@ from learnevict.cli.tasks import TaskOptions, listed
 from learnevict.errors import DataError, GateError, UsageError
 from learnevict.evals import perplexity as texts
 from learnevict.evals import tuning
-from learnevict.evals.methods import COMPARISON, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
+from learnevict.evals.methods import COMPARISON, FULL, GOLDEN, EvaluatedMethod, EvaluationSettings, evaluated_method
 from learnevict.evals.plan import EvaluatedModel, Plan, check, count
 from learnevict.evals.records import MARK, Row, write_rows
 from learnevict.evals.suite import read_earlier, run
@@ -30,10 +30,22 @@ from learnevict.files import check as check_file
 from learnevict.files import locked, special
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from learnevict.infer.prompts.text_files import parse_row, read_lines
+from learnevict.parts.allocation import EQUAL
 from learnevict.testbed import FAMILIES
 
-DEFAULT_METHODS = ("full", "random", "lexical", "streaming_llm", "h2o", "snapkv", "golden", "foresightkv")
+DEFAULT_METHODS = (
+    "full",
+    "random",
+    "random+prompt",
+    "lexical",
+    "streaming_llm",
+    "h2o",
+    "snapkv",
+    "golden",
+    "foresightkv",
+)
 PLAIN_METHODS = ("full", "random", "streaming_llm", "h2o", "snapkv", "keydiff")
+"""Of retrieval and perplexity, where no prompt stands before what is compressed; mathematics has the second one too."""
 
 
 def compare(
@@ -76,7 +88,8 @@ def compare(
         say(
             f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
-    field = evaluated_methods(opened, options, DEFAULT_METHODS if asked.group == TESTBED_TASKS else PLAIN_METHODS)
+    usual_methods = {TESTBED_TASKS: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
+    field = evaluated_methods(opened, options, usual_methods.get(asked.group, PLAIN_METHODS))
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
     if options.tuned and (rest := [budget for budget in plan.budgets if budget not in tuned]):
@@ -180,8 +193,8 @@ def compare_on_text(
 def _opened(model: ModelOptions, options: MethodOptions) -> OpenedModel:
     """Opens the model, if all methods are there: by name, as gates that ship, or as modules of the user's."""
     for name in listed(options.methods):
-        if _shipped(name) is None:
-            check_method(name)
+        if _shipped(name.removesuffix(KEPT)) is None:
+            check_method(name.removesuffix(KEPT))
     return open_model(model)
 
 
@@ -193,7 +206,7 @@ def _shipped(name: str) -> Path | None:
 
 def _settings(options: MethodOptions, usual: EvaluationSettings) -> EvaluationSettings:
     """Returns what was given, over what holds otherwise."""
-    found = {name: getattr(options, name) for name in ("sinks", "recent", "slack", "schedule", "allocation")}
+    found = {name: getattr(options, name) for name in ("sinks", "recent", "slack", "schedule")}
     given = {name: value for name, value in found.items() if value is not None}
     return replace(usual, prompt=options.keep_prompt, **given)
 
@@ -217,17 +230,39 @@ def evaluated_methods(opened: OpenedModel, options: MethodOptions, default: tupl
             )
         gates[one.method], sources[one.method] = one, source
     wanted = listed(options.methods) or (*default, *(name for name in gates if name not in default))
-    if unused := sorted(set(gates) - set(wanted)):
+    if unused := sorted(set(gates) - {name.removesuffix(KEPT) for name in wanted}):
         raise GateError(
             f"gates were given for {', '.join(unused)}, which --methods leaves out; add the method or drop --ckpt"
         )
     found: dict[str, Gates | None] = {}
     for name in wanted:
-        folder = _shipped(name) if opened.speaks_testbed and name not in gates else None
-        found[name] = gates.get(name) if folder is None else Gates.load(folder, opened.model, **how)
+        plain = name.removesuffix(KEPT)
+        folder = _shipped(plain) if opened.speaks_testbed and plain not in gates else None
+        found[name] = gates.get(plain) if folder is None else Gates.load(folder, opened.model, **how)
     known = tuning.load() if options.tuned else None
     if known is not None:
         known.check(weight_hash(opened.model), found)
-    of = {name: name if one is None else one.method for name, one in found.items()}
-    tuned = {name: known.of(method) if known else {} for name, method in of.items()}
-    return [evaluated_method(of[name], one, name=name, tuned=tuned[name], **how) for name, one in found.items()]
+    field: list[EvaluatedMethod] = []
+    for name, one in found.items():
+        method = name.removesuffix(KEPT) if one is None else one.method
+        kept, tuned = {"prompt": True} if name.endswith(KEPT) else {}, known.of(method) if known else {}
+        field.append(evaluated_method(method, one, name=name, settings=kept, tuned=tuned, **how))
+    return allocated(field, listed(options.allocation or ""))
+
+
+def allocated(field: Sequence[EvaluatedMethod], allocations: Sequence[str]) -> list[EvaluatedMethod]:
+    """Returns methods under each of the allocations, named after them ("snapkv+pooled"); those that share budgets out
+    themselves once, as they are."""
+    if not allocations:
+        return list(field)
+    found: list[EvaluatedMethod] = []
+    for one in field:
+        if one.shares_itself:
+            found.append(one)
+            continue
+        for allocation in allocations:
+            name = one.name if allocation == EQUAL else f"{one.name}+{Path(allocation).stem}"
+            found.append(replace(one, name=name, allocation=allocation))
+    if fixed := [one.name for one in found if one.allocation is None and one.method != FULL]:
+        say(f"{', '.join(fixed)}: budgets are shared out as the method does it, whatever --allocation says")
+    return found

@@ -129,7 +129,7 @@ OWN = {
 """Options of TaskOptions, and the groups of tasks that have them."""
 WITHOUT = {
     "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (),
-    PERPLEXITY: ("teacher", "free", "temperature", "tries"), TESTBED: (),
+    PERPLEXITY: ("teacher", "free", "temperature", "tries", "keep_prompt"), TESTBED: (),
 }  # fmt: skip
 """Options of samples and answers that would change nothing in a group of tasks (a context that is a prompt kept whole would be
 a full cache)."""

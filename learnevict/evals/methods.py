@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from learnevict.methods import golden
 from learnevict.oracle.collect import future_of, golden_labels
 from learnevict.parts.options import EQUAL, POOLED
 from learnevict.parts.shares import read_shares
-from learnevict.policy import Guard, Policy
+from learnevict.policy import Guard, Policy, Uniform
 
 GOLDEN, FULL, RANDOM = "golden", "full", "random"
+ROOMY = 1 << 16
+"""A budget that every method can be held to."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,17 @@ class EvaluationSettings:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Returns what logs and rows say of them: a file of shares by its content; nothing of what came later and is unset."""
-        found = {name: value for name, value in vars(self).items() if value is not None or name in ("sinks", "recent")}
-        if self.allocation not in (None, EQUAL, POOLED):
-            made = read_shares(Path(self.allocation))
-            found["allocation"] = fingerprint(map(repr, (made.indices, made.layers)))
-        return found
+        """Returns what logs and rows say of them; nothing of what came later and is unset."""
+        found = {**vars(self), "allocation": self.allocated}
+        return {name: value for name, value in found.items() if value is not None or name in ("sinks", "recent")}
+
+    @property
+    def allocated(self) -> str | None:
+        """Returns what rows call the allocation: "equal", "pooled", or "profile" and the content of the file."""
+        if self.allocation in (None, EQUAL, POOLED):
+            return self.allocation
+        made = read_shares(Path(self.allocation))
+        return f"profile {fingerprint(map(repr, (made.indices, made.layers)))}"
 
     @property
     def guard(self) -> Guard:
@@ -84,6 +91,7 @@ class EvaluatedMethod:
         settings: hyperparameters beside budget and common settings, for all budgets alike.
         tuned: hyperparameters by (family, budget as asked for), chosen on validation seeds; they win.
         allow_other_base: the gates may serve other weights than they were trained on.
+        allocation: replaces that of the common settings.
     """
 
     name: str
@@ -92,6 +100,7 @@ class EvaluatedMethod:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     allow_other_base: bool = False
+    allocation: str | None = None
 
     @property
     def kind(self) -> str:
@@ -105,7 +114,21 @@ class EvaluatedMethod:
     def identity(self, family: str, budget: str) -> dict[str, Any]:
         """Returns what makes its numbers in one cell what they are: method, hyperparameters, hash of the gates."""
         parts = {"method": self.method, **self.options(family, budget)}
+        if self.allocation is not None:
+            parts["allocation"] = EvaluationSettings(allocation=self.allocation).allocated
         return parts if self.gates is None else {**parts, "gates": weight_hash(self.gates)}
+
+    def rules(self, settings: EvaluationSettings) -> EvaluationSettings:
+        """Returns the settings that hold for this method where `settings` hold for all."""
+        return settings if self.allocation is None else replace(settings, allocation=self.allocation)
+
+    @property
+    def shares_itself(self) -> bool:
+        """Whether layers or heads share budgets in a way of its own, so that no other allocation can be asked of it."""
+        if self.method in (FULL, GOLDEN):
+            return self.method == FULL
+        made = self.policy(ROOMY, EvaluationSettings())
+        return type(made.allocator) is not Uniform or made.scope == "model"
 
     def policy(
         self, budget: int | str, settings: EvaluationSettings, options: Mapping[str, Any] | None = None
@@ -116,7 +139,7 @@ class EvaluatedMethod:
             UsageError: the method does not know an option.
             BudgetError: the budget cannot hold guards and a fresh block.
         """
-        given = {**settings.options, **(self.settings if options is None else options)}
+        given = {**self.rules(settings).options, **(self.settings if options is None else options)}
         make: Any = methods.load(self.method).policy
         if self.gates is not None:
             make = partial(self.gates.policy, allow_other_base=self.allow_other_base)
@@ -127,7 +150,7 @@ class EvaluatedMethod:
 
 
 def evaluated_method(method: str, gates: Gates | None = None, *, name: str = "", **parts: Any) -> EvaluatedMethod:
-    """Returns a method whose parts fit together; `parts`: settings, tuned, allow_other_base.
+    """Returns a method whose parts fit together; `parts`: settings, tuned, allow_other_base, allocation.
 
     Raises:
         UsageError: no such method.

@@ -137,7 +137,7 @@ def policy_for(cell: Cell, settings: EvaluationSettings, model: Any, ids: Int[Te
     if cell.budget is None:
         return None
     if cell.evaluated_method.method == GOLDEN:
-        return golden_policy(model, ids, cell.budget, settings)
+        return golden_policy(model, ids, cell.budget, cell.evaluated_method.rules(settings))
     return cell.evaluated_method.policy(cell.budget, settings)
 
 

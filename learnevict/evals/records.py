@@ -70,6 +70,7 @@ def make_row(log: SampleLog, cell: Cell, plan: Plan, subject: EvaluatedModel) ->
         "tries": plan.tries,
         "device": subject.model.device.type,
         "rules": plan.settings.recorded,
+        "allocation": cell.evaluated_method.rules(plan.settings).allocated,
         "options": cell.options,
     }
 

@@ -179,23 +179,23 @@ def _run_cell(reader: _Reader, cell: Cell, mode: str, log: SampleLog, advance: A
 def _run_batch(reader: _Reader, cell: Cell, mode: str, seeds: list[int]) -> Mapping[str, Any]:
     """Returns one batch of one cell: what goes into the log."""
     plan, task, model, tokenizer = reader.plan, reader.task, reader.subject.model, reader.subject.tokenizer
-    golden = cell.budget if cell.golden else None
+    golden, rules = cell.budget if cell.golden else None, cell.evaluated_method.rules(plan.settings)
     policy = None
     if cell.budget is not None and golden is None:
         policy = cell.evaluated_method.policy(cell.budget, plan.settings, cell.options)
     if mode == "teacher":
         texts, beside = reader.texts(seeds)
         if golden is not None:
-            return measure_golden(model, texts, golden, plan.settings, beside=beside)
+            return measure_golden(model, texts, golden, rules, beside=beside)
         return measure(model, texts, policy, beside)
     if mode not in SHARED_MODES:
         measured, samples = cast(MeasuredTask, task), task.samples(seeds)
         if golden is not None:
-            future = measured.future(mode, model, tokenizer, samples, plan.settings.block)
-            policy = from_labels(golden, future, **plan.settings.options)
+            future = measured.future(mode, model, tokenizer, samples, rules.block)
+            policy = from_labels(golden, future, **rules.options)
         return measured.measure(mode, model, tokenizer, samples, policy)
     task = cast(AnsweredTask, task)
     sampling = {"max_new_tokens": task.max_new_tokens, "temperature": plan.temperature, "seed": seeds[0]}
     if golden is not None:
-        return answer_golden(model, tokenizer, task, task.samples(seeds), golden, plan.settings, **sampling)
+        return answer_golden(model, tokenizer, task, task.samples(seeds), golden, rules, **sampling)
     return answer(model, tokenizer, task, task.samples(seeds), policy, tries=plan.tries, **sampling)

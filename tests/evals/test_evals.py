@@ -34,6 +34,7 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
+from learnevict.parts.allocation import Shares
 from learnevict.oracle.metrics import measure as measure_policy
 from tests.interrupting import ctrl_c_after
 from tools.results import pairs, sections, tables, tuning
@@ -1120,6 +1121,25 @@ def test_gates_of_the_command_line(subject, folder, tmp_path, capsys):
     assert main(words) == 1
     assert "--allow-other-base" in capsys.readouterr().err
     assert main([*words, "--allow-other-base"]) == 0
+
+
+def test_every_method_is_measured_under_each_allocation(folder, tmp_path, capsys):
+    out, shares = tmp_path / "rows.jsonl", tmp_path / "late.json"
+    Shares(layers=((1.0, 0.0), (3.0, 2.0)), indices=(0, 1)).save(shares)
+    words = ["eval", "--model", folder, "--device", "cpu", "--families", "recall", "--samples", "2", "--no-free"]
+    words += ["--methods", "full,random,random+prompt,adakv,golden", "--budgets", "48", "--out", str(out)]
+    assert main([*words, "--allocation", f"equal,pooled,{shares}"]) == 0
+    assert "adakv: budgets are shared out as the method does it" in capsys.readouterr().err
+    allocations = {row["method"]: row["allocation"] for row in read_rows(out)}
+    late = allocations["golden+late"]
+    assert late.startswith("profile ")
+    assert allocations == {
+        "full": None, "random": "equal", "random+pooled": "pooled", "random+late": late, "random+prompt": "equal",
+        "random+prompt+pooled": "pooled", "random+prompt+late": late, "adakv": None, "golden": "equal",
+        "golden+pooled": "pooled", "golden+late": late,
+    }  # fmt: skip
+    kept = {row["method"]: row["kv_bytes_end"] for row in read_rows(out)}
+    assert kept["random+prompt"] > kept["random"] and kept["golden+pooled"] < 1.1 * kept["golden"]
 
 
 PERPLEXITY = ["--task", "perplexity", "--text", "x.txt"]
