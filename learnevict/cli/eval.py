@@ -221,7 +221,9 @@ def report(
     ] = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Make a Markdown table, a CSV file and a plot of accuracy against budget.
+    """Make Markdown tables, a CSV file and a plot of accuracy against budget.
+
+    With golden eviction or several allocations among the methods, the tables begin with what is there to be learned.
 
     Examples:
 
@@ -231,12 +233,13 @@ def report(
 
     Without --out only the table is printed. An earlier report in the folder is replaced.
     """
+    from learnevict.evals.margin import margin_tables
     from learnevict.evals.records import read_rows
     from learnevict.evals.report import markdown, write_report
 
-    found = [row for path in rows for row in read_rows(path)]
+    found, margin = [row for path in rows for row in read_rows(path)], margin_tables(rows)
     if out is None:
-        tell(markdown(found).rstrip("\n"))
+        tell(f"{margin}\n{markdown(found)}".strip("\n"))
         return
-    for path in write_report(found, out, overwrite=overwrite):
+    for path in write_report(found, out, margin, overwrite=overwrite):
         say(f"wrote {path}")

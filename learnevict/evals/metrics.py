@@ -30,6 +30,11 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def signed(apart: Estimate) -> str:
+    """Returns a difference with its interval."""
+    return f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
+
+
 def resamples(num_samples: int, draws: int, seed: int = 0, stratum: int = 0) -> np.ndarray:
     """Returns indices of bootstrap draws, int64 [draws, num_samples]; same arguments, same draws, so figures stay paired."""
     return np.random.default_rng([seed, stratum]).integers(0, num_samples, (draws, num_samples))
@@ -104,6 +109,57 @@ def mean_share(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Est
 def paired_difference(one: Sequence[float], other: Sequence[float], seen: Sequence[float]) -> Estimate:
     """Returns step accuracy of `one` minus that of `other` on the same samples; an interval above zero: really better."""
     return ratio(np.subtract(one, other).tolist(), seen)
+
+
+SMALLEST_GAP = 0.03
+"""Below this much accuracy between the reference and the best training-free method, a cell is reported but not scored."""
+
+
+@dataclass(frozen=True)
+class RecoveryCell:
+    """One (family, budget): tokens right per sample under a method, the best heuristic and golden, of `seen` checked.
+
+    The samples are the same, in the same order, in all four. Losses are negative, higher is better; `least` is the smallest
+    gap that is scored.
+    """
+
+    method: Sequence[float]
+    best: Sequence[float]
+    golden: Sequence[float]
+    seen: Sequence[float]
+    least: float = SMALLEST_GAP
+
+    @property
+    def gap(self) -> float:
+        """Returns accuracy of golden minus that of the best heuristic."""
+        return (sum(self.golden) - sum(self.best)) / sum(self.seen)
+
+    @property
+    def scored(self) -> bool:
+        """Returns whether the gap is wide enough to divide by."""
+        return self.gap >= self.least
+
+
+def recovery(cells: Sequence[RecoveryCell], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Returns the recovery from the best training-free method (0) to golden (1).
+
+    Of one cell: sum(method - best) / sum(golden - best). Of several (the families at one budget) both sums run over
+    the cells' accuracy differences: how many tokens a family checks does not matter, but one with a wide gap weighs
+    more than one with a narrow gap. Samples are resampled within their cell. Cells with too narrow a gap are
+    left out; NaN if none is left. More than 1 is possible: golden is a reference, not a bound.
+    """
+    scored = [cell for cell in cells if cell.scored]
+    if not scored:
+        return Estimate(math.nan, math.nan, math.nan)
+    sums = np.zeros((2, draws + 1))
+    for stratum, cell in enumerate(scored):
+        best, seen = np.asarray(cell.best, dtype=np.float64), np.asarray(cell.seen, dtype=np.float64)
+        whole = np.arange(len(seen))[None]
+        index = np.concatenate([whole, resamples(len(seen), draws, seed, stratum)])
+        checked = seen[index].sum(-1)
+        sums[0] += (np.asarray(cell.method) - best)[index].sum(-1) / checked
+        sums[1] += (np.asarray(cell.golden) - best)[index].sum(-1) / checked
+    return estimate(float(sums[0, 0] / sums[1, 0]), sums[0, 1:], sums[1, 1:])
 
 
 def estimate(value: float, above: np.ndarray, below: np.ndarray) -> Estimate:

@@ -16,12 +16,13 @@ from learnevict.untrusted import one_line, spreadsheet_cell
 LEARNED, REFERENCE = "learned", "reference"
 
 
-def write_report(rows: Sequence[Row], folder: Path, *, overwrite: bool | None = None) -> list[Path]:
+def write_report(rows: Sequence[Row], folder: Path, margin: str = "", *, overwrite: bool | None = None) -> list[Path]:
     """Writes table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
 
     Args:
         rows: of evaluations.
         folder: made if there is none; an earlier report in it is replaced.
+        margin: Markdown that stands first, see evals.margin.
         overwrite: replace files of others too; None: the program has no such flag.
 
     Raises:
@@ -37,7 +38,7 @@ def write_report(rows: Sequence[Row], folder: Path, *, overwrite: bool | None = 
     for path, mark in ((page, MARKDOWN), (sheet, header), (picture, PICTURE))[: 3 if drawn else 2]:
         check(path, mark, overwrite=overwrite)
     said = f"{MARKDOWN.decode()} report. -->\n\n"
-    write(page, said + markdown(rows), MARKDOWN, overwrite=overwrite)
+    write(page, said + "\n".join(part for part in (margin, markdown(rows)) if part), MARKDOWN, overwrite=overwrite)
     write(sheet, comma_separated(rows), header, overwrite=overwrite)
     return [page, sheet, *([plot(drawn, picture, overwrite=overwrite)] if drawn else [])]
 

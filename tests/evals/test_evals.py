@@ -34,8 +34,8 @@ from learnevict.infer.attach import attach
 from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
-from learnevict.parts.allocation import Shares
 from learnevict.oracle.metrics import measure as measure_policy
+from learnevict.parts.allocation import Shares
 from tests.interrupting import ctrl_c_after
 from tools.results import pairs, sections, tables, tuning
 from tools.results.label_table import Tried, TriedLabels, label_tables
@@ -181,26 +181,26 @@ def test_a_paired_test_counts_the_draws_in_which_nothing_is_gained():
 
 
 def test_recovery_of_one_cell_is_the_ratio_of_sums():
-    cell = pairs.RecoveryCell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
-    found = pairs.recovery([cell])
+    cell = metrics.RecoveryCell(method=[3, 4, 2], best=[1, 2, 2], golden=[5, 4, 3], seen=[5, 6, 4])
+    found = metrics.recovery([cell])
     assert found.value == pytest.approx((2 + 2 + 0) / (4 + 2 + 1))
     assert found == metrics.ratio([2, 2, 0], [4, 2, 1])
 
 
 def test_recovery_pools_families_alike_and_leaves_narrow_cells_out():
-    wide = pairs.RecoveryCell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
-    short = pairs.RecoveryCell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
-    narrow = pairs.RecoveryCell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
+    wide = metrics.RecoveryCell(method=[60, 70], best=[40, 50], golden=[90, 90], seen=[100, 100])
+    short = metrics.RecoveryCell(method=[1, 1], best=[0, 1], golden=[2, 2], seen=[2, 2])
+    narrow = metrics.RecoveryCell(method=[0, 0], best=[50, 50], golden=[52, 52], seen=[100, 100])
     assert wide.scored and short.scored and not narrow.scored
-    found = pairs.recovery([wide, short, narrow])
+    found = metrics.recovery([wide, short, narrow])
     assert found.value == pytest.approx((0.2 + 0.25) / (0.45 + 0.75))
     assert found.low <= found.value <= found.high
-    assert math.isnan(pairs.recovery([narrow]).value) and math.isnan(pairs.recovery([]).value)
+    assert math.isnan(metrics.recovery([narrow]).value) and math.isnan(metrics.recovery([]).value)
 
 
 def test_golden_beaten_is_more_than_all():
-    cell = pairs.RecoveryCell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
-    assert pairs.recovery([cell]).value == pytest.approx(4 / 3)
+    cell = metrics.RecoveryCell(method=[9, 9], best=[5, 5], golden=[8, 8], seen=[10, 10])
+    assert metrics.recovery([cell]).value == pytest.approx(4 / 3)
 
 
 # --- teacher-forced ---

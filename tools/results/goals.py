@@ -11,8 +11,8 @@ from typing import NamedTuple
 from learnevict import testbed
 from learnevict.evals import tuning
 from learnevict.evals.methods import GOLDEN
+from learnevict.evals.metrics import SMALLEST_GAP
 from learnevict.evals.report import table
-from tools.results.pairs import SMALLEST_GAP
 from tools.results.records import Records
 from tools.results.sections import LEXICAL, refined_pairs, signed
 

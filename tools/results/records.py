@@ -10,12 +10,12 @@ from typing import Any
 
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN
-from learnevict.evals.metrics import Estimate
+from learnevict.evals.metrics import Estimate, RecoveryCell, recovery
 from learnevict.evals.plan import Key
 from learnevict.evals.records import Row, read_rows, write_rows
 from learnevict.evals.sample_log import START, SampleLog, log_path
 from learnevict.files import Lines, write
-from tools.results.pairs import Pairs, RecoveryCell, paired_test, recovery
+from tools.results.pairs import Pairs, paired_test
 
 Share = tuple[list[float], list[float]]
 

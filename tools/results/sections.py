@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from learnevict import methods, testbed
 from learnevict.evals import tuning
-from learnevict.evals.metrics import Estimate
+from learnevict.evals.metrics import SMALLEST_GAP, Estimate, signed
 from learnevict.evals.records import Row
 from learnevict.evals.report import ORACLE, grid, in_order, provenance, show_accuracy, show_exact, show_oracle, table
 from learnevict.testbed.vocabulary import VALUES
-from tools.results.pairs import SMALLEST_GAP
 from tools.results.records import Records
 
 LEXICAL = "lexical"
@@ -27,11 +26,6 @@ def by_budget(first: str, names: Iterable[str], budgets: Sequence[str], cell: Ca
     lines = [[name, *(cell(name, budget) for budget in budgets)] for name in names]
     lines = [line for line in lines if set(line[1:]) != {"–"}]
     return table([first, *budgets], lines) if lines else ""
-
-
-def signed(apart: Estimate) -> str:
-    """Returns a difference with its interval."""
-    return f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
 
 
 def mean(results: Records, method: str, budget: str, mode: str) -> Estimate | None:

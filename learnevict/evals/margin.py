@@ -1,0 +1,249 @@
+"""The margin: what is there to be learned, per task and budget, and how much of it a method reaches.
+
+Two questions are kept apart: which tokens stay (ranking), and how many slots layers and heads have (allocation). So every
+method has a column for each allocation it was measured under, at equal bytes, and recovery runs from the best training-free
+method, whatever its allocation, to golden eviction pooled over the model. All figures are made of per-sample logs, in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learnevict.evals import metrics
+from learnevict.evals.methods import FULL, GOLDEN, RANDOM
+from learnevict.evals.metrics import SMALLEST_GAP, RecoveryCell, signed
+from learnevict.evals.plan import Key
+from learnevict.evals.records import Row, read_rows
+from learnevict.evals.report import budget_label, table
+from learnevict.evals.sample_log import SampleLog, log_path
+from learnevict.parts.allocation import EQUAL, POOLED
+from learnevict.untrusted import one_line
+
+OWN = "own"
+COLUMNS = (OWN, EQUAL, "profile", POOLED)
+"""Allocations, in the order of tables; "own" is whatever a method does by itself, and equal for most."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of the log: the sum of one column over that of another (None: over samples).
+
+    Attributes:
+        sign: -1 where less is better, and the figure is the difference to the full cache.
+        least: the smallest gap between golden and the best training-free method that recovery is measured over.
+    """
+
+    title: str
+    mode: str
+    above: str
+    below: str | None = None
+    sign: int = 1
+    least: float = SMALLEST_GAP
+
+
+MEASURES = (
+    Measure("step accuracy", "teacher", "right", "seen"),
+    Measure("exact match", "free", "exact"),
+    Measure("exact match, asked afterwards", "after", "exact"),
+    Measure("exact match, question known", "known", "exact"),
+    Measure("added nats per token", "teacher", "loss", "spoken", sign=-1, least=0.003),
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method under one allocation; of `scores`, by sample, higher is better; `kept`: it never evicts the prompt."""
+
+    name: str
+    allocation: str
+    kind: str
+    kept: bool
+    scores: list[float]
+    seen: list[float]
+    peak: int | None
+
+    @property
+    def value(self) -> float:
+        """Returns the figure, higher is better."""
+        return sum(self.scores) / sum(self.seen)
+
+    @property
+    def title(self) -> str:
+        """Returns the method and its allocation."""
+        return self.name if self.allocation == OWN else f"{self.name}, {self.allocation}"
+
+    @property
+    def training_free(self) -> bool:
+        """Returns whether it needs neither training nor an oracle, and no bytes for the prompt beside the budget."""
+        return (self.kind == "heuristic" or self.name == RANDOM) and not self.kept
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All methods on one family at one budget by one measure; `full`: the full cache."""
+
+    family: str
+    budget: str
+    measure: Measure
+    scored: list[Scored]
+    full: Scored | None
+
+    def best(self, kind: str = "heuristic") -> Scored | None:
+        """Returns the best training-free method, or the best learned one, over all allocations."""
+        found = [one for one in self.scored if (one.training_free if kind == "heuristic" else one.kind == kind)]
+        return max(found, key=lambda one: one.value, default=None)
+
+    def of(self, name: str, *allocations: str, kept: bool = False) -> Scored | None:
+        """Returns a method, its prompt kept or not, under the first of these allocations that it has."""
+        mine = [one for one in self.scored if one.name.split("+")[0] == name and one.kept == kept]
+        found = {one.allocation.split(" ")[0]: one for one in mine}
+        return next((found[column] for column in allocations if column in found), None)
+
+    @property
+    def reference(self) -> Scored | None:
+        """Returns golden, pooled if it was measured so."""
+        return self.of(GOLDEN, POOLED, EQUAL, OWN)
+
+    def recovery(self, one: Scored) -> str:
+        """Returns how much of the way from the best training-free method to the reference a learned method has come."""
+        best, reference = self.best(), self.reference
+        if best is None or reference is None or one.kind != "learned" or one.kept:
+            return ""
+        cell = RecoveryCell(one.scores, best.scores, reference.scores, one.seen, self.measure.least)
+        found = metrics.recovery([cell])
+        return "" if math.isnan(found.value) else f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+
+    def show(self, one: Scored | None) -> str:
+        """Returns a figure with its interval; of a loss as it is, not its negative."""
+        if one is None:
+            return "–"
+        if self.measure.sign < 0:
+            return signed(metrics.ratio([-value for value in one.scores], one.seen))
+        whole = self.measure.below is None
+        return str(metrics.share(one.scores) if whole else metrics.ratio(one.scores, one.seen))
+
+
+def margin_tables(files: Sequence[Path]) -> str:
+    """Returns Markdown: what there is to be learned in each task and budget, and every method under each allocation.
+
+    Args:
+        files: rows of `learnevict eval`; their logs lie beside them. Rows without a log, and demo reports, are left out.
+
+    Returns:
+        "" where no golden eviction and not more than one allocation was measured.
+
+    Raises:
+        DataError: a file is no result of an evaluation.
+    """
+    contests = list(read_contests(files))
+    columns = {one.allocation for contest in contests for one in contest.scored}
+    if len(columns) < 2 and not any(contest.reference for contest in contests):
+        return ""
+    parts = ["## What is there to be learned", MARGIN]
+    for measure in MEASURES:
+        mine = [contest for contest in contests if contest.measure is measure]
+        if mine:
+            parts += [f"{measure.title.capitalize()}:", margin_table(mine)]
+    parts += ["## Ranking and allocation", ALLOCATION]
+    for contest in contests:
+        parts += [f"{one_line(contest.family)}, {contest.budget}, {contest.measure.title}{_endpoints(contest)}"]
+        parts.append(allocation_table(contest))
+    return "\n\n".join(parts) + "\n"
+
+
+MARGIN = (
+    "To learn: golden pooled over the model (else golden) minus the best training-free method, paired; where it is about 0, "
+    "selection does not matter. The best training-free and the best learned method are chosen on these very samples, over all "
+    "allocations, which flatters both. 95 % intervals over samples. A kept prompt takes its bytes beside the budget."
+)
+ALLOCATION = (
+    "A claim for a ranking stays within one column. Beside learned methods: recovery, sum(method - best) / sum(reference - best), "
+    "with the endpoints named above; nothing where they lie too close."
+)
+
+
+def margin_table(contests: Sequence[Contest]) -> str:
+    """Returns one measure: a line per family and budget."""
+    header = ["family", "budget", "full cache", "random", "random, prompt kept", "best training-free", "best learned"]
+    lines: list[list[str]] = []
+    for contest in contests:
+        best, learned, reference = contest.best(), contest.best("learned"), contest.reference
+        lines.append([
+            one_line(contest.family), contest.budget, contest.show(contest.full),
+            contest.show(contest.of(RANDOM, EQUAL, OWN)), contest.show(contest.of(RANDOM, EQUAL, OWN, kept=True)),
+            *(f"{contest.show(one)} ({one_line(one.title)})" if one else "–" for one in (best, learned)),
+            contest.show(contest.of(GOLDEN, EQUAL, OWN)), contest.show(contest.of(GOLDEN, POOLED)),
+            signed(metrics.paired_difference(reference.scores, best.scores, best.seen)) if reference and best else "–",
+        ])  # fmt: skip
+    return table([*header, "golden, equal", "golden, pooled", "to learn"], lines)
+
+
+def allocation_table(contest: Contest) -> str:
+    """Returns one family at one budget: methods down, allocations across."""
+    there = {one.allocation for one in contest.scored}
+    columns = sorted(there, key=lambda title: (COLUMNS.index(title.split(" ")[0]), title))
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(one.name for one in contest.scored):
+        found = {one.allocation: one for one in contest.scored if one.name == name}
+        cells = [contest.show(found.get(column)) for column in columns]
+        gained = [contest.recovery(found[column]) if column in found else "" for column in columns]
+        lines.append(
+            [one_line(name), *(f"{cell} ({part})" if part else cell for cell, part in zip(cells, gained, strict=True))]
+        )
+    profiles = [column for column in columns if column.startswith("profile")]
+    titles = ["profile" if [column] == profiles else column for column in columns]
+    return table(["method", *titles], lines)
+
+
+def _endpoints(contest: Contest) -> str:
+    best, reference = contest.best(), contest.reference
+    peaks = [one.peak for one in contest.scored if one.peak is not None and not one.kept]
+    held = f"; {min(peaks) / 1024:.0f} to {max(peaks) / 1024:.0f} KiB at the peak" if peaks else ""
+    if best is None or reference is None:
+        return f"{held}:"
+    return f"; recovery from {one_line(best.title)} to {one_line(reference.title)}{held}:"
+
+
+def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
+    """Yields every family, budget and measure of the files, over samples that all methods were measured on."""
+    logs = {path: SampleLog(log_path(path), None, resume=True) for path in files if log_path(path).exists()}
+    opened = [(row, log) for path, log in logs.items() for row in read_rows(path)]
+    places = dict.fromkeys((row["family"], budget_label(row)) for row, _ in opened if row["budget"] is not None)
+    for family, budget in places:
+        for measure in MEASURES:
+            mine = [
+                (row, log) for row, log in opened if row["family"] == family and budget_label(row) in (None, budget)
+            ]
+            found = {id(row): one for row, log in mine if (one := _scored(row, log, measure)) is not None}
+            full = next((found[id(row)] for row, _ in mine if row["budget"] is None and id(row) in found), None)
+            scored = [found[id(row)] for row, _ in mine if row["budget"] is not None and id(row) in found]
+            if len({len(one.seen) for one in scored}) == 1:
+                yield Contest(family, str(budget), measure, scored, full)
+
+
+def _scored(row: Row, log: SampleLog, measure: Measure) -> Scored | None:
+    """Returns one row's numbers; None where it was not measured so."""
+    seeds = range(row.get("seed", 0), row.get("seed", 0) + row["samples"])
+
+    def column(method: str, budget: str, name: str) -> list[float] | None:
+        return log.column(Key(method, row["family"], budget, measure.mode), seeds, name)
+
+    asked = budget_label(row) or FULL
+    scores = column(row["method"], asked, measure.above)
+    seen = [1.0] * len(seeds) if measure.below is None else column(row["method"], asked, measure.below)
+    if scores is None or seen is None:
+        return None
+    if measure.sign < 0:
+        full = column(FULL, FULL, measure.above)
+        if full is None:
+            return None
+        scores = [least - own for own, least in zip(scores, full, strict=True)]
+    allocation: Any = row.get("allocation") or row.get("rules", {}).get("allocation") or OWN
+    plain, mark, end = row["method"].rpartition("+")
+    name = plain if mark and end != "prompt" and allocation not in (OWN, EQUAL) else row["method"]
+    kept = bool({**row.get("rules", {}), **row.get("options", {})}.get("prompt"))
+    return Scored(name, allocation, row.get("kind", ""), kept, scores, seen, row.get("kv_bytes_peak"))
