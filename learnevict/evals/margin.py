@@ -161,8 +161,8 @@ MARGIN = (
     "allocations, which flatters both. 95 % intervals over samples. A kept prompt takes its bytes beside the budget."
 )
 ALLOCATION = (
-    "A claim for a ranking stays within one column. Beside learned methods: recovery, sum(method - best) / sum(reference - best), "
-    "with the endpoints named above; nothing where they lie too close."
+    "A claim for a ranking stays within one column. Beside learned methods: recovery, sum(method - best) / sum(reference - "
+    "best), with the endpoints named above; nothing where they lie too close."
 )
 
 
