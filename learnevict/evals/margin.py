@@ -20,7 +20,7 @@ from learnevict.evals.plan import Key
 from learnevict.evals.records import Row, read_rows
 from learnevict.evals.report import budget_label, table
 from learnevict.evals.sample_log import SampleLog, log_path
-from learnevict.parts.allocation import EQUAL, POOLED
+from learnevict.parts.options import EQUAL, POOLED
 from learnevict.untrusted import one_line
 
 OWN = "own"

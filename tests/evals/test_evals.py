@@ -35,7 +35,7 @@ from learnevict.infer.teacher_forcing import replay
 from learnevict.methods import full, h2o, random, streaming_llm
 from learnevict.oracle.collect import golden_trace
 from learnevict.oracle.metrics import measure as measure_policy
-from learnevict.parts.allocation import Shares
+from learnevict.parts.shares import Shares
 from tests.interrupting import ctrl_c_after
 from tools.results import pairs, sections, tables, tuning
 from tools.results.label_table import Tried, TriedLabels, label_tables
