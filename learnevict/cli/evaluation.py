@@ -24,7 +24,7 @@ from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import Task, family_tasks, fingerprint, resolve
 from learnevict.evals.tasks.contexts import Haystack
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
-from learnevict.evals.tasks.retrieval import RetrievalTask
+from learnevict.evals.tasks.retrieval import MODES, RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
@@ -114,8 +114,11 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Tas
         haystack = Haystack(text, lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
         limit = asked.max_new_tokens or 24
         source = f"{asked.text and asked.text.name} {fingerprint([text])}"
+        modes = MODES if asked.question is None else (asked.question.value,)
         return tuple(
-            RetrievalTask(kind, length, haystack, source, chat=chat, depth=asked.depth, max_new_tokens=limit)
+            RetrievalTask(
+                kind, length, haystack, source, chat=chat, depth=asked.depth, max_new_tokens=limit, modes=modes
+            )
             for kind in listed(asked.tasks) for length in asked.lengths
         )  # fmt: skip
     if asked.group == "perplexity":

@@ -28,6 +28,13 @@ class Split(str, Enum):
     validation = "validation"
 
 
+class When(str, Enum):
+    """When a question about a context is asked."""
+
+    after = "after"
+    known = "known"
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """What is asked of the model, beside the testbed's own families; None where nothing was said.
@@ -62,6 +69,14 @@ class TaskOptions:
     depth: Annotated[
         float | None,
         o.option(TASKS, "Where the first fact is hidden: 0 first, 1 last. [dim]drawn[/dim]", min=0.0, max=1.0),
+    ] = None
+    question: Annotated[
+        When | None,
+        o.option(
+            TASKS,
+            "Ask only after the context was read and compressed, or only with the question known while it is read. "
+            "[dim]both[/dim]",
+        ),
     ] = None
     max_tokens: Annotated[int | None, o.option(TASKS, "Read only the beginning of the text.", min=2)] = None
     data: Annotated[
@@ -123,7 +138,8 @@ class TaskOptions:
 
 OWN = {
     "families": (TESTBED,), "text": (PERPLEXITY, "retrieval"), "length": (TESTBED, PERPLEXITY, "retrieval"),
-    "depth": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",), "examples": ("problems",),
+    "depth": ("retrieval",), "question": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",),
+    "examples": ("problems",),
     "shots": ("problems",), "chat": ("retrieval", "problems"), "max_new_tokens": ("retrieval", "problems"),
 }  # fmt: skip
 """Options of TaskOptions, and the groups of tasks that have them."""

@@ -14,6 +14,8 @@ from learnevict.evals.tasks.contexts import Context, Haystack, Question, make
 from learnevict.evals.tasks.questions import ask, foreseen
 from learnevict.policy import AnyPolicy
 
+MODES = ("after", "known")
+
 
 @dataclass(frozen=True)
 class RetrievalTask:
@@ -27,6 +29,7 @@ class RetrievalTask:
         chat: ask under the model's chat template.
         depth: see `make`.
         max_new_tokens: the longest reply.
+        modes: how questions are asked.
     """
 
     kind: str
@@ -36,8 +39,7 @@ class RetrievalTask:
     chat: bool = True
     depth: float | None = None
     max_new_tokens: int = 24
-
-    modes = ("after", "known")
+    modes: tuple[str, ...] = MODES
 
     @property
     def name(self) -> str:

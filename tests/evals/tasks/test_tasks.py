@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,9 @@ def test_retrieval_in_the_suite(subject: EvaluatedModel, haystack: Haystack, tmp
         assert row["exact_match"] == row["exact_after"]
     again, _ = run(plan, subject, compared, out, resume=True)
     assert again == rows
+    late = replace(plan, tasks=tuple(replace(task, modes=("after",)) for task in tasks))
+    for row, both in zip(run(late, subject, compared)[0], rows, strict=True):
+        assert row["exact_after"] == both["exact_after"] and "exact_known" not in row
 
 
 @pytest.mark.parametrize("known", [False, True])
