@@ -164,6 +164,14 @@ class LabelStore:
         for path in self.folder.glob("*/.train-*.part"):
             path.unlink(missing_ok=True)
 
+    def lengths(self) -> list[int]:
+        """Returns the tokens of the documents of the shards written so far."""
+        import pyarrow.parquet as parquet
+
+        files = [str(self.path(shard)) for shard in range(self.manifest.num_shards) if self.path(shard).exists()]
+        tables = [parquet.read_table(file, columns=["input_ids"]) for file in files]
+        return [len(ids) for table in tables for ids in table.column("input_ids")]
+
     def _states(self, shard: int) -> dict[str, Tensor]:
         """Returns the states of a shard's documents by their number in it; the file is mapped, not read."""
         path = self.states_path(shard)

@@ -13,7 +13,7 @@ from learnevict.data.documents import read_documents
 from learnevict.data.label_store import Document
 from learnevict.data.sources import Source
 from learnevict.errors import UsageError
-from learnevict.infer.load import load, load_config
+from learnevict.infer.load import load, load_config, load_tokenizer
 
 TESTBED = "testbed"
 
@@ -29,6 +29,11 @@ def load_base(name: str, device: str = "auto", *, allow_pickle: bool = False) ->
 def describe_base(name: str) -> tuple[PreTrainedConfig, torch.dtype | None]:
     """Returns the configuration of a base and its precision (None: as stored); no weight is read."""
     return (load_config(str(testbed.path())), torch.float32) if name == TESTBED else (load_config(name), None)
+
+
+def open_tokenizer(name: str) -> Any:
+    """Returns the tokenizer of a base alone."""
+    return testbed.build_tokenizer() if name == TESTBED else load_tokenizer(name)
 
 
 def longest_text(source: str, max_length: int) -> int:

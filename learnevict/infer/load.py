@@ -117,6 +117,15 @@ def load_config(name: str) -> PreTrainedConfig:
         raise ModelError(_explain(name, error)) from error
 
 
+def load_tokenizer(name: str) -> Any:
+    """Returns the tokenizer alone; a ModelError as from `load`."""
+    source, local = locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
 def locate(name: str) -> tuple[str, bool]:
     """Returns where to load from, and whether only from this machine.
 

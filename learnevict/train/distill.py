@@ -22,15 +22,17 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
 from learnevict.config import Budget
 from learnevict.data.documents import Collator
-from learnevict.data.opening import describe_base, families_of, load_base, longest_text
+from learnevict.data.opening import TESTBED, describe_base, families_of, load_base, longest_text, open_tokenizer
 from learnevict.hub import Gates
 from learnevict.train.run.estimate import ProgramFlags, estimate, length_of, report
+from learnevict.train.run.fitting import fit
 from learnevict.train.run.flags import flag, is_file, literal, read_file, read_flags, refuse_unknown
 from learnevict.train.run.launch import find_tools, launch_defaults
 from learnevict.train.run.phases import RunPlan
@@ -75,13 +77,15 @@ class DistillConfig(ProgramFlags):
         "them at a time, in place of the given ones; a prompt may be all there is",
     )
     answer_tokens: int = flag(0, "of its own answers at most; 0: as many as the longest given one")
-    period: int = flag(16, "tokens between events; the testbed's texts have 350")
+    period: int = flag(
+        16, "tokens between events, for the testbed's texts of 350; fitted to the length of others, as are budgets"
+    )
     sinks: int = flag(4, "first tokens that stay", least=0)
     recent: int = flag(8, "last tokens that stay", least=0)
     eval_documents: int = flag(
         32, "held out for evaluations: the first of the data, or validation samples of the testbed", least=0
     )
-    eval_budgets: list[str] = flag(["64"], "what the gates are evaluated under: 48, 25% or 64MiB")
+    eval_budgets: list[str] = flag(["64"], "what the gates are evaluated under: 48, 25% or 64MiB; of other texts 25%")
     patience: int = flag(0, "evaluations without improvement after which training stops; 0 never stops")
 
     def __post_init__(self) -> None:
@@ -118,6 +122,7 @@ def main(flags: Arguments) -> None:
         return
     set_seed(training.seed)
     base, tokenizer = load_base(config.model, device=str(training.device), allow_pickle=config.allow_pickle)
+    fit(flags, base.config, tokenizer)
     gates = make_gates(flags, base)
     with_repeat_ids(flags, tokenizer)
 
@@ -147,15 +152,18 @@ def main(flags: Arguments) -> None:
 
 def estimated(flags: Arguments) -> str:
     """Returns what the run would take, in figures for people; of the base, only the configuration is read."""
-    config, training, mode = flags.common, flags.training, vars(flags.mode)
+    config, training = flags.common, flags.training
     described, dtype = describe_base(config.model)
+    local = config.labels or Path(config.data).expanduser().exists()
+    lengths = fit(flags, described, open_tokenizer(config.model)) if local else None
+    mode = vars(flags.mode)
     shared = ("period", "budgets", "cuts", "along", "objective", "pairs", "recompute")
     common: Any = {name: mode[name] for name in shared if name in mode}
     common |= length_of(training, config.gpus, config.documents)
     before = Gates.load(config.start_from).config.settings if config.start_from else {}
     plan = RunPlan(
         flags.trainable_method.mode,
-        longest_text(config.data, config.max_length),
+        lengths.longest if lengths else longest_text(config.data, config.max_length),
         training.per_device_train_batch_size,
         stored_labels=config.labels is not None,
         settings={**flags.settings, **before},
@@ -192,6 +200,11 @@ def parse(arguments: list[str], program: str | None = None) -> Arguments:
     refuse_unknown(method.defaults, parts.values(), f"TRAINING of {name!r}")
     defaults = {**DEFAULTS, "output_dir": f"runs/{name}", **launch_defaults(), **method.defaults}
     found = read_flags(parts, arguments, __doc__, defaults=defaults, program=program, whose=f"of method {name!r}")
+    values = found.values
+    other = values["data"] != TESTBED or values["labels"]
+    if other and "budgets" in values and "budgets" not in found.given:  # until the texts are known
+        least = values["sinks"] + max(values["recent"], values["period"]) + 1
+        values["budgets"] = [max(budget, least) for budget in values["budgets"]]
     config, mode, gate, training = map(found.of, parts.values())
     return Arguments(config, method, mode, vars(gate), training, found.given)
 

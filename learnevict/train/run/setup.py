@@ -13,10 +13,10 @@ from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document
 from learnevict.data.opening import families_of, read_for_learning
 from learnevict.data.self_generated import SelfGeneration, generate_answers
-from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LearnevictWarning, UsageError
 from learnevict.hub import Gates
+from learnevict.train.run.fitting import source_of
 from learnevict.train.run.launch import check_launch
 from learnevict.train.run.registry import TrainableMethod
 from learnevict.train.run.resume import smoke_folder
@@ -123,6 +123,7 @@ def make_gates(flags: Arguments, base: PreTrainedModel) -> Gates:
     flags.settings |= settings
     shared = {one.name for one in fields(flags.mode)} & {name for name, value in settings.items() if value is not None}
     flags.mode = replace(flags.mode, **{name: settings[name] for name in shared})
+    common.period = settings.get("period") or common.period  # gates are judged at their own
     return gates
 
 
@@ -136,9 +137,7 @@ def read_data(flags: Arguments, gates: Gates, base: PreTrainedModel, tokenizer: 
     """
     common, training, names = flags.common, flags.training, families_of(flags.common.families)
     shortest, num_held = flags.mode.shortest, common.eval_documents if training.do_eval else 0
-    source = Source(
-        common.data, common.data_config, common.data_split, common.column, common.max_length, common.packed, common.streaming
-    )  # fmt: skip
+    source = source_of(common)
     if common.streaming:
         if common.data == "testbed":
             raise UsageError("samples of the testbed are made, not read; drop --streaming and give --documents")
