@@ -19,7 +19,7 @@ from pathlib import Path
 
 from learnevict.errors import DataError, UsageError, told_in_one_line
 from learnevict.files import check, write
-from learnevict.infer.prompts.text_files import checked, parse_row, read_lines
+from learnevict.infer.prompts import checked, parse_row, read_lines
 from learnevict.train.run.flags import check_fields, flag, read_flags
 
 FIRST = "Anna Ben Clara David Elena Frank Greta Hugo Iris Jonas Karla Leon Mara Nils Olga Paul Rita Simon Tessa Viktor".split()

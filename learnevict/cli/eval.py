@@ -17,7 +17,7 @@ from learnevict.cli.tasks import ANSWERS, TESTBED, WITHOUT, SampleOptions, TaskO
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError
 from learnevict.files import special
-from learnevict.infer.prompts.text_files import read_file
+from learnevict.infer.prompts import read_file
 
 KEPT = "+prompt"
 """The end of the name of a method that never evicts the prompt."""

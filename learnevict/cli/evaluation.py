@@ -29,7 +29,7 @@ from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
-from learnevict.infer.prompts.text_files import parse_row, read_lines
+from learnevict.infer.prompts import parse_row, read_lines
 from learnevict.parts.options import EQUAL
 from learnevict.testbed import FAMILIES
 

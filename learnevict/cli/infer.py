@@ -15,7 +15,7 @@ from learnevict.cli.prompts import Request, make_request, make_requests, read_ro
 from learnevict.config import readable_bytes
 from learnevict.errors import UsageError
 from learnevict.files import PAGE, check, locked, write
-from learnevict.infer.prompts.text_files import read_file
+from learnevict.infer.prompts import read_file
 
 NUM_TOGETHER = 8
 """Rows of a batch file at a time."""

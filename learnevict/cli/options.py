@@ -17,7 +17,7 @@ from learnevict import methods
 from learnevict.cli.output import INTERRUPTED, say
 from learnevict.config import Budget
 from learnevict.errors import UsageError
-from learnevict.infer.prompts.text_files import decode
+from learnevict.infer.prompts import decode
 
 PROMPT, POLICY, MACHINE, OUTPUT = "What to read", "Who evicts", "Model and machine", "Output"
 LARGEST_SEED = 2**63 - 1

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learnevict.errors import DataError, LearnevictError, UsageError
-from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
-from learnevict.infer.prompts.text_files import checked, parse_row, read_lines
+from learnevict.infer.prompts import CHATS, as_messages, checked, parse_row, read_lines, warn_of_tools
 
 if TYPE_CHECKING:
     from learnevict.cli.opened_model import OpenedModel

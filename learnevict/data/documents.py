@@ -20,8 +20,7 @@ import torch
 from learnevict.data.label_store import Document
 from learnevict.data.sources import Source, open_rows
 from learnevict.errors import DataError, LearnevictWarning
-from learnevict.infer.prompts.chat_formats import CHATS, as_messages, warn_of_tools
-from learnevict.infer.prompts.text_files import checked, parse_row
+from learnevict.infer.prompts import CHATS, as_messages, checked, parse_row, warn_of_tools
 
 RESPONSES = ("completion", "response")
 KNOWN = "text", *CHATS[:2], "prompt", "or prompt and completion"

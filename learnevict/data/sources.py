@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.errors import DataError
-from learnevict.infer.prompts.text_files import read_file, read_lines
+from learnevict.infer.prompts import read_file, read_lines
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")

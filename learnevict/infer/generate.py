@@ -19,7 +19,7 @@ from learnevict.infer.attach import Attachment, attach
 from learnevict.infer.cache import EvictingCache, bytes_held
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import device_of
-from learnevict.infer.prompts.text_files import checked
+from learnevict.infer.prompts import checked
 from learnevict.infer.serve import OWN_CACHE
 from learnevict.policy import AnyPolicy
 from learnevict.signals import EMPTY, NEVER, Trace

@@ -17,7 +17,7 @@ import torch
 from learnevict.errors import DataError, UsageError
 from learnevict.evals.tasks.task import TextBatch, fingerprint
 from learnevict.infer.generate import read_chat, read_text
-from learnevict.infer.prompts.text_files import checked
+from learnevict.infer.prompts import checked
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 INSTRUCTION = "Solve the problem step by step. Write the final answer in \\boxed{}."

@@ -1,1 +1,0 @@
-"""What a user wants read: text files, conversations of every format; and answers on a terminal."""
