@@ -182,11 +182,7 @@ def evaluate(
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of the user's file.
-
-    Raises:
-        DataError: no such file, not UTF-8, or empty.
-    """
+    """Returns the text of the user's file. Raises DataError: no such file, not UTF-8, or empty."""
     text = read_file(path)
     if not text.strip():
         raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")

@@ -135,11 +135,7 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Tas
 
 
 def read_problems(path: Path) -> tuple[Problem, ...]:
-    """Returns the problems of a file of JSON lines.
-
-    Raises:
-        DataError: it cannot be read, or a row is no problem.
-    """
+    """Returns the problems of a file of JSON lines. Raises DataError: it cannot be read, or a row is no problem."""
     found: list[Problem] = []
     for number, line in enumerate(read_lines(path), 1):
         try:

@@ -90,11 +90,7 @@ Overwrite = Annotated[bool, option(OUTPUT, "Replace files that learnevict did no
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """One prompt: its text, or a task of the testbed.
-
-    Raises:
-        UsageError: a chat template for a task.
-    """
+    """One prompt: its text, or a task of the testbed. Raises UsageError: a chat template for a task."""
 
     prompt: Annotated[str | None, option(PROMPT, "The prompt itself.", "--prompt", "-p")] = None
     task: Annotated[

@@ -106,11 +106,7 @@ def download(package: str, folder: Path) -> Path:
 
 
 def checked(path: Path, known: KnownModel) -> Path:
-    """Returns the path of a file with the right sha256, and removes another.
-
-    Raises:
-        HubError: it is another.
-    """
+    """Returns the path of a file with the right sha256, and removes another. Raises HubError: it is another."""
     if (found := digest(path)) != known.sha256:
         path.unlink()
         raise HubError(f"{known.file} arrived with sha256 {found}, not {known.sha256}; {again(path.parent)}")
@@ -180,11 +176,7 @@ def gguf_reader() -> Any:
 
 
 def gguf_in(source: Path) -> Path:
-    """Returns the GGUF file that a path leads to.
-
-    Raises:
-        ModelError: none or several.
-    """
+    """Returns the GGUF file that a path leads to. Raises ModelError: none or several."""
     files = sorted(source.glob("*.gguf")) if source.is_dir() else [source]
     if len(files) != 1 or not files[0].is_file():
         found = ", ".join(file.name for file in files[:3]) if source.is_dir() and files else "none"

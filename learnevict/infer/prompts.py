@@ -33,11 +33,7 @@ ROLES = {
 
 
 def read_file(path: Path) -> str:
-    """Returns a whole file as text.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
+    """Returns a whole file as text. Raises DataError: it cannot be read, or is not UTF-8."""
     try:
         return decode(path.read_bytes(), repr(str(path)))
     except OSError as error:
@@ -61,11 +57,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def decode(raw: bytes, source: str) -> str:
-    """Returns UTF-8 as text, without the byte order mark that it may begin with.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
+    """Returns UTF-8 as text, without the byte order mark that it may begin with. Raises DataError: it is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -71,11 +71,7 @@ class SoftTokens(Gate):
         return probe_attention.mean(3)
 
     def score(self, signals: Signals) -> Tensor:
-        """Returns scores, float32 [B, H, N].
-
-        Raises:
-            ModelError: the policy has no probe, so it attended to nothing.
-        """
+        """Returns scores, float32 [B, H, N]. Raises ModelError: the policy has no probe, so it attended to nothing."""
         if signals.probe_attention is None:
             raise ModelError("soft tokens score by what they attend to; make the policy with the method's policy()")
         return self.attention(signals.probe_attention).mean(2)

@@ -79,11 +79,7 @@ class Shares(Uniform):
 
 
 def read_shares(path: Path) -> Shares:
-    """Returns the shares of a file.
-
-    Raises:
-        DataError: no such file, or something else in it.
-    """
+    """Returns the shares of a file. Raises DataError: no such file, or something else in it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         layers = tuple(tuple(float(head) for head in heads) for heads in found["layers"])

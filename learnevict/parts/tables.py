@@ -60,11 +60,7 @@ class OtherBonus(WrappedScorer):
 
 
 def tokens_of(signals: Signals, method: str) -> Tensor:
-    """Returns the fresh token ids, int64 [B, S].
-
-    Raises:
-        GateError: the model was called with embeddings, so there are none.
-    """
+    """Returns the fresh token ids, int64 [B, S]. Raises GateError: the model was called with embeddings, so there are none."""
     if signals.tokens is None:
         raise GateError(f"{method} scores token ids, but the model was called with inputs_embeds; pass input_ids")
     return signals.tokens

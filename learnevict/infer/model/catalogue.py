@@ -64,11 +64,7 @@ def cache_folder() -> Path:
 
 
 def folder_of_known(name: str) -> Path:
-    """Returns the folder of a model of the table.
-
-    Raises:
-        ModelError: it is not on this machine yet; nothing is fetched here.
-    """
+    """Returns the folder of a model of the table. Raises ModelError: it is not on this machine yet; nothing is fetched here."""
     folder = cache_folder() / name
     if not (folder / "config.json").is_file():
         raise ModelError(

@@ -89,9 +89,12 @@ class Storage:
         if isinstance(pool, PagePool):
             ahead = self._ahead(block.before)
             if self.shared:
-                self._fit_share(pool, [max(pair) for pair in zip(ahead, coming, strict=True)])
+                total, widest = self._share(pool, [max(pair) for pair in zip(ahead, coming, strict=True)])
             else:
-                self._fit_pages(pool, need, ahead)
+                total, widest = self._pages(pool, need, ahead)
+            if total > self.fitted or widest > pool.position.shape[2]:
+                pool.fit(total, widest)
+                self.fitted, self.unassigned = total, True
             if self.unassigned or any(
                 size and room == schedule.period for size, room in zip(block.sizes, ahead, strict=True)
             ):
@@ -109,15 +112,12 @@ class Storage:
             return 0
         return max(self.targets(self.clock.seen)) + schedule.period
 
-    def _fit_pages(self, pool: PagePool, need: int, ahead: list[int]) -> None:
-        """Makes room in pages; `ahead`: tokens to the end of each row's block, for which every head will be given pages."""
+    def _pages(self, pool: PagePool, need: int, ahead: list[int]) -> tuple[int, int]:
+        """Returns slots in all, and in the fullest head; `ahead`: tokens to the end of each row's block, for every head."""
         heads, steady = pool.position.shape[1], self._steady()
         need = max(need, steady) if need > steady // 2 else need
         total = heads * sum(max(live + room, need) for live, room in zip(self.live, ahead, strict=True))
-        widest = heads * need
-        if total > self.fitted or widest > pool.position.shape[2]:
-            pool.fit(total, widest)
-            self.fitted, self.unassigned = total, True
+        return total, heads * need
 
     def _ahead(self, seen: Sequence[int]) -> list[int]:
         """Returns the tokens to the end of each row's block."""
@@ -129,12 +129,6 @@ class Storage:
         heads = pool.position.shape[1]
         total = sum(held + heads * tokens for held, tokens in zip(self.held, room, strict=True))
         return total, max(longest + tokens for longest, tokens in zip(self.longest, room, strict=True))
-
-    def _fit_share(self, pool: PagePool, room: list[int]) -> None:
-        total, widest = self._share(pool, room)
-        if total > self.fitted or widest > pool.position.shape[2]:
-            pool.fit(total, widest)
-            self.fitted, self.unassigned = total, True
 
     def settle(self, held: list[int], longest: list[int]) -> None:
         """Fits pages to what an event of all layers has left here, and to the blocks that come next."""
