@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -23,6 +23,30 @@ KEPT = "+prompt"
 """The end of the name of a method that never evicts the prompt."""
 
 
+OPTIONS: dict[str, Any] = {
+    "methods": o.option(o.POLICY, "Who evicts, separated by commas; NAME+prompt never evicts the prompt, beside which "
+        "the budget counts. [dim]full, random, random+prompt, lexical, some heuristics, golden, foresightkv[/dim]",
+        "--methods", "--method"),
+    "budgets": o.option(o.POLICY, "Slots per layer and kv head, separated by commas: 1/4 (of the mean length), 64 "
+        "(tokens) or 25% (of the tokens read so far).", "--budgets", "--budget", "-b"),
+    "ckpt": o.option(o.POLICY, "Trained gates: a folder or a Hub id; may be repeated. The testbed brings its own.",
+        "--ckpt"),
+    "tuned": o.option(o.POLICY, "Heuristics with settings tuned on validation samples of the testbed.", "--tuned"),
+    "allocation": o.option(o.POLICY, "How budgets are shared out, separated by commas: equal, pooled (all layers and "
+        "heads compete by score), files of [bold]learnevict profile[/bold]. Every method is measured under each, "
+        "golden too, except those that share budgets out themselves. [dim]the method's own[/dim]"),
+    "keep_prompt": o.option(o.POLICY, "Never evict the prompt; budgets count the rest, and 1/4 is of the mean answer.",
+        "--keep-prompt", "--prompt-protect"),
+    "free": o.option(ANSWERS, "Exact match of the model's own answers. [dim]of the full cache only[/dim]",
+        "--free/--no-free"),
+    "as_json": o.option(o.OUTPUT, "Rows as JSON lines on standard output.", "--json"),
+    "evaluate.out": o.option(o.OUTPUT, "JSONL file for rows; per-sample numbers go beside it.", "--out", "-o"),
+    "resume": o.option(o.OUTPUT, "Go on with --out: skip what is finished, add what is new.", "--resume"),
+    "rows": typer.Argument(help="JSONL files of `learnevict eval`, or report.json of the demo."),
+    "report.out": o.option(o.OUTPUT, "Folder for table.md, table.csv and accuracy.png.", "--out", "-o"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class MethodOptions:
     """The methods to compare and their settings.
@@ -32,62 +56,17 @@ class MethodOptions:
         BudgetError: a budget that is not understood.
     """
 
-    methods: Annotated[
-        str,
-        o.option(
-            o.POLICY,
-            "Who evicts, separated by commas; NAME+prompt never evicts the prompt, beside which the budget counts. [dim]full, "
-            "random, random+prompt, lexical, some heuristics, golden, foresightkv[/dim]",
-            "--methods",
-            "--method",
-        ),
-    ] = ""
-    budgets: Annotated[
-        str,
-        o.option(
-            o.POLICY,
-            "Slots per layer and kv head, separated by commas: 1/4 (of the mean length), 64 (tokens) or 25% (of the tokens "
-            "read so far).",
-            "--budgets",
-            "--budget",
-            "-b",
-        ),
-    ] = "1/4"
-    ckpt: Annotated[
-        list[str] | None,
-        o.option(
-            o.POLICY,
-            "Trained gates: a folder or a Hub id; may be repeated. The testbed brings its own.",
-            "--ckpt",
-        ),
-    ] = None
-    tuned: Annotated[
-        bool,
-        o.option(o.POLICY, "Heuristics with settings tuned on validation samples of the testbed.", "--tuned"),
-    ] = False
-    allow_other_base: o.OtherBase = False
-    sinks: o.Sinks = None
-    recent: o.Recent = None
-    slack: o.Slack = None
-    schedule: o.Schedule = None
-    allocation: Annotated[
-        str | None,
-        o.option(
-            o.POLICY,
-            "How budgets are shared out, separated by commas: equal, pooled (all layers and heads compete by score), files of "
-            "[bold]learnevict profile[/bold]. Every method is measured under each, golden too, except those that share "
-            "budgets out themselves. [dim]the method's own[/dim]",
-        ),
-    ] = None
-    keep_prompt: Annotated[
-        bool,
-        o.option(
-            o.POLICY,
-            "Never evict the prompt; budgets count the rest, and 1/4 is of the mean answer.",
-            "--keep-prompt",
-            "--prompt-protect",
-        ),
-    ] = False
+    methods: str = ""
+    budgets: str = "1/4"
+    ckpt: list[str] | None = None
+    tuned: bool = False
+    allow_other_base: bool = False
+    sinks: int | None = None
+    recent: int | None = None
+    slack: int | None = None
+    schedule: o.When | None = None
+    allocation: str | None = None
+    keep_prompt: bool = False
 
     def __post_init__(self) -> None:
         for budget in listed(self.budgets):
@@ -104,20 +83,11 @@ def evaluate(
     tasks: TaskOptions,
     samples: SampleOptions,
     methods: MethodOptions,
-    free: Annotated[
-        bool | None,
-        o.option(
-            ANSWERS, "Exact match of the model's own answers. [dim]of the full cache only[/dim]", "--free/--no-free"
-        ),
-    ] = None,
+    free: bool | None = None,
     model: o.ModelOptions,
-    as_json: Annotated[bool, o.option(o.OUTPUT, "Rows as JSON lines on standard output.", "--json")] = False,
-    out: Annotated[
-        Path | None, o.option(o.OUTPUT, "JSONL file for rows; per-sample numbers go beside it.", "--out", "-o")
-    ] = None,
-    resume: Annotated[
-        bool, o.option(o.OUTPUT, "Go on with --out: skip what is finished, add what is new.", "--resume")
-    ] = False,
+    as_json: bool = False,
+    out: Path | None = None,
+    resume: bool = False,
 ) -> None:
     """Evaluate methods under small caches: accuracy with intervals, exact match, loss, nearness to the oracle, bytes.
 
@@ -211,11 +181,9 @@ def _warn_of_doubles(text: str) -> None:
 
 
 def report(
-    rows: Annotated[list[Path], typer.Argument(help="JSONL files of `learnevict eval`, or report.json of the demo.")],
-    out: Annotated[
-        Path | None, o.option(o.OUTPUT, "Folder for table.md, table.csv and accuracy.png.", "--out", "-o")
-    ] = None,
-    overwrite: o.Overwrite = False,
+    rows: list[Path],
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Make Markdown tables, a CSV file and a plot of accuracy against budget.
 

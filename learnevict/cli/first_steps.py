@@ -7,7 +7,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -22,7 +22,19 @@ SHOWN = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")
 
 
-def list_methods(as_json: o.AsJson = False) -> None:
+OPTIONS: dict[str, Any] = {
+    "model": o.option(CALCULATOR, "Reckon the memory of this model from its config; no weights are loaded.", "--model",
+        "-m"),
+    "doctor.budget": o.option(CALCULATOR, "As in infer: 512, 25% or 64MiB.", "--budget", "-b"),
+    "context": o.option(CALCULATOR, "Tokens of a conversation, prompt and answer."),
+    "batch": o.option(CALCULATOR, "Conversations at a time."),
+    "slack": o.option(CALCULATOR, "Tokens between evictions. [dim]128, 16 on the testbed[/dim]"),
+    "demo.budget": o.option(None, "Slots kept per layer and head.", "--budget", "-b"),
+    "seed": o.option(None, "Which prompts."),
+}  # fmt: skip
+
+
+def list_methods(as_json: bool = False) -> None:
     """List the eviction methods: what each is, where it comes from, whether its memory is bounded.
 
     Examples:
@@ -50,20 +62,13 @@ def list_methods(as_json: o.AsJson = False) -> None:
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        o.option(
-            CALCULATOR, "Reckon the memory of this model from its config; no weights are loaded.", "--model", "-m"
-        ),
-    ] = None,
-    budget: Annotated[str, o.option(CALCULATOR, "As in infer: 512, 25% or 64MiB.", "--budget", "-b")] = "512",
-    context: Annotated[int, o.option(CALCULATOR, "Tokens of a conversation, prompt and answer.")] = 32768,
-    batch: Annotated[int, o.option(CALCULATOR, "Conversations at a time.")] = 1,
-    slack: Annotated[
-        int | None, o.option(CALCULATOR, "Tokens between evictions. [dim]128, 16 on the testbed[/dim]")
-    ] = None,
-    dtype: o.Dtype = o.Precision.auto,
-    as_json: o.AsJson = False,
+    model: str | None = None,
+    budget: str = "512",
+    context: int = 32768,
+    batch: int = 1,
+    slack: int | None = None,
+    dtype: o.Precision = o.Precision.auto,
+    as_json: bool = False,
 ) -> None:
     """Check the installation; with --model, also say what its weights, its full cache and an evicting cache take.
 
@@ -189,9 +194,9 @@ def _reckoning(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def demo(
-    budget: Annotated[str, o.option(None, "Slots kept per layer and head.", "--budget", "-b")] = "48",
-    seed: Annotated[int, o.option(None, "Which prompts.")] = 1,
-    as_json: o.AsJson = False,
+    budget: str = "48",
+    seed: int = 1,
+    as_json: bool = False,
 ) -> None:
     """A short guided tour: the bundled reasoning model with a full cache, a recent window, and a learned policy.
 

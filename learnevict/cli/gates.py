@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import typer
 
@@ -14,38 +13,35 @@ import learnevict.cli.options as o
 from learnevict.cli.output import quieten, say, tell
 from learnevict.errors import UsageError
 
-Method = Annotated[
-    str | None,
-    o.option(
-        None,
-        "Where the gates are of a method of your own: its import path. None is imported otherwise.",
-        metavar="MODULE",
-    ),
-]
+OPTIONS: dict[str, Any] = {
+    "gates": typer.Argument(metavar="FOLDER", help="Gates: a folder, or testbed-foresightkv and others that ship here."),
+    "push.repo": typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist. user/repo@branch is fine "
+        "too."),
+    "private": o.option(None, "Make a new repository private.", "--private"),
+    "push.revision": o.option(None, "Branch to commit to. [dim]main[/dim]", metavar="BRANCH"),
+    "message": o.option(None, "Of the commit.", "--message", "-m"),
+    "results": o.option("The card", "JSONL of `learnevict eval --out`, for the card; may be given again. The card "
+        "shows rows of these very gates, and compares them with rows of other methods.", "--results", metavar="ROWS"),
+    "pull.repo": typer.Argument(metavar="USER/REPO", help="Gates on the Hub; user/repo@revision is fine too."),
+    "pull.revision": o.option(None, "Branch, tag or commit. [dim]main[/dim]", metavar="REVISION"),
+    "pull.out": o.option(None, "Folder: new, empty, or pulled from there before. [dim]./REPO[/dim]", "--out", "-o"),
+    "weights": typer.Argument(metavar="WEIGHTS", help="A file of published weights, or a folder that holds one."),
+    "import_weights.out": o.option(o.OUTPUT, "Folder: new or empty.", "--out", "-o"),
+    "allow_pickle": o.option(None, "Read weights that are pickles (.pt, .pth, .bin), of gates and model. Only if you "
+        "trust who made them.", "--allow-pickle"),
+    "method": o.option(None, "Where the gates are of a method of your own: its import path. None is imported "
+        "otherwise.", metavar="MODULE"),
+}  # fmt: skip
 
 
 def push(
-    gates: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="Gates: a folder, or testbed-foresightkv and others that ship here.")
-    ],
-    repo: Annotated[
-        str,
-        typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist. user/repo@branch is fine too."),
-    ],
-    private: Annotated[bool, o.option(None, "Make a new repository private.", "--private")] = False,
-    revision: Annotated[str | None, o.option(None, "Branch to commit to. [dim]main[/dim]", metavar="BRANCH")] = None,
-    message: Annotated[str | None, o.option(None, "Of the commit.", "--message", "-m")] = None,
-    method: Method = None,
-    results: Annotated[
-        list[Path] | None,
-        o.option(
-            "The card",
-            "JSONL of `learnevict eval --out`, for the card; may be given again. The card shows rows of these very gates, and "
-            "compares them with rows of other methods.",
-            "--results",
-            metavar="ROWS",
-        ),
-    ] = None,
+    gates: str,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    method: str | None = None,
+    results: list[Path] | None = None,
 ) -> None:
     """Share gates on the Hub: config.json, model.safetensors, run.json if there is one, and a model card, as one commit.
 
@@ -83,15 +79,10 @@ def push(
 
 
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="Gates on the Hub; user/repo@revision is fine too.")],
-    revision: Annotated[
-        str | None, o.option(None, "Branch, tag or commit. [dim]main[/dim]", metavar="REVISION")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        o.option(None, "Folder: new, empty, or pulled from there before. [dim]./REPO[/dim]", "--out", "-o"),
-    ] = None,
-    method: Method = None,
+    repo: str,
+    revision: str | None = None,
+    out: Path | None = None,
+    method: str | None = None,
 ) -> None:
     """Bring gates from the Hub into a folder; `infer --ckpt FOLDER` then needs no network.
 
@@ -117,21 +108,12 @@ def pull(
 
 
 def import_weights(
-    weights: Annotated[
-        str, typer.Argument(metavar="WEIGHTS", help="A file of published weights, or a folder that holds one.")
-    ],
-    model: o.Model,
-    out: Annotated[Path, o.option(o.OUTPUT, "Folder: new or empty.", "--out", "-o")],
-    allow_pickle: Annotated[
-        bool,
-        o.option(
-            None,
-            "Read weights that are pickles (.pt, .pth, .bin), of gates and model. Only if you trust who made them.",
-            "--allow-pickle",
-        ),
-    ] = False,
-    device: o.Device = "cpu",
-    dtype: o.Dtype = o.Precision.auto,
+    weights: str,
+    model: str,
+    out: Path,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    dtype: o.Precision = o.Precision.auto,
 ) -> None:
     """Make gates from weights that the authors of KVzap, Fast KVzip, TRIM-KV or DBTrimKV published.
 

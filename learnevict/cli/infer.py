@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -21,22 +21,31 @@ NUM_TOGETHER = 8
 """Rows of a batch file at a time."""
 
 
+OPTIONS: dict[str, Any] = {
+    "batch": o.option(o.PROMPT, 'JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": '
+        "...}."),
+    "infer.max_new_tokens": o.option(o.MACHINE, "Longest answer.", "--max-new-tokens", "-n"),
+    "temperature": o.option(o.MACHINE, "0 takes the likeliest token."),
+    "batch_size": o.option(o.MACHINE, "Prompts of a --batch at a time. [dim]8[/dim]", min=1),
+    "infer.out": o.option(o.OUTPUT, "File to write.", "--out", "-o"),
+    "file": o.option(o.PROMPT, "A text file, UTF-8.", "--file", "-f"),
+    "viz.max_new_tokens": o.option(o.MACHINE, "Let the model answer under the policy; 0 shows the text as it is (a "
+        "task with its reference answer).", "--max-new-tokens", "-n", min=0),
+    "viz.out": o.option(o.OUTPUT, "The page to write.", "--out", "-o"),
+}  # fmt: skip
+
+
 def infer(
     *,
     prompt: o.PromptOptions,
-    batch: Annotated[
-        Path | None,
-        o.option(o.PROMPT, 'JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": ...}.'),
-    ] = None,
+    batch: Path | None = None,
     eviction: o.EvictionOptions,
     model: o.ModelOptions,
-    max_new_tokens: Annotated[int, o.option(o.MACHINE, "Longest answer.", "--max-new-tokens", "-n")] = 400,
-    temperature: Annotated[float, o.option(o.MACHINE, "0 takes the likeliest token.")] = 0.0,
-    batch_size: Annotated[
-        int | None, o.option(o.MACHINE, "Prompts of a --batch at a time. [dim]8[/dim]", min=1)
-    ] = None,
-    as_json: o.AsJson = False,
-    out: Annotated[Path | None, o.option(o.OUTPUT, "File to write.", "--out", "-o")] = None,
+    max_new_tokens: int = 400,
+    temperature: float = 0.0,
+    batch_size: int | None = None,
+    as_json: bool = False,
+    out: Path | None = None,
 ) -> None:
     """Generate text while a policy keeps the cache small. The answer streams; what it cost goes to standard error.
 
@@ -180,21 +189,12 @@ def figures(record: dict[str, Any], device: str) -> list[str]:
 def viz(
     *,
     prompt: o.PromptOptions,
-    file: Annotated[Path | None, o.option(o.PROMPT, "A text file, UTF-8.", "--file", "-f")] = None,
+    file: Path | None = None,
     eviction: o.EvictionOptions,
     model: o.ModelOptions,
-    max_new_tokens: Annotated[
-        int,
-        o.option(
-            o.MACHINE,
-            "Let the model answer under the policy; 0 shows the text as it is (a task with its reference answer).",
-            "--max-new-tokens",
-            "-n",
-            min=0,
-        ),
-    ] = 0,
-    out: Annotated[Path, o.option(o.OUTPUT, "The page to write.", "--out", "-o")] = Path("viz.html"),
-    overwrite: o.Overwrite = False,
+    max_new_tokens: int = 0,
+    out: Path = Path("viz.html"),
+    overwrite: bool = False,
 ) -> None:
     """Write a page that shows which tokens each layer and head keeps while a text is read: one file, no network.
 

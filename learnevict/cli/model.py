@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -17,12 +17,18 @@ group = typer.Typer(
     help="Fetch small real models by name, once; convert GGUF files. [bold]--model smollm2[/bold] then opens one.",
     no_args_is_help=True,
 )
-Folder = Annotated[Path | None, typer.Option("--out", "-o", help="Folder: new or empty. [dim]the cache[/dim]")]
 
 
-def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `learnevict model list`.")], out: Folder = None
-) -> None:
+OPTIONS: dict[str, Any] = {
+    "name": typer.Argument(metavar="NAME", help="One of `learnevict model list`."),
+    "source": typer.Argument(metavar="GGUF", help="A GGUF file, or a folder that holds one."),
+    "out": typer.Option("--out", "-o", help="Folder: new or empty."),
+    "dtype": typer.Option(help="fp32 keeps what the file means exactly."),
+    "fetch.out": typer.Option("--out", "-o", help="Folder: new or empty. [dim]the cache[/dim]"),
+}  # fmt: skip
+
+
+def fetch(name: str, out: Path | None = None) -> None:
     """Fetch a model and convert it; --model NAME opens it from then on.
 
     Examples:
@@ -48,9 +54,9 @@ def fetch(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="GGUF", help="A GGUF file, or a folder that holds one.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new or empty.")],
-    dtype: Annotated[o.Precision, typer.Option(help="fp32 keeps what the file means exactly.")] = o.Precision.fp32,
+    source: Path,
+    out: Path,
+    dtype: o.Precision = o.Precision.fp32,
 ) -> None:
     """Convert a GGUF file to a folder with safetensors, tokenizer and chat template.
 
@@ -69,7 +75,7 @@ def convert(
     tell(str(out))
 
 
-def table(as_json: o.AsJson = False) -> None:
+def table(as_json: bool = False) -> None:
     """List the models that go by a short name, and whether they are here.
 
     Examples:

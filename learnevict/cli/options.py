@@ -1,4 +1,7 @@
-"""Options that several commands share, each with one meaning and one help text; `prepared` makes a command of a function."""
+"""Options that several commands share, and how a function becomes a command: its parameters are the command's options.
+
+What an option means stands in OPTIONS of its module, by the parameter's name or as "function.name", and else in OPTIONS here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -46,61 +49,46 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
-Model = Annotated[
-    str,
-    option(
-        MACHINE,
-        "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id (downloaded because you ask for "
-        "it). Code that comes with a model is never run.",
-        "--model",
-        "-m",
-    ),
-]
-Device = Annotated[str, option(MACHINE, "auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[Precision, option(MACHINE, "auto keeps what the model was saved in (testbed: fp32).")]
-OtherBase = Annotated[bool, option(POLICY, "Accept gates trained on other weights.", "--allow-other-base")]
-Sinks = Annotated[int | None, option(POLICY, "First tokens that always stay. [dim]4[/dim]")]
-Recent = Annotated[
-    int | None, option(POLICY, "Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]")
-]
-Slack = Annotated[
-    int | None,
-    option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]"),
-]
-Schedule = Annotated[
-    When | None,
-    option(
-        POLICY,
-        "blocks also evicts while the prompt is read (memory bounded), prefill_end first when it has been read, "
-        "prefill_only then never again.",
-        metavar="WHEN",
-    ),
-]
-Allocation = Annotated[
-    str | None,
-    option(
-        POLICY,
-        "How the budget is shared out: equal, pooled (all layers and heads compete by score), or a file of [bold]learnevict "
-        "profile[/bold]. [dim]the method's own[/dim]",
-    ),
-]
-AsJson = Annotated[bool, option(OUTPUT, "One JSON object on standard output.", "--json")]
-Overwrite = Annotated[bool, option(OUTPUT, "Replace files that learnevict did not write.", "--overwrite")]
+OPTIONS: dict[str, Any] = {
+    "prompt": option(PROMPT, "The prompt itself.", "--prompt", "-p"),
+    "task": option(PROMPT, "A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which."),
+    "seed": option(PROMPT, "Of the task, and of the draws if temperature > 0.", min=0, max=LARGEST_SEED),
+    "chat": option(PROMPT, "Put the prompt into the model's chat template.", "--chat"),
+    "allow_pickle": option(MACHINE, "Read a model's weights from pickles (.bin) too; otherwise safetensors only.",
+        "--allow-pickle"),
+    "method": option(POLICY, "A name from [bold]learnevict list[/bold], or the import path of your own module. "
+        "Without method, gates and budget the cache stays full."),
+    "budget": option(POLICY, "Slots kept per layer and kv head: 512 (tokens), 25% or 1/4 (of the tokens read) or "
+        "64MiB (keys and values of one row).", "--budget", "-b"),
+    "checkpoint": option(POLICY, "Trained gates: a folder, or user/repo or user/repo@revision on the Hub. The testbed "
+        "brings its own.", "--ckpt"),
+    "keep_prompt": option(POLICY, "Never evict the prompt; the budget counts the rest.", "--keep-prompt"),
+    "variant": option(POLICY, "A method's variant, where repositories differ."),
+    "overwrite": option(OUTPUT, "Replace files that learnevict did not write.", "--overwrite"),
+    "as_json": option(OUTPUT, "One JSON object on standard output.", "--json"),
+    "allocation": option(POLICY, "How the budget is shared out: equal, pooled (all layers and heads compete by "
+        "score), or a file of [bold]learnevict profile[/bold]. [dim]the method's own[/dim]"),
+    "schedule": option(POLICY, "blocks also evicts while the prompt is read (memory bounded), prefill_end first when "
+        "it has been read, prefill_only then never again.", metavar="WHEN"),
+    "slack": option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]"),
+    "recent": option(POLICY, "Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]"),
+    "sinks": option(POLICY, "First tokens that always stay. [dim]4[/dim]"),
+    "allow_other_base": option(POLICY, "Accept gates trained on other weights.", "--allow-other-base"),
+    "dtype": option(MACHINE, "auto keeps what the model was saved in (testbed: fp32)."),
+    "device": option(MACHINE, "auto, cpu, cuda, cuda:1, mps."),
+    "model": option(MACHINE, "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id "
+        "(downloaded because you ask for it). Code that comes with a model is never run.", "--model", "-m"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """One prompt: its text, or a task of the testbed. Raises UsageError: a chat template for a task."""
 
-    prompt: Annotated[str | None, option(PROMPT, "The prompt itself.", "--prompt", "-p")] = None
-    task: Annotated[
-        str | None,
-        option(PROMPT, "A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which."),
-    ] = None
-    seed: Annotated[
-        int, option(PROMPT, "Of the task, and of the draws if temperature > 0.", min=0, max=LARGEST_SEED)
-    ] = 0
-    chat: Annotated[bool, option(PROMPT, "Put the prompt into the model's chat template.", "--chat")] = False
+    prompt: str | None = None
+    task: str | None = None
+    seed: int = 0
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if self.chat and self.task is not None:
@@ -122,15 +110,10 @@ class PromptOptions:
 class ModelOptions:
     """Which model is opened, where, and in which number format."""
 
-    model: Model = "testbed"
-    device: Device = "auto"
-    dtype: Dtype = Precision.auto
-    allow_pickle: Annotated[
-        bool,
-        option(
-            MACHINE, "Read a model's weights from pickles (.bin) too; otherwise safetensors only.", "--allow-pickle"
-        ),
-    ] = False
+    model: str = "testbed"
+    device: str = "auto"
+    dtype: Precision = Precision.auto
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,42 +125,17 @@ class EvictionOptions:
         UsageError: an unknown method, a budget without a method or the reverse, options of an eviction not asked for.
     """
 
-    method: Annotated[
-        str | None,
-        option(
-            POLICY,
-            "A name from [bold]learnevict list[/bold], or the import path of your own module. Without method, gates and budget "
-            "the cache stays full.",
-        ),
-    ] = None
-    budget: Annotated[
-        str | None,
-        option(
-            POLICY,
-            "Slots kept per layer and kv head: 512 (tokens), 25% or 1/4 (of the tokens read) or 64MiB (keys and values of one "
-            "row).",
-            "--budget",
-            "-b",
-        ),
-    ] = None
-    checkpoint: Annotated[
-        str | None,
-        option(
-            POLICY,
-            "Trained gates: a folder, or user/repo or user/repo@revision on the Hub. The testbed brings its own.",
-            "--ckpt",
-        ),
-    ] = None
-    allow_other_base: OtherBase = False
-    sinks: Sinks = None
-    recent: Recent = None
-    slack: Slack = None
-    schedule: Schedule = None
-    allocation: Allocation = None
-    keep_prompt: Annotated[
-        bool, option(POLICY, "Never evict the prompt; the budget counts the rest.", "--keep-prompt")
-    ] = False
-    variant: Annotated[str | None, option(POLICY, "A method's variant, where repositories differ.")] = None
+    method: str | None = None
+    budget: str | None = None
+    checkpoint: str | None = None
+    allow_other_base: bool = False
+    sinks: int | None = None
+    recent: int | None = None
+    slack: int | None = None
+    schedule: When | None = None
+    allocation: str | None = None
+    keep_prompt: bool = False
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         parsed = None if self.budget is None else Budget.parse(self.budget)
@@ -241,15 +199,23 @@ def path(word: str | Path) -> Path:
     return Path(word)
 
 
+def _annotated(owner: Callable[..., None] | type) -> dict[str, Any]:
+    """Returns the types of a command's parameters or of a dataclass, with what OPTIONS of its module, or of this one, says."""
+    own, found = vars(sys.modules[owner.__module__]).get("OPTIONS", {}), get_type_hints(owner, include_extras=True)
+    for name, hint in found.items():
+        said = own.get(f"{owner.__name__}.{name}") or own.get(name) or OPTIONS.get(name)
+        if said is not None and not is_dataclass(hint):
+            said.parser = path if Path in (hint, *get_args(hint)) else None
+            found[name] = Annotated[hint, said]
+    return found
+
+
 def prepared(function: Callable[..., None]) -> Callable[..., None]:
     """Returns a command for typer: parameters that are dataclasses of options become these options.
 
     A command that is stopped with Ctrl-C says so and exits with 130.
     """
-    hints = get_type_hints(function, include_extras=True)
-    for hint in hints.values():
-        if get_origin(hint) is Annotated and Path in (hint.__origin__, *get_args(hint.__origin__)):
-            hint.__metadata__[0].parser = path
+    hints = _annotated(function)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -257,7 +223,7 @@ def prepared(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         groups[name] = hints[name]
-        types = get_type_hints(hints[name], include_extras=True)
+        types = _annotated(hints[name])
         for one in fields(groups[name]):
             how: Any = {"default": one.default, "annotation": types[one.name]}
             parameters.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, **how))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -16,6 +16,36 @@ from learnevict.cli.output import progress, say, tell
 from learnevict.cli.tasks import listed
 
 TEXTS = "What to label"
+
+
+OPTIONS: dict[str, Any] = {
+    "run.out": o.option(o.OUTPUT, "Folder of the labels; what is in it is kept.", "--out", "-o"),
+    "data": o.option(TEXTS, "testbed, a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the Hub "
+        "(downloaded because you ask for it)."),
+    "data_config": o.option(TEXTS, "Of a dataset."),
+    "data_split": o.option(TEXTS, "Of a dataset."),
+    "column": o.option(TEXTS, "Where the text or the chat is. [dim]text, messages, or prompt and completion[/dim]"),
+    "families": o.option(TEXTS, "Of the testbed, comma-separated. [dim]all[/dim]"),
+    "documents": o.option(TEXTS, "Texts at most.", min=1),
+    "max_length": o.option(TEXTS, "Tokens of a text at most.", min=1),
+    "packed": o.option(TEXTS, "Join texts and cut them into pieces of that length.", "--packed"),
+    "block": o.option(TEXTS, "Queries per label block: the event period of the policies to be trained.", min=1),
+    "run.target": o.option(TEXTS, "future (attention of a text's later blocks) or reconstruction (of its repetition, "
+        "KVzip; for chat models)."),
+    "labels": o.option(TEXTS, "golden, of the future; kvzip or kvzip+, of a reconstruction. [dim]golden, kvzip[/dim]"),
+    "states": o.option(o.OUTPUT, "Keep hidden states in float16 too, so that kvzap and fast_kvzip learn without "
+        "running the model again.", "--states"),
+    "batch_size": o.option(o.MACHINE, "Texts at a time.", min=1),
+    "per_shard": o.option(o.OUTPUT, "Texts in a file.", min=1),
+    "text": typer.Argument(help="UTF-8 file of prose, cut into texts of --length tokens."),
+    "profile.out": o.option(o.OUTPUT, "File of the shares.", "--out", "-o"),
+    "texts": o.option(TEXTS, "How many texts.", min=1),
+    "length": o.option(TEXTS, "Tokens of a text.", min=64),
+    "budgets": o.option(TEXTS, "Shares of a text that are kept; their profiles are averaged."),
+    "profile.target": o.option(TEXTS, "What makes a token worth keeping: repetition (what the model attends to when "
+        "it repeats the text) or future (attention of the text's second half to its first). [dim]repetition if the "
+        "model has a chat template[/dim]"),
+}  # fmt: skip
 
 
 class Wanted(str, Enum):
@@ -28,52 +58,23 @@ class Wanted(str, Enum):
 
 def run(
     *,
-    out: Annotated[Path, o.option(o.OUTPUT, "Folder of the labels; what is in it is kept.", "--out", "-o")] = Path(
-        "runs/labels"
-    ),
-    data: Annotated[
-        str,
-        o.option(
-            TEXTS,
-            "testbed, a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the Hub (downloaded because you ask "
-            "for it).",
-        ),
-    ] = "testbed",
-    data_config: Annotated[str | None, o.option(TEXTS, "Of a dataset.")] = None,
-    data_split: Annotated[str, o.option(TEXTS, "Of a dataset.")] = "train",
-    column: Annotated[
-        str | None,
-        o.option(TEXTS, "Where the text or the chat is. [dim]text, messages, or prompt and completion[/dim]"),
-    ] = None,
-    families: Annotated[str, o.option(TEXTS, "Of the testbed, comma-separated. [dim]all[/dim]")] = "",
-    documents: Annotated[int, o.option(TEXTS, "Texts at most.", min=1)] = 2000,
-    max_length: Annotated[int, o.option(TEXTS, "Tokens of a text at most.", min=1)] = 4096,
-    packed: Annotated[bool, o.option(TEXTS, "Join texts and cut them into pieces of that length.", "--packed")] = False,
-    block: Annotated[
-        int, o.option(TEXTS, "Queries per label block: the event period of the policies to be trained.", min=1)
-    ] = 16,
-    target: Annotated[
-        str,
-        o.option(
-            TEXTS,
-            "future (attention of a text's later blocks) or reconstruction (of its repetition, KVzip; for chat models).",
-        ),
-    ] = "future",
-    labels: Annotated[
-        str, o.option(TEXTS, "golden, of the future; kvzip or kvzip+, of a reconstruction. [dim]golden, kvzip[/dim]")
-    ] = "",
-    states: Annotated[
-        bool,
-        o.option(
-            o.OUTPUT,
-            "Keep hidden states in float16 too, so that kvzap and fast_kvzip learn without running the model again.",
-            "--states",
-        ),
-    ] = False,
+    out: Path = Path("runs/labels"),
+    data: str = "testbed",
+    data_config: str | None = None,
+    data_split: str = "train",
+    column: str | None = None,
+    families: str = "",
+    documents: int = 2000,
+    max_length: int = 4096,
+    packed: bool = False,
+    block: int = 16,
+    target: str = "future",
+    labels: str = "",
+    states: bool = False,
     model: o.ModelOptions,
-    batch_size: Annotated[int, o.option(o.MACHINE, "Texts at a time.", min=1)] = 16,
-    per_shard: Annotated[int, o.option(o.OUTPUT, "Texts in a file.", min=1)] = 200,
-    as_json: o.AsJson = False,
+    batch_size: int = 16,
+    per_shard: int = 200,
+    as_json: bool = False,
 ) -> None:
     """Label texts with the attention that each of their tokens gets from later tokens, or from a repetition of the text.
 
@@ -117,24 +118,15 @@ def run(
 
 
 def profile(
-    text: Annotated[Path, typer.Argument(help="UTF-8 file of prose, cut into texts of --length tokens.")],
+    text: Path,
     *,
-    out: Annotated[Path, o.option(o.OUTPUT, "File of the shares.", "--out", "-o")] = Path("allocation.json"),
-    texts: Annotated[int, o.option(TEXTS, "How many texts.", min=1)] = 8,
-    length: Annotated[int, o.option(TEXTS, "Tokens of a text.", min=64)] = 1000,
-    budgets: Annotated[
-        str, o.option(TEXTS, "Shares of a text that are kept; their profiles are averaged.")
-    ] = "1/4,1/8",
-    target: Annotated[
-        Wanted,
-        o.option(
-            TEXTS,
-            "What makes a token worth keeping: repetition (what the model attends to when it repeats the text) or future "
-            "(attention of the text's second half to its first). [dim]repetition if the model has a chat template[/dim]",
-        ),
-    ] = Wanted.auto,
+    out: Path = Path("allocation.json"),
+    texts: int = 8,
+    length: int = 1000,
+    budgets: str = "1/4,1/8",
+    target: Wanted = Wanted.auto,
     model: o.ModelOptions,
-    overwrite: o.Overwrite = False,
+    overwrite: bool = False,
 ) -> None:
     """Find which layers and heads need slots most, for any method: a file that --allocation takes.
 

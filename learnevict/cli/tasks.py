@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import learnevict.cli.options as o
 from learnevict.errors import UsageError
@@ -19,6 +19,38 @@ GROUPS = {
     **dict.fromkeys(MATHEMATICS, "problems"),
 }  # fmt: skip
 """What kind of task each name is."""
+
+
+OPTIONS: dict[str, Any] = {
+    "tasks": o.option(TASKS,
+        f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
+        f"{', '.join(MATHEMATICS)}. Several of one group, separated by commas.", "--tasks", "--task"),
+    "families": o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]"),
+    "text": o.option(TASKS, "UTF-8 file of prose: what is read, or where facts are hidden."),
+    "length": o.option(TASKS, "Tokens of each context, several for retrieval (1000,2000), or of each stretch of the "
+        "text for perplexity; for the testbed normal or long (longer than in training). [dim]1000; the whole text at "
+        "once; normal[/dim]", "--length"),
+    "depth": o.option(TASKS, "Where the first fact is hidden: 0 first, 1 last. [dim]drawn[/dim]", min=0.0, max=1.0),
+    "question": o.option(TASKS, "Ask only after the context was read and compressed, or only with the question known "
+        "while it is read. [dim]both[/dim]"),
+    "max_tokens": o.option(TASKS, "Read only the beginning of the text.", min=2),
+    "data": o.option(TASKS, "JSON lines of problems with answers, as GSM8K and MATH-500 have."),
+    "examples": o.option(TASKS, "The same, for worked examples before every problem."),
+    "shots": o.option(TASKS, "How many of them. [dim]8[/dim]", min=1),
+    "chat": o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]",
+        "--chat/--no-chat"),
+    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems[/dim]", min=1),
+    "samples": o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1),
+    "split": o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]"),
+    "seed": o.option(TASKS, "First sample of each task. [dim]0[/dim]", min=0, max=o.LARGEST_SEED),
+    "teacher": o.option(ANSWERS, "Step accuracy and loss along the reference text. [dim]yes[/dim]",
+        "--teacher/--no-teacher"),
+    "oracle": o.option(ANSWERS, "Compare what is kept with what the oracle would keep: recall, regret, attention "
+        "kept; takes a fifth longer. [dim]yes[/dim]", "--oracle/--no-oracle"),
+    "temperature": o.option(ANSWERS, "Of free answers; 0 takes the likeliest token. [dim]0[/dim]", min=0.0),
+    "tries": o.option(ANSWERS, "Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", min=1),
+    "batch_size": o.option(o.MACHINE, "Samples per forward. [dim]32; 8 of other tasks than the testbed's[/dim]", min=1),
+}  # fmt: skip
 
 
 class Split(str, Enum):
@@ -43,54 +75,18 @@ class TaskOptions:
         UsageError: no such task, tasks of several groups, or options of another group.
     """
 
-    tasks: Annotated[
-        str,
-        o.option(
-            TASKS,
-            f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
-            f"{', '.join(MATHEMATICS)}. Several of one group, separated by commas.",
-            "--tasks",
-            "--task",
-        ),
-    ] = TESTBED
-    families: Annotated[str, o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]")] = ""
-    text: Annotated[Path | None, o.option(TASKS, "UTF-8 file of prose: what is read, or where facts are hidden.")] = (
-        None
-    )
-    length: Annotated[
-        str | None,
-        o.option(
-            TASKS,
-            "Tokens of each context, several for retrieval (1000,2000), or of each stretch of the text for perplexity; for the "
-            "testbed normal or long (longer than in training). [dim]1000; the whole text at once; normal[/dim]",
-            "--length",
-        ),
-    ] = None
-    depth: Annotated[
-        float | None,
-        o.option(TASKS, "Where the first fact is hidden: 0 first, 1 last. [dim]drawn[/dim]", min=0.0, max=1.0),
-    ] = None
-    question: Annotated[
-        When | None,
-        o.option(
-            TASKS,
-            "Ask only after the context was read and compressed, or only with the question known while it is read. "
-            "[dim]both[/dim]",
-        ),
-    ] = None
-    max_tokens: Annotated[int | None, o.option(TASKS, "Read only the beginning of the text.", min=2)] = None
-    data: Annotated[
-        Path | None, o.option(TASKS, "JSON lines of problems with answers, as GSM8K and MATH-500 have.")
-    ] = None
-    examples: Annotated[Path | None, o.option(TASKS, "The same, for worked examples before every problem.")] = None
-    shots: Annotated[int | None, o.option(TASKS, "How many of them. [dim]8[/dim]", min=1)] = None
-    chat: Annotated[
-        bool | None,
-        o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]", "--chat/--no-chat"),
-    ] = None
-    max_new_tokens: Annotated[
-        int | None, o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems[/dim]", min=1)
-    ] = None
+    tasks: str = TESTBED
+    families: str = ""
+    text: Path | None = None
+    length: str | None = None
+    depth: float | None = None
+    question: When | None = None
+    max_tokens: int | None = None
+    data: Path | None = None
+    examples: Path | None = None
+    shots: int | None = None
+    chat: bool | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         names = listed(self.tasks)
@@ -155,36 +151,14 @@ a full cache)."""
 class SampleOptions:
     """Which samples are read, and how answers are evaluated; None where nothing was said."""
 
-    samples: Annotated[
-        int | None, o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1)
-    ] = None
-    split: Annotated[Split | None, o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]")] = None
-    seed: Annotated[
-        int | None, o.option(TASKS, "First sample of each task. [dim]0[/dim]", min=0, max=o.LARGEST_SEED)
-    ] = None
-    teacher: Annotated[
-        bool | None,
-        o.option(ANSWERS, "Step accuracy and loss along the reference text. [dim]yes[/dim]", "--teacher/--no-teacher"),
-    ] = None
-    oracle: Annotated[
-        bool | None,
-        o.option(
-            ANSWERS,
-            "Compare what is kept with what the oracle would keep: recall, regret, attention kept; takes a fifth longer. "
-            "[dim]yes[/dim]",
-            "--oracle/--no-oracle",
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None, o.option(ANSWERS, "Of free answers; 0 takes the likeliest token. [dim]0[/dim]", min=0.0)
-    ] = None
-    tries: Annotated[
-        int | None, o.option(ANSWERS, "Answers per sample if temperature > 0 (avg@k). [dim]1[/dim]", min=1)
-    ] = None
-    batch_size: Annotated[
-        int | None,
-        o.option(o.MACHINE, "Samples per forward. [dim]32; 8 of other tasks than the testbed's[/dim]", min=1),
-    ] = None
+    samples: int | None = None
+    split: Split | None = None
+    seed: int | None = None
+    teacher: bool | None = None
+    oracle: bool | None = None
+    temperature: float | None = None
+    tries: int | None = None
+    batch_size: int | None = None
 
     @property
     def given(self) -> dict[str, Any]:
