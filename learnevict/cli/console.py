@@ -23,8 +23,8 @@ COMMANDS = {
     "list": "first_steps.list_methods",
     "oracle": "oracle.run",
     "profile": "oracle.profile",
-    "train": "train.run",
-    "refine": "train.refine",
+    "train": "gates.train",
+    "refine": "gates.refine",
     "eval": "eval.evaluate",
     "report": "eval.report",
     "viz": "infer.viz",
@@ -36,6 +36,9 @@ COMMANDS = {
     "demo": "first_steps.demo",
 }
 """The function, or the group of functions, behind each command."""
+PROGRAM = {"ignore_unknown_options": True, "help_option_names": []}
+PROGRAMS: dict[str, Any] = {"train": PROGRAM, "refine": PROGRAM}
+"""Commands whose words, --help too, are read by a parser of their own."""
 USAGE, RUNTIME = 2, 1
 
 _Problem: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -77,7 +80,7 @@ for _name, _place in COMMANDS.items():
     if isinstance(_found, typer.Typer):
         app.add_typer(_found, name=_name)
     else:
-        app.command(_name, context_settings=vars(_module).get("SETTINGS"))(prepared(_found))
+        app.command(_name, context_settings=PROGRAMS.get(_name))(prepared(_found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

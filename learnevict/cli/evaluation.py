@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.cli.eval import KEPT, MethodOptions
-from learnevict.cli.opened_model import TESTBED, OpenedModel, open_model
+from learnevict.cli.opened_model import OpenedModel, open_model, shipped
 from learnevict.cli.options import ModelOptions, check_method
 from learnevict.cli.output import progress, say
-from learnevict.cli.tasks import TESTBED as TESTBED_TASKS
-from learnevict.cli.tasks import TaskOptions, listed
+from learnevict.cli.tasks import TESTBED, TaskOptions, listed
 from learnevict.errors import DataError, GateError, UsageError
 from learnevict.evals import perplexity as texts
 from learnevict.evals import tuning
@@ -28,7 +27,7 @@ from learnevict.evals.tasks.retrieval import MODES, RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
 from learnevict.files import locked, special
-from learnevict.hub import GATES_FOLDER, Gates, weight_hash
+from learnevict.hub import Gates, weight_hash
 from learnevict.infer.prompts import parse_row, read_lines
 from learnevict.parts.options import EQUAL
 from learnevict.testbed import FAMILIES
@@ -69,7 +68,7 @@ def compare(
     """
     read_earlier(out, resume=resume)
     budgets = listed(options.budgets)
-    if asked.group == TESTBED_TASKS:
+    if asked.group == TESTBED:
         which = {"split": given.pop("split", "test"), "length": asked.length or "normal"}
         tasks: tuple[Task, ...] = family_tasks(listed(asked.families) or FAMILIES, **which)
         plan = Plan(tasks, budgets, settings=_settings(options, COMPARISON), **given)
@@ -88,7 +87,7 @@ def compare(
         say(
             f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
-    usual_methods = {TESTBED_TASKS: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
+    usual_methods = {TESTBED: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
     field = evaluated_methods(opened, options, usual_methods.get(asked.group, PLAIN_METHODS))
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
@@ -192,15 +191,9 @@ def compare_on_text(
 def _opened(model: ModelOptions, options: MethodOptions) -> OpenedModel:
     """Opens the model, if all methods are there: by name, as gates that ship, or as modules of the user's."""
     for name in listed(options.methods):
-        if _shipped(name.removesuffix(KEPT)) is None:
+        if shipped(name.removesuffix(KEPT)) is None:
             check_method(name.removesuffix(KEPT))
     return open_model(model)
-
-
-def _shipped(name: str) -> Path | None:
-    """Returns the folder of the testbed's own gates for a learned method or its stage before refinement ("NAME-sl")."""
-    folder = GATES_FOLDER / f"{TESTBED}-{name}"
-    return folder if Path(name).name == name and folder.is_dir() else None
 
 
 def _settings(options: MethodOptions, usual: EvaluationSettings) -> EvaluationSettings:
@@ -236,7 +229,7 @@ def evaluated_methods(opened: OpenedModel, options: MethodOptions, default: tupl
     found: dict[str, Gates | None] = {}
     for name in wanted:
         plain = name.removesuffix(KEPT)
-        folder = _shipped(plain) if opened.speaks_testbed and plain not in gates else None
+        folder = shipped(plain) if opened.speaks_testbed and plain not in gates else None
         found[name] = gates.get(plain) if folder is None else Gates.load(folder, opened.model, **how)
     known = tuning.load() if options.tuned else None
     if known is not None:

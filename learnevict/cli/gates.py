@@ -1,4 +1,4 @@
-"""learnevict push, pull and import: gates to the Hub, from the Hub, and from weights that authors published."""
+"""Commands that make gates or move them: learnevict train and refine; push and pull; import, from published weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ import learnevict.cli.options as o
 from learnevict.cli.output import quieten, say, tell
 from learnevict.errors import UsageError
 
+Words = Annotated[list[str] | None, typer.Argument(metavar="[METHOD | CONFIG.YAML] [FLAGS]", show_default=False)]
 OPTIONS: dict[str, Any] = {
     "gates": typer.Argument(metavar="FOLDER", help="Gates: a folder, or testbed-foresightkv and others that ship here."),
     "push.repo": typer.Argument(metavar="USER/REPO", help="Where to; made if it does not exist. user/repo@branch is fine "
@@ -32,6 +34,20 @@ OPTIONS: dict[str, Any] = {
     "method": o.option(None, "Where the gates are of a method of your own: its import path. None is imported "
         "otherwise.", metavar="MODULE"),
 }  # fmt: skip
+
+
+def train(words: Words = None) -> None:
+    """Train the gates of a learned method; [bold]learnevict train METHOD --help[/bold] shows its flags."""
+    from learnevict.train.distill import main, parse
+
+    main(parse(words or [], "learnevict train"))
+
+
+def refine(words: Words = None) -> None:
+    """Refine trained gates by reinforcement; [bold]learnevict refine --help[/bold] shows the flags."""
+    from learnevict.rl.refine import main, parse
+
+    main(*parse(words or [], "learnevict refine"))
 
 
 def push(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learnevict.cli.options import EvictionOptions, ModelOptions
@@ -104,7 +105,7 @@ class OpenedModel:
     def _maker(self) -> Any:
         """Returns the function that makes the policy: of a method, or of the gates that were given or that ship."""
         from learnevict import methods
-        from learnevict.hub import GATES_FOLDER, Gates
+        from learnevict.hub import Gates
 
         method, source = self.eviction.method, self.eviction.checkpoint
         if method is None and source is None:
@@ -117,8 +118,7 @@ class OpenedModel:
             module = methods.load(method)
             if module.PAPER.kind != "learned":
                 return module.policy
-            source = str(GATES_FOLDER / f"testbed-{method}")
-            if not self.speaks_testbed or not (GATES_FOLDER / f"testbed-{method}").is_dir():
+            if not self.speaks_testbed or (source := shipped(method)) is None:
                 raise GateError(
                     f"method {method!r} is learned and there are no gates for {self.name!r}; give --ckpt with a folder "
                     "or Hub id, or train some: `learnevict train NAME`"
@@ -177,6 +177,14 @@ class OpenedModel:
             "kv_bytes_peak": one.kv_bytes_peak,
             "kv_bytes_full": one.kv_bytes_full,
         }
+
+
+def shipped(name: str) -> str | None:
+    """Returns the folder of the testbed's own gates for a learned method or its stage before refinement ("NAME-sl")."""
+    from learnevict.hub import GATES_FOLDER
+
+    folder = GATES_FOLDER / f"{TESTBED}-{name}"
+    return str(folder) if Path(name).name == name and folder.is_dir() else None
 
 
 @cache
