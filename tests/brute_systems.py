@@ -281,3 +281,53 @@ def output_change(base: Score, fast: bool = False) -> Score:
         return and_window(at, head, change)
 
     return score
+
+
+class Once(Remembering):
+    """FlowKV round another score: how often each token competed, and then winners, survivors by age, losers."""
+
+    def __init__(self, base: Score, keep: float, sinks: int, recent: int) -> None:
+        super().__init__()
+        self.base, self.keep, self.sinks, self.recent = base, keep, sinks, recent
+
+    def see(self, at: Moment, head: int) -> None:
+        over = sum(map(len, at.held)) > len(at.held) * at.target
+        if (at.now + 1) % at.period or not over:
+            return
+        block = at.now // at.period * at.period
+        for j in at.held[head]:
+            if self.sinks <= j <= at.now - self.recent and j < block:
+                self.kept[head, j] = self.kept.get((head, j), 0) + 1
+
+    def __call__(self, at: Moment, head: int) -> dict[int, float]:
+        base = self.base(at, head)
+        new = [j for j in at.held[head] if self.kept.get((head, j)) == 1]
+        new.sort(key=lambda j: (base[j], j), reverse=True)
+        winners = math.ceil(self.keep * len(new))
+        found = {j: -1e6 + j for j in at.held[head]}
+        found |= {j: (0.0 if place < winners else -2e6) - place for place, j in enumerate(new)}
+        return found
+
+
+def demand_counts(floor: float) -> Callable[[Moment, list[dict[int, float]], list[set[int]], int], list[int]]:
+    """ReasonAlloc's heads: pool, count, raise to the floor, square root, limits, whole slots by largest remainder."""
+
+    def counts(at: Moment, scores: list[dict[int, float]], safe: list[set[int]], target: int) -> list[int]:
+        heads = len(scores)
+        rooms = [sorted((x for j, x in scores[h].items() if j not in safe[h]), reverse=True) for h in range(heads)]
+        free = min(max(heads * target - sum(map(len, safe)), 0), sum(map(len, rooms)))
+        pool = sorted((-x, h) for h in range(heads) for x in rooms[h])[:free]
+        won = [math.sqrt(max(sum(h == head for _, h in pool), floor * free / heads)) for head in range(heads)]
+        mean = sum(won) / heads
+        held = [min(max(x, 0.25 * mean), 2 * mean) for x in won]
+        exact = [free * x / sum(held) for x in held]
+        share = [int(x) for x in exact]
+        for h in sorted(range(heads), key=lambda h: (share[h] - exact[h], h))[: free - sum(share)]:
+            share[h] += 1
+        share = [min(s, len(room)) for s, room in zip(share, rooms, strict=True)]
+        rest = sorted((-x, h) for h in range(heads) for x in rooms[h][share[h] :])
+        for _, h in rest[: free - sum(share)]:
+            share[h] += 1
+        return [len(safe[h]) + share[h] for h in range(heads)]
+
+    return counts

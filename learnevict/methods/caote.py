@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper, load
 from learnevict.parts.options import unknown_variant
@@ -28,7 +28,7 @@ BASES = ("snapkv", "h2o", "adakv", "pyramidkv", "keyformer", "defensivekv")
 """Methods whose scores are attention: not negative, and comparable within a head."""
 
 
-def policy(budget: int | str | Budget, *, base: str = "snapkv", variant: str = "paper", **options: Any) -> Policy:
+def policy(budget: AnyBudget, *, base: str = "snapkv", variant: str = "paper", **options: Any) -> Policy:
     """Keep what moves the output of attention.
 
     Args:

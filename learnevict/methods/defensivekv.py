@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
 from learnevict.parts.options import ScheduleOptions, compose
@@ -56,7 +56,7 @@ class WorstCase(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     alpha: float = 0.2,
     window: int | None = None,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.methods.rkv import redundancy
@@ -69,7 +69,7 @@ class LocalAndGlobal(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     mix: float = 0.5,
     alpha: float = 0.8,

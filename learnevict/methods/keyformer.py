@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.ops.random import hashed
 from learnevict.parts.draws import gumbel
@@ -72,7 +72,7 @@ class NoisyMass(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     noise: float = 1.0,
     rise: float = 0.01,

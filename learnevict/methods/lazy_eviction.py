@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose, unknown_variant
 from learnevict.policy import Policy, Scorer
@@ -72,7 +72,7 @@ class Recurrence(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "gap",
     alpha: float = 5e-4,

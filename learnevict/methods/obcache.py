@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
 from learnevict.parts.output_error import saliency
@@ -68,7 +68,7 @@ class AllSaliency(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "joint",
     window: int | None = 16,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.methods.rkv import ImportantAndNew
 from learnevict.parts.allocators import Pyramid
@@ -21,7 +21,7 @@ PAPER = Paper("Pyramid-RKV, a baseline of ReasonAlloc", "2606.11164", 2026)
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     beta: float = 20.0,
     mix: float = 0.1,

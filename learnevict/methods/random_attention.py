@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.methods.random import Hashed
 from learnevict.ops.random import uniform
@@ -40,7 +40,7 @@ class Redrawn(Scorer):
         return uniform(slot_keys(signals, self.seed))
 
 
-def policy(budget: int | str | Budget, *, seed: int = 0, redraw: bool = True, **options: Unpack[Options]) -> Policy:
+def policy(budget: AnyBudget, *, seed: int = 0, redraw: bool = True, **options: Unpack[Options]) -> Policy:
     """Keep the prompt and a random subset of the rest; prompt=False makes it `random`, drawn at every event.
 
     Args:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from learnevict.config import Budget
+from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.ops import keep_top
 from learnevict.ops.random import hashed
@@ -77,7 +77,7 @@ class Sketch(Scorer):
 
 
 def policy(
-    budget: int | str | Budget,
+    budget: AnyBudget,
     *,
     variant: str = "attention",
     share: float = 0.25,

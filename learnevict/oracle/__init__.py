@@ -8,6 +8,7 @@ Every paper reduces attention in another order; `Reducers` spells the order out 
 
 from learnevict.infer.teacher_forcing import Received
 from learnevict.oracle.collect import full_trace, golden_labels, golden_trace, gradient_utility
+from learnevict.oracle.demand import layer_demand
 from learnevict.oracle.labels import LayerInputs, future_attention, per_head_output_weight
 from learnevict.oracle.reconstruct import Repeating, reconstruct, repeat_prompt
 from learnevict.oracle.reducers import (
@@ -31,7 +32,7 @@ from learnevict.oracle.traces import Share, golden
 
 __all__ = [
     "future_attention", "golden", "golden_labels", "golden_trace", "full_trace", "reconstruct", "repeat_prompt",
-    "gradient_utility", "horizon", "pool_groups", "target", "per_head_output_weight",
+    "gradient_utility", "layer_demand", "horizon", "pool_groups", "target", "per_head_output_weight",
     "Reducers", "LayerInputs", "Received", "Repeating", "Share", "PRESETS",
     "GOLDEN", "KVP", "KVZIP", "KVZIP_PLUS", "KVZAP", "JUDGE_Q", "LOOKAHEAD_KV", "LOCRET", "INDEX_MEM", "H2O",
 ]  # fmt: skip

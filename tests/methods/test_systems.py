@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from learnevict import methods
+from learnevict.errors import UsageError
 from learnevict.methods.lazy_eviction import Recurrence
 from learnevict.methods.vase import Sketch
 from learnevict.ops.random import hashed
+from learnevict.oracle import layer_demand
 from learnevict.parts.allocators import Pyramid
+from learnevict.parts.demand import Demand
 from learnevict.parts.draws import gumbel, normal
 from learnevict.parts.output_error import saliency
 from learnevict.parts.window import WindowAttention
 from learnevict.signals import NEVER, Attention, Rows, Signals
 from tests.closeness import close
 from tests.event_loop import Loop, stream
+from tests.laws import zoo
+from tests.laws.run import batch, read
 from tests.methods.test_training_free import Copied, watch
 
 
@@ -260,10 +265,103 @@ def test_caote_wraps_state_and_window_of_its_base():
         assert (outer.guard, outer.allocator, outer.name) == (inner.guard, inner.allocator, "caote")
 
 
-# --- allocation, schedules ---
+# --- allocation ---
+
+
+@pytest.mark.parametrize(("budget", "floor"), [(64, 20), (33, 9), (9, 9), (21, 20)])
+def test_layers_by_demand_spend_exactly_the_budget(budget, floor):
+    needs = (3.0, 400.0, 90.0, 5000.0, 60.0)
+    shares = [Demand(needs).layer_budget(budget, rank, 5, floor) for rank in range(5)]
+    assert sum(shares) == 5 * budget
+    assert min(shares) >= min(floor, budget)
+    if budget - floor > 20:
+        assert sorted(range(5), key=shares.__getitem__) == sorted(range(5), key=needs.__getitem__)
+        smooth = [need**0.5 for need in needs]
+        held = [min(max(x, 0.25 * sum(smooth) / 5), 2 * sum(smooth) / 5) for x in smooth]
+        for share, x in zip(shares, held, strict=True):
+            assert abs(share - floor - 5 * (budget - floor) * x / sum(held)) < 1
+    assert [Demand().layer_budget(budget, rank, 5, floor) for rank in range(5)] == [budget] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layers": (1.0, 0.0)}, "above 0"), ({"floor": 2.0}, "floor and least"), ({"most": 0.5}, "most")],
+)
+def test_demand_that_means_nothing_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        Demand(**options)
+
+
+def test_demand_of_another_model_is_refused():
+    with pytest.raises(UsageError, match="measured for 2 layers"):
+        Demand((1.0, 2.0)).layer_budget(64, 0, 3, 9)
+
+
+def test_reasonalloc_with_a_floor_of_one_is_rkv():
+    data = stream()
+    equal = Loop(own("reasonalloc", window=4, floor=1.0, recent=4), data).run(prompt=37)
+    won = Loop(own("reasonalloc", window=4, recent=4), data).run(prompt=37)
+    assert not torch.equal(equal, won)
+    counts = (equal == NEVER).sum(-1)
+    assert (counts[:, 0] - counts[:, 1]).abs().max() <= (won == NEVER).sum(-1).diff(dim=-1).abs().max()
+
+
+def test_what_layers_need_is_what_the_model_shows():
+    """Against the attention that transformers itself returns."""
+    model = zoo.build("llama")
+    ids, mask = batch(zoo.tokens(model, 2, 70), (0, 9))
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        shown = model(ids, attention_mask=mask, position_ids=places, output_attentions=True).attentions
+    for share in (0.5, 0.93):
+        expected = []
+        for layer in shown:
+            needed = []
+            for row in range(2):
+                for head in range(layer.shape[1]):
+                    for weights in layer[row, head, 9 * row :].double().tolist():
+                        total, count = 0.0, 0
+                        for weight in sorted(weights, reverse=True):
+                            total, count = total + weight, count + 1
+                            if total >= share:
+                                break
+                        needed.append(count)
+            expected.append(sum(needed) / len(needed))
+        assert layer_demand(model, ids, mask, share=share) == pytest.approx(expected, abs=0.01)
+    policy = methods.reasonalloc.policy(20, layers=layer_demand(model, ids, mask), slack=4, sinks=2, recent=3)
+    run = read(model, policy, ids, mask)
+    shares = [policy.allocator.layer_budget(20, rank, 2, policy.floor) for rank in range(2)]
+    held = [float((run.cache.positions(layer) >= 0).sum(-1).float().mean()) for layer in range(2)]
+    assert run.evictions > 0
+    assert held[0] - held[1] == shares[0] - shares[1]
 
 
 def test_pyramid_rkv_is_rkv_on_a_pyramid():
     policy = methods.pyramid_rkv.policy(64, slack=5)
     assert policy.scorer == methods.rkv.policy(64, slack=5).scorer
     assert policy.allocator == Pyramid(20.0)
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("base", ["snapkv", "h2o", "g_kv"])
+def test_flowkv_never_looks_twice(base):
+    """Under a share of the text what has survived one compression stays for good; the base alone would evict it later."""
+    data = stream(pads=(0, 4))
+    options = {"budget": "50%", "slack": 4, "sinks": 0, "recent": 4}
+    found = Loop(own("flowkv", base=base, **options), data).run(prompt=36)
+    plain = Loop(own(base, **options), data).run(prompt=36)
+    column, settled = torch.arange(data.length), (found > 20) & (found != NEVER)  # while guards are most of the budget
+    assert settled.any()
+    assert ((found - column)[settled] <= 8).all(), "a token goes when its block is compressed, one block later"
+    assert ((plain - column)[(plain > 20) & (plain != NEVER)] > 8).any()
+
+
+def test_flowkv_is_its_base_as_long_as_there_is_one_turn():
+    data = stream(pads=(0, 0))
+    once = Loop(own("flowkv", 16, keep=1.0), data).run(prompt=20)
+    base = Loop(own("snapkv", 16), data).run(prompt=20)
+    assert torch.equal(once == 20, base == 20)
+    assert (once == 20).any()
+    assert not torch.equal(once, base)

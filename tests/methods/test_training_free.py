@@ -111,6 +111,9 @@ CASES = {
     "caote": ("caote", {}, systems.output_change(brute.snap("paper", 3)), None),
     "caote-h2o": ("caote", {"base": "h2o"}, systems.output_change(brute.mass), None),
     "caote-fast": ("caote", {"base": "h2o", "variant": "fast"}, systems.output_change(brute.mass, fast=True), None),
+    "reasonalloc": ("reasonalloc", {"window": 4}, brute.important_and_new(0.1, 4), systems.demand_counts(0.25)),
+    "flowkv": ("flowkv", {}, systems.Once(brute.snap("paper", 3), 0.5, SINKS, RECENT), None),
+    "flowkv-h2o": ("flowkv", {"base": "h2o", "keep": 0.75}, systems.Once(brute.mass, 0.75, SINKS, RECENT), None),
     "pyramid_rkv": ("pyramid_rkv", {"window": 4}, brute.important_and_new(0.1, 4), None),
 }
 
@@ -197,8 +200,8 @@ def test_full_never_evicts():
 def test_every_method_takes_the_same_options():
     rules = {"sinks": 1, "recent": 2, "prompt": True, "slack": 3, "schedule": "prefill_end"}
     for name in methods.METHODS:
-        if methods.load(name).PAPER.kind == "learned" or name == "golden":
-            continue
+        if methods.load(name).PAPER.kind == "learned" or name in ("golden", "flowkv"):
+            continue  # flowkv compresses blocks only
         policy = methods.load(name).policy(40, **rules)
         if name != "full":
             assert policy.guard == Guard(1, 2, True), name
@@ -208,8 +211,8 @@ def test_every_method_takes_the_same_options():
 
 def test_defaults_are_bounded_and_cite_their_paper():
     windows = {
-        "snapkv": 32, "pyramidkv": 32, "adakv": 32, "defensivekv": 32, "caote": 32, "rkv": 8, "pyramid_rkv": 8, "g_kv": 16,
-        "obcache": 16, "vase": 64,
+        "snapkv": 32, "pyramidkv": 32, "adakv": 32, "defensivekv": 32, "caote": 32, "flowkv": 32, "rkv": 8, "pyramid_rkv": 8,
+        "reasonalloc": 8, "g_kv": 16, "obcache": 16, "vase": 64,
     }  # fmt: skip
     other = {name: Guard(4, 0, recent_share=0.5) for name in ("h2o", "keyformer")}
     other["random_attention"] = Guard(4, 8, prompt=True)
@@ -242,6 +245,8 @@ def test_defaults_are_bounded_and_cite_their_paper():
         ("obcache", {"variant": "query"}, UsageError, "joint, key, value"),
         ("g_kv", {"memory": "last"}, UsageError, "by max, mean, sum"),
         ("caote", {"base": "knorm"}, UsageError, "which knorm has not"),
+        ("flowkv", {"keep": 0.0}, UsageError, "keep=0.0 of snapkv"),
+        ("flowkv", {"schedule": "prefill_end"}, UsageError, "share above 0"),
         ("caote", {"variant": "slow"}, UsageError, "fast, paper"),
     ],
 )
