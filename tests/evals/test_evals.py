@@ -951,12 +951,12 @@ def test_refinement_is_tested_against_its_start():
 def test_the_method_table_stands_between_its_markers(tmp_path):
     page = tmp_path / "README.md"
     page.write_text(f"before\n{tables.FIRST}\nstale words\n{tables.LAST}\nafter\n")
-    assert tables.write_method_table(page)
+    assert tables.write_between(page, tables.METHODS, tables.method_table())
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| `h2o` | " in text and text.count("| `") == len(tables.methods.METHODS)
     page.write_text("no markers")
-    assert not tables.write_method_table(page)
+    assert not tables.write_between(page, tables.METHODS, tables.method_table())
 
 
 # --- perplexity ---

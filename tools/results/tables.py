@@ -11,8 +11,10 @@ from typing import Any
 from learnevict import methods, testbed
 from learnevict.errors import DataError
 from learnevict.evals import tuning
+from learnevict.evals.margin import margin_tables
 from learnevict.evals.plots import plot
-from learnevict.evals.report import table
+from learnevict.evals.records import read_rows
+from learnevict.evals.report import markdown, table
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from tools.results.ablations import ablation_table, plot_curves, plot_training, read_variants
@@ -34,7 +36,8 @@ from tools.results.sections import (
     short_table,
 )
 
-FIRST, LAST = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
+METHODS = "<!-- methods:start (scripts/write_tables) -->", "<!-- methods:end -->"
+REAL = "<!-- tables:start (scripts/write_tables) -->", "<!-- tables:end -->"
 HEADER = "<!-- Written by scripts/write_tables from docs/results/. Do not edit. -->"
 LEGEND = (
     "Budgets are shares of a family's mean length, in slots per layer and kv head. Methods are named in the README, learned "
@@ -206,29 +209,36 @@ def method_table() -> str:
     return table(["method", "what it is", "paper", "kind"], lines)
 
 
-def write_method_table(readme: Path) -> bool:
-    """Replaces what stands between the markers; returns False if the page has none.
+def real_tables(files: list[Path]) -> str:
+    """Returns what `learnevict report` shows of evaluations of pretrained models, in Markdown."""
+    texts = [row for path in files for row in read_rows(path) if row.get("perplexity") is not None]
+    return f"{margin_tables(files)}\n{markdown(texts) if texts else ''}".strip().replace("\n## ", "\n### ")
+
+
+def write_between(page: Path, marks: tuple[str, str], content: str) -> bool:
+    """Replaces what stands between two markers of a page; returns False if the page has none.
 
     Raises:
         DataError: the page cannot be read or written.
     """
+    first, last = marks
     try:
-        text = readme.read_text(encoding="utf-8")
-        if FIRST not in text or LAST not in text:
-            return False
-        before, after = text.split(FIRST)[0], text.split(LAST)[1]
+        text = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot read {str(readme)!r}: {error.strerror}") from error
-    write(readme, f"{before}{FIRST}\n{method_table()}\n{LAST}{after}", FIRST.encode())
+        raise DataError(f"cannot read {str(page)!r}: {error.strerror}") from error
+    if first not in text or last not in text:
+        return False
+    write(page, f"{text.split(first)[0]}{first}\n{content}\n{last}{text.split(last)[1]}", first.encode())
     return True
 
 
 def main() -> None:
     """Regenerates everything, from the repository's root."""
     root = Path(__file__).resolve().parents[2]
-    readme = root / "README.md"
-    changed = write_method_table(readme)
-    written = [readme] if changed else []
+    readme, real = root / "README.md", root / "docs" / "real-models.md"
+    written = [readme] if write_between(readme, METHODS, method_table()) else []
+    if rows := sorted_rows(root / "docs" / "results" / "real"):
+        written += [real] if write_between(real, REAL, real_tables(rows)) else []
     if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
         tuned = tuning.load() if tuning.TUNED.exists() else None
         check_bundled(root / "docs" / "results")
