@@ -42,6 +42,12 @@ OPTIONS: dict[str, Any] = {
     "texts": o.option(TEXTS, "How many texts.", min=1),
     "length": o.option(TEXTS, "Tokens of a text.", min=64),
     "budgets": o.option(TEXTS, "Shares of a text that are kept; their profiles are averaged."),
+    "heads": o.option(
+        TEXTS,
+        "Only the heads that need most slots get any beside those that always stay, all alike, this many: with a budget of "
+        "1/8, a tenth of all heads can keep whatever they read. [dim]every head its share[/dim]",
+        min=1,
+    ),
     "profile.target": o.option(TEXTS, "What makes a token worth keeping: repetition (what the model attends to when "
         "it repeats the text) or future (attention of the text's second half to its first). [dim]repetition if the "
         "model has a chat template[/dim]"),
@@ -124,6 +130,7 @@ def profile(
     texts: int = 8,
     length: int = 1000,
     budgets: str = "1/4,1/8",
+    heads: int | None = None,
     target: Wanted = Wanted.auto,
     model: o.ModelOptions,
     overwrite: bool = False,
@@ -159,6 +166,7 @@ def profile(
         "texts": len(found), "length": length, "shares": budgets, "text": text.name,
     }  # fmt: skip
     spent = shares_of(labels, shares, **made)
+    spent = spent if heads is None else spent.whole_heads(heads)
     spent.save(out, overwrite=overwrite)
     layers = sorted(
         ((sum(heads), index) for index, heads in zip(spent.indices, spent.layers, strict=True)), reverse=True

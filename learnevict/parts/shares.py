@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,24 @@ class Shares(Uniform):
                 f"this allocation says nothing of layer {layer}; make one for this model: learnevict profile"
             )
         return HeadShares(self.layers[self.indices.index(layer)])
+
+    def whole_heads(self, number: int) -> Shares:
+        """Returns equal shares of the `number` heads with the largest ones, and none of the others.
+
+        Heads that have room for all they read keep it all, as the retrieval heads of DuoAttention do (arXiv 2410.10819); the
+        others hold what is protected. Such heads then need no ranking.
+
+        Raises:
+            UsageError: more heads than there are, or none.
+        """
+        places = [(index, head) for index, heads in enumerate(self.layers) for head in range(len(heads))]
+        if not 1 <= number <= len(places):
+            raise UsageError(f"there are {len(places)} heads; let 1 to {len(places)} be whole, not {number}")
+        most = set(sorted(places, key=lambda place: -self.layers[place[0]][place[1]])[:number])
+        layers = [
+            tuple(float((index, head) in most) for head in range(len(heads))) for index, heads in enumerate(self.layers)
+        ]
+        return replace(self, layers=tuple(layers), made={**self.made, "heads": number})
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         """Writes the file that `allocation` takes.

@@ -81,6 +81,15 @@ def test_shares_are_those_of_the_best_slots() -> None:
         shares_of([list(labels)], [8])
 
 
+def test_whole_heads_are_those_that_need_most() -> None:
+    found = Shares(layers=((0.2, 0.1), (0.2, 0.2), (0.3, 0.0)), indices=(0, 1, 2))
+    assert found.whole_heads(1).layers == ((0, 0), (0, 0), (1, 0))
+    assert found.whole_heads(3).layers == ((1, 0), (1, 0), (1, 0))  # of equal ones, the first
+    assert found.whole_heads(6).layers == ((1, 1), (1, 1), (1, 1)) and found.whole_heads(6).made == {"heads": 6}
+    with pytest.raises(UsageError, match="let 1 to 6 be whole"):
+        found.whole_heads(7)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"format": "learnevict allocation 1", "indices": [0], "layers": [[-1]]}', '{"layers": 3}']
 )
