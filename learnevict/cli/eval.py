@@ -185,7 +185,7 @@ def report(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Make Markdown tables, a CSV file and a plot of accuracy against budget.
+    """Make Markdown tables, a CSV file, plots against budget, and of needles a heat map of length and depth.
 
     With golden eviction or several allocations among the methods, the tables begin with what is there to be learned.
 
@@ -197,6 +197,7 @@ def report(
 
     Without --out only the table is printed. An earlier report in the folder is replaced.
     """
+    from learnevict.evals.heat_map import heat_map, read_needles
     from learnevict.evals.margin import margin_tables
     from learnevict.evals.records import read_rows
     from learnevict.evals.report import markdown, write_report
@@ -205,5 +206,8 @@ def report(
     if out is None:
         tell(f"{margin}\n{markdown(found)}".strip("\n"))
         return
-    for path in write_report(found, out, margin, overwrite=overwrite):
+    written = write_report(found, out, margin, overwrite=overwrite)
+    if needles := read_needles(rows):
+        written.append(heat_map(needles, out / "needles.png", overwrite=overwrite))
+    for path in written:
         say(f"wrote {path}")

@@ -210,8 +210,7 @@ def _endpoints(contest: Contest) -> str:
 
 def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
     """Yields every family, budget and measure of the files, over samples that all methods were measured on."""
-    logs = {path: SampleLog(log_path(path), None, resume=True) for path in files if log_path(path).exists()}
-    opened = [(row, log) for path, log in logs.items() for row in read_rows(path)]
+    opened = open_rows(files)
     places = dict.fromkeys((row["family"], budget_label(row)) for row, _ in opened if row["budget"] is not None)
     for family, budget in places:
         for measure in MEASURES:
@@ -223,6 +222,16 @@ def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
             scored = [found[id(row)] for row, _ in mine if row["budget"] is not None and id(row) in found]
             if len({len(one.seen) for one in scored}) == 1:
                 yield Contest(family, str(budget), measure, scored, full)
+
+
+def open_rows(files: Sequence[Path]) -> list[tuple[Row, SampleLog]]:
+    """Returns the rows of files whose per-sample logs lie beside them, each with its log.
+
+    Raises:
+        DataError: a file is no result of an evaluation.
+    """
+    logs = {path: SampleLog(log_path(path), None, resume=True) for path in files if log_path(path).exists()}
+    return [(row, log) for path, log in logs.items() for row in read_rows(path)]
 
 
 def _scored(row: Row, log: SampleLog, measure: Measure) -> Scored | None:

@@ -1,4 +1,4 @@
-"""Accuracy against budget: one panel a family, one line a method; the ones to look at are coloured and named at their end."""
+"""A figure against budget: one panel a family, one line a method; the ones to look at are coloured and named at their end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ INK = "#1f2937"
 NAMED = 1.1
 
 
-def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | None = None) -> Path:
-    """Draws step accuracy (or exact match where there is none) against slots kept, with intervals.
+Measure = tuple[str, str, str]
+"""A figure of rows, and the ends of its interval."""
+ACCURACY, EXACT = ("step_accuracy", "ci_low", "ci_high"), ("exact_match", "exact_low", "exact_high")
+KNOWN, NATS = ("exact_known", "known_low", "known_high"), ("added_nats", "added_low", "added_high")
+
+
+def plot(
+    rows: Sequence[Row], path: Path, measure: Measure | None = None, *, title: str = "", overwrite: bool | None = None
+) -> Path:
+    """Draws a measure, otherwise step accuracy (or exact match where there is none), against slots kept, with intervals.
 
     Golden is the dashed reference, the full cache a dotted line, the best learned methods are coloured, the best heuristics
     brown, the others thin and muted; of many only the former, random and lexical are named.
@@ -31,6 +39,27 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | 
         UsageError: matplotlib is not installed.
         DataError: the file cannot be written, or is somebody else's.
     """
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    columns = min(3, len(families))
+    lines = -(-len(families) // columns)
+    figure, axes = figure_of(lines, columns, (5.2 * columns, 4.2 * lines))
+    looks = styles(rows, measure)
+    for axis, family in zip(axes.flat, families, strict=False):
+        _panel(axis, family, [row for row in rows if row["family"] == family], looks, measure)
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    if title:
+        figure.suptitle(title, color=INK)
+    figure.tight_layout()
+    return save_figure(figure, path, dpi=130, overwrite=overwrite)
+
+
+def figure_of(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """Returns a figure of pyplot, width and height in inches, and its panels [lines, columns].
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
     try:
         import matplotlib
 
@@ -38,19 +67,7 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "", overwrite: bool | 
         from matplotlib import pyplot
     except ImportError as error:
         raise UsageError("plots need matplotlib: pip install 'learnevict[report]'") from error
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    columns = min(3, len(families))
-    lines = -(-len(families) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
-    looks = styles(rows)
-    for axis, family in zip(axes.flat, families, strict=False):
-        _panel(axis, family, [row for row in rows if row["family"] == family], looks)
-    for axis in axes.flat[len(families) :]:
-        axis.set_visible(False)
-    if title:
-        figure.suptitle(title, color=INK)
-    figure.tight_layout()
-    return save_figure(figure, path, dpi=130, overwrite=overwrite)
+    return pyplot.subplots(lines, columns, figsize=size, squeeze=False)
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 120, overwrite: bool | None = None) -> Path:
@@ -69,15 +86,15 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 120, overwrite: bool | No
     return path
 
 
-def _measure(rows: Sequence[Row]) -> tuple[str, str, str]:
-    """Returns what is drawn, and its interval."""
-    if all(row.get("step_accuracy") is None for row in rows):
-        return "exact_match", "exact_low", "exact_high"
-    return "step_accuracy", "ci_low", "ci_high"
+def _usual(rows: Sequence[Row]) -> Measure:
+    """Returns what is drawn where nothing else is asked for."""
+    return EXACT if all(row.get("step_accuracy") is None for row in rows) else ACCURACY
 
 
-def _panel(axis: Any, family: str, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
-    measure, low, high = _measure(rows)
+def _panel(
+    axis: Any, family: str, rows: Sequence[Row], looks: dict[str, dict[str, Any]], asked: Measure | None
+) -> None:
+    measure, low, high = asked or _usual(rows)
     sized = [row for row in rows if isinstance(row.get("budget"), int) and row.get(measure) is not None]
     ends: list[tuple[float, str, str]] = []
     there = {row["method"] for row in sized}
@@ -101,9 +118,9 @@ def _panel(axis: Any, family: str, rows: Sequence[Row], looks: dict[str, dict[st
     _name_lines(axis, ends)
 
 
-def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def styles(rows: Sequence[Row], measure: Measure | None = None) -> dict[str, dict[str, Any]]:
     """Returns how each method is drawn, the important ones last, on top; lines thinner than NAMED have no name."""
-    ranking = _ranking(rows)
+    ranking = _ranking(rows, measure or _usual(rows))
     learned = {row["method"] for row in rows if row.get("kind") == "learned"}
     few = len(ranking) <= FEW
     strong, brown, muted = iter(STRONG), iter(BROWN), iter(MUTED * len(ranking))
@@ -124,20 +141,20 @@ def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return dict(sorted(looks.items(), key=lambda item: (item[0] == "golden", item[1]["linewidth"])))
 
 
-def _ranking(rows: Sequence[Row]) -> list[str]:
-    """Returns methods by their mean accuracy under budgets, the best first."""
-    measure = _measure(rows)[0]
+def _ranking(rows: Sequence[Row], asked: Measure) -> list[str]:
+    """Returns methods by their mean figure under budgets, the best first."""
+    measure, sign = asked[0], 1 if asked == NATS else -1
     values: dict[str, list[float]] = {}
     for row in rows:
         if isinstance(row.get("budget"), int) and row.get(measure) is not None:
             values.setdefault(row["method"], []).append(row[measure])
-    return sorted(values, key=lambda name: -sum(values[name]) / len(values[name]))
+    return sorted(values, key=lambda name: sign * sum(values[name]) / len(values[name]))
 
 
 def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     ticks = {row["budget"]: row.get("budget_share") or str(row["budget"]) for row in rows}
-    axis.set_title(_label(family), loc="left", color=INK, fontweight="bold")
-    axis.set_ylabel(measure.replace("_", " "), color=INK)
+    axis.set_title(label(family), loc="left", color=INK, fontweight="bold")
+    axis.set_ylabel("added nats per token" if measure == NATS[0] else measure.replace("_", " "), color=INK)
     axis.set_xlabel("slots kept per layer and kv head, fewer to the right", color=INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#e5e7eb", linewidth=0.6)
@@ -145,14 +162,14 @@ def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     if ticks:
         axis.set_xscale("log")
         labels = [
-            f"{_label(label)}\n{budget}" if "/" in label else _label(label) for budget, label in sorted(ticks.items())
+            f"{label(label)}\n{budget}" if "/" in label else label(label) for budget, label in sorted(ticks.items())
         ]
         axis.set_xticks(sorted(ticks), labels)
         axis.minorticks_off()
         axis.invert_xaxis()
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
     """Returns text that matplotlib does not take for a formula, no longer than a panel."""
     return one_line(text)[:60].replace("$", r"\$")
 
@@ -173,7 +190,7 @@ def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
         ceiling = places[index] - step
     for place, (value, name, color) in zip(places, ordered, strict=True):
         axis.annotate(
-            _label(name), xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
+            label(name), xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
             textcoords=("axes fraction", "data"), color=color, fontsize=8, va="center", annotation_clip=False,
         )  # fmt: skip
     axis.set_ylim(low, high)

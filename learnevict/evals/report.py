@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnevict.evals.plots import plot
+from learnevict.evals.plots import KNOWN, NATS, Measure, plot
 from learnevict.evals.records import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
 from learnevict.files import MARKDOWN, PICTURE, check, write, writing
 from learnevict.untrusted import one_line, spreadsheet_cell
 
-LEARNED, REFERENCE = "learned", "reference"
+PICTURES: dict[str, Measure | None] = {"accuracy.png": None, "known.png": KNOWN, "nats.png": NATS}
+"""What is drawn against budget: step accuracy or exact match; exact match where the question is known; added nats."""
 
 
 def write_report(rows: Sequence[Row], folder: Path, margin: str = "", *, overwrite: bool | None = None) -> list[Path]:
-    """Writes table.md, table.csv and, if any row has a budget and an accuracy, accuracy.png.
+    """Writes table.md, table.csv, and a picture of each measure that rows with a budget have.
 
     Args:
         rows: of evaluations.
@@ -31,16 +32,22 @@ def write_report(rows: Sequence[Row], folder: Path, margin: str = "", *, overwri
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    page, sheet, picture = (folder / name for name in ("table.md", "table.csv", "accuracy.png"))
-    header = ",".join(KEYS).encode()
-    drawn = [row for row in rows if row.get("step_accuracy") is not None or row.get("exact_match") is not None]
-    drawn = drawn if any(row.get("budget") is not None for row in drawn) else []
-    for path, mark in ((page, MARKDOWN), (sheet, header), (picture, PICTURE))[: 3 if drawn else 2]:
+    page, sheet, header = folder / "table.md", folder / "table.csv", ",".join(KEYS).encode()
+    drawn = {folder / name: (one, found) for name, one in PICTURES.items() if (found := _drawn(rows, one))}
+    for path, mark in ((page, MARKDOWN), (sheet, header), *((path, PICTURE) for path in drawn)):
         check(path, mark, overwrite=overwrite)
     said = f"{MARKDOWN.decode()} report. -->\n\n"
     write(page, said + "\n".join(part for part in (margin, markdown(rows)) if part), MARKDOWN, overwrite=overwrite)
     write(sheet, comma_separated(rows), header, overwrite=overwrite)
-    return [page, sheet, *([plot(drawn, picture, overwrite=overwrite)] if drawn else [])]
+    pictures = [plot(found, path, measure, overwrite=overwrite) for path, (measure, found) in drawn.items()]
+    return [page, sheet, *pictures]
+
+
+def _drawn(rows: Sequence[Row], measure: Measure | None) -> list[Row]:
+    """Returns the rows that a picture shows; none if there is none with a budget."""
+    names = [measure[0]] if measure else ["step_accuracy", "exact_match"]
+    found = [row for row in rows if any(row.get(name) is not None for name in names)]
+    return found if any(row.get("budget") is not None for row in found) else []
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
