@@ -17,6 +17,10 @@ from learnevict.errors import UsageError
 from learnevict.files import PAGE, check, locked, write
 from learnevict.infer.prompts import read_file
 
+EARLY = (
+    "evictions began before the chat had been read to its end, where the question often stands: what it needs may be gone. "
+    "--schedule prefill_end reads the prompt first (and holds it whole once), --keep-prompt never evicts it"
+)
 NUM_TOGETHER = 8
 """Rows of a batch file at a time."""
 
@@ -119,6 +123,8 @@ def _answer_one(opened: OpenedModel, request: Request, as_json: bool, **sampling
         )
     streamer = None if as_json else printer(opened.tokenizer)
     ((_, record),) = opened.answer([request], streamer=streamer, **sampling)
+    if opened.begins_early(request, record):
+        say(f"warning: {EARLY}")
     if as_json:
         tell(json.dumps(record, ensure_ascii=False))
         return
@@ -141,18 +147,21 @@ def _answer_all(
     count = total - sum(map(len, missing))
     if count:
         say(f"{count} rows are finished in {results} already")
-    begins = 0
+    begins, early = 0, False
     try:
         for batch, part in zip(batches, missing, strict=True):
             if part:
                 read = batch if sampling["temperature"] > 0 else part
                 answers = opened.answer(read, seed=seed + begins, **sampling)
                 for request, (_, record) in zip(read, answers, strict=True):
+                    early = early or opened.begins_early(request, record)
                     if request in part:
                         results.add(record, request.key)
                 count += len(part)
                 say(f"{count} of {total} rows, {answers[0][0].tokens_per_second:.1f} tokens/s")
             begins += len(batch)
+        if early:
+            say(f"warning: {EARLY}")
     except KeyboardInterrupt as error:
         remedy = (
             "the same command goes on from there" if results.path else "with --out FILE the same command could go on"

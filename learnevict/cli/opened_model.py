@@ -102,6 +102,14 @@ class OpenedModel:
         rows = torch.tensor([ids], device=self.model.device)
         return golden_policy(self.model, rows, *self.golden)
 
+    def begins_early(self, request: Request, record: dict[str, Any]) -> bool:
+        """Returns whether the cache evicted what a chat asks about before it had read the question, which stands at the end."""
+        if self.policy is None or not request.chat:
+            return False
+        schedule = self.policy.schedule
+        early = schedule.active and schedule.prompt == "blocks" and not self.policy.guard.prompt
+        return early and record["prompt_tokens"] > record["budget_tokens"] + schedule.slack
+
     def _maker(self) -> Any:
         """Returns the function that makes the policy: of a method, or of the gates that were given or that ship."""
         from learnevict import methods

@@ -31,12 +31,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to read. `sample` is the testbed task they come from; `key` tells rows and settings apart for a resume."""
+    """Token ids to read. `sample` is the testbed task they come from; `key` tells rows and settings apart for a resume; `chat`:
+    they end with what a user asks."""
 
     name: str
     ids: list[int]
     sample: Any = None
     key: str = ""
+    chat: bool = False
 
     def checked(self, text: str) -> dict[str, Any]:
         """Returns whether a task was answered right, and what was expected; nothing for a free prompt."""
@@ -84,7 +86,7 @@ def make_request(
     bare = isinstance(given, str) and bool(given.strip()) and not given.lstrip().startswith("<bos>")
     if not isinstance(given, str) or chat or (bare and opened.speaks_testbed):
         warn_of_tools(messages, opened.tokenizer)
-        return Request(name, read_chat(opened.tokenizer, messages), None, key)
+        return Request(name, read_chat(opened.tokenizer, messages), None, key, chat=not opened.speaks_testbed)
     return Request(name, read_text(opened.tokenizer, given), None, key)
 
 
