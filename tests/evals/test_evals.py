@@ -794,9 +794,9 @@ def test_lexical_is_tuned_like_the_heuristics_but_never_the_best_of_them():
 def test_a_report_has_table_and_plot(finished, tmp_path):
     out, rows, _ = finished
     written = write_report(read_rows(out), tmp_path / "report")
-    assert [path.name for path in written] == ["table.md", "table.csv", "accuracy.png"]
-    page, sheet, image = (path.read_bytes() for path in written)
-    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+    assert [path.name for path in written] == ["table.md", "table.csv", "accuracy.png", "nats.png"]
+    page, sheet, image, nats = (path.read_bytes() for path in written)
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000 and nats.startswith(b"\x89PNG")
     assert f"| random | {rows[1]['step_accuracy']:.3f} [" in page.decode() and "| method | 1/4 | 40 |" in page.decode()
     lines = sheet.decode().splitlines()
     assert lines[0] == ",".join((*KEYS, *ORACLE_KEYS)) and len(lines) == 6 and lines[1].startswith("full,recall,,,")
