@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {
     "evaluate.out": o.option(o.OUTPUT, "JSONL file for rows; per-sample numbers go beside it.", "--out", "-o"),
     "resume": o.option(o.OUTPUT, "Go on with --out: skip what is finished, add what is new.", "--resume"),
     "rows": typer.Argument(help="JSONL files of `learnevict eval`, or report.json of the demo."),
-    "report.out": o.option(o.OUTPUT, "Folder for table.md, table.csv and accuracy.png.", "--out", "-o"),
+    "report.out": o.option(o.OUTPUT, "Folder for table.md, table.csv and pictures.", "--out", "-o"),
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def evaluate(
     "Loss recovered" is 0 where a method loses as much as random eviction and 1 where it loses as little as golden. (The
     recovery of docs/results.md is another: of step accuracy, from the best heuristic.)
     """
-    given, content = samples.given, ""
+    given, content = samples.given, ("",)
     for words in (tasks.tasks, tasks.families, methods.methods, methods.budgets):
         _warn_of_doubles(words)
     said = {**given, "free": free, "keep_prompt": methods.keeps_prompts or None}
@@ -126,7 +126,11 @@ def evaluate(
         )
     refuse({name: said.get(name) for name in WITHOUT[tasks.group]}, f"other tasks than {tasks.tasks}")
     if tasks.text is not None:
-        content = read_text(tasks.text)
+        content = read_texts(tasks.text)
+        if tasks.streamed and len(content) > 1:
+            raise UsageError(
+                f"{str(tasks.text)!r} holds {len(content)} texts: give --length, the tokens to read of each"
+            )
     if resume and out is None:
         raise UsageError("--resume needs the --out of the run to go on with")
     from learnevict.cli.evaluation import compare, compare_on_text
@@ -136,7 +140,7 @@ def evaluate(
     if tasks.streamed:
         with _told(out, out, "to evaluate the rest choose another --out"):
             rows = compare_on_text(
-                model, methods, (str(tasks.text and tasks.text.name), content), tasks.max_tokens, out
+                model, methods, (str(tasks.text and tasks.text.name), content[0]), tasks.max_tokens, out
             )
     else:
         given["free"] = {None: "full" if tasks.group == TESTBED else "all", True: "all", False: "none"}[free]
@@ -151,12 +155,19 @@ def evaluate(
         say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
 
 
-def read_text(path: Path) -> str:
-    """Returns the text of the user's file. Raises DataError: no such file, not UTF-8, or empty."""
-    text = read_file(path)
-    if not text.strip():
-        raise DataError(f"{str(path)!r} is empty; give a text of at least a few words")
-    return text
+def read_texts(path: Path) -> tuple[str, ...]:
+    """Returns the text of the user's file, or those of the .txt and .md files in a folder, by name.
+
+    Raises:
+        DataError: no such file, not UTF-8, or empty.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.suffix in (".txt", ".md") and one.name[0] != ".")
+    texts = tuple(map(read_file, files))
+    if not texts or not all(text.strip() for text in texts):
+        raise DataError(f"{str(path)!r} is empty, or a text in it; give texts of at least a few words")
+    return texts
 
 
 @contextmanager

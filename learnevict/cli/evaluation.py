@@ -12,7 +12,7 @@ from learnevict.cli.eval import KEPT, MethodOptions
 from learnevict.cli.opened_model import OpenedModel, open_model, shipped
 from learnevict.cli.options import ModelOptions, check_method
 from learnevict.cli.output import progress, say
-from learnevict.cli.tasks import TESTBED, TaskOptions, listed
+from learnevict.cli.tasks import PUZZLES, TESTBED, TaskOptions, listed
 from learnevict.errors import DataError, GateError, UsageError
 from learnevict.evals import perplexity as texts
 from learnevict.evals import tuning
@@ -23,6 +23,7 @@ from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import Task, family_tasks, fingerprint, resolve
 from learnevict.evals.tasks.contexts import Haystack
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
+from learnevict.evals.tasks.puzzles import PuzzleTask
 from learnevict.evals.tasks.retrieval import MODES, RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
 from learnevict.files import check as check_file
@@ -51,7 +52,7 @@ def compare(
     model: ModelOptions,
     options: MethodOptions,
     asked: TaskOptions,
-    text: str,
+    content: Sequence[str],
     given: dict[str, Any],
     out: Path | None,
     resume: bool,
@@ -59,7 +60,7 @@ def compare(
     """Returns the rows of a comparison on tasks.
 
     Args:
-        text: the content of the user's file of prose.
+        content: the texts of the user's file or folder of prose.
         given: what was said of samples and answers, by the names of Plan; `split` is the testbed's.
 
     Raises:
@@ -80,7 +81,7 @@ def compare(
             )
     else:
         opened = _opened(model, options)
-        tasks = other_tasks(opened, asked, text)
+        tasks = other_tasks(opened, asked, content)
         settings = _settings(options, replace(COMPARISON, slack=usual_slack(tasks, budgets)))
         usual: dict[str, Any] = {"num_samples": 50, "batch_size": 8, "oracle": False}
         plan = Plan(tasks, budgets, settings=settings, **(usual | given))
@@ -88,6 +89,7 @@ def compare(
             f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
     usual_methods = {TESTBED: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
+    usual_methods["puzzles"] = usual_methods["problems"]
     field = evaluated_methods(opened, options, usual_methods.get(asked.group, PLAIN_METHODS))
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
@@ -98,11 +100,11 @@ def compare(
         return run(plan, subject, field, out, resume=resume, advance=advance)[0]
 
 
-def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Task, ...]:
+def other_tasks(opened: OpenedModel, asked: TaskOptions, content: Sequence[str]) -> tuple[Task, ...]:
     """Returns the tasks that are not the testbed's.
 
     Args:
-        text: what perplexity is measured on, or where facts are hidden.
+        content: what perplexity is measured on, or where facts are hidden.
 
     Raises:
         DataError: the text is too short, or a row is no problem.
@@ -110,6 +112,7 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Tas
     tokenizer: Any = opened.tokenizer
     chat = bool(tokenizer.chat_template) if asked.chat is None else asked.chat
     if asked.group == "retrieval":
+        text = "\n".join(content)
         haystack = Haystack(text, lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
         limit = asked.max_new_tokens or 24
         source = f"{asked.text and asked.text.name} {fingerprint([text])}"
@@ -121,15 +124,19 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, text: str) -> tuple[Tas
             for kind in listed(asked.tasks) for length in asked.lengths
         )  # fmt: skip
     if asked.group == "perplexity":
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-        texts.check_known(tokenizer, ids, text)
-        name = str(asked.text and asked.text.name)
-        return (TextTask(name, ids[: asked.max_tokens], asked.lengths[0], tokenizer.bos_token_id),)
+        read = [tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False) for text in content]
+        ids = tuple(one["input_ids"][0] for one in read)
+        for one, text in zip(ids, content, strict=True):
+            texts.check_known(tokenizer, one, text)
+        cut = tuple(one[: asked.max_tokens] for one in ids)
+        return (TextTask(str(asked.text and asked.text.name), cut, asked.lengths[0], tokenizer.bos_token_id),)
+    limit = asked.max_new_tokens or 1024
+    if asked.group == "puzzles":
+        return tuple(PuzzleTask(name.removeprefix(PUZZLES), chat, limit) for name in listed(asked.tasks))
     assert asked.data is not None
     problems = read_problems(asked.data)
     examples = read_problems(asked.examples)[: asked.shots or 8] if asked.examples else ()
     (name,) = listed(asked.tasks)
-    limit = asked.max_new_tokens or 1024
     return (MathTask(name, problems, examples, chat=chat, max_new_tokens=limit),)
 
 

@@ -19,14 +19,18 @@ GROUPS = {
     **dict.fromkeys(MATHEMATICS, "problems"),
 }  # fmt: skip
 """What kind of task each name is."""
+PUZZLES = "reasoning-gym:"
+"""How the names of tasks begin that the package reasoning-gym makes."""
 
 
 OPTIONS: dict[str, Any] = {
     "tasks": o.option(TASKS,
         f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
-        f"{', '.join(MATHEMATICS)}. Several of one group, separated by commas.", "--tasks", "--task"),
+        f"{', '.join(MATHEMATICS)}; or {PUZZLES}NAME, puzzles of that package. Several of one group, separated by "
+        "commas.", "--tasks", "--task"),
     "families": o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]"),
-    "text": o.option(TASKS, "UTF-8 file of prose: what is read, or where facts are hidden."),
+    "text": o.option(TASKS, "UTF-8 file of prose, or a folder of .txt and .md files: what is read, or where facts are "
+        "hidden."),
     "length": o.option(TASKS, "Tokens of each context, several for retrieval (1000,2000), or of each stretch of the "
         "text for perplexity; for the testbed normal or long (longer than in training). [dim]1000; the whole text at "
         "once; normal[/dim]", "--length"),
@@ -39,7 +43,8 @@ OPTIONS: dict[str, Any] = {
     "shots": o.option(TASKS, "How many of them. [dim]8[/dim]", min=1),
     "chat": o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]",
         "--chat/--no-chat"),
-    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems[/dim]", min=1),
+    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems and puzzles[/dim]",
+        min=1),
     "samples": o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1),
     "split": o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]"),
     "seed": o.option(TASKS, "First sample of each task. [dim]0[/dim]", min=0, max=o.LARGEST_SEED),
@@ -90,9 +95,9 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         names = listed(self.tasks)
-        if strange := [name for name in names if name not in GROUPS]:
-            raise UsageError(f"there is no task {', '.join(strange)}; choose {', '.join(GROUPS)}")
-        groups = dict.fromkeys(GROUPS[name] for name in names)
+        if strange := [name for name in names if name not in GROUPS and not name.startswith(PUZZLES)]:
+            raise UsageError(f"there is no task {', '.join(strange)}; choose {', '.join(GROUPS)} or {PUZZLES}NAME")
+        groups = dict.fromkeys(map(group_of, names))
         if len(groups) != 1:
             raise UsageError(f"one run asks tasks of one group, not {' and '.join(groups) or 'none'}; give each a run")
         refuse(
@@ -118,8 +123,8 @@ class TaskOptions:
 
     @property
     def group(self) -> str:
-        """Returns what kind of tasks these are: testbed, perplexity, retrieval or problems."""
-        return GROUPS[listed(self.tasks)[0]]
+        """Returns what kind of tasks these are: testbed, perplexity, retrieval, problems or puzzles."""
+        return group_of(listed(self.tasks)[0])
 
     @property
     def streamed(self) -> bool:
@@ -136,12 +141,13 @@ OWN = {
     "families": (TESTBED,), "text": (PERPLEXITY, "retrieval"), "length": (TESTBED, PERPLEXITY, "retrieval"),
     "depth": ("retrieval",), "question": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",),
     "examples": ("problems",),
-    "shots": ("problems",), "chat": ("retrieval", "problems"), "max_new_tokens": ("retrieval", "problems"),
+    "shots": ("problems",), "chat": ("retrieval", "problems", "puzzles"),
+    "max_new_tokens": ("retrieval", "problems", "puzzles"),
 }  # fmt: skip
 """Options of TaskOptions, and the groups of tasks that have them."""
 WITHOUT = {
     "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (),
-    PERPLEXITY: ("teacher", "free", "temperature", "tries", "keep_prompt"), TESTBED: (),
+    "puzzles": ("teacher", "oracle"), PERPLEXITY: ("teacher", "free", "temperature", "tries", "keep_prompt"), TESTBED: (),
 }  # fmt: skip
 """Options of samples and answers that would change nothing in a group of tasks (a context that is a prompt kept whole would be
 a full cache)."""
@@ -179,6 +185,11 @@ def refuse(values: dict[str, Any], whose: str) -> None:
     flags = [FLAGS.get(name, "--" + name.replace("_", "-")) for name, value in values.items() if value is not None]
     if flags:
         raise UsageError(f"{' and '.join(flags)} {'belong' if len(flags) > 1 else 'belongs'} to {whose}")
+
+
+def group_of(task: str) -> str:
+    """Returns what kind of task a name is of."""
+    return "puzzles" if task.startswith(PUZZLES) else GROUPS[task]
 
 
 def listed(text: str) -> tuple[str, ...]:

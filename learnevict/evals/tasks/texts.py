@@ -1,4 +1,4 @@
-"""Plain texts as a task: stretches of a file, whose every token is predicted under eviction (perplexity)."""
+"""Plain texts as a task: stretches of files, whose every token is predicted under eviction (perplexity)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from learnevict.evals.tasks.task import TextBatch, fingerprint
 
 @dataclass(frozen=True)
 class TextTask:
-    """Stretches of one text, `length` tokens each, one behind the other; the seed of a sample is its place.
+    """Stretches of texts, `length` tokens each: the first of every text, then the second ones; a sample's seed is its place.
+
+    Up to as many samples as there are texts, intervals are over texts.
 
     Attributes:
         name: what rows call it.
-        ids: token ids of the whole text.
+        texts: token ids of each text.
         length: tokens of a stretch.
         start: a token that every stretch begins with, such as the tokenizer's bos; None: none.
     """
 
     name: str
-    ids: Int[Tensor, "T"]
+    texts: tuple[Int[Tensor, "_"], ...]
     length: int
     start: int | None = None
 
@@ -39,7 +41,7 @@ class TextTask:
     @property
     def origin(self) -> dict[str, Any]:
         """See Task."""
-        read = fingerprint(map(str, self.ids.tolist()))
+        read = fingerprint(str(token) for text in self.texts for token in text.tolist())
         return {"tasks": "texts 1", "text": read, "length": self.length, "start": self.start}
 
     def mean_length(self, *, prompt: bool = True) -> float:
@@ -50,17 +52,18 @@ class TextTask:
         """Returns stretches by their places.
 
         Raises:
-            DataError: the text has fewer.
+            DataError: the texts have fewer.
         """
         fresh = self.length - (self.start is not None)
-        num = len(self.ids) // fresh
-        if max(seeds) >= num:
+        places = sorted((place, text) for text, ids in enumerate(self.texts) for place in range(len(ids) // fresh))
+        if max(seeds) >= len(places):
             raise DataError(
-                f"{self.name} has {num} stretches of {self.length} tokens, but number {max(seeds)} is asked for; use fewer "
-                "--samples, a smaller --seed or --length, or a longer text"
+                f"{self.name} has {len(places)} stretches of {self.length} tokens, but number {max(seeds)} is asked for; use "
+                "fewer --samples, a smaller --seed or --length, or a longer text"
             )
-        lead = self.ids.new_tensor([] if self.start is None else [self.start])
-        return [torch.cat([lead, self.ids[seed * fresh : (seed + 1) * fresh]]) for seed in seeds]
+        lead = torch.tensor([] if self.start is None else [self.start], dtype=torch.int64)
+        chosen = [places[seed] for seed in seeds]
+        return [torch.cat([lead, self.texts[text][place * fresh : (place + 1) * fresh]]) for place, text in chosen]
 
     def reference(self, tokenizer: Any, samples: Sequence[Int[Tensor, "length"]]) -> TextBatch:
         """Returns the stretches; every token but the first is predicted, checked and counts."""

@@ -164,7 +164,7 @@ def test_golden_in_retrieval_holds_the_budget(
 
 def test_texts_give_added_nats(subject: EvaluatedModel) -> None:
     ids = torch.tensor(subject.tokenizer(PROSE).input_ids)
-    task = TextTask("prose", ids, 200, start=2)
+    task = TextTask("prose", (ids,), 200, start=2)
     assert [len(one) for one in task.samples([0, 1])] == [200, 200]
     assert torch.equal(torch.cat([one[1:] for one in task.samples([0, 1])]), ids[:398])
     plan = Plan(tasks=(task,), budgets=("1/4",), num_samples=4, settings=SETTINGS, free="none", oracle=False)
@@ -179,11 +179,26 @@ def test_texts_give_added_nats(subject: EvaluatedModel) -> None:
         task.samples([1000])
 
 
+def test_stretches_are_of_all_texts_before_any_has_a_second() -> None:
+    texts = (torch.arange(25), torch.arange(100, 107), torch.arange(200, 240))
+    task = TextTask("prose", texts, 11, start=2)
+    assert [one.tolist()[:2] for one in task.samples(range(6))] == [
+        [2, 0],
+        [2, 200],
+        [2, 10],
+        [2, 210],
+        [2, 220],
+        [2, 230],
+    ]
+    with pytest.raises(DataError, match="6 stretches"):
+        task.samples([6])
+
+
 def test_numbers_of_other_samples_are_not_gone_on_with(
     subject: EvaluatedModel, haystack: Haystack, tmp_path: Path
 ) -> None:
     """Another text, other problems or replies of another length under the same names."""
-    texts = [TextTask("prose", torch.arange(60) + first, 20) for first in (3, 4)]
+    texts = [TextTask("prose", (torch.arange(60) + first,), 20) for first in (3, 4)]
     sums = [tuple(Problem(f"What is {n} + {n}?", "", str(2 * n)) for n in range(first, 4)) for first in (0, 1)]
     problems = [MathTask("sums", some, max_new_tokens=2, chat=False) for some in sums]
     shown = [MathTask("sums", sums[0], some[:1], max_new_tokens=2, chat=False) for some in sums]
