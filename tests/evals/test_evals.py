@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learnevict import testbed
 from learnevict.cli import main
-from learnevict.cli.eval import read_text
+from learnevict.cli.eval import read_texts
 from learnevict.errors import BudgetError, DataError, GateError, UsageError
 from learnevict.evals import metrics, perplexity
 from learnevict.evals.generation import agreement, answer, answer_golden
@@ -985,15 +985,18 @@ def test_perplexity_is_that_of_the_replayed_trace():
 def test_texts_that_cannot_be_read_are_refused(subject, tmp_path):
     path = tmp_path / "text.txt"
     with pytest.raises(DataError, match="cannot read"):
-        read_text(path)
+        read_texts(path)
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        read_text(path)
+        read_texts(path)
     path.write_bytes(b"\xef\xbb\xbffact ann\n")
-    assert read_text(path) == "fact ann\n"
+    assert read_texts(path) == ("fact ann\n",)
+    (tmp_path / "another.md").write_text("fact joe")
+    (tmp_path / "image.png").write_bytes(b"\x89")
+    assert read_texts(tmp_path) == ("fact joe", "fact ann\n")
     path.write_text(" \n")
     with pytest.raises(DataError, match="empty"):
-        read_text(path)
+        read_texts(path)
     with pytest.raises(DataError, match="such as zebra"):
         perplexity.encode(subject.model, subject.tokenizer, "fact ann zebra ;")
     with pytest.raises(DataError, match="two tokens"):
