@@ -12,7 +12,7 @@ import numpy as np
 from learnevict.evals.margin import open_rows
 from learnevict.evals.methods import FULL
 from learnevict.evals.plan import Key
-from learnevict.evals.plots import INK, figure_of, label, save_figure
+from learnevict.evals.plots import INK, figure_of, save_figure, written
 from learnevict.evals.report import budget_label, in_order
 
 BINS = 5
@@ -65,7 +65,7 @@ def heat_map(needles: Sequence[Needle], path: Path, *, overwrite: bool | None = 
         for axis, method in zip(line, methods, strict=True):
             mine = [one for one in needles if one.method == method and one.budget in (budget, None)]
             image = _panel(axis, grid(mine, lengths), lengths)
-            axis.set_title(f"{label(method)}\n{label(str(budget or ''))}", fontsize=9, color=INK)
+            axis.set_title(f"{written(method)}\n{written(str(budget or ''))}", fontsize=9, color=INK)
     figure.supxlabel("depth of the needle, in parts of the context", fontsize=9, color=INK)
     figure.supylabel("tokens of the context", fontsize=9, color=INK)
     figure.tight_layout()

@@ -153,7 +153,7 @@ def _ranking(rows: Sequence[Row], asked: Measure) -> list[str]:
 
 def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     ticks = {row["budget"]: row.get("budget_share") or str(row["budget"]) for row in rows}
-    axis.set_title(label(family), loc="left", color=INK, fontweight="bold")
+    axis.set_title(written(family), loc="left", color=INK, fontweight="bold")
     axis.set_ylabel("added nats per token" if measure == NATS[0] else measure.replace("_", " "), color=INK)
     axis.set_xlabel("slots kept per layer and kv head, fewer to the right", color=INK)
     axis.spines[["top", "right"]].set_visible(False)
@@ -162,14 +162,14 @@ def _dress(axis: Any, family: str, rows: Sequence[Row], measure: str) -> None:
     if ticks:
         axis.set_xscale("log")
         labels = [
-            f"{label(label)}\n{budget}" if "/" in label else label(label) for budget, label in sorted(ticks.items())
+            f"{written(label)}\n{budget}" if "/" in label else written(label) for budget, label in sorted(ticks.items())
         ]
         axis.set_xticks(sorted(ticks), labels)
         axis.minorticks_off()
         axis.invert_xaxis()
 
 
-def label(text: str) -> str:
+def written(text: str) -> str:
     """Returns text that matplotlib does not take for a formula, no longer than a panel."""
     return one_line(text)[:60].replace("$", r"\$")
 
@@ -190,7 +190,7 @@ def _name_lines(axis: Any, ends: list[tuple[float, str, str]]) -> None:
         ceiling = places[index] - step
     for place, (value, name, color) in zip(places, ordered, strict=True):
         axis.annotate(
-            label(name), xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
+            written(name), xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(1.02, place),
             textcoords=("axes fraction", "data"), color=color, fontsize=8, va="center", annotation_clip=False,
         )  # fmt: skip
     axis.set_ylim(low, high)
