@@ -127,7 +127,7 @@ def evaluate(
     refuse({name: said.get(name) for name in WITHOUT[tasks.group]}, f"other tasks than {tasks.tasks}")
     if tasks.text is not None:
         content = read_texts(tasks.text)
-        if tasks.streamed and len(content) > 1:
+        if tasks.streamed and content[1:]:
             raise UsageError(
                 f"{str(tasks.text)!r} holds {len(content)} texts: give --length, the tokens to read of each"
             )
