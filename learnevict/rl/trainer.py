@@ -117,9 +117,16 @@ class EvictionTrainer(BaseTrainer, GRPOTrainer):  # pyright: ignore[reportIncomp
         return step + (self.batch[1] << 32)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns TRL's batch, with advantages per eviction."""
+        """Returns TRL's batch, with advantages per eviction; logs evictions in place of figures about generated tokens."""
         self.rows = inputs
         output = super()._generate_and_score_completions(inputs)
+        model: Any = self.model
+        figures = self._metrics["train" if model.training else "eval"]
+        for name in [name for name in figures if name.startswith("completions/")]:
+            del figures[name]
+        taken = (output["completion_mask"] * output["tool_mask"]).sum(1).float().mean()
+        gathered: Any = self.accelerator.gather(taken)
+        figures["evictions"].append(gathered.mean().item())
         if self.advantages is not None:
             output["advantages"] = self.advantages
         return output

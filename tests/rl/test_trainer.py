@@ -172,6 +172,28 @@ def test_rows_of_a_group_read_one_text_and_their_advantages_cancel(tmp_path):
     assert float(advantages[taken].square().mean()) == pytest.approx(1.0, rel=1e-3)
 
 
+def test_further_updates_of_a_batch_have_other_ratios_and_clip(tmp_path):
+    """The first update is at ratio 1; gates that have moved far are clipped, and what is logged are evictions, not tokens."""
+    made = trainer(tmp_path, num_iterations=2)
+    inputs = batch(made)
+    assert inputs["old_per_token_logps"] is not None
+    first = made.compute_loss(made.model, inputs)
+    figures = made._metrics["train"]
+    assert figures["clip_ratio/region_mean"] == [0.0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in made.model.parameters():
+            weights.add_(0.5 * torch.randn_like(weights))
+    second = made.compute_loss(made.model, inputs)
+    assert figures["clip_ratio/region_mean"][-1] > 0
+    assert float(first.detach()) != float(second.detach())
+    second.backward()
+    assert all(bool(weights.grad.isfinite().all()) for weights in made.model.parameters() if weights.grad is not None)
+    assert not [name for name in figures if name.startswith("completions/")]
+    taken = (inputs["completion_mask"] * inputs["tool_mask"]).sum(1).float().mean()
+    assert figures["evictions"] == [pytest.approx(float(taken))]
+
+
 IN_TWO_PARTS = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "per_device_train_batch_size": GROUP}
 
 
