@@ -7,15 +7,22 @@ import io
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
+
+from learnevict.hub.run_record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +47,26 @@ def run_recipe(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+class ToBeKilled:
+    """A recipe that runs in a fork of this process, which has imported all of it, until it is killed as by `kill -9`."""
+
+    def __init__(self, *words: str) -> None:
+        self.child = os.fork()
+        if not self.child:
+            try:
+                run_recipe(*words)
+            finally:
+                os._exit(0)
+
+    def kill_after(self, seen: Callable[[], bool]) -> None:
+        """Kills it as soon as something is seen; fails if it ends before."""
+        while not seen():
+            time.sleep(0.005)
+            assert os.waitpid(self.child, os.WNOHANG) == (0, 0), "it was done before it could be killed"
+        os.kill(self.child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(self.child, 0)[1]) == signal.SIGKILL
+
+
 def refuse_stale_locks() -> None:
     """Fails where a compile that was killed has left its lock, for which the next run would wait without a word.
 
@@ -57,14 +84,35 @@ def refuse_stale_locks() -> None:
         )
 
 
-def launch(config: str, *commands: list[str]) -> str:
-    """Runs recipes to their end, one after another, by the processes of one `accelerate launch`; returns what they said."""
+def launch(*commands: tuple[str, list[str]]) -> str:
+    """Runs recipes to their end, one after another, by two processes, and returns what they said.
+
+    A command is a file of recipes/accelerate and the words after it; one `accelerate launch` starts the processes for all.
+    """
     refuse_stale_locks()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LEARNEVICT_DEBUG": "1"}
-    path = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    words = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(path)]
-    words += ["--main_process_port", "0", "tests/one_start.py", *map(shlex.join, commands)]  # 0: any free port
+    configs = [str(ROOT / "recipes" / "accelerate" / f"{config}.yaml") for config, _ in commands]
+    lines = [shlex.join([config, *words]) for config, (_, words) in zip(configs, commands, strict=True)]
+    words = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", configs[0]]
+    words += ["--main_process_port", "0", "tests/one_start.py", *lines]  # 0: any free port
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
     return said
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Bit-equal gates and the same figures."""
+    assert_equal(*(load_file(folder / "model.safetensors") for folder in (one, two)))
+    logs = [[drop_times(line) for line in read_record(folder)["log"]] for folder in (one, two)]
+    assert logs[0] == logs[1]
+
+
+def drop_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}

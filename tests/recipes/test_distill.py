@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +23,7 @@ from learnevict.train.run.registry import trainable_method
 from learnevict.train.trainer import last_checkpoint
 from learnevict.train.trainers.replay_states import record_states
 from learnevict.train.validation import BEST, Patience
-from tests.recipe_runs import launch
+from tests.recipe_runs import ToBeKilled, assert_equal, assert_same, run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = {"replay": "foresightkv", "stream": "kvzap", "soft": "trimkv", "probe": "judge_q"}
@@ -81,23 +76,6 @@ def flags(base: Path, texts: Path) -> list[str]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-def assert_same(one: Path, two: Path) -> None:
-    """Bit-equal gates and the same figures."""
-    assert_equal(weights(one), weights(two))
-    logs = [[drop_times(line) for line in read_record(folder)["log"]] for folder in (one, two)]
-    assert logs[0] == logs[1]
-
-
-def drop_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second", "total_flos"))}
 
 
 @pytest.mark.slow
@@ -374,46 +352,22 @@ def test_patience_reads_the_log():
 
 
 @pytest.mark.slow
-def test_figures_reach_wandb_without_a_network(tmp_path, flags):
-    where = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+def test_figures_reach_wandb_without_a_network(tmp_path, flags, monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
     more = [*SMALL["foresightkv"], "--max_steps", "1", "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
-    command = [sys.executable, "recipes/distill.py", *flags, *more]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **where}, capture_output=True, text=True, check=False)
+    done = run_recipe("recipes/distill.py", *flags, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_one_stream(tmp_path, flags):
-    """DDP over gloo, validated by both: killed at a checkpoint and resumed by as many, it ends alike."""
-    more = ["--streaming", "--use_cpu", "true", "--eval_steps", "2", "--eval_documents", "3", "--eval_budgets", "24"]
-    train = ["recipes/distill.py", *flags, *SMALL["foresightkv"], *more, "--output_dir"]
-    whole, lost, copy = tmp_path / "whole", tmp_path / "lost", tmp_path / "copy.py"
-    copy.write_text("import os, shutil, sys\nif os.environ['RANK'] == '0':\n    shutil.copytree(*sys.argv[1:])\n")
-    launch(
-        "ddp_cpu",
-        [*train, str(whole)],
-        [str(copy), str(whole / "checkpoint-2"), str(lost / "checkpoint-2")],
-        [*train, str(lost), "--resume_from_checkpoint", "true"],
-    )
-    assert read_record(whole)["status"] == "finished"
-    assert_same(whole, lost)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path, distill, flags):
+def test_killed_and_resumed(tmp_path, flags):
     """SIGKILL in the middle of training, then the same command with --resume_from_checkpoint true."""
-    flags = [*flags, *SMALL["foresightkv"], "--max_steps", "8"]
+    train = ["recipes/distill.py", *flags, *SMALL["foresightkv"], "--max_steps", "8", "--output_dir"]
     whole, lost = tmp_path / "whole", tmp_path / "lost"
-    distill.main(distill.parse([*flags, "--output_dir", str(whole)]))
-    command = [sys.executable, "recipes/distill.py", *flags, "--output_dir", str(lost)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while running.poll() is None and last_checkpoint(lost, 1) is None:
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    assert run_recipe(*train, str(whole)).returncode == 0
+    ToBeKilled(*train, str(lost)).kill_after(lambda: last_checkpoint(lost, 1) is not None)
     assert read_record(lost)["status"] == "running"
-    distill.main(distill.parse([*flags, "--output_dir", str(lost), "--resume_from_checkpoint", "true"]))
+    assert run_recipe(*train, str(lost), "--resume_from_checkpoint", "true").returncode == 0
     assert_same(whole, lost)

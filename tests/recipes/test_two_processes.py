@@ -14,8 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 from learnevict import testbed
+from learnevict.hub.run_record import read_record
 from tests.closeness import close
-from tests.recipe_runs import launch, refuse_stale_locks, run_recipe
+from tests.recipe_runs import assert_same, launch, refuse_stale_locks, run_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -84,25 +85,51 @@ def check(name: str, folder: Path, wanted: dict) -> None:
     assert not list((folder / name).rglob("*.bin"))
 
 
-@pytest.mark.parametrize(("config", "names"), [("zero2", ["soft", "stream"]), ("zero3", ["replay", "grpo"])])
-def test_two_processes_under_deepspeed_are_one(config, names, texts, alone, tmp_path):
-    launch(config, *(command(name, texts, 2, tmp_path) for name in names))
-    for name in names:
-        check(name, tmp_path, alone(name))
-
-
-def test_two_processes_are_one_and_share_labels_out(texts, alone, tmp_path):
-    label = ["recipes/oracle.py", "--smoke", "--out"]
-    names = ("replay", "probe")
-    commands = [command(name, texts, 2, tmp_path) for name in names]
-    assert "by 2 processes" in launch("ddp_cpu", *commands, [*label, str(tmp_path / "two")])
-    for name in names:
-        check(name, tmp_path, alone(name))
+def test_two_processes_are_one(texts, alone, tmp_path):
+    """Under data parallelism, ZeRO-2 and ZeRO-3; they also share labels out, learn from these, and go on with a stream."""
+    runs = [
+        ("zero2", "soft"),
+        ("zero2", "stream"),
+        ("zero3", "replay"),
+        ("zero3", "grpo"),
+        ("ddp_cpu", "replay"),
+        ("ddp_cpu", "probe"),
+    ]
+    label, labels = ["recipes/oracle.py", "--smoke", "--out"], tmp_path / "labels"
+    learn = ["recipes/distill.py", "--smoke", "--labels", str(labels), "--output_dir", str(tmp_path / "learned")]
+    commands = [(config, command(name, texts, 2, tmp_path / config)) for config, name in runs]
+    others = [[*label, str(labels)], learn, *go_on(texts, tmp_path)]
+    said = launch(*commands, *(("ddp_cpu", words) for words in others))
+    for config, name in runs:
+        check(name, tmp_path / config, alone(name))
+    assert read_record(tmp_path / "whole")["status"] == "finished"
+    assert_same(tmp_path / "whole", tmp_path / "lost")
+    assert (tmp_path / "learned" / "model.safetensors").is_file()
+    assert "by 2 processes" in said
     run_recipe(*label, str(tmp_path / "one"))
     shards = sorted(path.name for path in (tmp_path / "one" / "data").iterdir())
     assert len(shards) == 2
     for shard in shards:
-        assert (tmp_path / "one" / "data" / shard).read_bytes() == (tmp_path / "two" / "data" / shard).read_bytes()
+        assert (tmp_path / "one" / "data" / shard).read_bytes() == (labels / "data" / shard).read_bytes()
+
+
+def go_on(texts: Path, folder: Path) -> list[list[str]]:
+    """Commands that learn from a stream, validated by both; that lose the run at a checkpoint; and that resume it."""
+    copy = folder / "copy.py"
+    copy.write_text("import os, shutil, sys\nif os.environ['RANK'] == '0':\n    shutil.copytree(*sys.argv[1:])\n")
+    flags = (
+        f"--data {texts} --streaming --use_cpu true --documents 10 --period 8 --recent 4 --budgets 24 40 --hidden 8 "
+        + (
+            "--per_device_train_batch_size 2 --max_steps 4 --save_steps 2 --logging_steps 3 --warmup_steps 1 --eval_steps 2 "
+            "--eval_documents 3 --eval_budgets 24 --disable_tqdm true --output_dir"
+        )
+    )
+    train, whole, lost = ["recipes/distill.py", *flags.split()], folder / "whole", folder / "lost"
+    return [
+        [*train, str(whole)],
+        [str(copy), str(whole / "checkpoint-2"), str(lost / "checkpoint-2")],
+        [*train, str(lost), "--resume_from_checkpoint", "true"],
+    ]
 
 
 def test_the_lock_of_a_killed_compile_is_named(tmp_path, monkeypatch):

@@ -14,11 +14,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +25,7 @@ from learnevict.hub import Gates
 from learnevict.rl.distribution import NOTHING
 from tests.closeness import close
 from tests.methods.test_foresightkv import tiny
-from tests.recipe_runs import run_recipe
+from tests.recipe_runs import ToBeKilled, run_recipe
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings(
@@ -323,13 +318,7 @@ def refining(folder: Path, *more: str) -> list[str]:
 def test_a_killed_run_resumes_and_ends_as_if_nothing_had_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_recipe(*refining(whole)).returncode == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *refining(killed)]
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and not (killed / "checkpoint-2" / "trainer_state.json").exists():
-        time.sleep(0.01)
-    running.kill()
-    assert running.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    ToBeKilled(*refining(killed)).kill_after((killed / "checkpoint-2" / "trainer_state.json").exists)
     assert not (killed / "model.safetensors").exists()
     assert run_recipe(*refining(killed, "--resume_from_checkpoint", "true")).returncode == 0
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()

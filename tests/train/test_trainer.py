@@ -212,13 +212,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
-def test_labels_then_accelerate_launch(tmp_path):
-    """The README's way: label, be killed in the middle, label on, train from the store with accelerate."""
+def test_labels_then_training(tmp_path):
+    """Label, be killed in the middle, label on, train from the store; by two processes: recipes/test_two_processes.py."""
     label = ["recipes/oracle.py", "--smoke", "--out", str(tmp_path / "labels")]
     first = run_recipe(*label)
     assert first.returncode == 0, first.stderr[-2000:]
@@ -237,7 +233,7 @@ def test_labels_then_accelerate_launch(tmp_path):
         "--output_dir",
         str(tmp_path / "gates"),
     ]
-    third = launch("accelerate", "launch", "--cpu", "--num_processes", "1", *train)
+    third = run_recipe(*train)
     assert third.returncode == 0, third.stderr[-2000:]
     assert (tmp_path / "gates" / "model.safetensors").is_file()
 

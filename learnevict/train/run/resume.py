@@ -92,9 +92,20 @@ def run(
         yield running
     if training.push_to_hub:
         running.trainer.push_to_hub()
-    running.trainer.accelerator.end_training()
+    end_training(running.trainer)
     if running.trainer.is_world_process_zero():
         sys.stdout.write(f"gates in {training.output_dir}\n")
+
+
+def end_training(trainer: Any) -> None:
+    """Closes trackers and takes leave of the other processes, after DDP has been let go.
+
+    Were DDP the last to hold the group of gloo, it would wait, while it holds Python's lock, for threads that want this lock: the
+    gates would be written, and the process would stay for ever.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def resume_point(training: TrainingArguments, settings: Settings, facts: Mapping[str, Any]) -> str | None:
