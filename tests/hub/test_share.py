@@ -404,7 +404,7 @@ def checked(hub: Hub, client: Client, folder: Path, name: str, target: Path) -> 
 
 @pytest.mark.slow
 def test_a_connection_that_is_lost_for_good(hub, client, tmp_path):
-    """The client itself tries for half a minute; then the person is told, and the same command ends what it began."""
+    """The client itself tries six times; then the person is told, and the same command ends what it began."""
     folder = save(tmp_path / "gates", change=3.0)
     hub.fail("PUT", "/large/", "drop", times=100)
     is_told(client("push", folder, "me/cut"), 1, "broke off", "give the same command again")

@@ -100,7 +100,7 @@ def run(
 def end_training(trainer: Any) -> None:
     """Closes trackers and takes leave of the other processes, after DDP has been let go.
 
-    Were DDP the last to hold the group of gloo, it would wait, while it holds Python's lock, for threads that want this lock: the
+    Were DDP the last to hold the group of gloo, it would wait for threads that want Python's lock, which it holds itself: the
     gates would be written, and the process would stay for ever.
     """
     trainer.model_wrapped = trainer.model
