@@ -21,10 +21,11 @@ from pathlib import Path
 from rich.progress import track
 
 from learnevict.data.labelling import Labelling, fill_store, processes
-from learnevict.data.opening import families_of, load_base, read_source
+from learnevict.data.opening import load_base, read_source
 from learnevict.data.sources import Source
 from learnevict.errors import told_in_one_line
 from learnevict.infer.load import quiet
+from learnevict.testbed import families_of
 from learnevict.train.run.flags import check_fields, flag, read_flags
 
 SMOKE = {"documents": 6, "per_shard": 3, "batch_size": 3}

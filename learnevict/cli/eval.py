@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from learnevict.cli.tasks import ANSWERS, TESTBED, WITHOUT, SampleOptions, TaskO
 from learnevict.config import Budget
 from learnevict.errors import DataError, UsageError
 from learnevict.files import special
+from learnevict.infer.model.catalogue import GATES_FOLDER, folder_of_gates
 from learnevict.infer.prompts import read_file
 
 KEPT = "+prompt"
@@ -71,6 +72,13 @@ class MethodOptions:
     def __post_init__(self) -> None:
         for budget in listed(self.budgets):
             Budget.parse(budget)
+        for source in self.ckpt or ():
+            folder_of_gates(source)
+        for name in listed(self.methods):
+            plain = name.removesuffix(KEPT)
+            if not (GATES_FOLDER / f"testbed-{plain}").is_dir():
+                o.check_method(plain)
+        o.check_allocation(self.allocation)
 
     @property
     def keeps_prompts(self) -> bool:
@@ -155,6 +163,12 @@ def evaluate(
         say(f"{len(read_rows(out))} rows are in {out}; table and plot: learnevict report {out} --out DIR")
 
 
+def check_rows(paths: Sequence[Path]) -> None:
+    """Raises a DataError for files of rows that are not there."""
+    if lost := [path for path in paths if not path.exists()]:
+        raise DataError(f"cannot read rows from {str(lost[0])!r}: there is no such file")
+
+
 def read_texts(path: Path) -> tuple[str, ...]:
     """Returns the text of the user's file, or those of the .txt and .md files in a folder, by name.
 
@@ -208,6 +222,7 @@ def report(
 
     Without --out only the table is printed. An earlier report in the folder is replaced.
     """
+    check_rows(rows)
     from learnevict.evals.heat_map import heat_map, read_needles
     from learnevict.evals.margin import margin_tables
     from learnevict.evals.records import read_rows

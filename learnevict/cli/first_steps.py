@@ -14,7 +14,8 @@ import typer
 import learnevict.cli.options as o
 from learnevict import __version__, methods
 from learnevict.cli.output import cell, for_tables, tell
-from learnevict.config import readable_bytes
+from learnevict.config import Budget, readable_bytes
+from learnevict.infer.model.catalogue import folder_of_model
 
 EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib")
 CALCULATOR = "Memory calculator"
@@ -78,6 +79,9 @@ def doctor(
 
         learnevict doctor --model Qwen/Qwen3-0.6B --budget 512 --context 32768 --batch 4
     """
+    Budget.parse(budget)
+    if model not in (None, "testbed"):
+        folder_of_model(model)
     found: dict[str, Any] = {**_requirements(), "machine": _machine()}
     if model is not None:
         found["memory"] = _memory(model, budget, context, batch, slack, dtype.value)
@@ -139,7 +143,6 @@ def _machine() -> dict[str, str]:
 
 def _memory(model: str, budget: str, context: int, batch: int, slack: int | None, dtype: str) -> dict[str, Any]:
     """Returns the calculator's figures in bytes, all rows together."""
-    from learnevict.config import Budget
     from learnevict.data.opening import describe_base
     from learnevict.infer.load import pick_dtype
     from learnevict.infer.model.memory import estimate

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -11,8 +13,11 @@ from typing import Annotated, Any
 import typer
 
 import learnevict.cli.options as o
+from learnevict.cli.eval import check_rows
 from learnevict.cli.output import quieten, say, tell
-from learnevict.errors import UsageError
+from learnevict.data.sources import check_there
+from learnevict.errors import DataError, UsageError
+from learnevict.infer.model.catalogue import folder_of_gates, folder_of_model
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[METHOD | CONFIG.YAML] [FLAGS]", show_default=False)]
 OPTIONS: dict[str, Any] = {
@@ -38,6 +43,7 @@ OPTIONS: dict[str, Any] = {
 
 def train(words: Words = None) -> None:
     """Train the gates of a learned method; [bold]learnevict train METHOD --help[/bold] shows its flags."""
+    _check_words(words or [])
     from learnevict.train.distill import main, parse
 
     main(parse(words or [], "learnevict train"))
@@ -45,9 +51,32 @@ def train(words: Words = None) -> None:
 
 def refine(words: Words = None) -> None:
     """Refine trained gates by reinforcement; [bold]learnevict refine --help[/bold] shows the flags."""
+    _check_words(words or [], names_method=False)
     from learnevict.rl.refine import main, parse
 
     main(*parse(words or [], "learnevict refine"))
+
+
+def _check_words(words: list[str], *, names_method: bool = True) -> None:
+    """Refuses, before anything is imported, what a look at the words shows to be nowhere.
+
+    Raises:
+        UsageError: no such method, or no such file of flags.
+        ModelError, GateError, DataError: no model, gates or texts of this name.
+    """
+    first = words[0] if words and not words[0].startswith("-") else ""
+    if first.lower().endswith((".yaml", ".yml")):
+        if not Path(first).is_file():
+            raise UsageError(f"there is no file {first!r} of flags")
+    elif first and names_method:
+        o.check_method(first)
+    checks: dict[str, Callable[[str], object]] = {
+        "--method": o.check_method, "--model": folder_of_model, "--start_from": folder_of_gates, "--data": check_there,
+    }  # fmt: skip
+    given = [word for part in words for word in (part.split("=", 1) if part.startswith("--") else [part])]
+    for name, value in pairwise(given):
+        if name in checks and value and value != "testbed":
+            checks[name](value)
 
 
 def push(
@@ -76,6 +105,8 @@ def push(
     """
     if method is not None:
         o.check_method(method)
+    folder_of_gates(gates)
+    check_rows(results or ())
     from learnevict.hub import push_folder
 
     rows = []
@@ -147,11 +178,16 @@ def import_weights(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{str(out)!r} exists already, and nothing is replaced; choose another --out")
+    if not Path(weights).exists():
+        raise DataError(
+            f"there is no file or folder {weights!r}; download the weights first, for instance with `hf download`"
+        )
+    options = o.ModelOptions(model, device, dtype, allow_pickle)
     from learnevict.cli.opened_model import open_model
     from learnevict.hub import write_card
     from learnevict.hub.published import import_gates
 
-    opened = open_model(o.ModelOptions(model, device, dtype, allow_pickle))
+    opened = open_model(options)
     gates = import_gates(weights, opened.model, allow_pickle=allow_pickle)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".import-") as draft:

@@ -28,8 +28,8 @@ NUM_TOGETHER = 8
 OPTIONS: dict[str, Any] = {
     "batch": o.option(o.PROMPT, 'JSONL file with rows {"prompt": ...}, {"messages": [...]} or {"task": ..., "seed": '
         "...}."),
-    "infer.max_new_tokens": o.option(o.MACHINE, "Longest answer.", "--max-new-tokens", "-n"),
-    "temperature": o.option(o.MACHINE, "0 takes the likeliest token."),
+    "infer.max_new_tokens": o.option(o.MACHINE, "Longest answer.", "--max-new-tokens", "-n", min=1),
+    "temperature": o.option(o.MACHINE, "0 takes the likeliest token.", min=0.0),
     "batch_size": o.option(o.MACHINE, "Prompts of a --batch at a time. [dim]8[/dim]", min=1),
     "infer.out": o.option(o.OUTPUT, "File to write.", "--out", "-o"),
     "file": o.option(o.PROMPT, "A text file, UTF-8.", "--file", "-f"),

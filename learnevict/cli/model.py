@@ -11,7 +11,7 @@ import typer
 import learnevict.cli.options as o
 from learnevict.cli.output import cell, for_tables, quieten, say, tell
 from learnevict.config import readable_bytes
-from learnevict.errors import UsageError
+from learnevict.errors import ModelError, UsageError
 
 group = typer.Typer(
     help="Fetch small real models by name, once; convert GGUF files. [bold]--model smollm2[/bold] then opens one.",
@@ -68,6 +68,8 @@ def convert(
     """
     if dtype is o.Precision.auto:
         raise UsageError("a GGUF file mixes precisions; give --dtype fp32, bf16 or fp16")
+    if not source.expanduser().exists():
+        raise ModelError(f"expected one GGUF file at {str(source)!r}, found none; name the file itself")
     quieten()
     from learnevict.hub.models import convert
 

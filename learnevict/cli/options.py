@@ -16,10 +16,11 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from learnevict import methods
+from learnevict import methods, testbed
 from learnevict.cli.output import INTERRUPTED, say
 from learnevict.config import Budget
-from learnevict.errors import UsageError
+from learnevict.errors import DataError, UsageError
+from learnevict.infer.model.catalogue import folder_of_gates, folder_of_model
 from learnevict.infer.prompts import decode
 
 PROMPT, POLICY, MACHINE, OUTPUT = "What to read", "Who evicts", "Model and machine", "Output"
@@ -70,9 +71,9 @@ OPTIONS: dict[str, Any] = {
         "score), or a file of [bold]learnevict profile[/bold]. [dim]the method's own[/dim]"),
     "schedule": option(POLICY, "blocks also evicts while the prompt is read (memory bounded), prefill_end first when "
         "it has been read, prefill_only then never again.", metavar="WHEN"),
-    "slack": option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]"),
-    "recent": option(POLICY, "Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]"),
-    "sinks": option(POLICY, "First tokens that always stay. [dim]4[/dim]"),
+    "slack": option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]", min=0),
+    "recent": option(POLICY, "Last tokens that always stay. [dim]the method's own, 8 on the testbed[/dim]", min=0),
+    "sinks": option(POLICY, "First tokens that always stay. [dim]4[/dim]", min=0),
     "allow_other_base": option(POLICY, "Accept gates trained on other weights.", "--allow-other-base"),
     "dtype": option(MACHINE, "auto keeps what the model was saved in (testbed: fp32)."),
     "device": option(MACHINE, "auto, cpu, cuda, cuda:1, mps."),
@@ -91,6 +92,8 @@ class PromptOptions:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            testbed.families_of(self.task or "none")
         if self.chat and self.task is not None:
             raise UsageError("--chat means nothing to --task, whose prompts are conversations already; drop --chat")
 
@@ -108,12 +111,16 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is opened, where, and in which number format."""
+    """Which model is opened, where, and in which number format; a ModelError if it is neither here nor a name of the Hub."""
 
     model: str = "testbed"
     device: str = "auto"
     dtype: Precision = Precision.auto
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model != "testbed":
+            folder_of_model(self.model)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class EvictionOptions:
 
     Raises:
         BudgetError: a budget that cannot be parsed.
+        GateError, DataError: no gates there, no file of shares there.
         UsageError: an unknown method, a budget without a method or the reverse, options of an eviction not asked for.
     """
 
@@ -141,6 +149,9 @@ class EvictionOptions:
         parsed = None if self.budget is None else Budget.parse(self.budget)
         if self.method is not None:
             check_method(self.method)
+        if self.checkpoint is not None:
+            folder_of_gates(self.checkpoint)
+        check_allocation(self.allocation)
         written = [f"--{name}" if name != "prompt" else "--keep-prompt" for name in self.given]
         written += ["--allow-other-base"] * self.allow_other_base
         if self.full and written:
@@ -186,6 +197,12 @@ def check_method(name: str) -> None:
     """Raises a UsageError for a method that is not there; one of the user's own is imported, so that gates may be of it."""
     if name not in methods.METHODS:
         methods.load(name)
+
+
+def check_allocation(word: str | None) -> None:
+    """Raises a DataError for a file of shares that is not there."""
+    if word not in (None, "equal", "pooled") and not Path(word).is_file():
+        raise DataError(f"there is no file {word!r} of shares; give equal, pooled, or a file of learnevict profile")
 
 
 def path(word: str | Path) -> Path:

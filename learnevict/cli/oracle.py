@@ -14,6 +14,9 @@ import typer
 import learnevict.cli.options as o
 from learnevict.cli.output import progress, say, tell
 from learnevict.cli.tasks import listed
+from learnevict.data.sources import Source, check_there
+from learnevict.errors import UsageError
+from learnevict.testbed import families_of
 
 TEXTS = "What to label"
 
@@ -95,14 +98,16 @@ def run(
     The labels are what `learnevict train METHOD --labels` learns from: Parquet files that datasets can load. Interrupted,
     the same command goes on. Over several processes: torchrun --nproc-per-node 2 recipes/oracle.py.
     """
+    named = families_of(families)
+    if data != "testbed":
+        check_there(data)
     from learnevict.cli.opened_model import open_model
     from learnevict.data.labelling import Labelling, fill_store
-    from learnevict.data.opening import families_of, read_source
-    from learnevict.data.sources import Source
+    from learnevict.data.opening import read_source
 
     opened = open_model(model)
     source = Source(data, data_config, data_split, column, max_length, packed)
-    found = read_source(source, opened.tokenizer, documents, families=families_of(families))
+    found = read_source(source, opened.tokenizer, documents, families=named)
     labelling = Labelling.of_target(
         target, labels, opened.tokenizer,
         data=Path(data).name, block=block, batch_size=batch_size, per_shard=per_shard, states=states,
@@ -145,13 +150,13 @@ def profile(
 
     Golden labels of a few texts, pooled over the model, say how many of the best slots each head would hold.
     """
+    shares = _parsed(budgets)
+    check_there(str(text))
     from learnevict.cli.opened_model import open_model
     from learnevict.data.opening import read_source
-    from learnevict.data.sources import Source
     from learnevict.hub import weight_hash
     from learnevict.parts.shares import shares_of
 
-    shares = tuple(float(Fraction(word)) for word in listed(budgets))
     opened = open_model(model)
     source = Source(str(text), max_length=length, packed=True)
     found = read_source(source, opened.tokenizer, texts)
@@ -173,6 +178,17 @@ def profile(
     )
     say("most slots go to layers " + ", ".join(f"{index} ({share:.0%})" for share, index in layers[:5]))
     tell(f"allocation in {out}")
+
+
+def _parsed(budgets: str) -> tuple[float, ...]:
+    """Returns shares such as 1/4 and 0.125 as numbers; a UsageError for others."""
+    try:
+        shares = tuple(float(Fraction(word)) for word in listed(budgets))
+    except (ValueError, ZeroDivisionError):
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"--budgets are shares of a text, above 0 and at most 1, such as 1/4,1/8, not {budgets!r}")
+    return shares
 
 
 def _wanted(model: Any, tokenizer: Any, ids: list[int], repeats: bool) -> list[Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import learnevict.cli.options as o
-from learnevict.errors import UsageError
+from learnevict.errors import DataError, UsageError
+from learnevict.testbed import families_of
 
 TASKS, ANSWERS = "What to evaluate", "How to evaluate"
 TESTBED, PERPLEXITY = "testbed", "perplexity"
@@ -104,12 +105,17 @@ class TaskOptions:
             {name: getattr(self, name) or None for name in OWN if self.group not in OWN[name]},
             f"other tasks than {self.tasks}",
         )
+        if self.group == TESTBED:
+            families_of(self.families)
         if self.text is None and self.group in (PERPLEXITY, "retrieval"):
             raise UsageError(f"{self.tasks} needs a text of prose: --text FILE")
         if self.group == "problems" and (self.data is None or len(names) > 1):
             raise UsageError(
                 f"give one task of problems and its file, such as --tasks gsm8k --data test.jsonl, not {self.tasks}"
             )
+        for path in (self.data, self.examples):
+            if path is not None and not path.exists():
+                raise DataError(f"cannot read {str(path)!r}: there is no such file")
         if self.shots is not None and self.examples is None:
             raise UsageError("--shots needs the worked examples: --examples FILE")
         if self.group == TESTBED and self.length not in (None, "normal", "long"):

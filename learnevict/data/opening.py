@@ -82,14 +82,6 @@ def read_for_learning(
     return read_source(source, tokenizer, limit, families=families), others
 
 
-def families_of(text: str) -> tuple[str, ...]:
-    """Returns families of the testbed named between commas, as often as each is named; all, if none is."""
-    names = tuple(part.strip() for part in text.split(",") if part.strip()) or testbed.FAMILIES
-    if unknown := [name for name in names if name not in testbed.FAMILIES]:
-        raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(testbed.FAMILIES)}")
-    return names
-
-
 def _sample(tokenizer: Any, family: str, seed: int, split: str, max_length: int) -> Document:
     sample = testbed.generate(family, seed, split=split)
     ids = tokenizer(f"{sample.prompt} {sample.response}", add_special_tokens=False)["input_ids"][:max_length]

@@ -90,6 +90,13 @@ def kind_of(path: Path) -> str:
     return FORMATS.get(path.suffix.lower(), "")
 
 
+def check_there(name: str) -> None:
+    """Raises a DataError for the name of a file or folder that is not there; other names may be datasets of the Hub."""
+    path = Path(name).expanduser()
+    if not path.exists() and (kind_of(path) or HUB_ID.fullmatch(name) is None or name.startswith(".")):
+        raise DataError(f"cannot read {name!r}: there is no such file or folder")
+
+
 def open_rows(source: Source) -> Any:
     """Returns rows in order, as TextRows or a datasets.IterableDataset, whose position can be saved; DataError: no such."""
     path = Path(source.name).expanduser()
@@ -120,8 +127,7 @@ def open_rows(source: Source) -> Any:
             return saved.to_iterable_dataset()
         if path.exists():
             return _local(path, source)
-        if kind_of(path) or HUB_ID.fullmatch(source.name) is None or source.name.startswith("."):
-            raise DataError(f"cannot read {source.name!r}: there is no such file or folder")
+        check_there(source.name)
         found: Any = datasets.load_dataset(source.name, source.config, split=source.split, streaming=source.streaming)
         return found if source.streaming else found.to_iterable_dataset()
     except DataError:

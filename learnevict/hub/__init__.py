@@ -2,9 +2,10 @@
 
 from learnevict.hub.card import make_card
 from learnevict.hub.download import fetch, install
-from learnevict.hub.gates import GATES_FOLDER, Gates, GatesConfig, locate
+from learnevict.hub.gates import Gates, GatesConfig, locate
 from learnevict.hub.repo import Address
 from learnevict.hub.share import open_repository, pull_folder, push_folder, write_card
+from learnevict.infer.model.catalogue import GATES_FOLDER
 from learnevict.infer.model.supported import layout_of, weight_hash
 
 __all__ = [

@@ -14,7 +14,7 @@ from learnevict import methods
 from learnevict.hub.card_tables import family, join, of_gates, results, shown, tables
 from learnevict.hub.gates import TESTBED, Gates, GatesConfig
 from learnevict.hub.repo import Address
-from learnevict.infer.load import HUB_ID
+from learnevict.infer.model.catalogue import HUB_ID
 from learnevict.infer.model.supported import weight_hash
 from learnevict.untrusted import one_line
 

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult
 from learnevict.config import Budget
 from learnevict.errors import BudgetError, DataError, UsageError
 from learnevict.hub.run_record import last_part
-from learnevict.infer.load import HUB_ID
+from learnevict.infer.model.catalogue import HUB_ID
 from learnevict.untrusted import one_line
 
 NONE = "–"

@@ -23,14 +23,14 @@ from learnevict.errors import GateError, LearnevictError, UsageError
 from learnevict.files import is_ours, writing
 from learnevict.hub.download import CONFIG, MODEL_TYPE, WEIGHTS, fetch
 from learnevict.hub.repo import Address
-from learnevict.infer.load import HUB_ID, whole_weights
+from learnevict.infer.load import whole_weights
+from learnevict.infer.model.catalogue import HUB_ID, folder_of_gates
 from learnevict.infer.model.supported import check_base, layout_of, weight_hash
 from learnevict.infer.model.weights import check_finite, damage
 from learnevict.policy import Gate, Policy
 
 Answer = TypeVar("Answer")
 PACKAGE = Path(__file__).parent.parent
-GATES_FOLDER = PACKAGE / "gates"
 TESTBED = "testbed"
 NOT_FOR_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 """Options of transformers' download, which gates do not take."""
@@ -258,22 +258,13 @@ def folder_of(source: str | Path, revision: str | None = None, token: str | None
 
 def locate(source: str | Path, revision: str | None = None) -> Path | Address:
     """Returns where gates are, a folder or an address on the Hub; what looks like a path never becomes a download."""
-    text, folder = str(source), Path(source).expanduser()
-    shipped = GATES_FOLDER / text
-    if not folder.exists() and "/" not in text and shipped.is_dir():
-        folder = shipped
-    if folder.exists() or text.startswith((".", "/", "~")) or (len(folder.parts) > 1 and folder.parent.exists()):
-        if not (folder / CONFIG).is_file():
-            raise GateError(f"no gates in {text!r}: expected a folder with config.json and model.safetensors")
-        if revision is not None:
-            raise UsageError(f"{text!r} is a folder and has no revision {revision!r}; drop it, or give a Hub id")
-        return folder
-    if "/" not in text:
-        raise GateError(
-            f"no gates {text!r}: give a folder with config.json and model.safetensors, a Hub id such as user/repo, or "
-            f"one of {', '.join(sorted(path.name for path in GATES_FOLDER.iterdir()))}"
-        )
-    return Address.parse(text, revision)
+    text = str(source)
+    folder = folder_of_gates(text)
+    if folder is None:
+        return Address.parse(text, revision)
+    if revision is not None:
+        raise UsageError(f"{text!r} is a folder and has no revision {revision!r}; drop it, or give a Hub id")
+    return folder
 
 
 def name_of(base: PreTrainedModel) -> str:

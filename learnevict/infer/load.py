@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -21,11 +20,10 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from learnevict.errors import LearnevictError, ModelError, UsageError
-from learnevict.infer.model.catalogue import MODELS, folder_of_known
+from learnevict.infer.model.catalogue import folder_of_model
 from learnevict.infer.model.weights import check_values, check_weights, damage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 ANSWER = 60.0
 """Seconds in which the Hub has to answer a question; files have the time of their size on top."""
 Answer = TypeVar("Answer")
@@ -134,20 +132,9 @@ def locate(name: str) -> tuple[str, bool]:
     Raises:
         ModelError: neither; what looks like a path never becomes a download.
     """
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if folder.suffix == ".gguf" or (not (folder / "config.json").is_file() and any(folder.glob("*.gguf"))):
-            raise ModelError(f"{name!r} is GGUF; convert it once: `learnevict model convert {name} --out FOLDER`")
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"no model in {name!r}: expected a folder with config.json, weights and tokenizer files")
+    folder = folder_of_model(name)
+    if folder is not None:
         return str(folder), True
-    if name in MODELS:
-        return str(folder_of_known(name)), True
-    if HUB_ID.fullmatch(name) is None or name.startswith(".") or (len(folder.parts) > 1 and folder.parent.exists()):
-        raise ModelError(
-            f"no folder {name!r}; give a local model folder, a Hub id such as Qwen/Qwen3-0.6B, testbed, or a name of "
-            "`learnevict model list`"
-        )
     return name, not on_hub(name)
 
 

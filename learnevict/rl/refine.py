@@ -26,12 +26,12 @@ from transformers import set_seed
 
 from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document
-from learnevict.data.opening import describe_base, families_of, load_base, longest_text, read_for_learning
+from learnevict.data.opening import describe_base, load_base, longest_text, read_for_learning
 from learnevict.data.sources import Source
 from learnevict.errors import LearnevictWarning, UsageError, needing
 from learnevict.hub import GATES_FOLDER, Gates
 from learnevict.rl.config import RefineConfig
-from learnevict.testbed import generate, verify
+from learnevict.testbed import families_of, generate, verify
 from learnevict.train.run.estimate import ProgramFlags, estimate, length_of, report
 from learnevict.train.run.flags import flag, read_flags
 from learnevict.train.run.launch import check_launch, find_tools, launch_defaults

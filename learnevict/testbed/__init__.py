@@ -21,6 +21,7 @@ __all__ = [
     "FAMILIES",
     "Sample",
     "build_tokenizer",
+    "families_of",
     "fingerprint",
     "generate",
     "load",
@@ -33,6 +34,14 @@ _MODULES = {"program": program, "ledger": ledger, "recall": recall, "procedure":
 FAMILIES = tuple(_MODULES)
 SPLITS = ("train", "validation", "test")
 NUM_LEVELS = 5
+
+
+def families_of(text: str) -> tuple[str, ...]:
+    """Returns families of the testbed named between commas, as often as each is named; all, if none is."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip()) or FAMILIES
+    if unknown := [name for name in names if name not in FAMILIES]:
+        raise UsageError(f"no such task family: {', '.join(unknown)}; choose from {', '.join(FAMILIES)}")
+    return names
 
 
 def generate(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, BOS, END, USER, ASSISTANT = "<pad>", "<unk>", "<bos>", "<end>", "<user>", "<assistant>"
 SPECIAL = (PAD, UNKNOWN, BOS, END, USER, ASSISTANT)
@@ -65,6 +63,11 @@ def unknown_words(text: str) -> list[str]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Returns the word-level tokenizer with its chat template; it adds no special tokens, since the template writes them."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(WordLevel({word: index for index, word in enumerate(words())}, unk_token=UNKNOWN))
     core.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     settings: dict[str, Any] = dict(

@@ -29,8 +29,9 @@ from transformers import TrainingArguments, set_seed
 
 from learnevict.config import Budget
 from learnevict.data.documents import Collator
-from learnevict.data.opening import TESTBED, describe_base, families_of, load_base, longest_text, open_tokenizer
+from learnevict.data.opening import TESTBED, describe_base, load_base, longest_text, open_tokenizer
 from learnevict.hub import Gates
+from learnevict.testbed import families_of
 from learnevict.train.run.estimate import ProgramFlags, estimate, length_of, report
 from learnevict.train.run.fitting import fit
 from learnevict.train.run.flags import flag, is_file, literal, read_file, read_flags, refuse_unknown

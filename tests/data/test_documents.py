@@ -16,10 +16,11 @@ from learnevict.cli.prompts import read_rows
 from learnevict.data import documents as data
 from learnevict.data.documents import Collator, Encoder, long_enough, read_documents
 from learnevict.data.label_store import Document
-from learnevict.data.opening import families_of, read_for_learning, read_source
+from learnevict.data.opening import read_for_learning, read_source
 from learnevict.data.sources import Source
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LearnevictWarning, UsageError
+from learnevict.testbed import families_of
 
 TOKENIZER = testbed.build_tokenizer()
 WORDS = [word for word in TOKENIZER.get_vocab() if not word.startswith("<")]

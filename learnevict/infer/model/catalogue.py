@@ -1,12 +1,20 @@
-"""Models that go by a short name once `learnevict model get` has brought them here: the table, and where they then are."""
+"""Where a model or gates are that were named: models that go by a short name, folders, the Hub; nothing is imported or asked.
+
+Models of the table are here once `learnevict model get` has brought them.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from learnevict.errors import ModelError
+from learnevict.errors import GateError, ModelError
+
+HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+GATES_FOLDER = Path(__file__).resolve().parents[2] / "gates"
+"""Gates that ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +80,48 @@ def folder_of_known(name: str) -> Path:
             f"({MODELS[name].num_bytes / 1e6:.0f} MB)"
         )
     return folder
+
+
+def folder_of_model(name: str) -> Path | None:
+    """Returns the folder of a model; None: it is an id of the Hub.
+
+    Raises:
+        ModelError: neither; what looks like a path never becomes a download.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if folder.suffix == ".gguf" or (not (folder / "config.json").is_file() and any(folder.glob("*.gguf"))):
+            raise ModelError(f"{name!r} is GGUF; convert it once: `learnevict model convert {name} --out FOLDER`")
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"no model in {name!r}: expected a folder with config.json, weights and tokenizer files")
+        return folder
+    if name in MODELS:
+        return folder_of_known(name)
+    if HUB_ID.fullmatch(name) is None or name.startswith(".") or (len(folder.parts) > 1 and folder.parent.exists()):
+        raise ModelError(
+            f"no folder {name!r}; give a local model folder, a Hub id such as Qwen/Qwen3-0.6B, testbed, or a name of "
+            "`learnevict model list`"
+        )
+    return None
+
+
+def folder_of_gates(name: str) -> Path | None:
+    """Returns the folder of gates, those that ship with the package among them; None: they are on the Hub.
+
+    Raises:
+        GateError: neither; what looks like a path never becomes a download.
+    """
+    folder = Path(name).expanduser()
+    shipped = GATES_FOLDER / name
+    if not folder.exists() and "/" not in name and shipped.is_dir():
+        folder = shipped
+    if folder.exists() or name.startswith((".", "/", "~")) or (len(folder.parts) > 1 and folder.parent.exists()):
+        if not (folder / "config.json").is_file():
+            raise GateError(f"no gates in {name!r}: expected a folder with config.json and model.safetensors")
+        return folder
+    if "/" not in name:
+        raise GateError(
+            f"no gates {name!r}: give a folder with config.json and model.safetensors, a Hub id such as user/repo, or "
+            f"one of {', '.join(sorted(path.name for path in GATES_FOLDER.iterdir()))}"
+        )
+    return None

@@ -11,11 +11,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from learnevict.data.documents import long_enough
 from learnevict.data.label_store import Document
-from learnevict.data.opening import families_of, read_for_learning
+from learnevict.data.opening import read_for_learning
 from learnevict.data.self_generated import SelfGeneration, generate_answers
 from learnevict.data.stream import Stream
 from learnevict.errors import DataError, LearnevictWarning, UsageError
 from learnevict.hub import Gates
+from learnevict.testbed import families_of
 from learnevict.train.run.fitting import source_of
 from learnevict.train.run.launch import check_launch
 from learnevict.train.run.registry import TrainableMethod
