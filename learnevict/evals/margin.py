@@ -254,5 +254,7 @@ def _scored(row: Row, log: SampleLog, measure: Measure) -> Scored | None:
     allocation: Any = row.get("allocation") or row.get("rules", {}).get("allocation") or OWN
     plain, mark, end = row["method"].rpartition("+")
     name = plain if mark and end != "prompt" and allocation not in (OWN, EQUAL) else row["method"]
+    if name == plain and allocation.startswith("profile "):  # the file's name tells more than the hash of its content
+        allocation = f"profile {end} {allocation.split()[1][:4]}"
     kept = bool({**row.get("rules", {}), **row.get("options", {})}.get("prompt"))
     return Scored(name, allocation, row.get("kind", ""), kept, scores, seen, row.get("kv_bytes_peak"))

@@ -45,13 +45,13 @@ def test_the_margin_lies_between_the_best_training_free_method_and_pooled_golden
     assert [cell.split(" ")[0] for cell in cells] == [
         "1.000", "0.250", "1.000", "0.500", "0.750", "0.750", "1.000", "+0.500"
     ]  # fmt: skip
-    assert cells[3].endswith(f"(snapkv, {PROFILE})") and cells[4].endswith("(kvzap, pooled)")
+    assert cells[3].endswith("(snapkv, profile shares 0123)") and cells[4].endswith("(kvzap, pooled)")
 
 
 def test_allocations_stand_side_by_side_with_recovery(tmp_path: Path) -> None:
     page = margin_tables([write_found(tmp_path / "rows.jsonl", FOUND)])
     assert "| method | own | equal | profile | pooled |" in page
-    assert f"recovery from snapkv, {PROFILE} to golden, pooled; 2 to 2 KiB at the peak" in page
+    assert "recovery from snapkv, profile shares 0123 to golden, pooled; 2 to 2 KiB at the peak" in page
     lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page.split("\n") if line.startswith("| ")}
     own, equal, profile, pooled = (cell.strip() for cell in lines["kvzap"])
     assert own == profile == "–" and "(-50%" in equal and "(50%" in pooled
