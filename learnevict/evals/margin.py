@@ -8,11 +8,12 @@ method, whatever its allocation, to golden eviction pooled over the model. All f
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from learnevict.errors import LearnevictWarning
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.metrics import SMALLEST_GAP, RecoveryCell, signed
@@ -185,7 +186,8 @@ def margin_table(contests: Sequence[Contest]) -> str:
 def allocation_table(contest: Contest) -> str:
     """Returns one family at one budget: methods down, allocations across."""
     there = {one.allocation for one in contest.scored}
-    columns = sorted(there, key=lambda title: (COLUMNS.index(title.split(" ")[0]), title))
+    place = {column: index for index, column in enumerate(COLUMNS)}  # others, of rows not made here, come last
+    columns = sorted(there, key=lambda title: (place.get(title.split(" ")[0], len(place)), title))
     lines: list[list[str]] = []
     for name in dict.fromkeys(one.name for one in contest.scored):
         found = {one.allocation: one for one in contest.scored if one.name == name}
@@ -195,7 +197,7 @@ def allocation_table(contest: Contest) -> str:
             [one_line(name), *(f"{cell} ({part})" if part else cell for cell, part in zip(cells, gained, strict=True))]
         )
     profiles = [column for column in columns if column.startswith("profile")]
-    titles = ["profile" if [column] == profiles else column for column in columns]
+    titles = ["profile" if [column] == profiles else one_line(column) for column in columns]
     return table(["method", *titles], lines)
 
 
@@ -209,7 +211,10 @@ def _endpoints(contest: Contest) -> str:
 
 
 def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
-    """Yields every family, budget and measure of the files, over samples that all methods were measured on."""
+    """Yields every family, budget and measure of the files, over samples that all methods were measured on.
+
+    Warns of what is left out because there are none.
+    """
     opened = open_rows(files)
     places = dict.fromkeys((row["family"], budget_label(row)) for row, _ in opened if row["budget"] is not None)
     for family, budget in places:
@@ -217,11 +222,21 @@ def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
             mine = [
                 (row, log) for row, log in opened if row["family"] == family and budget_label(row) in (None, budget)
             ]
-            found = {id(row): one for row, log in mine if (one := _scored(row, log, measure)) is not None}
+            there = [row for row, log in mine if row["budget"] is not None and _scored(row, log, measure, _seeds(row))]
+            if not there:
+                continue
+            seeds = sorted(set(_seeds(there[0])).intersection(*map(_seeds, there)))
+            if not seeds:
+                warnings.warn(
+                    f"{one_line(family)}, {budget}, {measure.title}: no sample that all methods were measured on; left out",
+                    LearnevictWarning,
+                    2,
+                )
+                continue
+            found = {id(row): one for row, log in mine if (one := _scored(row, log, measure, seeds)) is not None}
             full = next((found[id(row)] for row, _ in mine if row["budget"] is None and id(row) in found), None)
-            scored = [found[id(row)] for row, _ in mine if row["budget"] is not None and id(row) in found]
-            if len({len(one.seen) for one in scored}) == 1:
-                yield Contest(family, str(budget), measure, scored, full)
+            scored = [found[id(row)] for row in there if id(row) in found]
+            yield Contest(family, str(budget), measure, scored, full)
 
 
 def open_rows(files: Sequence[Path]) -> list[tuple[Row, SampleLog]]:
@@ -234,9 +249,13 @@ def open_rows(files: Sequence[Path]) -> list[tuple[Row, SampleLog]]:
     return [(row, log) for path, log in logs.items() for row in read_rows(path)]
 
 
-def _scored(row: Row, log: SampleLog, measure: Measure) -> Scored | None:
-    """Returns one row's numbers; None where it was not measured so."""
-    seeds = range(row.get("seed", 0), row.get("seed", 0) + row["samples"])
+def _seeds(row: Row) -> range:
+    """Returns the seeds of the samples of a row."""
+    return range(row.get("seed", 0), row.get("seed", 0) + row["samples"])
+
+
+def _scored(row: Row, log: SampleLog, measure: Measure, seeds: Sequence[int]) -> Scored | None:
+    """Returns one row's numbers on samples; None where it was not measured so."""
 
     def column(method: str, budget: str, name: str) -> list[float] | None:
         return log.column(Key(method, row["family"], budget, measure.mode), seeds, name)
@@ -251,7 +270,7 @@ def _scored(row: Row, log: SampleLog, measure: Measure) -> Scored | None:
         if full is None:
             return None
         scores = [least - own for own, least in zip(scores, full, strict=True)]
-    allocation: Any = row.get("allocation") or row.get("rules", {}).get("allocation") or OWN
+    allocation = str(row.get("allocation") or row.get("rules", {}).get("allocation") or OWN)
     plain, mark, end = row["method"].rpartition("+")
     name = plain if mark and end != "prompt" and allocation not in (OWN, EQUAL) else row["method"]
     if name == plain and allocation.startswith("profile "):  # the file's name tells more than the hash of its content

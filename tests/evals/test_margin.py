@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from learnevict.errors import LearnevictWarning
 from learnevict.evals.margin import margin_tables, read_contests
 from learnevict.evals.plan import Key
 from learnevict.evals.records import KEYS, write_rows
@@ -22,15 +25,17 @@ FOUND: dict[tuple[str, str | None, str], list[float]] = {
 """Samples right, by name, allocation and kind."""
 
 
-def write_found(path: Path, found: dict[tuple[str, str | None, str], list[float]]) -> Path:
+def write_found(path: Path, found: dict[tuple[str, str | None, str], list[float]], first: int = 3) -> Path:
     log, rows = SampleLog(log_path(path), {}), []
     for (name, allocation, kind), exact in {("full", None, "reference"): [1.0] * NUM, **found}.items():
         budget: Any = None if name == "full" else 100
         log.add(
-            Key(name, "needle@400", "full" if budget is None else "1/4", "after"), range(3, 3 + NUM), {"exact": exact}
+            Key(name, "needle@400", "full" if budget is None else "1/4", "after"),
+            range(first, first + NUM),
+            {"exact": exact},
         )
         rows.append({
-            **dict.fromkeys(KEYS), "method": name, "family": "needle@400", "budget": budget, "samples": NUM, "seed": 3,
+            **dict.fromkeys(KEYS), "method": name, "family": "needle@400", "budget": budget, "samples": NUM, "seed": first,
             "budget_share": budget and "1/4", "kind": kind, "allocation": allocation, "kv_bytes_peak": 2048,
             "options": {"prompt": True} if "prompt" in name else {},
         })  # fmt: skip
@@ -70,6 +75,23 @@ def test_allocations_may_come_from_several_files(tmp_path: Path) -> None:
         ("golden", "equal"), ("golden", "pooled")
     }  # fmt: skip
     assert "| golden | – | 0.750" in margin_tables(files)
+
+
+def test_only_samples_that_all_were_measured_on_are_compared(tmp_path: Path) -> None:
+    snapkv = write_found(tmp_path / "one.jsonl", {("snapkv", "equal", "heuristic"): [0, 1, 0, 1]})
+    golden = write_found(tmp_path / "two.jsonl", {("golden", "equal", "reference"): [1, 1, 0, 0]}, first=5)
+    (contest,) = read_contests([snapkv, golden])
+    assert [one.scores for one in contest.scored] == [[0, 1], [1, 1]]
+    assert contest.full is not None and contest.full.scores == [1, 1]
+    golden = write_found(tmp_path / "three.jsonl", {("golden", "equal", "reference"): [1, 1, 0, 0]}, first=7)
+    with pytest.warns(LearnevictWarning, match="no sample that all methods were measured on"):
+        assert not list(read_contests([snapkv, golden]))
+
+
+def test_an_allocation_that_is_unknown_has_a_column_of_its_own(tmp_path: Path) -> None:
+    path = write_found(tmp_path / "rows.jsonl", {**FOUND, ("h2o+x", "of an\nearlier run", "heuristic"): [1, 1, 0, 0]})
+    page = margin_tables([path])
+    assert "| method | own | equal | profile | pooled | of an earlier run |" in page
 
 
 def test_a_plain_comparison_has_no_margin(tmp_path: Path) -> None:
