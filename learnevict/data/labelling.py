@@ -31,6 +31,7 @@ from learnevict.oracle.collect import layer_labels
 
 STORED = ("golden", "kvzip", "kvzip+")
 """Labels that a store can hold, of learnevict.oracle.PRESETS: one for each kv head."""
+NO_STATES = "keep no states: train with --store false, or make labels without --states"
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,7 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, labelling: Labellin
         labels[layer] = found if found.ndim == 4 else found.unsqueeze(-1)
         if labelling.states:
             if received.hidden is None:
-                raise LabelError(
-                    f"layer {layer} of {type(model).__name__} hides what its attention reads; keep no states"
-                )
+                raise LabelError(f"layer {layer} of {type(model).__name__} hides what its attention reads; {NO_STATES}")
             states[layer] = received.hidden.to("cpu", torch.float16)
 
     def see(layer: int, received: Received) -> None:
@@ -253,6 +252,6 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, labelling: Labellin
     if not states:
         return whole, None
     if not all(bool(part.isfinite().all()) for part in states.values()):
-        raise LabelError("hidden states of this model are too large for float16; keep no states")
+        raise LabelError(f"hidden states of this model are too large for float16; {NO_STATES}")
     like = next(iter(states.values()))
     return whole, torch.stack([states.get(layer, torch.zeros_like(like)) for layer in layers])
