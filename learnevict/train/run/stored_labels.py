@@ -39,6 +39,13 @@ def read_labelled(flags: Any, base: PreTrainedModel, gate: Any) -> list[Document
         )
     if how is None and found.block != flags.mode.period:
         raise LabelError(f"{folder!r} holds labels of block {found.block}; train with --period {found.block}")
+    if how is not None:
+        prompt = f"prompt={tuple(how.prompt)} "
+        said = {"chunk": f"chunk={how.chunk} ", "tail": f"tail={how.tail} ", "repeat": prompt, "repeat_ids": prompt}
+        if wrong := [name for name in said if name in flags.given and said[name] not in f"{found.repetition} "]:
+            raise LabelError(
+                f"{folder!r} holds labels of a repetition with {found.repetition}; drop --{wrong[0]}, or make them anew"
+            )
     documents = store.documents()
     return documents if reads_states(flags, gate) else [replace(one, states=None) for one in documents]
 

@@ -132,6 +132,8 @@ def test_labels_of_another_kind_are_refused(tmp_path, distill, flags):
         with pytest.raises(LabelError, match=f"holds kvzip labels, but {wanted} labels are learned from"):
             train(distill, [*repeated, *labels, *more], tmp_path / "second")
     train(distill, [*repeated, *labels, "--method", "fast_kvzip"], tmp_path / "third")
+    with pytest.raises(LabelError, match=r"chunk=2048 .*drop --chunk"):
+        train(distill, [*repeated, *labels, "--method", "fast_kvzip", "--chunk", "16"], tmp_path / "fourth")
     with pytest.raises(UsageError, match="oracle 'sum' is unknown"):
         distill.parse([*flags, "--method", "kvzap", "--oracle", "sum"])
 
