@@ -13,8 +13,7 @@ from learnevict.errors import DataError
 from learnevict.evals import tuning
 from learnevict.evals.margin import margin_tables
 from learnevict.evals.plots import plot
-from learnevict.evals.records import read_rows
-from learnevict.evals.report import markdown, table
+from learnevict.evals.report import table
 from learnevict.files import write
 from learnevict.hub import GATES_FOLDER, Gates, weight_hash
 from tools.results.ablations import ablation_table, plot_curves, plot_training, read_variants
@@ -209,10 +208,10 @@ def method_table() -> str:
     return table(["method", "what it is", "paper", "kind"], lines)
 
 
-def real_tables(files: list[Path]) -> str:
-    """Returns what `learnevict report` shows of evaluations of pretrained models, in Markdown."""
-    texts = [row for path in files for row in read_rows(path) if row.get("perplexity") is not None]
-    return f"{margin_tables(files)}\n{markdown(texts) if texts else ''}".strip().replace("\n## ", "\n### ")
+def real_tables(folders: list[Path]) -> str:
+    """Returns what evaluations of pretrained models leave to be learned, and their allocations, in Markdown."""
+    pages = [(folder.name, margin_tables(sorted_rows(folder)).strip()) for folder in folders]
+    return "\n\n".join(f"### {name}\n\n" + re.sub("^## ", "#### ", page, flags=re.MULTILINE) for name, page in pages)
 
 
 def write_between(page: Path, marks: tuple[str, str], content: str) -> bool:
@@ -237,8 +236,8 @@ def main() -> None:
     root = Path(__file__).resolve().parents[2]
     readme, real = root / "README.md", root / "docs" / "real-models.md"
     written = [readme] if write_between(readme, METHODS, method_table()) else []
-    if rows := sorted_rows(root / "docs" / "results" / "real"):
-        written += [real] if write_between(real, REAL, real_tables(rows)) else []
+    folders = sorted(path for path in (root / "docs" / "results" / "real").iterdir() if path.is_dir())
+    written += [real] if write_between(real, REAL, real_tables(folders)) else []
     if any(sorted_rows(root / "docs" / "results" / name) for name in TITLES):
         tuned = tuning.load() if tuning.TUNED.exists() else None
         check_bundled(root / "docs" / "results")
