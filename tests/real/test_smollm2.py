@@ -148,3 +148,17 @@ def test_labels_and_training_and_what_it_would_take(texts, tmp_path):
     gates = Gates.load(tmp_path / "gate")
     assert gates.method == "kvzap"
     assert all(bool(weights.isfinite().all()) for weights in gates.parameters())
+
+
+def test_the_gates_that_ship_keep_a_needle_that_is_asked_for_later(capsys, prose, tmp_path):
+    """Four contexts, another source than that of docs/real-models.md; with equal shares no ranking keeps them."""
+    (tmp_path / "prose.txt").write_text(prose)
+    words = (
+        "eval", "--model", "smollm2", "--tasks", "needle", "--question", "after", "--text", tmp_path / "prose.txt",
+        "--length", 500, "--samples", 4, "--slack", 16, "--budgets", "1/6", "--json",
+    )  # fmt: skip
+    shares = ("--allocation", "docs/results/real/profile.json")
+    gate = run(capsys, *words, "--methods", "kvzap", "--ckpt", "smollm2-kvzap", *shares)
+    plain = run(capsys, *words, "--methods", "snapkv", "--allocation", "equal")
+    kept, lost = (json.loads(out.splitlines()[-1])["exact_after"] for out in (gate, plain))
+    assert kept >= 0.75 and lost <= 0.5
