@@ -78,7 +78,8 @@ class MethodOptions:
             plain = name.removesuffix(KEPT)
             if not (GATES_FOLDER / f"testbed-{plain}").is_dir():
                 o.check_method(plain)
-        o.check_allocation(self.allocation)
+        for allocation in listed(self.allocation or ""):
+            o.check_allocation(allocation)
 
     @property
     def keeps_prompts(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from learnevict.errors import DataError, UsageError
@@ -134,18 +134,21 @@ def read_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 def decoding(model: Any, pad: int, sampling: Sampling) -> dict[str, Any]:
     """Returns arguments of generate() over the model's own settings: one answer, plain ids, token by token, by one cache.
 
-    Greedy ignores how the model would sample. These are arguments, no GenerationConfig, in which None would be the model's own.
+    Greedy ignores how the model would sample. What is unset here stands outside the GenerationConfig, where None would be the
+    model's own; what is set stands in it, because the model's own is checked before arguments are looked at.
     """
     how: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens, "max_length": None, "pad_token_id": pad, "num_beams": 1,
-        "num_return_sequences": 1, "do_sample": sampling.temperature > 0, "return_dict_in_generate": False,
-        "output_attentions": False, "use_cache": True,  # else every step would read the whole text into the cache again
+        "max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad, "num_beams": 1, "num_return_sequences": 1,
+        "do_sample": sampling.temperature > 0, "return_dict_in_generate": False, "output_attentions": False,
+        "use_cache": True,  # else every step would read the whole text into the cache again
     }  # fmt: skip
     own = vars(model.generation_config)
-    how |= {name: None for name in (*OWN_CACHE, *OWN_WAYS) if own.get(name)}
+    unset = ["max_length", *(name for name in (*OWN_CACHE, *OWN_WAYS) if own.get(name))]
     if sampling.temperature > 0:
-        return how | {"temperature": sampling.temperature}
-    return how | dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
+        how["temperature"] = sampling.temperature
+    else:
+        unset += ["temperature", "top_p", "top_k", "min_p", "typical_p"]
+    return {"generation_config": GenerationConfig(**how), **dict.fromkeys(unset)}
 
 
 class Stopwatch(BaseStreamer):

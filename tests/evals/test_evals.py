@@ -950,7 +950,7 @@ def test_refinement_is_tested_against_its_start():
 
 def test_the_method_table_stands_between_its_markers(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{tables.FIRST}\nstale words\n{tables.LAST}\nafter\n")
+    page.write_text("before\n{}\nstale words\n{}\nafter\n".format(*tables.METHODS))
     assert tables.write_between(page, tables.METHODS, tables.method_table())
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
