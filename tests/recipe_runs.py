@@ -21,10 +21,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from learnevict import testbed
 from learnevict.hub.run_record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def save_tiny_base(folder: Path) -> Path:
+    """A random model of two layers that speaks the testbed's words, saved with its tokenizer."""
+    tokenizer = testbed.build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def run_recipe(*words: str) -> subprocess.CompletedProcess[str]:

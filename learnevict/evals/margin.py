@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learnevict.errors import LearnevictWarning
+from learnevict.errors import DataError, LearnevictWarning
 from learnevict.evals import metrics
 from learnevict.evals.methods import FULL, GOLDEN, RANDOM
 from learnevict.evals.metrics import SMALLEST_GAP, RecoveryCell, signed
@@ -216,6 +216,7 @@ def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
     Warns of what is left out because there are none.
     """
     opened = open_rows(files)
+    check_origin([row for row, _ in opened])
     places = dict.fromkeys((row["family"], budget_label(row)) for row, _ in opened if row["budget"] is not None)
     for family, budget in places:
         for measure in MEASURES:
@@ -237,6 +238,25 @@ def read_contests(files: Sequence[Path]) -> Iterator[Contest]:
             full = next((found[id(row)] for row, _ in mine if row["budget"] is None and id(row) in found), None)
             scored = [found[id(row)] for row in there if id(row) in found]
             yield Contest(family, str(budget), measure, scored, full)
+
+
+ORIGIN = ("model", "weights", "tasks", "haystack", "problems", "text", "chat", "limit")
+
+
+def check_origin(rows: Sequence[Row]) -> None:
+    """Checks that what is compared was measured on one model and the same samples.
+
+    Raises:
+        DataError: rows of one family differ in what their samples are.
+    """
+    for family in dict.fromkeys(row["family"] for row in rows):
+        for name in ORIGIN:
+            found = {str(row[name]) for row in rows if row["family"] == family and row.get(name) is not None}
+            if len(found) > 1:
+                raise DataError(
+                    f"rows of {one_line(family)} are of several values of {name} ({one_line(', '.join(sorted(found)))}) and "
+                    "cannot be compared; report them apart"
+                )
 
 
 def open_rows(files: Sequence[Path]) -> list[tuple[Row, SampleLog]]:

@@ -17,7 +17,7 @@ from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
 from learnevict.parts.options import ScheduleOptions, compose
-from learnevict.parts.window import WindowAttention
+from learnevict.parts.window import WindowAttention, voting_window
 from learnevict.policy import Policy
 
 PAPER = Paper("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", "2407.11550", 2024)
@@ -38,8 +38,6 @@ def policy(
         window: queries that vote (32: section 5.1); None: `recent` if given.
         recent: last tokens that stay; None: the window.
     """
-    if window is None:
-        window = 32 if recent is None else max(recent, 1)
+    window, recent = voting_window(window, recent, 32)
     scorer = WindowAttention(window, group="prob_mean", reduce="mean")  # max-pool 7: section 5.1
-    recent = window if recent is None else recent
     return compose("adakv", budget, scorer, recent=recent, allocator=Ada(alpha), **options)

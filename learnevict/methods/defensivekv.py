@@ -21,7 +21,7 @@ from learnevict.config import AnyBudget
 from learnevict.methods import Paper
 from learnevict.parts.allocators import Ada
 from learnevict.parts.options import ScheduleOptions, compose
-from learnevict.parts.window import HIGHEST, before_window
+from learnevict.parts.window import HIGHEST, before_window, voting_window
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -70,7 +70,5 @@ def policy(
         window: queries that vote (32: the authors' code); None: `recent` if given.
         recent: last tokens that stay; None: the window.
     """
-    if window is None:
-        window = 32 if recent is None else max(recent, 1)
-    recent = window if recent is None else recent
+    window, recent = voting_window(window, recent, 32)
     return compose("defensivekv", budget, WorstCase(window), recent=recent, allocator=Ada(alpha), **options)

@@ -21,10 +21,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from learnevict.config import AnyBudget
-from learnevict.errors import UsageError
 from learnevict.methods import Paper
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
-from learnevict.parts.window import HIGHEST, WindowAttention, before_window, max_pool
+from learnevict.parts.window import HIGHEST, WindowAttention, before_window, max_pool, voting_window
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -61,11 +60,8 @@ def observer(variant: str, window: int | None, recent: int | None) -> tuple[Scor
     if variant not in VARIANTS:
         raise unknown_variant("snapkv", variant, VARIANTS)
     scorer = VARIANTS[variant]
-    if window is None:
-        window = scorer.window if recent is None else max(recent, 1)
-    if window < 1:
-        raise UsageError(f"a window of {window} queries scores nothing; give 1 or more")
-    return replace(scorer, window=window), window if recent is None else recent
+    window, recent = voting_window(window, recent, scorer.window)
+    return replace(scorer, window=window), recent
 
 
 def policy(

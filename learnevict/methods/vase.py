@@ -29,7 +29,7 @@ from learnevict.ops import keep_top
 from learnevict.ops.random import hashed
 from learnevict.parts.draws import gumbel, normal, slot_keys
 from learnevict.parts.options import ScheduleOptions, compose, unknown_variant
-from learnevict.parts.window import HIGHEST, WindowAttention, before_window
+from learnevict.parts.window import HIGHEST, WindowAttention, before_window, voting_window
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
@@ -97,7 +97,6 @@ def policy(
     """
     if variant not in VARIANTS:
         raise unknown_variant("vase", variant, VARIANTS)
-    if window is None:
-        window = 64 if recent is None else max(recent, 1)
+    window, recent = voting_window(window, recent, 64)
     scorer = LargeOrDrawn(window, share, seed) if variant == "attention" else Sketch(seed, variant == "fixed")
-    return compose("vase", budget, scorer, recent=window if recent is None else recent, **options)
+    return compose("vase", budget, scorer, recent=recent, **options)

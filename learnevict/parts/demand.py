@@ -50,16 +50,18 @@ class Demand(Competing):
                 f"demand was measured for {len(self.layers)} layers, but {num_layers} layers of the model evict; measure it on "
                 "this model: reasonalloc.layer_demand"
             )
-        return in_proportion(held(torch.tensor(self.layers, dtype=torch.float64), self).tolist(), budget, rank, floor)
+        return in_proportion(
+            limited_shares(torch.tensor(self.layers, dtype=torch.float64), self).tolist(), budget, rank, floor
+        )
 
     def shares(self, ordered: Tensor, room: Tensor, free: Tensor) -> Tensor:
         equal = free.unsqueeze(-1).double() / room.shape[1]
         wanted = torch.maximum(best_of_all(ordered, free, room).double(), self.floor * equal)
-        exact = (MILLION * free.unsqueeze(-1) * held(wanted, self)).floor().long()
+        exact = (MILLION * free.unsqueeze(-1) * limited_shares(wanted, self)).floor().long()
         return largest_remainder(exact, MILLION, free)
 
 
-def held(demand: Tensor, limits: Demand) -> Tensor:
+def limited_shares(demand: Tensor, limits: Demand) -> Tensor:
     """Returns shares of 1, float64 [..., n], of a demand [..., n]."""
     smooth = demand.clamp_min(1e-9) ** limits.smooth
     mean = smooth.mean(-1, keepdim=True)

@@ -20,6 +20,19 @@ from learnevict.signals import NEVER, Attention, Signals
 HIGHEST = torch.finfo(torch.float32).max
 
 
+def voting_window(window: int | None, recent: int | None, usual: int) -> tuple[int, int]:
+    """Returns how many last queries vote and how many last tokens stay: what is not given follows the other, else `usual`.
+
+    Raises:
+        UsageError: a window without queries.
+    """
+    if window is None:
+        window = usual if recent is None else max(recent, 1)
+    if window < 1:
+        raise UsageError(f"a window of {window} queries scores nothing; give 1 or more")
+    return window, window if recent is None else recent
+
+
 @dataclass(frozen=True)
 class WindowAttention(Scorer):
     """Attention from the last `window` queries to the slots before them, pooled over neighbouring tokens.

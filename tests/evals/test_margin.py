@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from learnevict.errors import LearnevictWarning
+from learnevict.errors import DataError, LearnevictWarning
 from learnevict.evals.margin import margin_tables, read_contests
 from learnevict.evals.plan import Key
-from learnevict.evals.records import KEYS, write_rows
+from learnevict.evals.records import KEYS, read_rows, write_rows
 from learnevict.evals.sample_log import SampleLog, log_path
 
 NUM = 4
@@ -75,6 +75,19 @@ def test_allocations_may_come_from_several_files(tmp_path: Path) -> None:
         ("golden", "equal"), ("golden", "pooled")
     }  # fmt: skip
     assert "| golden | – | 0.750" in margin_tables(files)
+
+
+def test_other_models_and_other_texts_are_not_compared(tmp_path: Path) -> None:
+    one, two = (
+        write_found(tmp_path / f"{name}.jsonl", {(name, "equal", "heuristic"): [0, 1, 0, 1]})
+        for name in ("snapkv", "h2o")
+    )
+    rows = [{**row, "model": "another"} for row in read_rows(two)]
+    assert len(list(read_contests([one, two]))) == 1
+    write_rows(one, [{**row, "model": "a model"} for row in read_rows(one)])
+    write_rows(two, rows)
+    with pytest.raises(DataError, match="several values of model"):
+        list(read_contests([one, two]))
 
 
 def test_only_samples_that_all_were_measured_on_are_compared(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from learnevict import attach, methods, testbed
 from learnevict.errors import BudgetError, DataError, GateError, LabelError, UsageError
@@ -23,7 +23,7 @@ from learnevict.train.run.registry import trainable_method
 from learnevict.train.trainer import last_checkpoint
 from learnevict.train.trainers.replay_states import record_states
 from learnevict.train.validation import BEST, Patience
-from tests.recipe_runs import ToBeKilled, assert_equal, assert_same, run_recipe
+from tests.recipe_runs import ToBeKilled, assert_equal, assert_same, run_recipe, save_tiny_base
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = {"replay": "foresightkv", "stream": "kvzap", "soft": "trimkv", "probe": "judge_q"}
@@ -39,16 +39,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model that speaks the testbed's words."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = testbed.build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.task import TextBatch, fingerprint
+from learnevict.evals.tasks.task import TextBatch, fingerprint, unknown_length
 from learnevict.infer.generate import read_chat, read_text
 from learnevict.infer.prompts import checked
 
@@ -146,14 +146,8 @@ class MathTask:
         )
 
     def mean_length(self, *, prompt: bool = True) -> float:
-        """Refused: how long answers get is not known beforehand.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            f"how long answers to {self.name} get is not known; give budgets in tokens, such as 512, or 25%"
-        )
+        """Raises a UsageError, see unknown_length."""
+        unknown_length(self.name)
 
     def samples(self, seeds: Sequence[int]) -> list[Problem]:
         """Returns problems by their places.

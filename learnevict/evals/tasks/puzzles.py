@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from learnevict.errors import UsageError
+from learnevict.evals.tasks.task import unknown_length
 from learnevict.infer.generate import read_chat, read_text
 
 INSTRUCTION = "Think step by step. Write the final answer between <answer> and </answer>."
@@ -66,14 +67,8 @@ class PuzzleTask:
             raise UsageError(f"reasoning-gym makes no {self.kind!r} of its own accord: {error}") from error
 
     def mean_length(self, *, prompt: bool = True) -> float:
-        """Refused: how long answers get is not known beforehand.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            f"how long answers to {self.name} get is not known; give budgets in tokens, such as 512, or 25%"
-        )
+        """Raises a UsageError, see unknown_length."""
+        unknown_length(self.name)
 
     def samples(self, seeds: Sequence[int]) -> list[Any]:
         """See Task."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learnevict.config import Budget
+from learnevict.errors import UsageError
 from learnevict.oracle.reference import align
 from learnevict.policy import AnyPolicy
 
@@ -75,6 +76,11 @@ class Task(Protocol):
     def samples(self, seeds: Sequence[int]) -> Sequence[Any]:
         """Returns the samples of these seeds; only the task itself looks into them."""
         ...
+
+
+def unknown_length(name: str) -> NoReturn:
+    """Raises a UsageError: a task whose answers are of any length has no mean that a budget could be a share of."""
+    raise UsageError(f"how long answers to {name} get is not known; give budgets in tokens, such as 512, or 25%")
 
 
 class ReferenceTask(Task, Protocol):
