@@ -21,6 +21,10 @@ EXTRAS = ("datasets", "trl", "peft", "wandb", "deepspeed", "triton", "matplotlib
 CALCULATOR = "Memory calculator"
 SHOWN = ("full", "streaming_llm", "foresightkv")
 TASKS = ("program", "ledger", "recall")
+COMPOSING = """
+What a method takes is yours to choose: base, another method inside it (methods.flowkv.policy(512, base="kvzap", gate=gate));
+allocation, how layers and heads share the budget (equal, pooled, a file of `learnevict profile`); schedule, when tokens go;
+gate, trained gates (--ckpt). An import path of your own (my_package.my_method) works wherever a name does."""
 
 
 OPTIONS: dict[str, Any] = {
@@ -36,7 +40,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def list_methods(as_json: bool = False) -> None:
-    """List the eviction methods: what each is, where it comes from, whether its memory is bounded.
+    """List the eviction methods by what they decide, and what each takes from others: gates, a base, an allocation, a schedule.
 
     Examples:
 
@@ -47,19 +51,25 @@ def list_methods(as_json: bool = False) -> None:
     rows: list[dict[str, Any]] = []
     for name in methods.METHODS:
         module = methods.load(name)
-        first, bounded = (module.__doc__ or "").strip().split("\n")[0], name != "full"
-        rows.append({"name": name, **vars(module.PAPER), "summary": first, "bounded": bounded})
+        first, bounded, paper = (module.__doc__ or "").strip().split("\n")[0], name != "full", module.PAPER
+        more = {"summary": first, "bounded": bounded, "group": paper.group, "takes": paper.takes}
+        rows.append({"name": name, **vars(paper), **more})
     if as_json:
         tell(json.dumps(rows, ensure_ascii=False))
         return
     from rich.table import Table
 
-    table = Table("method", "paper", "year", "kind", "memory", box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        paper = row["title"] + (f" [dim]arXiv {row['arxiv']}[/dim]" if row["arxiv"] else "")
-        table.add_row(row["name"], paper, str(row["year"]), row["kind"], "bounded" if row["bounded"] else "grows")
+    table = Table("method", "paper", "year", "takes", "memory", box=None, pad_edge=False, header_style="bold")
+    for group, about in methods.PARTS.items():
+        chosen = [row for row in rows if row["group"] == group]
+        if chosen:
+            table.add_row(f"\n[bold]{group}[/bold]", f"\n{about}")
+        for row in chosen:
+            paper = row["title"] + (f" [dim]arXiv {row['arxiv']}[/dim]" if row["arxiv"] else "")
+            memory = "bounded" if row["bounded"] else "grows"
+            table.add_row(row["name"], paper, str(row["year"]), ", ".join(row["takes"]), memory)
     for_tables().print(table)
-    tell("\nAn import path of your own (my_package.my_method) works wherever a name does.")
+    tell(COMPOSING)
 
 
 def doctor(

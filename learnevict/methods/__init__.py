@@ -23,14 +23,45 @@ METHODS: tuple[str, ...] = (
 )  # fmt: skip
 
 
+PARTS: dict[str, str] = {
+    "reference": "what all others are compared with",
+    "score": "which tokens stay",
+    "allocation": "how many slots layers and heads hold",
+    "schedule": "when tokens compete for slots",
+    "store": "what becomes of tokens that lose",
+    "wrapper": "another method's scores, changed",
+    "learned": "which tokens stay, as trained gates say",
+}
+"""Groups of methods, by what they decide."""
+OPEN = {"score": "base", "allocation": "allocation", "schedule": "schedule"}
+"""Options by which a caller chooses what a method does not decide itself."""
+
+
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from. `kind`: "reference", "heuristic" or "learned" (needs gates)."""
+    """Where a method comes from, and what it decides.
+
+    Attributes:
+        kind: "reference", "heuristic" or "learned" (needs gates).
+        decides: what of PARTS the method decides itself, the most important first; the rest is the caller's to choose.
+    """
 
     title: str
     arxiv: str | None
     year: int
     kind: str = "heuristic"
+    decides: tuple[str, ...] = ("score",)
+
+    @property
+    def group(self) -> str:
+        """The name among PARTS under which tables show it."""
+        return self.decides[0] if self.kind == "heuristic" else self.kind
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The options by which it composes with others: "gate", "base" (another method), "allocation", "schedule"."""
+        gate = ("gate",) if self.kind == "learned" else ()
+        return gate + tuple(option for part, option in OPEN.items() if part not in self.decides)
 
 
 def load(name: str) -> ModuleType:

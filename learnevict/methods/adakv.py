@@ -20,7 +20,12 @@ from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.parts.window import WindowAttention, voting_window
 from learnevict.policy import Policy
 
-PAPER = Paper("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", "2407.11550", 2024)
+PAPER = Paper(
+    "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation",
+    "2407.11550",
+    2024,
+    decides=("allocation", "score"),
+)
 
 
 def policy(

@@ -22,7 +22,12 @@ from learnevict.parts.options import unknown_variant
 from learnevict.parts.output_error import OutputChange, OutputChangeOfMean
 from learnevict.policy import Policy
 
-PAPER = Paper("CAOTE: KV Cache Selection for LLMs via Attention Output Error-Based Token Eviction", "2504.14051", 2025)
+PAPER = Paper(
+    "CAOTE: KV Cache Selection for LLMs via Attention Output Error-Based Token Eviction",
+    "2504.14051",
+    2025,
+    decides=("wrapper",),
+)
 VARIANTS = {"paper": OutputChange, "fast": OutputChangeOfMean}
 BASES = ("snapkv", "h2o", "adakv", "pyramidkv", "keyformer", "defensivekv")
 """Methods whose scores are attention: not negative, and comparable within a head."""

@@ -30,6 +30,7 @@ PAPER = Paper(
     "2605.09649",
     2026,
     "learned",
+    ("score", "allocation"),
 )
 TRAINING: dict[str, Any] = {  # trimkv compares them with its paper
     "hidden": 128, "bias": 6.0, "dropout": 0.0, "noise": 1.0, "budgets": (12, 32), "power": 0.5, "answers_only": True,

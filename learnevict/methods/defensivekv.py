@@ -25,7 +25,9 @@ from learnevict.parts.window import HIGHEST, before_window, voting_window
 from learnevict.policy import Policy, Scorer
 from learnevict.signals import Signals
 
-PAPER = Paper("Taming the Fragility of KV Cache Eviction in LLM Inference", "2510.13334", 2025)
+PAPER = Paper(
+    "Taming the Fragility of KV Cache Eviction in LLM Inference", "2510.13334", 2025, decides=("score", "allocation")
+)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ from learnevict.policy import Guard, Policy, WrappedScorer
 from learnevict.signals import Signals, StateColumn
 
 PAPER = Paper(
-    "FlowKV: Enhancing Multi-Turn Conversational Coherence in LLMs via Isolated KV Cache Management", "2505.15347", 2025
+    "FlowKV: Enhancing Multi-Turn Conversational Coherence in LLMs via Isolated KV Cache Management",
+    "2505.15347",
+    2025,
+    decides=("schedule",),
 )
 TIER = 2.0**22
 """Between winners, survivors and losers: more than there are tokens, and float32 holds thrice as much exactly."""
@@ -75,10 +78,10 @@ def policy(budget: AnyBudget, *, base: str = "snapkv", keep: float = 0.5, **opti
         **options: of the base.
 
     Raises:
-        UsageError: a base that asks a probe or ranks layers together, a share that is none, or another schedule.
+        UsageError: a base that ranks layers together, a share that is none, or another schedule.
     """
     inner = load(base).policy(budget, **options)
-    if not 0 < keep <= 1 or inner.schedule.prompt == "end" or inner.deferred or not inner.schedule.active:
+    if not 0 < keep <= 1 or inner.schedule.prompt == "end" or inner.scope == "model" or not inner.schedule.active:
         raise UsageError(
             f"flowkv keeps a share above 0 and up to 1 of every block by a base that ranks each layer alone; keep={keep} of "
             f"{base} with schedule prompt={inner.schedule.prompt!r} is none"

@@ -14,7 +14,7 @@ from learnevict.methods import Paper
 from learnevict.parts.options import Options, compose
 from learnevict.policy import Policy, Unscored
 
-PAPER = Paper("Full cache", None, 2017, kind="reference")
+PAPER = Paper("Full cache", None, 2017, kind="reference", decides=("score", "allocation", "schedule"))
 
 
 def policy(budget: AnyBudget = "100%", **options: Unpack[Options]) -> Policy:

@@ -21,7 +21,9 @@ from learnevict.parts.options import Options, compose
 from learnevict.policy import Gate, Policy
 from learnevict.signals import NEVER, Signals, StateColumn, Trace
 
-PAPER = Paper("Golden eviction, section 3.1 of ForesightKV", "2602.03203", 2026, kind="reference")
+PAPER = Paper(
+    "Golden eviction, section 3.1 of ForesightKV", "2602.03203", 2026, kind="reference", decides=("score", "schedule")
+)
 
 
 class Hindsight(Gate):

@@ -17,7 +17,7 @@ from learnevict.parts.allocators import Pyramid
 from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy
 
-PAPER = Paper("Pyramid-RKV, a baseline of ReasonAlloc", "2606.11164", 2026)
+PAPER = Paper("Pyramid-RKV, a baseline of ReasonAlloc", "2606.11164", 2026, decides=("allocation", "score"))
 
 
 def policy(

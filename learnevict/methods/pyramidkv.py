@@ -20,7 +20,12 @@ from learnevict.parts.allocators import Pyramid
 from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy
 
-PAPER = Paper("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "2406.02069", 2024)
+PAPER = Paper(
+    "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+    "2406.02069",
+    2024,
+    decides=("allocation", "score"),
+)
 
 
 def policy(

@@ -24,7 +24,10 @@ from learnevict.parts.options import ScheduleOptions, compose
 from learnevict.policy import Policy
 
 PAPER = Paper(
-    "ReasonAlloc: Hierarchical Decoding-Time KV Cache Budget Allocation for Reasoning Models", "2606.11164", 2026
+    "ReasonAlloc: Hierarchical Decoding-Time KV Cache Budget Allocation for Reasoning Models",
+    "2606.11164",
+    2026,
+    decides=("allocation", "score"),
 )
 
 

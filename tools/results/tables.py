@@ -204,7 +204,7 @@ def method_table() -> str:
         said = re.sub(r"\s*\(arXiv [^)]*\)", "", first.partition(": ")[2] or first).rstrip(".")
         paper = module.PAPER
         link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {paper.year}" if paper.arxiv else "–"
-        lines.append([f"`{name}`", said, link, paper.kind])
+        lines.append([f"`{name}`", said, link, paper.group])
     return table(["method", "what it is", "paper", "kind"], lines)
 
 
