@@ -36,6 +36,9 @@ OPTIONS: dict[str, Any] = {
     "allocation": o.option(o.POLICY, "How budgets are shared out, separated by commas: equal, pooled (all layers and "
         "heads compete by score), files of [bold]learnevict profile[/bold]. Every method is measured under each, "
         "golden too, except those that share budgets out themselves. [dim]the method's own[/dim]"),
+    "store": o.option(o.POLICY, "In what slots are held, separated by commas: drop (full precision), int8, int4, 50%+int4; "
+        "see [bold]learnevict infer --help[/bold]. Every method is measured with each, at equal bytes, but full and golden. "
+        "[dim]the method's own[/dim]"),
     "keep_prompt": o.option(o.POLICY, "Never evict the prompt; budgets count the rest, and 1/4 is of the mean answer.",
         "--keep-prompt", "--prompt-protect"),
     "free": o.option(ANSWERS, "Exact match of the model's own answers. [dim]of the full cache only[/dim]",
@@ -67,6 +70,7 @@ class MethodOptions:
     slack: int | None = None
     schedule: o.When | None = None
     allocation: str | None = None
+    store: str | None = None
     keep_prompt: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +84,8 @@ class MethodOptions:
                 o.check_method(plain)
         for allocation in listed(self.allocation or ""):
             o.check_allocation(allocation)
+        for store in listed(self.store or ""):
+            o.check_store(store)
 
     @property
     def keeps_prompts(self) -> bool:

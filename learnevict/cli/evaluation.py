@@ -30,7 +30,7 @@ from learnevict.files import check as check_file
 from learnevict.files import locked, special
 from learnevict.hub import Gates, weight_hash
 from learnevict.infer.prompts import parse_row, read_lines
-from learnevict.parts.options import EQUAL
+from learnevict.parts.options import DROP, EQUAL
 from learnevict.testbed import FAMILIES
 
 DEFAULT_METHODS = (
@@ -246,7 +246,19 @@ def evaluated_methods(opened: OpenedModel, options: MethodOptions, default: tupl
         method = name.removesuffix(KEPT) if one is None else one.method
         kept, tuned = {"prompt": True} if name.endswith(KEPT) else {}, known.of(method) if known else {}
         field.append(evaluated_method(method, one, name=name, settings=kept, tuned=tuned, **how))
-    return allocated(field, listed(options.allocation or ""))
+    return allocated(with_stores(field, listed(options.store or "")), listed(options.allocation or ""))
+
+
+def with_stores(field: Sequence[EvaluatedMethod], stores: Sequence[str]) -> list[EvaluatedMethod]:
+    """Returns methods with each of the stores, named after them ("snapkv+int4"); full and golden once, as they are."""
+    if not stores:
+        return list(field)
+    found: list[EvaluatedMethod] = []
+    for one in field:
+        for store in ("",) if one.method in (FULL, GOLDEN) else stores:
+            name = one.name if store in ("", DROP) else f"{one.name}+{store}"
+            found.append(replace(one, name=name, settings={**one.settings, "store": store} if store else one.settings))
+    return found
 
 
 def allocated(field: Sequence[EvaluatedMethod], allocations: Sequence[str]) -> list[EvaluatedMethod]:

@@ -24,7 +24,8 @@ TASKS = ("program", "ledger", "recall")
 COMPOSING = """
 What a method takes is yours to choose: base, another method inside it (methods.flowkv.policy(512, base="kvzap", gate=gate));
 allocation, how layers and heads share the budget (equal, pooled, a file of `learnevict profile`); schedule, when tokens go;
-gate, trained gates (--ckpt). An import path of your own (my_package.my_method) works wherever a name does."""
+gate, trained gates (--ckpt); and where heads hold equally many, store, in what slots are held (drop, int8, int4, 50%+int4).
+An import path of your own (my_package.my_method) works wherever a name does."""
 
 
 OPTIONS: dict[str, Any] = {

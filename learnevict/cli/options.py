@@ -69,6 +69,8 @@ OPTIONS: dict[str, Any] = {
     "as_json": option(OUTPUT, "One JSON object on standard output.", "--json"),
     "allocation": option(POLICY, "How the budget is shared out: equal, pooled (all layers and heads compete by "
         "score), or a file of [bold]learnevict profile[/bold]. [dim]the method's own[/dim]"),
+    "store": option(POLICY, "int8, int4, int2: all but guards and fresh tokens in so many bits; 50%+int4: half of the budget "
+        "in full precision, losers demoted to 4 bits. The budget's bytes then hold more tokens. [dim]drop[/dim]"),
     "schedule": option(POLICY, "blocks also evicts while the prompt is read (memory bounded), prefill_end first when "
         "it has been read, prefill_only then never again.", metavar="WHEN"),
     "slack": option(POLICY, "Tokens between evictions; 0 evicts at every step. [dim]128, 16 on the testbed[/dim]", min=0),
@@ -142,6 +144,7 @@ class EvictionOptions:
     slack: int | None = None
     schedule: When | None = None
     allocation: str | None = None
+    store: str | None = None
     keep_prompt: bool = False
     variant: str | None = None
 
@@ -152,6 +155,7 @@ class EvictionOptions:
         if self.checkpoint is not None:
             folder_of_gates(self.checkpoint)
         check_allocation(self.allocation)
+        check_store(self.store)
         written = [f"--{name}" if name != "prompt" else "--keep-prompt" for name in self.given]
         written += ["--allow-other-base"] * self.allow_other_base
         if self.full and written:
@@ -165,8 +169,8 @@ class EvictionOptions:
             )
         if parsed is None and not self.full:
             raise UsageError("say how much may be kept: --budget 512 (tokens), 25%, 1/4 or 64MiB")
-        if self.golden and self.variant:
-            raise UsageError("golden has no variant; drop --variant")
+        if self.golden and (self.variant or self.store):
+            raise UsageError("golden has neither variants nor stores; drop --variant and --store")
 
     @property
     def full(self) -> bool:
@@ -181,8 +185,8 @@ class EvictionOptions:
     @property
     def given(self) -> dict[str, Any]:
         """Arguments for the method's `policy` that the user gave."""
-        found = {**self.settings, "prompt": self.keep_prompt or None}
-        names = ("sinks", "recent", "slack", "schedule", "allocation", "prompt", "variant")
+        found = {**self.settings, "store": self.store, "prompt": self.keep_prompt or None}
+        names = ("sinks", "recent", "slack", "schedule", "allocation", "store", "prompt", "variant")
         return {name: found[name] for name in names if found[name] is not None}
 
     @property
@@ -190,6 +194,8 @@ class EvictionOptions:
         """Everything that was said, as JSON knows it; a resumed file of answers compares it."""
         found = asdict(self)
         schedule = None if self.schedule is None else self.schedule.value
+        if self.store is None:
+            del found["store"]  # answers that were begun before there was any
         return {**found, "schedule": schedule, "prompt": found.pop("keep_prompt") or None}
 
 
@@ -203,6 +209,14 @@ def check_allocation(word: str | None) -> None:
     """Raises a DataError for a file of shares that is not there."""
     if word not in (None, "equal", "pooled") and not Path(word).is_file():
         raise DataError(f"there is no file {word!r} of shares; give equal, pooled, or a file of learnevict profile")
+
+
+def check_store(word: str | None) -> None:
+    """Raises a UsageError for a store that is unknown."""
+    if word is not None:
+        from learnevict.policy import read_store
+
+        read_store(word)
 
 
 def path(word: str | Path) -> Path:

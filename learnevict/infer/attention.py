@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.slots import SlotPool
+from learnevict.infer.store.tiers import Pool
 from learnevict.ops import runs_in_torch, slot_attention
 from learnevict.signals import NEVER, Attention, Signals
 
@@ -75,19 +75,19 @@ class Step(NamedTuple):
     frequencies: Tensor | None
 
 
-def step_attention(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> Tensor:
+def step_attention(store: Pool, query: Tensor, attention: Attention) -> Tensor:
     """Returns attention of one query per row [B, Hq, 1, d] over every occupied slot, its own included: [B, Hq, 1, dv]."""
     batch, query_heads = query.shape[:2]
     plain = attention.softcap is None and attention.sinks is None
-    if not plain or isinstance(store, PagePool):
-        runs_in_torch("heads are ragged" if plain else "the layer has a softcap or attention sinks")
+    if not plain or not isinstance(store, SlotPool):
+        runs_in_torch(store.in_torch or "the layer has a softcap or attention sinks")
         return observed_step(store, query, attention)[0]
     grouped = query.view(batch, store.keys.shape[1], -1, query.shape[3])
     out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling)
     return out.reshape(batch, query_heads, 1, -1)
 
 
-def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+def observed_step(store: Pool, query: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
     """Returns what `step_attention` does, and probabilities float32 [B, H, G, 1, N]; the query sees every occupied slot."""
     batch, query_heads = query.shape[:2]
     logits = store.logits(query.view(batch, store.position.shape[1], -1, query.shape[3]))
@@ -99,7 +99,7 @@ def observed_step(store: SlotPool | PagePool, query: Tensor, attention: Attentio
     return store.mix(weights).reshape(batch, query_heads, 1, -1), weights.unsqueeze(3)
 
 
-def block_attention(store: SlotPool | PagePool, signals: Signals) -> tuple[Tensor, Tensor]:
+def block_attention(store: Pool, signals: Signals) -> tuple[Tensor, Tensor]:
     """Returns causal attention of fresh queries over the slots, [B, Hq, S, dv], and probabilities float32 [B, H, G, S, N]."""
     batch, query_heads, size, width = signals.query.shape
     heads = store.position.shape[1]

@@ -43,11 +43,30 @@ class Event:
         return self.storage.targets_after(self.block)
 
     def crowded(self) -> list[bool]:
-        """Returns which rows are due and hold more than their budget."""
+        """Returns which rows are due and hold more than their budget, in all or in full precision."""
+        storage, tiers = self.storage, self.storage.tiers_after(self.block)
         return [
-            due and live > target
-            for due, live, target in zip(self.block.due, self.storage.live, self.targets(), strict=True)
+            due and (live > full or live + demoted > full + low)
+            for due, live, demoted, (full, low) in zip(self.block.due, storage.live, storage.low, tiers, strict=True)
         ]
+
+    def decide(self, policy: Governor, signals: Signals, rows: list[bool]) -> tuple[Tensor, Tensor] | None:
+        """Returns what goes in `rows`, and what of the rest leaves full precision, both bool [B, H, N]; None if all is kept."""
+        if not policy.store.bits:
+            keep = policy.keep(signals)
+            return None if keep is None else (self.drop(keep, rows), torch.zeros_like(keep))
+        pool = self.storage.pool
+        full = signals.occupied
+        full[:, :, pool.keys.shape[2] :] = False
+        counts = torch.tensor(self.storage.full_targets(self.block.after)).to(full.device, non_blocking=True)
+        keep, stay = policy.keep_in_tiers(signals, full, counts.view(-1, 1).expand(full.shape[:2]))
+        if keep is None:
+            return None
+        drop = self.drop(keep, rows)
+        leave = full & ~stay & ~drop
+        if not all(rows):
+            leave &= torch.tensor(rows).to(full.device, non_blocking=True).view(-1, 1, 1)
+        return drop, leave
 
     def drop(self, keep: Any, rows: list[bool]) -> Tensor:
         """Returns what goes, bool [B, H, N], if only `rows` evict and the policy keeps `keep`.
@@ -76,14 +95,15 @@ def alone(part: Tensor | None) -> Tensor | None:
 
 
 def check_room(storage: Storage, kept: Tensor, policy: Governor, layer: int) -> None:
-    """Raises CacheError if more is kept, bool [B, H, N], than `storage.live`; on CUDA a device assertion, without a wait."""
-    room = torch.tensor(storage.live).to(kept.device, non_blocking=True)
+    """Raises CacheError if more is kept, bool [B, H, N], than is counted; on CUDA a device assertion, without a wait."""
+    budget = [live + low for live, low in zip(storage.live, storage.low, strict=True)]
+    room = torch.tensor(budget).to(kept.device, non_blocking=True)
     counts = kept.sum(-1)
     most = -(-counts.sum(-1) // counts.shape[1]) if policy.allocator.ragged else counts.amax(-1)
     try:
         torch.ops.aten._assert_async.msg((most <= room).all(), "a policy kept more slots than its budget")
     except RuntimeError as error:
         raise CacheError(
-            f"the policy keeps {most.tolist()} slots per head in layer {layer}, but its budget leaves {storage.live}; "
+            f"the policy keeps {most.tolist()} slots per head in layer {layer}, but its budget leaves {budget}; "
             "keep(signals) must not exceed signals.budget"
         ) from error

@@ -13,10 +13,9 @@ from learnevict.errors import CacheError, ModelError, NotAttachedError
 from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.clock import Block, Clock
 from learnevict.infer.eviction import Event, check_room
-from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.recording import Expiries, Ring, ordinary_tensors
-from learnevict.infer.store.slots import SlotPool
 from learnevict.infer.store.storage import Meter, Place, Storage
+from learnevict.infer.store.tiers import Pool
 from learnevict.ops import runs_in_torch
 from learnevict.policy import Governor, Scorer
 from learnevict.signals import Attention, Signals
@@ -107,7 +106,7 @@ class EvictingLayer(CacheLayerMixin):
     # --- figures ---
 
     @property
-    def store(self) -> SlotPool | PagePool | None:
+    def store(self) -> Pool | None:
         """The slots; None before the first forward."""
         return None if self.storage is None else self.storage.pool
 
@@ -210,7 +209,7 @@ class EvictingLayer(CacheLayerMixin):
         if self.record:
             self.history.cover(self.clock.length + self.clock.pending, storage.pool.position)
 
-    def _answer(self, pool: SlotPool | PagePool, signals: Signals) -> Tensor:
+    def _answer(self, pool: Pool, signals: Signals) -> Tensor:
         scorer, clock = self.policy.scorer, self.clock
         single = clock.single and clock.all_begun and (not scorer.observes or all(clock.plan[0].sizes))
         if single and not scorer.observes:
@@ -240,20 +239,24 @@ class EvictingLayer(CacheLayerMixin):
     def decide(self, probe_attention: Tensor | None = None) -> None:
         """Holds the events that are due; `probe_attention` is float32 [B, H, G, P, N]."""
         storage, events, self.due = self.storage, self.due, []
-        drop: Tensor | None = None
+        drop = leave = None
+        before, touched = [] if storage is None else list(storage.live), [False] * len(self.clock.seen)
         for event in events:
             assert storage is not None
-            rows, targets = event.crowded(), event.targets()
-            keep = self.policy.keep(replace(event.signals, probe_attention=probe_attention)) if any(rows) else None
-            if keep is None:
+            rows = event.crowded()
+            shown = replace(event.signals, probe_attention=probe_attention)
+            part = event.decide(self.policy, shown, rows) if any(rows) else None
+            if part is None:
                 continue
-            part = event.drop(keep, rows)
-            drop = part if drop is None else drop | part
-            storage.live = [new if row else old for row, old, new in zip(rows, storage.live, targets, strict=True)]
-        if drop is None or storage is None:
+            drop, leave = part if drop is None or leave is None else (drop | part[0], leave | part[1])
+            touched = [row or old for row, old in zip(rows, touched, strict=True)]
+            storage.settle_rows(rows, event.block)
+        if drop is None or leave is None or storage is None:
             return
         check_room(storage, (storage.pool.position >= 0) & ~drop, self.policy, self.place.index)
         self.evict(drop, events[-1].block.rows.now + 1)
+        if self.policy.store.bits:
+            storage.demote(leave, max(old - new for old, new in zip(before, storage.live, strict=True)), touched)
         storage.give_back()
 
     def hide(self, hidden: Tensor) -> None:

@@ -7,7 +7,6 @@ the tokens that would come next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,7 @@ from learnevict.infer.attention import Run, plain_attention, running
 from learnevict.infer.cache import EvictingCache, check_probed
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.model.modules import decoder_of, device_of
-from learnevict.infer.store.pages import PagePool
-from learnevict.infer.store.slots import SlotPool
+from learnevict.infer.store.tiers import Pool
 from learnevict.policy import Probe
 from learnevict.signals import Attention
 
@@ -51,7 +49,7 @@ class ProbeRun(Run):
         held = self.cache.layers[layer]
         if isinstance(held, EvictingLayer):
             assert held.store is not None
-            store = still(held.store) if torch.is_grad_enabled() else held.store
+            store = held.store.still() if torch.is_grad_enabled() else held.store
             out, attended = attend_with_probe(store, query, key, value, attention)
             self.receive(layer, attended)
             return out
@@ -114,15 +112,8 @@ def run_probe(decoder: nn.Module, cache: EvictingCache, probe: Probe, receive: R
         )
 
 
-def still(store: SlotPool | PagePool) -> SlotPool | PagePool:
-    """Returns the same slots in memory of their own: a gradient needs them as they are, and the cache may go on."""
-    found = copy(store)
-    found.keys, found.values = store.keys.clone(), store.values.clone()
-    return found
-
-
 def attend_with_probe(
-    store: SlotPool | PagePool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
+    store: Pool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
     """Returns attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
 

@@ -16,9 +16,10 @@ from learnevict.config import AnyBudget, Budget
 from learnevict.errors import UsageError
 from learnevict.parts.allocators import Together
 from learnevict.parts.shares import Shares, read_shares
-from learnevict.policy import Above, Allocator, Guard, Policy, Probe, Schedule, Scorer, TopK, Uniform
+from learnevict.policy import Above, Allocator, Guard, Policy, Probe, Schedule, Scorer, Store, TopK, Uniform, read_store
 
 EQUAL, POOLED = "equal", "pooled"
+DROP = "drop"
 SCHEDULES: dict[str, dict[str, Any]] = {
     "blocks": {}, "prefill_end": {"prompt": "end"}, "prefill_only": {"prompt": "end", "decode": False},
 }  # fmt: skip
@@ -43,6 +44,7 @@ class ScheduleOptions(TypedDict, total=False):
     slack: int
     schedule: Literal["blocks", "prefill_end", "prefill_only"]
     allocation: str | Path | Shares
+    store: str | Store
 
 
 class Options(ScheduleOptions, total=False):
@@ -75,7 +77,7 @@ def compose(
         threshold: of scores, below which slots go even where the budget would hold them; None: the budget alone decides.
 
     Raises:
-        UsageError: an unknown option or schedule, or an allocation beside the method's own.
+        UsageError: an unknown option, schedule or store, or an allocation beside the method's own.
         DataError: a file that holds no allocation.
         BudgetError: a budget that is not understood or cannot hold the guards.
     """
@@ -99,7 +101,8 @@ def compose(
         else:
             own, scope = given if isinstance(given, Shares) else read_shares(Path(given)), "layer"
     draw = TopK() if threshold is None else Above(threshold)
-    return Policy(Budget.parse(budget), scorer, own, schedule, guard, name, None, scope, probe, draw)
+    store = read_store(options.get("store", DROP))
+    return Policy(Budget.parse(budget), scorer, own, schedule, guard, name, None, scope, probe, store, draw=draw)
 
 
 def unknown_variant(name: str, variant: str, variants: Iterable[str]) -> UsageError:

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from learnevict.config import Base, Budget
 from learnevict.errors import BudgetError, CacheError, DefaultBudgetWarning, UsageError
+from learnevict.ops import keep_top
 from learnevict.policy.components import Allocator, Draw, Guard, Schedule, TopK, Uniform
 from learnevict.policy.scorer import Probe, Scorer
+from learnevict.policy.stores import Drop, Store
 from learnevict.signals import EMPTY, Signals
 
 DEFAULT_BUDGET = 512
 """Slots per layer and kv head, for who names no budget."""
 KINDS: dict[str, type] = {
     "scorer": Scorer, "allocator": Allocator, "schedule": Schedule, "guard": Guard, "base": Base,
+    "store": Store,
 }  # fmt: skip
 """Of a Governor's parts."""
 
@@ -67,6 +70,7 @@ class Governor(ABC):
             so that layers and heads compete for L * H * budget slots. A forward that reaches beyond an event is then
             read in pieces.
         probe: tokens that are run against the cache before every event, which then falls after the forward too.
+        store: what becomes of slots that lose their place in full precision.
     """
 
     budget: Budget
@@ -78,6 +82,7 @@ class Governor(ABC):
     base: Base | None = None
     scope: Literal["layer", "model"] = "layer"
     probe: Probe | None = None
+    store: Store = field(default_factory=Drop)
 
     @property
     def deferred(self) -> bool:
@@ -96,6 +101,17 @@ class Governor(ABC):
     @abstractmethod
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
         """Returns the same for all evicting layers at once, for scope "model"."""
+
+    def keep_in_tiers(self, signals: Signals, full: Tensor, counts: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Returns the slots to keep, and those of them that stay in full precision, both bool [B, H, N]; here the newest.
+
+        Args:
+            full: the slots that are in full precision now, bool [B, H, N].
+            counts: int [B, H], how many may be at most.
+        """
+        keep = self.keep(signals)
+        stay = full if keep is None else full & keep
+        return keep, stay & keep_top(signals.position.float().masked_fill(~stay, -torch.inf), signals.position, counts)
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,8 @@ class Policy(Governor):
 
     Raises:
         BudgetError: a token budget smaller than guards + fresh block.
-        UsageError: scope "model" with an allocator that gives every head the same.
+        UsageError: scope "model" with an allocator that gives every head the same; a store in few bits with heads that hold
+            different numbers of slots.
     """
 
     guard: Guard = field(default_factory=Guard)
@@ -188,6 +205,11 @@ class Policy(Governor):
                 f'scope="model" lets heads compete, but {type(self.allocator).__name__} gives every head the same; give a '
                 'method allocation="pooled", or a Policy the allocator Together()'
             )
+        if self.store.bits and self.allocator.ragged:
+            raise UsageError(
+                f"a store in {self.store.bits} bits gives every head as many slots, but {type(self.allocator).__name__} lets "
+                'heads compete; give allocation="equal", or store="drop"'
+            )
         if self.budget.unit == "bytes" and self.schedule.active and self.schedule.prompt == "end":
             raise BudgetError(
                 f"a budget of {self.budget} is a hard total, but this schedule holds the whole prompt before its first event; "
@@ -195,9 +217,18 @@ class Policy(Governor):
             )
 
     def keep(self, signals: Signals) -> Tensor | None:
-        scores, protected = self.rank(signals)
+        return self._choose(signals, *self.rank(signals))
+
+    def _choose(self, signals: Signals, scores: Tensor, protected: Tensor) -> Tensor:
         counts = self.allocator.in_layer(signals.layer).counts(scores, protected, signals.budget)
         return self.draw.choose(scores, counts, signals.position)
+
+    def keep_in_tiers(self, signals: Signals, full: Tensor, counts: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Returns the best by score; see Governor."""
+        scores, protected = self.rank(signals)
+        keep = self._choose(signals, scores, protected)
+        stay = full & keep
+        return keep, stay & keep_top(scores.masked_fill(~stay, -torch.inf), signals.position, counts)
 
     def keep_together(self, layers: Sequence[Signals]) -> list[Tensor]:
         """Returns the slots to keep in each layer, bool [B, H, N_l]: at most L * H times the mean of the layers' budgets.

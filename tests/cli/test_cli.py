@@ -424,6 +424,8 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(tmp_path):
         ("eval", "--families", "sudoku"),
         ("eval", "--tasks", "gsm8k", "--data", "nowhere.jsonl"),
         ("eval", "--allocation", "nowhere.json"),
+        ("infer", "--prompt", "x", "--method", "h2o", "--budget", "48", "--store", "int3"),
+        ("eval", "--store", "int16"),
         ("report", "nowhere.jsonl"),
         ("oracle", "--families", "sudoku"),
         ("oracle", "--data", "nowhere.txt"),

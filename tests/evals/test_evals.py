@@ -1141,6 +1141,10 @@ def test_every_method_is_measured_under_each_allocation(folder, tmp_path, capsys
         "random+prompt+pooled": "pooled", "random+prompt+late": late, "adakv": None, "golden": "equal",
         "golden+pooled": "pooled", "golden+late": late,
     }  # fmt: skip
+    more = tmp_path / "stores.jsonl"
+    words[-1], words[words.index("--methods") + 1] = str(more), "full,random"
+    assert main([*words, "--store", "drop,50%+int4"]) == 0
+    assert [row["method"] for row in read_rows(more)] == ["full", "random", "random+50%+int4"]
     kept = {row["method"]: row["kv_bytes_end"] for row in read_rows(out)}
     assert kept["random+prompt"] > kept["random"] and kept["golden+pooled"] < 1.1 * kept["golden"]
 

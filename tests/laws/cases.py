@@ -23,7 +23,7 @@ LONG = 7  # a recent window longer than the fresh block, where RECENT is shorter
 AMPLE, ENDLESS = 4 * LENGTH, 100 * LENGTH
 
 # Name: (method, options beside those of every case). `together=floor` lets the heads of all layers compete; `made` is what
-# gates are made with, where "demand" stands for one of all evicting layers.
+# gates are made with, where "demand" stands for one of all evicting layers; `budget` replaces BUDGET where that holds a text.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in methods.METHODS},
     "random/slack0": ("random", {"slack": 0}),
@@ -43,11 +43,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "foresightkv/together": ("foresightkv", {"together": 0.2}),
     "foresightkv/shares": ("foresightkv", {"made": {"demand": ()}}),
     "foresightkv/prefill_end": ("foresightkv", {"schedule": "prefill_end"}),
+    "qpruningkv": ("qpruningkv", {"budget": 12}),
+    "mikv": ("mikv", {"budget": 14, "bits": 8, "full": 0.6}),
+    "foresightkv/int4": ("foresightkv", {"budget": 12, "store": "60%+int4"}),
+    "lookahead_kv/int8": ("lookahead_kv", {"budget": 14, "store": "60%+int8"}),
     "dbtrimkv": ("dbtrimkv", {"made": {"hidden": 16}}),
     "keep_only": ("tests.laws.keep_only", {}),
 }
 LEARNED = tuple(name for name in methods.METHODS if methods.load(name).PAPER.kind == "learned")
 NEVER_EVICTS = ("full",)
+
+DEMOTED = "what is held in few bits is not what was read; see tests/infer/test_tiers.py for what is"
 
 # (method, law): why the law does not hold. tests/laws/test_laws.py checks that it does not.
 EXEMPT: dict[tuple[str, str], str] = {
@@ -62,6 +68,9 @@ EXEMPT: dict[tuple[str, str], str] = {
         "pyramidkv",
         "identity",
     ): "late layers hold less than the budget, so a text as long as the budget loses tokens there",
+    **{(name, "masking"): DEMOTED for name in ("qpruningkv", "mikv", "foresightkv/int4", "lookahead_kv/int8")},
+    ("qpruningkv", "identity"): "all but guards and fresh block is held in few bits, however large the budget",
+    ("qpruningkv", "unchanged"): "all but guards and fresh block is held in few bits, however large the budget",
     ("pyramid_rkv", "identity"): "some layers hold less than the budget, as pyramidkv's late ones",
 }
 
@@ -109,9 +118,11 @@ def never(model: PreTrainedModel, ids: Tensor, budget: int) -> Any:
 
 
 def make_policy(variant: str, budget: int, **terms: Any) -> Policy:
-    """The policy of a variant; its own options win over `terms`."""
+    """The policy of a variant; its own options win over `terms`, its own budget over BUDGET."""
     method, options = VARIANTS[variant]
     terms |= options
+    own = terms.pop("budget", budget)
+    budget = own if budget == BUDGET else budget
     floor = terms.pop("together", None)
     terms.pop("made", None)
     policy = methods.load(method).policy(budget, **terms)

@@ -18,6 +18,8 @@ from tests.laws.cases import LEARNED, random_gates
 
 COMPOSABLE = [name for name in methods.METHODS if methods.load(name).PAPER.kind != "reference"]
 SHARES = Shares(layers=((0.6, 0.2), (0.05, 0.15)), indices=(0, 1))
+RAGGED = ("adakv", "defensivekv", "reasonalloc", "dbtrimkv")
+"""Of which heads hold different numbers of slots, so that a store in few bits refuses them."""
 WRAPPERS = [name for name in COMPOSABLE if "base" in methods.load(name).PAPER.takes]
 
 
@@ -46,7 +48,8 @@ def test_a_method_takes_what_it_says(name: str) -> None:
 def test_a_wrapper_goes_round_every_method_that_it_does_not_refuse(name: str, base: str) -> None:
     """Learned gates included; a method that is a wrapper itself has another one inside."""
     module, model = methods.load(name), zoo.build("llama")
-    if base not in vars(module).get("BASES", COMPOSABLE) or (name, base) == ("flowkv", "dbtrimkv"):
+    ragged = "store" in module.PAPER.decides and base in RAGGED
+    if base not in vars(module).get("BASES", COMPOSABLE) or ragged or (name, base) == ("flowkv", "dbtrimkv"):
         with pytest.raises(UsageError):
             module.policy(20, base=base, slack=4, recent=4, **gate_of(base))
         return
@@ -57,4 +60,5 @@ def test_a_wrapper_goes_round_every_method_that_it_does_not_refuse(name: str, ba
     with attach(model, policy) as cache, torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
         counts = [int((cache.positions(layer)[0] >= 0).sum()) for layer in cache.evicting]
-    assert sum(counts) == 2 * len(counts) * 20
+    even = 2 * len(counts) * 20
+    assert sum(counts) == even if not policy.store.bits else even < sum(counts) <= 2 * len(counts) * 32

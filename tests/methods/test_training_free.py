@@ -211,10 +211,10 @@ def test_every_method_takes_the_same_options():
 
 def test_defaults_are_bounded_and_cite_their_paper():
     windows = {
-        "snapkv": 32, "pyramidkv": 32, "adakv": 32, "defensivekv": 32, "caote": 32, "flowkv": 32, "rkv": 8, "pyramid_rkv": 8,
-        "reasonalloc": 8, "g_kv": 16, "obcache": 16, "vase": 64,
+        "snapkv": 32, "pyramidkv": 32, "adakv": 32, "defensivekv": 32, "caote": 32, "flowkv": 32, "qpruningkv": 32, "rkv": 8,
+        "pyramid_rkv": 8, "reasonalloc": 8, "g_kv": 16, "obcache": 16, "vase": 64,
     }  # fmt: skip
-    other = {name: Guard(4, 0, recent_share=0.5) for name in ("h2o", "keyformer")}
+    other = {name: Guard(4, 0, recent_share=0.5) for name in ("h2o", "keyformer", "mikv")}
     other["random_attention"] = Guard(4, 8, prompt=True)
     for name in methods.METHODS:
         module = methods.load(name)

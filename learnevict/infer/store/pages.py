@@ -13,6 +13,7 @@ meet the logical view; or, where pages are small or queries many, in chunks of t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class PagePool:
     head owner[p], both int64 [P], heads counted over all rows; owner is B * H for the pages of nobody.
     """
 
+    in_torch: str | None = "heads are ragged"
+
     def __init__(self, key: Tensor, value: Tensor, columns: tuple[StateColumn, ...], page: int) -> None:
         batch, heads = key.shape[:2]
         self.page = page
@@ -51,6 +54,10 @@ class PagePool:
     @property
     def room(self) -> int:
         return self.keys.shape[0] * self.page // (self.table.shape[0] * self.table.shape[1])
+
+    @property
+    def stored(self) -> list[Tensor]:
+        return [self.keys, self.values]
 
     @property
     def nbytes(self) -> int:
@@ -265,6 +272,12 @@ class PagePool:
             share = shares[owner[part], :, self.rank[part]].to(self.values.dtype)
             out.index_add_(0, self.owner[part], (share @ self.values[part]).to(total))
         return out[:-1].view(batch, heads, num, width).to(self.values.dtype)
+
+    def still(self) -> PagePool:
+        """See SlotPool."""
+        found = copy(self)
+        found.keys, found.values = self.keys.clone(), self.values.clone()
+        return found
 
     def select(self, index: Tensor) -> None:
         """Takes rows of the batch, int64 [b]; pages are copied, never shared."""

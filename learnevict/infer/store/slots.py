@@ -6,7 +6,8 @@ holds zeros. No slot ever moves, nothing is concatenated, and no decision waits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from operator import add
 
 import torch
@@ -29,9 +30,13 @@ class SlotStates:
 
     def resize(self, capacity: int, pick: Tensor | None) -> None:
         """Keeps the slots `pick` [B, H, n <= capacity] (None: all, in place) and add empty ones up to `capacity`."""
-        self.position = resized(self.position, capacity, pick, EMPTY)
+        self.move(lambda values, fill: resized(values, capacity, pick, fill))
+
+    def move(self, moved: Callable[[Tensor, float], Tensor]) -> None:
+        """Puts in place of each [B, H, N, ...] and what fills an empty slot what `moved` returns."""
+        self.position = moved(self.position, EMPTY)
         for column in self.spec:
-            self.columns[column.name] = resized(self.columns[column.name], capacity, pick, column.fill)
+            self.columns[column.name] = moved(self.columns[column.name], column.fill)
         self.first = first_rows(self.position)
 
     def enter(self, index: Tensor, position: Tensor, state: dict[str, Tensor]) -> None:
@@ -60,6 +65,9 @@ class SlotPool:
     Shapes: keys [B, H, N, d], values [B, H, N, dv], position int32 [B, H, N].
     """
 
+    in_torch: str | None = None
+    """Why a decode step cannot be left to a kernel, where it cannot."""
+
     def __init__(self, key: Tensor, value: Tensor, columns: tuple[StateColumn, ...]) -> None:
         batch, heads = key.shape[:2]
         self.keys = key.new_empty(batch, heads, 0, key.shape[-1])
@@ -81,6 +89,10 @@ class SlotPool:
         return self.capacity
 
     @property
+    def stored(self) -> list[Tensor]:
+        return [self.keys, self.values]
+
+    @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
@@ -88,8 +100,8 @@ class SlotPool:
     def aux_nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in [*self.state.tensors(), self.bias, self.order])
 
-    def resize(self, capacity: int) -> None:
-        """Grows with empty slots, or shrinks by dropping empty ones."""
+    def resize(self, capacity: int) -> Tensor | None:
+        """Grows with empty slots, or shrinks by dropping empty ones: to the slots that it returns, int64 [B, H, capacity]."""
         pick = None
         if capacity < self.capacity:
             pick = (self.position < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]
@@ -97,6 +109,7 @@ class SlotPool:
         self.values = resized(self.values, capacity, pick, 0.0)
         self.state.resize(capacity, pick)
         self._list_free()
+        return pick
 
     def write(
         self,
@@ -112,7 +125,7 @@ class SlotPool:
         The first sizes[b] tokens of row b are real; `real` are their rows and places in W, None if all are.
         """
         # By row of the flattened pool: scatter_ of bf16 on a CPU takes time in proportion to the pool.
-        index, (keys, values, bias) = self._next(key.shape[2], real), self.flat
+        index, (keys, values, bias) = self.free(key.shape[2], real), self.flat
         keys.index_copy_(0, index, flattened(key, real))
         values.index_copy_(0, index, flattened(value, real))
         bias.index_fill_(0, index, 0.0)
@@ -120,8 +133,8 @@ class SlotPool:
         self.state.enter(index, flattened(places, real), {name: flattened(part, real) for name, part in state.items()})
         self.cursor = list(map(add, self.cursor, sizes))
 
-    def _next(self, width: int, real: Picked | None) -> Tensor:
-        """Returns the slots that fresh tokens take, counted over all rows and heads, int64 [n]."""
+    def free(self, width: int, real: Picked | None) -> Tensor:
+        """Returns the slots that the next tokens take, counted over all rows and heads, int64 [n]."""
         start = self.cursor[0]
         if real is None and self.cursor.count(start) == len(self.cursor):
             return self.order[start] if width == 1 else self.order[start : start + width].t().flatten()
@@ -156,8 +169,14 @@ class SlotPool:
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         step = max(1, -(-self.capacity // 4))
         for start in range(0, self.capacity, step):
-            part = slice(start, start + step)
+            part = slice(start, min(start + step, self.capacity))
             yield part, self.keys[:, :, part], self.values[:, :, part]
+
+    def still(self) -> SlotPool:
+        """Returns the same slots in memory of their own: a gradient needs them as they are, and the cache may go on."""
+        found = copy(self)
+        found.keys, found.values = self.keys.clone(), self.values.clone()
+        return found
 
     def select(self, index: Tensor) -> None:
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)

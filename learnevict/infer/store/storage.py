@@ -12,6 +12,7 @@ from torch import Tensor
 from learnevict.infer.clock import Block, Clock
 from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.slots import SlotPool
+from learnevict.infer.store.tiers import Pool, TieredPool
 from learnevict.policy import Governor
 
 PAGE_SLOTS = 16
@@ -45,7 +46,8 @@ class Meter:
 
 
 class Storage:
-    """The pool of one layer, and how many slots per head of each row are taken in it (`live`, on the host).
+    """The pool of one layer, and how many slots per head of each row are taken in it (on the host): `live` in full precision,
+    `low` in few bits.
 
     Heads of a uniform pool hold the same number; for a ragged one `live` is the average, an upper bound either way. Where
     heads of all layers compete (scope "model"), a layer's share is known only once an event has told it (`settle`): `held`
@@ -57,29 +59,51 @@ class Storage:
         per_slot = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
         self.policy, self.clock = policy, clock
         self.place = replace(place, row_bytes_per_token=place.num_evicting * heads * per_slot)
-        self.live = [0] * batch
+        self.live, self.low = [0] * batch, [0] * batch
         self.shared = policy.scope == "model"
         self.held, self.longest = [0] * batch, [0] * batch
         self.meter = meter
         self.peak_nbytes, self.noted = 0, -1
-        self.known: tuple[Block | None, list[int]] = None, []
+        self.known: tuple[Block | None, list[tuple[int, int]]] = None, []
         self.fitted, self.unassigned = 0, True
         self.rounding = 0
-        self.pool: SlotPool | PagePool = SlotPool(key, value, policy.scorer.columns)
-        if policy.allocator.ragged or self.shared:
-            slots = self.targets([0])[0] + clock.schedule.period
+        self.slot_bytes = per_slot, per_slot
+        self.pool: Pool = SlotPool(key, value, policy.scorer.columns)
+        if policy.store.bits:
+            self.pool = TieredPool(key, value, policy.scorer.columns, policy.store.bits)
+            self.slot_bytes = self.pool.slot_bytes
+        elif policy.allocator.ragged or self.shared:
+            slots = self.full_targets([0])[0] + clock.schedule.period
             page = max(1, min(PAGE_SLOTS, slots // PAGE_OVERHEAD))
             self.rounding = page - 1 + -(-page // heads)  # the last pages of heads are partly empty, page 0 is nobody's
             self.pool = PagePool(key, value, policy.scorer.columns, page)
 
-    def targets(self, seen: list[int]) -> list[int]:
-        return targets(self.policy, self.clock, self.place, seen, self.rounding)
+    def tiers(self, seen: list[int]) -> list[tuple[int, int]]:
+        """Returns the slots in full precision and in few bits, per kv head, that each row may hold after an event."""
+        policy = self.policy
+        budgets = targets(policy, self.clock, self.place, seen, self.rounding)
+        return [policy.store.split(budget, policy.floor, *self.slot_bytes) for budget in budgets]
+
+    def full_targets(self, seen: list[int]) -> list[int]:
+        return [full for full, _ in self.tiers(seen)]
+
+    def tiers_after(self, block: Block) -> list[tuple[int, int]]:
+        """Returns the same after a block's event, computed once."""
+        if self.known[0] is not block:
+            self.known = block, self.tiers(block.after)
+        return self.known[1]
 
     def targets_after(self, block: Block) -> list[int]:
-        """Returns the slots per kv head that each row may hold after a block's event, computed once."""
-        if self.known[0] is not block:
-            self.known = block, self.targets(block.after)
-        return self.known[1]
+        """Returns the slots per kv head that each row may hold in all after a block's event."""
+        return [full + low for full, low in self.tiers_after(block)]
+
+    def settle_rows(self, rows: list[bool], block: Block) -> None:
+        """Counts what an event has left to `rows`, after which no head holds more than it may."""
+        for row, (full, low) in enumerate(self.tiers_after(block)):
+            if rows[row]:
+                held = min(self.live[row] + self.low[row], full + low)
+                self.live[row] = min(self.live[row], full)
+                self.low[row] = held - self.live[row]
 
     def reserve(self, block: Block, rest: list[int]) -> None:
         """Makes room for a block; `rest`: tokens still to come in this forward, for storage that will have to hold them all."""
@@ -110,7 +134,7 @@ class Storage:
         schedule = self.clock.schedule
         if not schedule.bounded:
             return 0
-        return max(self.targets(self.clock.seen)) + schedule.period
+        return max(self.full_targets(self.clock.seen)) + schedule.period
 
     def _pages(self, pool: PagePool, need: int, ahead: list[int]) -> tuple[int, int]:
         """Returns slots in all, and in the fullest head; `ahead`: tokens to the end of each row's block, for every head."""
@@ -158,9 +182,24 @@ class Storage:
         self.pool.evict(drop)
         self.unassigned = True
 
+    def demote(self, leave: Tensor, most: int, rows: list[bool]) -> None:
+        """Moves slots `leave`, bool [B, H, N], at most `most` of a head, to the low tier, which has room for `low` of them."""
+        pool, need = self.pool, max(self.low)
+        assert isinstance(pool, TieredPool)
+        if need > pool.low_capacity:
+            steady = max(low for _, low in self.tiers(self.clock.seen))
+            pool.resize_low(max(need, min(steady, need + need // 4 + self.clock.schedule.period)))
+        pool.demote(leave, min(most, need), rows)
+
     def recount(self) -> None:
         """Asks the pool what is left in it, after tokens were taken back; the host waits for it."""
-        counts = (self.pool.position >= 0).sum(-1)
+        taken = self.pool.position >= 0
+        if isinstance(self.pool, TieredPool):
+            split = self.pool.capacity
+            counts = torch.stack([taken[..., :split].sum(-1).amax(-1), taken[..., split:].sum(-1).amax(-1)])
+            self.live, self.low = counts.tolist()
+            return
+        counts = taken.sum(-1)
         self.held, self.longest = torch.stack([counts.sum(-1), counts.amax(-1)]).tolist()
         ragged = isinstance(self.pool, PagePool)
         self.live = [-(-held // counts.shape[1]) for held in self.held] if ragged else list(self.longest)
@@ -188,7 +227,7 @@ class Storage:
 
     def select(self, index: Tensor) -> None:
         self.pool.select(index)
-        for name in ("live", "held", "longest"):
+        for name in ("live", "low", "held", "longest"):
             old = getattr(self, name)
             setattr(self, name, [old[i] for i in index.tolist()])
         self.fitted, self.unassigned = 0, True  # pages beyond the occupied ones were not copied
