@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from learnevict.infer.store.slots import SlotPool
 from learnevict.infer.store.tiers import Pool
@@ -114,7 +115,7 @@ def replay_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    expiry: Tensor,
+    expiry: Tensor | None,
     valid: Tensor | None,
     attention: Attention,
     block: int = 128,
@@ -123,14 +124,19 @@ def replay_attention(
 
     Args:
         query: [B, Hq, T, d]; key [B, H, T, d]; value [B, H, T, dv].
-        expiry: int32 [B, H, T].
-        valid: bool [B, T], False for padding; None if there is none.
+        expiry: int32 [B, H, T]; None if nothing is evicted, which torch's fused attention computes where it can.
+        valid: bool [B, T], False for padding, which no real token sees; None if there is none.
         block: queries per tile; never [T, T].
     """
+    # torch's fused kernels know no softcap and no sinks, and without them it would make [T, T], as it does where dv != d
+    if expiry is None and attention.softcap is attention.sinks is None and query.shape[-1] == value.shape[-1]:
+        return full_attention(query, key, value, valid, attention.scaling)
     length = query.shape[2]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     column = torch.arange(length, device=query.device)
-    until = torch.where(expiry == NEVER, length, expiry).long()
+    until = column.new_full((1, 1, length), length)
+    if expiry is not None:
+        until = torch.where(expiry == NEVER, length, expiry).long()
     real = torch.ones(len(query), length, dtype=torch.bool, device=query.device) if valid is None else valid
     for start in range(0, length, block):
         stop = min(start + block, length)
@@ -139,6 +145,22 @@ def replay_attention(
         tile = query[:, :, start:stop]
         out[:, :, start:stop] = masked_attention(tile, key[:, :, :stop], value[:, :, :stop], alive, attention)
     return out
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    """Returns causal attention over all real tokens by torch's fused kernels; arguments as of `replay_attention`.
+
+    Padding is moved behind the real tokens, which then do not see it: no mask is needed, and no query is without a key.
+    """
+    group = query.shape[1] // key.shape[1]
+    # repeated, as not every fused kernel shares keys between query heads
+    parts = [query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)]
+    if valid is None:
+        return scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True, scale=scaling)
+    order = (~valid).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None].expand(query.shape)
+    parts = [part.gather(2, order) for part in parts]
+    out = scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True, scale=scaling)
+    return torch.zeros_like(out).scatter(2, order, out).masked_fill(~valid[:, None, :, None], 0.0)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:

@@ -15,7 +15,7 @@ from learnevict.infer.attach import Attachment
 from learnevict.infer.attention import Run, replay_attention, running
 from learnevict.infer.cache import EvictingCache
 from learnevict.infer.model.supported import evicting_layers
-from learnevict.signals import Attention, Trace
+from learnevict.signals import NEVER, Attention, Trace
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ Observer = Callable[[int, Received], None]
 
 @dataclass(frozen=True)
 class Replay(Run):
-    """A forward along a trace: expiry int32 [B, H, T] by layer index, and bool [B, T] real tokens (None: all)."""
+    """A forward along a trace: expiry int32 [B, H, T] by layer index (None: nothing is evicted), and bool [B, T] real tokens
+    (None: all)."""
 
-    expiry: dict[int, Tensor]
+    expiry: dict[int, Tensor | None]
     valid: Tensor | None
     observe: Observer | None = None
 
@@ -137,10 +138,11 @@ def replay(
         raise TraceError(
             f"the trace covers (layers, rows, tokens) = {found}, but model and input have {shape}; record it on this input"
         )
-    expiry = trace.expiry.to(input_ids.device)
-    valid = None if attention_mask is None else attention_mask.bool()
+    expiry, never = trace.expiry.to(input_ids.device), (trace.expiry == NEVER).flatten(1).all(-1).tolist()
+    valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if attention_mask is not None and "position_ids" not in kwargs:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    run = Replay({index: expiry[index] for index in evicting_layers(layers)}, valid, observe)
+    evicted = {index: None if never[index] else expiry[index] for index in evicting_layers(layers)}
+    run = Replay(evicted, valid, observe)
     with running(run), Attachment(model, None):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

@@ -67,6 +67,27 @@ def test_tiles_change_nothing(block):
     close(found, expected, 1e-5, valid.unsqueeze(1).expand(-1, 4, -1))
 
 
+@pytest.mark.parametrize("pads", [(0, 0, 0), PADS])
+@pytest.mark.parametrize(
+    ("widths", "softcap", "fused"), [((8, 8), None, True), ((8, 6), None, False), ((8, 8), 5.0, False)]
+)
+def test_where_nothing_is_evicted_fused_attention_takes_over(pads, widths, softcap):
+    """It gives what tiles give real tokens, with its gradients; what it cannot compute is left to tiles."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, LENGTH, 8), *((3, 2, LENGTH, width) for width in widths)]
+    parts = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    valid = torch.arange(LENGTH) >= torch.tensor(pads).unsqueeze(-1)
+    valid[1, 20] = False  # padding may stand between turns
+    found, expected = (
+        replay_attention(*parts, expiry, valid, Attention(0.3, softcap))
+        for expiry in (None, torch.full((3, 2, LENGTH), NEVER))
+    )
+    found, expected = (out.transpose(1, 2)[valid] for out in (found, expected))
+    close(found, expected, 1e-5)
+    for one, two in zip(*(torch.autograd.grad(out.square().sum(), parts) for out in (found, expected)), strict=True):
+        close(one, two, 1e-5)
+
+
 def by_hand(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, valid: Tensor, attention: Attention) -> Tensor:
     """One query at a time, in float64."""
     out = torch.zeros(*query.shape[:3], value.shape[-1])
