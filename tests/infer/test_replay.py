@@ -67,19 +67,17 @@ def test_tiles_change_nothing(block):
     close(found, expected, 1e-5, valid.unsqueeze(1).expand(-1, 4, -1))
 
 
-@pytest.mark.parametrize("pads", [(0, 0, 0), PADS])
-@pytest.mark.parametrize(
-    ("widths", "softcap", "fused"), [((8, 8), None, True), ((8, 6), None, False), ((8, 8), 5.0, False)]
-)
-def test_where_nothing_is_evicted_fused_attention_takes_over(pads, widths, softcap):
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("widths", "softcap"), [((8, 8), None), ((8, 6), None), ((8, 8), 5.0)])
+def test_where_nothing_is_evicted_fused_attention_takes_over(padded, widths, softcap):
     """It gives what tiles give real tokens, with its gradients; what it cannot compute is left to tiles."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4, LENGTH, 8), *((3, 2, LENGTH, width) for width in widths)]
     parts = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    valid = torch.arange(LENGTH) >= torch.tensor(pads).unsqueeze(-1)
-    valid[1, 20] = False  # padding may stand between turns
+    valid = torch.arange(LENGTH) >= torch.tensor(PADS if padded else (0, 0, 0)).unsqueeze(-1)
+    valid[1, 20] = not padded  # padding may stand between turns
     found, expected = (
-        replay_attention(*parts, expiry, valid, Attention(0.3, softcap))
+        replay_attention(*parts, expiry, valid if padded else None, Attention(0.3, softcap))
         for expiry in (None, torch.full((3, 2, LENGTH), NEVER))
     )
     found, expected = (out.transpose(1, 2)[valid] for out in (found, expected))
