@@ -48,6 +48,12 @@ class Slots(Protocol):
         ...
 
 
+def queries_at_a_time(slots: Slots, query: Tensor) -> int:
+    """Returns how many of the queries [B, Hq, S, d] may meet all slots at once, so that their logits stay below the keys."""
+    heads, num = slots.position.shape[1:]
+    return max(1, query.shape[-1] * slots.room // (2 * (query.shape[1] // heads) * max(num, 1)))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where each row of the batch stands; every field int32 [B].
@@ -122,6 +128,27 @@ class Attention:
         if sink is not None:
             total = total + (sink - top).exp()
         return weights / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def beside(self, stored: Tensor, own: Tensor, visible: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Returns the softmax over slots and, causally, over keys of tokens that are only run to ask, float32, in two parts.
+
+        Args:
+            stored: [B, H, G, P, N], unscaled logits of the slots.
+            own: [B, H, G, P, K], of the tokens' own keys; the first query is that of key number `first`.
+            visible: bool, broadcastable to `stored`.
+        """
+        causal = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).tril(first)
+        stored = self.scores(stored).masked_fill(~visible, -torch.inf)
+        own = self.scores(own).masked_fill(~causal, -torch.inf)
+        top = torch.maximum(stored.detach().amax(-1, keepdim=True), own.detach().amax(-1, keepdim=True))
+        drain: Tensor | float = 0.0
+        if self.sinks is not None:
+            sink = self.sinks.float().view(1, own.shape[1], -1, 1, 1)
+            top = torch.maximum(top, sink.detach())
+            drain = (sink - top).exp()
+        stored, own = (stored - top).exp(), (own - top).exp()
+        total = stored.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + drain
+        return stored / total, own / total
 
 
 @dataclass(frozen=True)
@@ -228,16 +255,14 @@ class Signals:
         """Yields the same before scaling, cap, visibility and softmax."""
         assert self.ring is not None, "the scorer must declare window > 0 to look back at queries"
         queries, positions = self.ring
-        width = queries.shape[2]
-        order = positions.argsort(-1)[:, max(width - size, 0) :]
+        order = positions.argsort(-1)[:, max(queries.shape[2] - size, 0) :]
         batch, heads, num = self.position.shape
-        group = queries.shape[1] // heads
-        step = max(1, queries.shape[-1] * self.slots.room // (2 * group * max(num, 1)))
+        step = queries_at_a_time(self.slots, queries)
         for start in range(0, order.shape[1], step):
             pick = order[:, start : start + step]
             index = pick.view(batch, 1, -1, 1).expand(-1, queries.shape[1], -1, queries.shape[3])
             query = queries.gather(2, index).view(batch, heads, -1, queries.shape[3])
-            yield self.slots.logits(query).view(batch, heads, group, -1, num), positions.gather(1, pick)
+            yield self.slots.logits(query).view(batch, heads, -1, pick.shape[1], num), positions.gather(1, pick)
 
     def visible(self, query_position: Tensor) -> Tensor:
         """Returns the occupied slots whose token is not after the query, bool [B, H, 1, S, N]; none for a missing query."""

@@ -78,7 +78,7 @@ class EvictingCache(Cache):
             )
         super().__init__(layers=layers)
         self.evicting = evicting
-        if policy.probe is not None:
+        if policy.probing:
             check_probed(self.layers)
         if policy.schedule.active and evicting:
             targets(policy, self.clock, self._slots()[0].place, [0])

@@ -96,6 +96,7 @@ class Clock:
         rest: for each of them, the tokens of every row that it and those behind it bring.
         single: the forward is one block of one column.
         all_begun: every row has read a token.
+        asked: tokens that each row had read when a scorer asked its cache last.
 
     Args:
         schedule: when events fall.
@@ -120,6 +121,7 @@ class Clock:
         self.block: list[int] = []
         self.prompt_end: list[int] = []
         self.prompt_seen: list[int] = []
+        self.asked: list[int] = []
         self.runs: list[list[Run]] = []
         self.tokens: Tensor | None = None
         self.plan: list[Block] = []
@@ -131,7 +133,7 @@ class Clock:
         return self.prompt_seen[row] if self.prompt_seen else 0
 
     def reorder(self, index: list[int]) -> None:
-        for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen", "prompt_length"):
+        for name in ("first", "now", "seen", "block", "prompt_end", "prompt_seen", "prompt_length", "asked"):
             old = getattr(self, name)
             setattr(self, name, old if old is None else [old[i] for i in index])
         self.runs = [list(self.runs[i]) for i in index]
@@ -158,6 +160,7 @@ class Clock:
             self.first, self.now = [0] * batch, [-1] * batch
             self.seen, self.block, self.prompt_end = [0] * batch, [0] * batch, [0] * batch
             self.prompt_seen, self.runs = [0] * batch, [[] for _ in range(batch)]
+            self.asked = [0] * batch
         single = size == 1 if single is None else single
         queues = self._queues(batch, size, mask, padded)
         self.tokens = tokens
@@ -177,7 +180,9 @@ class Clock:
         """Takes back what was read in columns bool [B, columns read]: how many tokens each row loses."""
         lost, period = [0] * len(hidden), self.schedule.period
         for row, flags in enumerate(hidden.tolist()):
-            columns = [column for column in columns_of(self.runs[row], self.seen[row]) if not flags[column]]
+            read = list(columns_of(self.runs[row], self.seen[row]))
+            columns = [column for column in read if not flags[column]]
+            self.asked[row] = sum(not flags[column] for column in read[: self.asked[row]])
             lost[row], seen = self.seen[row] - len(columns), len(columns)
             if not lost[row]:
                 continue

@@ -1,4 +1,4 @@
-"""Events that wait for the end of a forward: those of policies that rank all layers together, or run a probe.
+"""Events that wait for the end of a forward: those of policies that rank all layers together, or run tokens to ask.
 
 While the layers run, each one only takes down what its event needs. After the last layer the policy decides: for heads of
 all layers at once, or layer by layer as the probe passes through them. A forward holds at most one event per row, at the
@@ -19,15 +19,21 @@ from learnevict.infer.cache import EvictingCache
 from learnevict.infer.eviction import Event
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.probe import run_probe
+from learnevict.infer.questions import Reader
 from learnevict.policy import Governor
 
 
 @torch.no_grad()
-def hold_events(cache: EvictingCache, decoder: nn.Module) -> None:
-    """Holds the events that the layers of a forward have left, when its last layer has run; the decoder reads the probe."""
+def hold_events(cache: EvictingCache, decoder: nn.Module, model: Any, hidden: Tensor) -> None:
+    """Holds the events that the layers of a forward have left, when its last layer has run.
+
+    The decoder reads probes; `model` and `hidden`, what it returned for the forward [B, S, E], tell what follows.
+    """
     policy, layers = cache.policy, [layer for layer in cache.layers if isinstance(layer, EvictingLayer) and layer.due]
     if not layers:
         return
+    if policy.scorer.asks:
+        Reader(cache, decoder, model, hidden).ask()
     if policy.scope == "model":
         if any(any(rows) for rows in _crowded(layers)):
             attended: dict[int, Tensor] = {}
@@ -37,6 +43,9 @@ def hold_events(cache: EvictingCache, decoder: nn.Module) -> None:
     elif policy.probe is not None and any(any(event.crowded()) for layer in layers for event in layer.due):
         # a layer evicts while the probe is on its way to the next: the attention of one layer is held at a time
         run_probe(decoder, cache, policy.probe, lambda index, found: cache.layers[index].decide(found))
+    elif policy.scorer.asks:
+        for layer in layers:
+            layer.decide()
     for layer in layers:
         layer.due = []
 

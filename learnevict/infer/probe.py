@@ -23,14 +23,17 @@ from learnevict.policy import Probe
 from learnevict.signals import Attention
 
 Receive = Callable[[int, Tensor], None]
+States = tuple[Tensor, Tensor, Tensor]
+Answer = Callable[[int, Pool, States, Attention], Tensor]
+"""Attends in one evicting layer: its index, its slots, query, key and value of the probe; returns the output [B, Hq, P, dv]."""
 
 
 @dataclass(frozen=True)
 class ProbeRun(Run):
-    """A probe on its way through the layers; `receive` is told every evicting layer and its float32 [B, H, G, P, N]."""
+    """A probe on its way through the layers; `answer` attends in the evicting ones."""
 
     cache: EvictingCache
-    receive: Receive
+    answer: Answer
 
     @property
     def columns_read(self) -> int:
@@ -49,10 +52,7 @@ class ProbeRun(Run):
         held = self.cache.layers[layer]
         if isinstance(held, EvictingLayer):
             assert held.store is not None
-            store = held.store.still() if torch.is_grad_enabled() else held.store
-            out, attended = attend_with_probe(store, query, key, value, attention)
-            self.receive(layer, attended)
-            return out
+            return self.answer(layer, held.store, (query, key, value), attention)
         window = attention.window
         if window is None or window != held.sliding_window:
             raise ModelError(
@@ -94,52 +94,61 @@ def probe_attention(model: PreTrainedModel, cache: EvictingCache, probe: Probe) 
 
 def run_probe(decoder: nn.Module, cache: EvictingCache, probe: Probe, receive: Receive) -> None:
     """Runs a probe through the decoder; `receive` is told what it attends to in each layer before the next layer runs."""
+
+    def answer(layer: int, store: Pool, states: States, attention: Attention) -> Tensor:
+        store = store.still() if torch.is_grad_enabled() else store
+        out, attended = attend_with_probe(store, states, attention)
+        receive(layer, attended)
+        return out
+
+    tokens = probe.embeddings.to(device_of(decoder), next(decoder.parameters()).dtype)
+    with probe.adapted(decoder):
+        run_tokens(decoder, cache, answer, inputs_embeds=tokens.expand(len(cache.clock.seen), -1, -1))
+
+
+def run_tokens(decoder: nn.Module, cache: EvictingCache, answer: Answer, **inputs: Tensor) -> Tensor:
+    """Runs tokens that come next and leave no trace; returns the decoder's last hidden states, [B, P, E].
+
+    Args:
+        answer: attends in evicting layers.
+        **inputs: of the decoder, input_ids [B, P] or inputs_embeds [B, P, E].
+    """
     check_probed(cache.layers)
     if not cache.clock.seen:
         raise CacheError("a probe questions what has been read, and this cache has read nothing; run the model first")
-    place = device_of(decoder)
-    tokens = probe.embeddings.to(place, next(decoder.parameters()).dtype)
-    batch, num = len(cache.clock.seen), len(tokens)
-    run = ProbeRun(cache, receive)
+    batch, num = next(iter(inputs.values())).shape[:2]
+    run, place = ProbeRun(cache, answer), device_of(decoder)
     ahead = torch.arange(num, device=place)
     places = (ahead + run.columns_read).unsqueeze(0) if cache.places is None else cache.places + 1 + ahead
-    with running(run), probe.adapted(decoder):
-        decoder(
-            inputs_embeds=tokens.expand(batch, -1, -1),
-            attention_mask=torch.ones(batch, num, dtype=torch.int64, device=place),
-            position_ids=places,
-            use_cache=False,
-        )
+    with running(run):
+        mask = torch.ones(batch, num, dtype=torch.int64, device=place)
+        return decoder(**inputs, attention_mask=mask, position_ids=places, use_cache=False)[0]
 
 
 def attend_with_probe(
-    store: Pool, query: Tensor, key: Tensor, value: Tensor, attention: Attention
+    store: Pool,
+    states: tuple[Tensor, Tensor, Tensor],
+    attention: Attention,
+    visible: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention of a probe over all occupied slots and, causally, over its own keys; no copy of the slots is made.
+    """Returns attention of a probe over occupied slots and, causally, over its own keys; no copy of the slots is made.
 
     Args:
-        query: [B, Hq, P, d]; key [B, H, P, d]; value [B, H, P, dv]; post-RoPE.
+        states: query [B, Hq, P, d], key [B, H, K, d], value [B, H, K, dv], post-RoPE.
+        visible: bool [B, H, N], the slots that it sees; None: all occupied.
+        first: number of the key that the first query belongs to.
 
     Returns:
         output [B, Hq, P, dv] and the slots' probabilities, float32 [B, H, G, P, N].
     """
+    query, key, value = states
     batch, query_heads, num, width = query.shape
     heads = key.shape[1]
     grouped = query.reshape(batch, heads, -1, width)
     shape = (batch, heads, query_heads // heads, num, -1)
     stored, own = store.logits(grouped).view(shape), (grouped @ key.transpose(-1, -2)).view(shape)
-    occupied = (store.position >= 0)[:, :, None, None, :]
-    causal = torch.ones(num, num, dtype=torch.bool, device=query.device).tril()
-    stored = attention.scores(stored).masked_fill(~occupied, -torch.inf)
-    own = attention.scores(own).masked_fill(~causal, -torch.inf)
-    top = torch.maximum(stored.detach().amax(-1, keepdim=True), own.detach().amax(-1, keepdim=True))
-    drain: Tensor | float = 0.0
-    if attention.sinks is not None:
-        sink = attention.sinks.float().view(1, heads, -1, 1, 1)
-        top = torch.maximum(top, sink.detach())
-        drain = (sink - top).exp()
-    stored, own = (stored - top).exp(), (own - top).exp()
-    total = stored.sum(-1, keepdim=True) + own.sum(-1, keepdim=True) + drain
-    attended, own = stored / total, own / total
+    seen = store.position >= 0 if visible is None else visible & (store.position >= 0)
+    attended, own = attention.beside(stored, own, seen[:, :, None, None, :], first)
     out = store.mix(attended.flatten(2, 3)) + own.flatten(2, 3).to(value.dtype) @ value
     return out.reshape(batch, query_heads, num, -1), attended

@@ -117,7 +117,7 @@ class Serve(Run):
                 self._begin(*inputs(part))
                 with running(self):
                     self.read.append(self.front.forward(**part))
-                    self._end()
+                    self._end(self.read[-1])
             source, tokens, mask, places = inputs(last)
         self._begin(source, tokens, mask, places)
         RUN.set(self)
@@ -128,7 +128,7 @@ class Serve(Run):
         RUN.set(None)
         if output is None:
             return None
-        self._end()
+        self._end(output)
         self.cache.conversation.open = 0
         return joined([*self.read, output]) if self.read else None
 
@@ -136,10 +136,10 @@ class Serve(Run):
         with ordinary_tensors():
             self.cache.begin(*given)
 
-    def _end(self) -> None:
+    def _end(self, output: Any) -> None:
         self.cache.check_served()
         with ordinary_tensors():
-            hold_events(self.cache, self.decoder)
+            hold_events(self.cache, self.decoder, self.model, output[0])
             self.cache.end()
 
     def takes(self, layer: int) -> bool:

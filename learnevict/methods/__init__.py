@@ -18,8 +18,8 @@ from learnevict.errors import GateError, UsageError
 METHODS: tuple[str, ...] = (
     "full", "random", "random_attention", "lexical", "clausal", "streaming_llm", "knorm", "h2o", "tova", "keyformer", "snapkv",
     "pyramidkv", "adakv", "defensivekv", "rkv", "pyramid_rkv", "reasonalloc", "g_kv", "lazy_eviction", "vase", "obcache",
-    "caote", "flowkv", "qpruningkv", "mikv", "expected_attention", "keydiff", "golden", "foresightkv", "trimkv", "dbtrimkv",
-    "wg_kv", "dms", "kvzap", "fast_kvzip", "kvp", "kvpop", "judge_q", "lookahead_kv",
+    "caote", "flowkv", "qpruningkv", "mikv", "expected_attention", "keydiff", "kvzip", "laq", "golden", "foresightkv", "trimkv",
+    "dbtrimkv", "wg_kv", "dms", "kvzap", "fast_kvzip", "kvp", "kvpop", "judge_q", "lookahead_kv",
 )  # fmt: skip
 
 

@@ -86,8 +86,13 @@ class Governor(ABC):
 
     @property
     def deferred(self) -> bool:
-        """Whether events fall after the forward: layers are ranked together, or a probe is run."""
-        return self.scope == "model" or self.probe is not None
+        """Whether events fall after the forward: layers are ranked together, or tokens are run to ask."""
+        return self.scope == "model" or self.probing
+
+    @property
+    def probing(self) -> bool:
+        """Whether tokens are run to ask the cache."""
+        return self.probe is not None or self.scorer.asks
 
     @property
     def floor(self) -> int:

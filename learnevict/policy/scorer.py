@@ -25,12 +25,14 @@ class Scorer(ABC):
         observes: True if `observe` must be called after every block or step with the attention of the fresh queries.
         refreshes: True if `refresh` must be called at the end of every period of a row, also where the schedule waits with its
             events, or nothing needs to go.
+        asks: True if `ask` must be called before an event, which then falls after the forward.
     """
 
     columns: tuple[StateColumn, ...] = ()
     window: int = 0
     observes: bool = False
     refreshes: bool = False
+    asks: bool = False
 
     @abstractmethod
     def score(self, signals: Signals) -> Tensor:
@@ -46,6 +48,10 @@ class Scorer(ABC):
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         """Returns updated state of all slots after a period, {name: [B, H, N, ...]}."""
+        return {}
+
+    def ask(self, questions: Questions) -> dict[int, dict[str, Tensor]]:
+        """Returns updated state of all slots before an event, {layer: {name: [B, H, N, ...]}}, of what running tokens tells."""
         return {}
 
     @property
@@ -65,7 +71,7 @@ class WrappedScorer(Scorer):
     scorer: Scorer
 
     def __post_init__(self) -> None:
-        for name in ("columns", "window", "observes", "refreshes"):
+        for name in ("columns", "window", "observes", "refreshes", "asks"):
             object.__setattr__(self, name, getattr(self.scorer, name))
 
     def score(self, signals: Signals) -> Tensor:
@@ -79,6 +85,9 @@ class WrappedScorer(Scorer):
 
     def refresh(self, signals: Signals) -> dict[str, Tensor]:
         return self.scorer.refresh(signals)
+
+    def ask(self, questions: Questions) -> dict[int, dict[str, Tensor]]:
+        return self.scorer.ask(questions)
 
     @property
     def soft(self) -> SoftGate | None:
@@ -168,4 +177,38 @@ class Probe(Protocol):
 
     def adapted(self, decoder: nn.Module) -> AbstractContextManager[None]:
         """Returns a context in which the decoder's projections are changed for the probe (not at all, or by LoRA)."""
+        ...
+
+
+Receive = Callable[[int, Tensor, Tensor], None]
+"""Told, in every evicting layer, of its index and of queries [B, Hq, P, d] and keys [B, H, P, d] of tokens that are run."""
+
+
+class Questions(Protocol):
+    """A text at an event, and a decoder that runs further tokens against its slots, which leave no trace."""
+
+    @property
+    def layers(self) -> Mapping[int, Signals]:
+        """The evicting layers."""
+        ...
+
+    @property
+    def unasked(self) -> list[range]:
+        """Unpadded positions that each row has read since it was asked last; none of a row that evicts nothing now."""
+        ...
+
+    def text(self, start: list[int], size: int) -> Tensor:
+        """Returns token ids of each row from an unpadded position on, int64 [B, size]; beyond its end anything."""
+        ...
+
+    def run(self, tokens: Tensor, receive: Receive, visible: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Runs tokens, int64 [B, P], as if they came next; returns what is likeliest to follow each row's last, int64 [B].
+
+        Args:
+            visible: slots that they attend to in each layer, bool [B, H, N]; None: all.
+        """
+        ...
+
+    def next_tokens(self) -> Tensor:
+        """Returns the likeliest tokens to follow the text, int64 [B]."""
         ...

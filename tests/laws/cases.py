@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random/slack0": ("random", {"slack": 0}),
     "random_attention": ("random_attention", {"prompt": False}),
     "lazy_eviction": ("lazy_eviction", {"alpha": 0.02}),
+    "laq": ("laq", {"tokens": 2}),
     "vase/sketch": ("vase", {"variant": "sketch"}),
     "obcache/all": ("obcache", {"window": None}),
     "adakv/slack0": ("adakv", {"slack": 0}),
