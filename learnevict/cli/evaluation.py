@@ -21,6 +21,7 @@ from learnevict.evals.plan import EvaluatedModel, Plan, check, count
 from learnevict.evals.records import MARK, Row, write_rows
 from learnevict.evals.suite import read_earlier, run
 from learnevict.evals.tasks import Task, family_tasks, fingerprint, resolve
+from learnevict.evals.tasks.bookkeeping import BookkeepingTask
 from learnevict.evals.tasks.contexts import Haystack
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
 from learnevict.evals.tasks.puzzles import PuzzleTask
@@ -89,7 +90,7 @@ def compare(
             f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
     usual_methods = {TESTBED: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
-    usual_methods["puzzles"] = usual_methods["problems"]
+    usual_methods["puzzles"] = usual_methods["bookkeeping"] = usual_methods["problems"]
     field = evaluated_methods(opened, options, usual_methods.get(asked.group, PLAIN_METHODS))
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
@@ -130,6 +131,9 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, content: Sequence[str])
             texts.check_known(tokenizer, one, text)
         cut = tuple(one[: asked.max_tokens] for one in ids)
         return (TextTask(str(asked.text and asked.text.name), cut, asked.lengths[0], tokenizer.bos_token_id),)
+    if asked.group == "bookkeeping":
+        limit = asked.max_new_tokens or 320
+        return tuple(BookkeepingTask(name, tokenizer, max_new_tokens=limit) for name in listed(asked.tasks))
     limit = asked.max_new_tokens or 1024
     if asked.group == "puzzles":
         return tuple(PuzzleTask(name.removeprefix(PUZZLES), chat, limit) for name in listed(asked.tasks))

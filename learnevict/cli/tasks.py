@@ -15,9 +15,10 @@ TASKS, ANSWERS = "What to evaluate", "How to evaluate"
 TESTBED, PERPLEXITY = "testbed", "perplexity"
 RETRIEVAL = ("needle", "multi_key", "multi_value", "multi_query", "variable_tracking", "frequent_words")
 MATHEMATICS = ("gsm8k", "math500", "aime24", "aime25")
+BOOKKEEPING = ("accounts", "moves")
 GROUPS = {
     TESTBED: TESTBED, PERPLEXITY: PERPLEXITY, **dict.fromkeys(RETRIEVAL, "retrieval"),
-    **dict.fromkeys(MATHEMATICS, "problems"),
+    **dict.fromkeys(MATHEMATICS, "problems"), **dict.fromkeys(BOOKKEEPING, "bookkeeping"),
 }  # fmt: skip
 """What kind of task each name is."""
 PUZZLES = "reasoning-gym:"
@@ -27,7 +28,8 @@ PUZZLES = "reasoning-gym:"
 OPTIONS: dict[str, Any] = {
     "tasks": o.option(TASKS,
         f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
-        f"{', '.join(MATHEMATICS)}; or {PUZZLES}NAME, puzzles of that package. Several of one group, separated by "
+        f"{', '.join(MATHEMATICS)}; {', '.join(BOOKKEEPING)} (taught by "
+        f"recipes/adapt.py); or {PUZZLES}NAME, puzzles of that package. Several of one group, separated by "
         "commas.", "--tasks", "--task"),
     "families": o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]"),
     "text": o.option(TASKS, "UTF-8 file of prose, or a folder of .txt and .md files: what is read, or where facts are "
@@ -44,7 +46,7 @@ OPTIONS: dict[str, Any] = {
     "shots": o.option(TASKS, "How many of them. [dim]8[/dim]", min=1),
     "chat": o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]",
         "--chat/--no-chat"),
-    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 1024 for problems and puzzles[/dim]",
+    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 320 for bookkeeping, 1024 for others[/dim]",
         min=1),
     "samples": o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1),
     "split": o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]"),
@@ -129,7 +131,7 @@ class TaskOptions:
 
     @property
     def group(self) -> str:
-        """Returns what kind of tasks these are: testbed, perplexity, retrieval, problems or puzzles."""
+        """Returns what kind of tasks these are: testbed, perplexity, retrieval, problems, puzzles or bookkeeping."""
         return group_of(listed(self.tasks)[0])
 
     @property
@@ -148,11 +150,11 @@ OWN = {
     "depth": ("retrieval",), "question": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",),
     "examples": ("problems",),
     "shots": ("problems",), "chat": ("retrieval", "problems", "puzzles"),
-    "max_new_tokens": ("retrieval", "problems", "puzzles"),
+    "max_new_tokens": ("retrieval", "problems", "puzzles", "bookkeeping"),
 }  # fmt: skip
 """Options of TaskOptions, and the groups of tasks that have them."""
 WITHOUT = {
-    "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (),
+    "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (), "bookkeeping": (),
     "puzzles": ("teacher", "oracle"), PERPLEXITY: ("teacher", "free", "temperature", "tries", "keep_prompt"), TESTBED: (),
 }  # fmt: skip
 """Options of samples and answers that would change nothing in a group of tasks (a context that is a prompt kept whole would be

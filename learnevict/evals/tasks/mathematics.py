@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from learnevict.errors import DataError, UsageError
-from learnevict.evals.tasks.task import TextBatch, fingerprint, unknown_length
+from learnevict.evals.tasks.task import TextBatch, fingerprint, joined, unknown_length
 from learnevict.infer.generate import read_chat, read_text
 from learnevict.infer.prompts import checked
 
@@ -170,14 +170,8 @@ class MathTask:
     def reference(self, tokenizer: Any, samples: Sequence[Problem]) -> TextBatch:
         """Returns prompts with worked solutions; every token of a solution is checked and counts."""
         texts = [(self.prompt(tokenizer, one), self._solution(tokenizer, one)) for one in samples]
-        width = max(len(prompt) + len(solution) for prompt, solution in texts)
-        ids = torch.full((len(texts), width), tokenizer.pad_token_id or 0)
-        mask, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (prompt, solution) in enumerate(texts):
-            ids[row, width - len(prompt) - len(solution) :] = torch.tensor(prompt + solution)
-            mask[row, width - len(prompt) - len(solution) :] = 1
-            response[row, width - len(solution) :] = True
-        return TextBatch(ids, mask, response, response, [len(prompt) for prompt, _ in texts])
+        checked = [torch.ones(len(solution), dtype=torch.bool) for _, solution in texts]
+        return joined(texts, tokenizer.pad_token_id or 0, checked)
 
     def _solution(self, tokenizer: Any, sample: Problem) -> list[int]:
         text = f"{'' if self.chat else ' '}{sample.solution}\n#### {sample.answer}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -76,6 +77,25 @@ class Task(Protocol):
     def samples(self, seeds: Sequence[int]) -> Sequence[Any]:
         """Returns the samples of these seeds; only the task itself looks into them."""
         ...
+
+
+def joined(pairs: Sequence[tuple[list[int], list[int]]], pad: int, checked: Sequence[Bool[Tensor, "_"]]) -> TextBatch:
+    """Returns reference texts made of token ids of prompts and responses.
+
+    Args:
+        pairs: prompt and response of each text.
+        pad: the token to pad with.
+        checked: which tokens of each response decide whether an answer is right.
+    """
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids = torch.full((len(pairs), width), pad)
+    mask, answer, loss = torch.zeros_like(ids), *(torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
+    for row, ((prompt, response), marks) in enumerate(zip(pairs, checked, strict=True)):
+        ids[row, width - len(prompt) - len(response) :] = torch.tensor(prompt + response)
+        mask[row, width - len(prompt) - len(response) :] = 1
+        loss[row, width - len(response) :] = True
+        answer[row, width - len(response) :] = marks
+    return TextBatch(ids, mask, answer, loss, [len(prompt) for prompt, _ in pairs])
 
 
 def unknown_length(name: str) -> NoReturn:
