@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from learnevict.errors import BudgetError
+from learnevict.errors import BudgetError, UsageError
 
 BYTE_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 EXAMPLES = 'an int (tokens), "25%" or "1/4" (share of the tokens seen) or "64MiB" (keys and values of one row)'
@@ -119,3 +119,18 @@ def readable_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def parse_store(word: str) -> tuple[float, int]:
+    """Returns the share of a budget in full precision and the bits of the rest; bits 0 for "drop".
+
+    Raises:
+        UsageError: the word is neither "drop" nor one such as "int4" or "50%+int4".
+    """
+    found = re.fullmatch(r"(?:(\d{1,2}(?:\.\d+)?)%\+)?int([248])", str(word))
+    if word != "drop" and found is None:
+        raise UsageError(
+            f"store {word!r:.80} is unknown; give drop, int8, int4, int2, or a share in full precision and the rest in few "
+            "bits, such as 50%+int4"
+        )
+    return (1.0, 0) if found is None else (float(found[1] or 0) / 100, int(found[2]))

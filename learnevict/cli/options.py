@@ -18,7 +18,7 @@ import typer
 
 from learnevict import methods, testbed
 from learnevict.cli.output import INTERRUPTED, say
-from learnevict.config import Budget
+from learnevict.config import Budget, parse_store
 from learnevict.errors import DataError, UsageError
 from learnevict.infer.model.catalogue import folder_of_gates, folder_of_model
 from learnevict.infer.prompts import decode
@@ -214,9 +214,7 @@ def check_allocation(word: str | None) -> None:
 def check_store(word: str | None) -> None:
     """Raises a UsageError for a store that is unknown."""
     if word is not None:
-        from learnevict.policy import read_store
-
-        read_store(word)
+        parse_store(word)
 
 
 def path(word: str | Path) -> Path:

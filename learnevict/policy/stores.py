@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from learnevict.config import parse_store
 from learnevict.errors import UsageError
 from learnevict.ops.quantise import BITS
-
-WORDS = "drop, int8, int4, int2, or a share in full precision and the rest in few bits, such as 50%+int4"
 
 
 class Store(ABC):
@@ -70,16 +68,8 @@ class Demote(Store):
 
 
 def read_store(word: str | Store) -> Store:
-    """Reads "drop", "int4" or "50%+int4".
-
-    Raises:
-        UsageError: anything else.
-    """
+    """Returns the store that "drop", "int4" or "50%+int4" means. Raises UsageError: anything else."""
     if isinstance(word, Store):
         return word
-    if word == "drop":
-        return Drop()
-    found = re.fullmatch(r"(?:([0-9.]+)%\+)?int([248])", str(word))
-    if found is None:
-        raise UsageError(f"store {word!r:.80} is unknown; give {WORDS}")
-    return Demote(int(found[2]), float(found[1] or 0) / 100)
+    share, bits = parse_store(word)
+    return Demote(bits, share) if bits else Drop()

@@ -357,7 +357,7 @@ MISTAKES = {
     "unknown method": ((*TASK, "--method", "h3o", "--budget", "48"), 2, "known: full, random"),
     "unknown variant": ((*TASK, "--method", "snapkv", "--budget", "48", "--variant", "x"), 2, "has no variant"),
     "unknown schedule": ((*TASK, "--method", "h2o", "-b", "48", "--schedule", "never"), 2, "prefill_end"),
-    "variant of golden": ((*TASK, "--method", "golden", "--budget", "25%", "--variant", "x"), 2, "golden has no variant"),
+    "variant of golden": ((*TASK, "--method", "golden", "--budget", "25%", "--variant", "x"), 2, "golden has neither variants"),
     "missing checkpoint": ((*TASK, "--ckpt", "./nowhere", "--budget", "48"), 1, "config.json and model.safetensors"),
     "unknown task": (("infer", "--model", "MODEL", "--task", "poetry"), 2, "choose from program"),
     "empty prompt": (("infer", "--model", "MODEL", "--prompt", " "), 1, "the prompt is empty"),

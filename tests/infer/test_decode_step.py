@@ -138,7 +138,8 @@ def decode(model: LlamaForCausalLM, policy: Policy, ids: torch.Tensor, mask: tor
                 "past_key_values": cache,
             }
             store = cache.layers[0].store
-            audit = Audit(store.room * store.keys[0, ..., 0, :].nbytes * (len(ids) * store.position.shape[1]), features)
+            # As many bytes as the keys of all slots take in full precision, those in few bits among them.
+            audit = Audit(store.position.numel() * store.keys.shape[-1] * store.keys.element_size(), features)
             with torch.no_grad(), audit:
                 model(**inputs)
             if index >= SKIPPED:

@@ -169,7 +169,7 @@ def test_a_store_is_asked_for_by_a_word():
     ("name", "options", "message"),
     [
         ("snapkv", {"store": "int3"}, "store 'int3' is unknown; give drop, int8"),
-        ("snapkv", {"store": "100%+int4"}, "not in 4 beside 1.0"),
+        ("snapkv", {"store": "100%+int4"}, "'100%.int4' is unknown"),
         ("mikv", {"full": -0.1}, "share of 0 up to below 1"),
         ("qpruningkv", {"bits": 3}, "2, 4 or 8 bits"),
         ("adakv", {"store": "int4"}, "every head as many slots, but Ada lets heads compete"),

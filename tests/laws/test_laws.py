@@ -15,6 +15,7 @@ import torch
 from learnevict import EvictingCache, Gates, attach, methods, replay
 from learnevict.errors import CacheError
 from learnevict.infer.layer import EvictingLayer
+from learnevict.policy.policy import governor
 from learnevict.signals import NEVER
 from tests.closeness import close, distance
 from tests.laws import zoo
@@ -138,7 +139,7 @@ def masking(case: Case) -> int:
 
 def rounding(run: Run) -> float:
     """How far logits of a row alone may be off: in few bits a number on the border of two codes may fall on either side."""
-    return 10 * CLOSE if run.policy.store.bits else CLOSE
+    return 10 * CLOSE if governor(run.policy).store.bits else CLOSE
 
 
 def padding(case: Case) -> int:
