@@ -25,9 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from learnevict.data.opening import load_base
-from learnevict.errors import told_in_one_line
+from learnevict.errors import UsageError, told_in_one_line
 from learnevict.hub import weight_hash
-from learnevict.hub.run_record import Record
+from learnevict.hub.run_record import Record, own_record
 from learnevict.testbed.entries import FAMILIES, generate
 from learnevict.train.run.flags import check_fields, flag, read_flags
 
@@ -55,7 +55,12 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Trains the adapter and saves it."""
+    """Trains the adapter and saves it, with the merged model.
+
+    Raises:
+        UsageError, DataError: the folder holds another run, or files that this program did not write.
+    """
+    refuse_others(config)
     model, tokenizer = load_base(config.model)
     cases = Dataset.from_list([as_chat(row) for row in drawn(config)])
     lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -79,6 +84,17 @@ def main(config: Config) -> None:
         merged.save_pretrained(Path(config.output_dir) / "model")
         tokenizer.save_pretrained(Path(config.output_dir) / "model")
         record.add(log=trainer.state.log_history)
+
+
+def refuse_others(config: Config) -> None:
+    """Raises an error if the folder holds anything but a run with the same settings, before a model is opened."""
+    out = Path(config.output_dir)
+    before = own_record(out, "adapt")
+    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{config.output_dir!r} holds what this program did not write; choose another --output_dir")
+    told = {name: value for name, value in vars(config).items() if name != "output_dir"}
+    if before is not None and told != {name: value for name, value in before["config"].items() if name != "output_dir"}:
+        raise UsageError(f"{config.output_dir!r} holds a run with other settings; choose another --output_dir")
 
 
 def drawn(config: Config) -> list[tuple[str, int, str]]:

@@ -237,6 +237,21 @@ def test_only_the_usual_place_feeds_the_package(parsed, tmp_path):
 # --- pretrain ---
 
 
+def test_an_adapter_goes_over_nothing_else(parsed, tmp_path):
+    """Neither over files of others, such as the base itself, nor over a run with other settings."""
+    adapt, out = imported("adapt"), tmp_path / "o"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match="holds what this program did not write"):
+        adapt.main(parsed("adapt", ["--smoke", "--output_dir", str(out)]))
+    assert (out / "README.md").read_text() == "mine"
+    settings = {**vars(parsed("adapt", ["--smoke", "--output_dir", str(out)])), "rank": 3}
+    (out / "run.json").write_text(json.dumps({"program": "adapt", "config": settings}))
+    with pytest.raises(UsageError, match="holds a run with other settings"):
+        adapt.main(parsed("adapt", ["--smoke", "--output_dir", str(out)]))
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "run.json"]
+
+
 def test_a_model_goes_where_it_is_told_and_over_nothing_else(parsed, tmp_path, capsys):
     """Also after a run that was killed between its last step and the export: the same command ends it."""
     pretrain, out = imported("pretrain"), tmp_path / "o"
