@@ -44,7 +44,7 @@ INSIDE_FUNCTIONS = {
     "datasets": {"data", "train", "rl", "evals"},
     "pyarrow": {"data", "train", "rl", "evals"},
     "deepspeed": {"train", "rl"},
-    "peft": {"train", "rl"},
+    "peft": {"train", "rl", "hub"},
     "trl": {"rl"},
     "wandb": {"train", "rl"},
     "gguf": {"hub"},

@@ -49,7 +49,7 @@ def fetch(name: str, out: Path | None = None) -> None:
     quieten()
     from learnevict.hub.models import get
 
-    say(f"{name}: {MODELS[name].base}, {MODELS[name].num_bytes / 1e6:.0f} MB, license: {MODELS[name].license}")
+    say(f"{name}: {MODELS[name].described}, {MODELS[name].num_bytes / 1e6:.0f} MB, license: {MODELS[name].license}")
     tell(str(get(name, out)))
 
 
@@ -88,7 +88,7 @@ def table(as_json: bool = False) -> None:
 
     rows: list[dict[str, Any]] = [
         {
-            "name": name, "model": one.base, "license": one.license, "bytes": one.num_bytes,
+            "name": name, "model": one.described, "license": one.license, "bytes": one.num_bytes,
             "hub": f"{one.repo}@{one.revision}", "packages": list(one.packages),
             "here": (cache_folder() / name / "config.json").is_file(),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from learnevict.evals.margin import open_rows
+from learnevict.evals.contests import open_rows
 from learnevict.evals.methods import FULL
 from learnevict.evals.plan import Key
 from learnevict.evals.plots import INK, figure_of, save_figure, written

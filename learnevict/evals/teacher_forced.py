@@ -48,7 +48,10 @@ def measure(model: Any, texts: TextBatch, policy: AnyPolicy | None, beside: Refe
     """
     if policy is None:
         position = (texts.attention_mask.cumsum(-1) - 1).clamp_min(0)
-        output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=position)
+        output = model(
+            input_ids=texts.input_ids, attention_mask=texts.attention_mask, position_ids=position,
+            logits_to_keep=columns_to_score(texts),
+        )  # fmt: skip
         return score(texts, output.logits) | _bytes_held(output.past_key_values, texts)
     if beside is None:
         logits, cache = _evicted_logits(model, texts, policy)
@@ -76,23 +79,33 @@ def measure_golden(
     return measure(model, texts, golden.from_labels(budget, future_of(labels), **settings.options), beside)
 
 
-def score(texts: TextBatch, logits: Float[Tensor, "B T V"]) -> Columns:
-    """Compares predictions with the tokens that follow them."""
-    right = (logits[:, :-1].argmax(-1) == texts.input_ids[:, 1:]) & texts.answer_mask[:, 1:]
+def columns_to_score(texts: TextBatch) -> int:
+    """Returns how many last columns reach from the first one whose prediction is scored to the end."""
+    scored = (texts.answer_mask | texts.loss_mask)[:, 1:].any(0)
+    return len(scored) + 1 - int(scored.int().argmax())
+
+
+def score(texts: TextBatch, logits: Float[Tensor, "B N V"]) -> Columns:
+    """Compares predictions with the tokens that follow them; logits are of the last N columns, N >= columns_to_score(texts)."""
+    input_ids, answer, loss = (
+        part[:, -logits.shape[1] :] for part in (texts.input_ids, texts.answer_mask, texts.loss_mask)
+    )
+    right = (logits[:, :-1].argmax(-1) == input_ids[:, 1:]) & answer[:, 1:]
     return {
         "right": right.sum(-1).tolist(),
-        "seen": texts.answer_mask[:, 1:].sum(-1).tolist(),
-        "loss": [round(value, 6) for value in losses(logits, texts.input_ids, texts.loss_mask).tolist()],
-        "spoken": texts.loss_mask[:, 1:].sum(-1).tolist(),
+        "seen": answer[:, 1:].sum(-1).tolist(),
+        "loss": [round(value, 6) for value in losses(logits, input_ids, loss).tolist()],
+        "spoken": loss[:, 1:].sum(-1).tolist(),
     }
 
 
 def _evicted_logits(
     model: Any, texts: TextBatch, policy: AnyPolicy, *, record: bool = False
-) -> tuple[Float[Tensor, "B T V"], EvictingCache]:
-    """Returns logits of texts read through an evicting cache, and the cache."""
+) -> tuple[Float[Tensor, "B N V"], EvictingCache]:
+    """Returns logits of what is scored of texts, read through an evicting cache, and the cache."""
     with attach(model, policy, record=record, prompt_length=texts.prompt_length) as cache:
-        return read_once(model, cache, texts.input_ids, texts.attention_mask), cache
+        logits = read_once(model, cache, texts.input_ids, texts.attention_mask, columns_to_score(texts))
+        return logits, cache
 
 
 def _kept(slots: KeptSlots) -> Columns:

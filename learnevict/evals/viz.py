@@ -37,7 +37,7 @@ def record(model: Any, policy: AnyPolicy, ids: list[int], prompt_length: int | N
     """
     given = None if prompt_length is None else [prompt_length]
     with attach(model, policy, record=True, prompt_length=given) as cache:
-        prefill(model, cache, torch.tensor([ids], device=device_of(model)), last_only=True)
+        prefill(model, cache, torch.tensor([ids], device=device_of(model)), last=1)
     return cache.trace()
 
 

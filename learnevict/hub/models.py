@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learnevict.errors import DataError, HubError, LearnevictError, LearnevictWarning, ModelError, unusable
 from learnevict.files import check_folder, locked, replacing_folder, writing
+from learnevict.hub.adapters import merge
 from learnevict.hub.download import digest
 from learnevict.hub.repo import PATIENCE, Address, asking, insist
 from learnevict.infer.load import pick_dtype, whole_weights
-from learnevict.infer.model.catalogue import MODELS, KnownModel, cache_folder
+from learnevict.infer.model.catalogue import ADAPTERS_FOLDER, MODELS, KnownModel, cache_folder
 from learnevict.infer.model.weights import check_values, check_weights
 
 SOURCE = "source.json"
@@ -44,6 +45,7 @@ def get(name: str, out: Path | None = None) -> Path:
         UsageError: another process is fetching it.
     """
     folder, downloads = out or cache_folder() / name, cache_folder() / ".downloads" / name
+    known = MODELS[name]
     gguf_reader()
     if out is not None:
         check_folder(out, (), SOURCE, b"")
@@ -54,8 +56,10 @@ def get(name: str, out: Path | None = None) -> Path:
         raise DataError(f"cannot write {str(downloads)!r}: {remedy}") from error
     with locked(downloads):
         if out is not None or not (folder / "config.json").is_file():
-            known = MODELS[name]
-            convert(fetch(known, downloads), folder, known.dtype, base=known.base, license=known.license)
+            if known.adapts is None:
+                convert(fetch(known, downloads), folder, known.dtype, base=known.base, license=known.license)
+            else:
+                merge(get(known.adapts), ADAPTERS_FOLDER / name, folder, SOURCE)
         shutil.rmtree(downloads)
     return folder
 

@@ -73,40 +73,46 @@ def prefill(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    last_only: bool = False,
+    last: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Reads a text into a cache in one forward and returns logits [B, T, V], or [B, 1, V].
+    """Reads a text into a cache in one forward and returns logits [B, T, V], or [B, last, V].
 
     Args:
         input_ids: int64 [B, T], what comes next; padded on the left.
         attention_mask: [B, columns read + T], 0 = padding; None if there is none.
-        last_only: logits of the last column only, which saves T - 1 times the vocabulary.
+        last: columns whose logits are wanted, counted from the end; a vocabulary's width is saved for each of the others.
         **kwargs: handed to the model's forward.
     """
     if attention_mask is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    if last_only:
-        kwargs["logits_to_keep"] = 1
+    if last is not None:
+        kwargs["logits_to_keep"] = last
     given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
     return model(past_key_values=cache, **given).logits
 
 
-def read_once(model: PreTrainedModel, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def read_once(
+    model: PreTrainedModel, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor, last: int | None = None
+) -> Tensor:
     """Reads whole texts, padded on the left, as `prefill` does, into a fresh cache whose conversation does not go on.
 
-    Events of rows that are padded differently fall at different columns, and each would cut all rows. So rows are moved to
-    the left by less than a period until events coincide; the cache then knows the columns they were moved to.
+    Returns logits of the `last` columns (None: of all), [B, last, V].
+
+    Events of rows that are padded differently fall at different columns, and each would cut all rows. So rows are moved to the
+    left by less than a period until events coincide; the cache then knows the columns they were moved to.
     """
     if not cache.clock.deferred:
-        return prefill(model, cache, input_ids, attention_mask)
+        return prefill(model, cache, input_ids, attention_mask, last=last)
+    length, period = input_ids.shape[1], cache.clock.schedule.period
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    shift = attention_mask.long().argmax(-1, keepdim=True) % cache.clock.schedule.period
+    shift = attention_mask.long().argmax(-1, keepdim=True) % period
     source = column + shift
-    inside, source = source < len(column), source.clamp_max(len(column) - 1)
+    inside, source = source < length, source.clamp_max(length - 1)
     ids, mask = input_ids.gather(1, source), attention_mask.gather(1, source) * inside
-    logits = prefill(model, cache, ids, mask)
-    back = (column - shift).clamp_min(0)
+    columns = length if last is None else min(last + period, length)  # rows moved by less than a period
+    logits = prefill(model, cache, ids, mask, last=columns)
+    back = (column[length - (last or length) :] - shift - (length - columns)).clamp_min(0)
     return logits.gather(1, back.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 

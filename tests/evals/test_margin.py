@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from learnevict.errors import DataError, LearnevictWarning
-from learnevict.evals.margin import margin_tables, read_contests
+from learnevict.evals.contests import read_contests
+from learnevict.evals.margin import margin_tables
 from learnevict.evals.plan import Key
 from learnevict.evals.records import KEYS, read_rows, write_rows
 from learnevict.evals.sample_log import SampleLog, log_path
@@ -63,6 +64,18 @@ def test_allocations_stand_side_by_side_with_recovery(tmp_path: Path) -> None:
     assert "%" not in "".join(lines["random"] + lines["golden"]) and lines["adakv"][0].strip().startswith("0.000")
     (contest,) = read_contests([tmp_path / "rows.jsonl"])
     assert contest.best() is contest.of("snapkv", "profile") and contest.full is not None
+
+
+def test_the_best_is_chosen_on_validation_samples_if_there_are_any(tmp_path: Path) -> None:
+    test = write_found(tmp_path / "test.jsonl", FOUND)
+    tried = {**FOUND, ("adakv", None, "heuristic"): [1.0, 1, 1, 1], ("never-tested", None, "heuristic"): [1.0, 1, 1, 1]}
+    validation = write_found(tmp_path / "validation.jsonl", tried)
+    write_rows(validation, [{**row, "split": "validation"} for row in read_rows(validation)])
+    (contest,) = read_contests([test, validation])
+    assert contest.best() is contest.of("adakv", "own") and contest.best("learned") is contest.of("kvzap", "pooled")
+    assert [one.name for one in contest.scored].count("adakv") == 1
+    (alone,) = read_contests([validation])
+    assert alone.best() is alone.of("adakv", "own")
 
 
 def test_allocations_may_come_from_several_files(tmp_path: Path) -> None:

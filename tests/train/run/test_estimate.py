@@ -82,7 +82,7 @@ def test_labels_caches_and_states_are_those_of_a_run(base, text, budget):
     assert found.phases["learning"]["gates"] == pytest.approx(learned, rel=0.2)
 
     with torch.no_grad(), attach(model, gates.policy(budget, slack=PERIOD, sinks=4, recent=8)) as cache:
-        prefill(model, cache, ids, mask, last_only=True)
+        prefill(model, cache, ids, mask, last=1)
     ledger = 4 * 8 * (budget + PERIOD) * ROWS * 4 * 2  # eight numbers a slot, in 4 layers of 2 heads
     assert found.phases["recording"]["evicting cache"] == cache.peak_nbytes + ledger
 
