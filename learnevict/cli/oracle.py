@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
         "running the model again.", "--states"),
     "batch_size": o.option(o.MACHINE, "Texts at a time.", min=1),
     "per_shard": o.option(o.OUTPUT, "Texts in a file.", min=1),
-    "text": typer.Argument(help="UTF-8 file of prose, cut into texts of --length tokens."),
+    "text": typer.Argument(help="UTF-8 file of prose, cut into texts of --length tokens, or .jsonl of chats."),
     "profile.out": o.option(o.OUTPUT, "File of the shares.", "--out", "-o"),
     "texts": o.option(TEXTS, "How many texts.", min=1),
     "length": o.option(TEXTS, "Tokens of a text.", min=64),
@@ -148,7 +148,10 @@ def profile(
 
         learnevict eval --tasks needle --text other.txt --model smollm2 --methods snapkv --allocation smollm2.json
 
-    Golden labels of a few texts, pooled over the model, say how many of the best slots each head would hold.
+        learnevict profile chats.jsonl --model smollm2-reasoning --out reasoning.json
+
+    Golden labels of a few texts, pooled over the model, say how many of the best slots each head would hold. Of chats with a
+    response they are the response's attention to what comes before it.
     """
     shares = _parsed(budgets)
     check_there(str(text))
@@ -158,13 +161,17 @@ def profile(
     from learnevict.parts.shares import shares_of
 
     opened = open_model(model)
-    source = Source(str(text), max_length=length, packed=True)
+    chats = text.suffix.lower() == ".jsonl"
+    source = Source(str(text), max_length=length, packed=not chats)
     found = read_source(source, opened.tokenizer, texts)
-    repeats = target is Wanted.repetition or (target is Wanted.auto and bool(opened.tokenizer.chat_template))
+    answered = chats and all(0 < one.prompt_length < len(one.input_ids) for one in found)
+    can_repeat = bool(opened.tokenizer.chat_template)
+    repeats = target is Wanted.repetition or (target is Wanted.auto and can_repeat and not answered)
     labels: list[list[Any]] = []
     with progress(len(found)) as advance:
         for one in found:
-            labels.append(_wanted(opened.model, opened.tokenizer, list(one.input_ids), repeats))
+            past = one.prompt_length if answered else len(one.input_ids) // 2
+            labels.append(_wanted(opened.model, opened.tokenizer, list(one.input_ids), None if repeats else past))
             advance("texts", 1)
     made = {
         "model": opened.name, "weights": weight_hash(opened.model), "target": "repetition" if repeats else "future",
@@ -191,17 +198,18 @@ def _parsed(budgets: str) -> tuple[float, ...]:
     return shares
 
 
-def _wanted(model: Any, tokenizer: Any, ids: list[int], repeats: bool) -> list[Any]:
-    """Returns how much each token is needed, per layer [1, H, T]; None for stock layers."""
+def _wanted(model: Any, tokenizer: Any, ids: list[int], past: int | None) -> list[Any]:
+    """Returns how much each of the first `past` tokens is needed by later ones (None: each token by a repetition of the text),
+    per layer [1, H, T]; None for stock layers."""
     import torch
 
     from learnevict.infer.model.modules import device_of
     from learnevict.oracle import Repeating, golden_labels, horizon, reconstruct, repeat_prompt
 
     batch = torch.tensor([ids], device=device_of(model))
-    if repeats:
+    if past is None:
         return reconstruct(model, batch, how=Repeating(prompt=repeat_prompt(tokenizer, "auto")))
-    block = max(len(ids) // 16, 1)
+    block = max(len(ids) // 64, 1)
     found = golden_labels(model, batch, block=block)[0]
-    half = len(ids) // block // 2
-    return [None if layer is None else horizon(layer)[:, :, : half * block, half] for layer in found]
+    event = past // block
+    return [None if layer is None else horizon(layer)[:, :, : event * block, event] for layer in found]

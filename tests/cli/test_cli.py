@@ -891,3 +891,9 @@ def test_a_profile_is_what_allocation_takes(learnevict, tmp_path):
     record = infer(learnevict, "--task", "recall", "--method", "keydiff", "--budget", 48, "--allocation", out)
     assert record["kept"]["min"] < 48 < record["kept"]["max"]
     assert learnevict("profile", tmp_path / "text.txt", "--model", "MODEL", "--out", tmp_path / "text.txt")[0] == 1
+    samples = [testbed.generate("recall", seed) for seed in range(2)]
+    rows = [json.dumps({"prompt": one.prompt, "completion": one.response}) + "\n" for one in samples]
+    (tmp_path / "chats.jsonl").write_text("".join(rows))
+    assert learnevict("profile", tmp_path / "chats.jsonl", "--model", "MODEL", "--out", tmp_path / "asked.json")[0] == 0
+    asked = json.loads((tmp_path / "asked.json").read_text())
+    assert asked["made"]["target"] == "future" and asked["made"]["texts"] == 2
