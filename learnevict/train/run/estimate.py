@@ -32,6 +32,8 @@ from learnevict.train.run.phases import PHASES, Phases, RunPlan, Shapes
 from learnevict.train.trainers.layer_batch import LayerBatch, UnpaddedPositions
 
 FEW, MORE = 32, 96
+LIBRARIES = 512 * 2**20
+"""Bytes of Python with torch, transformers and trl on a CPU, as measured; the context of a GPU takes about as much."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
     lines += [
         f"An estimate of mode {plan.mode}: {plan.rows} x {plan.tokens} tokens a process, {plan.processes} processes", ""
     ]  # fmt: skip
+    row("Python and its libraries, or a GPU's context", LIBRARIES)
     row("base, frozen, all of it in every process", figures.base, f"{figures.parameters:,} weights")
     row("gates, gradients, AdamW: DDP", figures.gates["DDP"], f"{figures.gate_parameters:,} weights")
     row("the same: ZeRO-2", figures.gates["ZeRO-2"])
@@ -199,7 +202,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
             row(what, parts[what])
     lines += [""]
     for stage in figures.gates:
-        row(f"a process at its peak: {stage}", figures.base + figures.gates[stage] + figures.working)
+        row(f"a process at its peak: {stage}", LIBRARIES + figures.base + figures.gates[stage] + figures.working)
     step = sum(figures.operations.values()) * plan.processes
     lines += ["", *(f"  {what + ', per step':<44}{count:>12.3g} FLOP" for what, count in figures.operations.items())]
     lines += [f"  {f'all of it, in {plan.steps} steps of all processes':<44}{step * plan.steps:>12.3g} FLOP"]
@@ -209,7 +212,7 @@ def report(figures: Figures, gpu_memory: str) -> str:
 def fits(figures: Figures, room: int, gpu_memory: str) -> str:
     """Says on how many GPUs of so many bytes the run fits, if each takes as many rows as it can hold."""
     plan, least = figures.plan, min(figures.gates, key=lambda stage: figures.gates[stage])
-    fixed, per_row = figures.base + figures.gates[least], -(-figures.working // plan.rows)
+    fixed, per_row = LIBRARIES + figures.base + figures.gates[least], -(-figures.working // plan.rows)
     rows = max(room - fixed, 0) // max(per_row, 1)
     if rows == 0:
         return (
