@@ -162,3 +162,24 @@ def test_the_gates_that_ship_keep_a_needle_that_is_asked_for_later(capsys, prose
     plain = run(capsys, *words, "--methods", "snapkv", "--allocation", "equal")
     kept, lost = (json.loads(out.splitlines()[-1])["exact_after"] for out in (gate, plain))
     assert kept >= 0.75 and lost <= 0.5
+
+
+def test_the_reasoner_works_bookkeeping_out_step_by_step(capsys):
+    """Cases that its adapter has not seen; almost all answers are right with the full cache (docs/real-models.md)."""
+    run(capsys, "model", "get", "smollm2-reasoning")
+    words = (
+        "eval",
+        "--model",
+        "smollm2-reasoning",
+        "--tasks",
+        "accounts,moves",
+        "--samples",
+        4,
+        "--batch-size",
+        4,
+        "--json",
+    )
+    rows = [json.loads(line) for line in run(capsys, *words, "--methods", "full").splitlines()]
+    assert {row["family"] for row in rows} == {"accounts", "moves"}
+    assert all(row["step_accuracy"] > 0.98 for row in rows)
+    assert sum(row["exact_match"] for row in rows) / len(rows) >= 0.75
