@@ -24,6 +24,7 @@ from learnevict.evals.tasks import Task, family_tasks, fingerprint, resolve
 from learnevict.evals.tasks.bookkeeping import BookkeepingTask
 from learnevict.evals.tasks.contexts import Haystack
 from learnevict.evals.tasks.mathematics import MathTask, Problem, read_problem
+from learnevict.evals.tasks.procedures import ProcedureTask
 from learnevict.evals.tasks.puzzles import PuzzleTask
 from learnevict.evals.tasks.retrieval import MODES, RetrievalTask
 from learnevict.evals.tasks.texts import TextTask
@@ -90,7 +91,7 @@ def compare(
             f"tokens between evictions: {settings.slack}; {settings.sinks} first and {settings.recent} last tokens always stay"
         )
     usual_methods = {TESTBED: DEFAULT_METHODS, "problems": (*PLAIN_METHODS, f"random{KEPT}")}
-    usual_methods["puzzles"] = usual_methods["bookkeeping"] = usual_methods["problems"]
+    usual_methods |= dict.fromkeys(("puzzles", "bookkeeping", "procedures"), usual_methods["problems"])
     field = evaluated_methods(opened, options, usual_methods.get(asked.group, PLAIN_METHODS))
     check(plan, field)
     tuned = {budget for one in field for _, budget in one.tuned}
@@ -134,6 +135,11 @@ def other_tasks(opened: OpenedModel, asked: TaskOptions, content: Sequence[str])
     if asked.group == "bookkeeping":
         limit = asked.max_new_tokens or 320
         return tuple(BookkeepingTask(name, tokenizer, max_new_tokens=limit) for name in listed(asked.tasks))
+    if asked.group == "procedures":
+        return tuple(
+            ProcedureTask(kind, length, tokenizer, chat, asked.max_new_tokens)
+            for kind in listed(asked.tasks) for length in asked.lengths
+        )  # fmt: skip
     limit = asked.max_new_tokens or 1024
     if asked.group == "puzzles":
         return tuple(PuzzleTask(name.removeprefix(PUZZLES), chat, limit) for name in listed(asked.tasks))

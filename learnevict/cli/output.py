@@ -170,6 +170,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "exact match": lambda row: "" if "exact_after" in row else _EXACT(row),
     "exact after": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_after", "after_low", "after_high"),
     "exact known": _shown("{:.3f} [{:.3f}, {:.3f}]", "exact_known", "known_low", "known_high"),
+    "score": _shown("{:.3f} [{:.3f}, {:.3f}]", "score", "score_low", "score_high"),
     "nats": _shown("{:.3f}", "nats"),
     "added nats": lambda row: "" if row["budget"] is None else _ADDED(row),
     "perplexity": _shown("{:.3f}", "perplexity"),

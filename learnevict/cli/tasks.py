@@ -16,9 +16,11 @@ TESTBED, PERPLEXITY = "testbed", "perplexity"
 RETRIEVAL = ("needle", "multi_key", "multi_value", "multi_query", "variable_tracking", "frequent_words")
 MATHEMATICS = ("gsm8k", "math500", "aime24", "aime25")
 BOOKKEEPING = ("accounts", "moves")
+PROCEDURES = ("table", "path")
 GROUPS = {
     TESTBED: TESTBED, PERPLEXITY: PERPLEXITY, **dict.fromkeys(RETRIEVAL, "retrieval"),
     **dict.fromkeys(MATHEMATICS, "problems"), **dict.fromkeys(BOOKKEEPING, "bookkeeping"),
+    **dict.fromkeys(PROCEDURES, "procedures"),
 }  # fmt: skip
 """What kind of task each name is."""
 PUZZLES = "reasoning-gym:"
@@ -28,15 +30,15 @@ PUZZLES = "reasoning-gym:"
 OPTIONS: dict[str, Any] = {
     "tasks": o.option(TASKS,
         f"testbed; perplexity of --text; retrieval from --text: {', '.join(RETRIEVAL)}; or problems of --data: "
-        f"{', '.join(MATHEMATICS)}; {', '.join(BOOKKEEPING)} (taught by "
-        f"recipes/adapt.py); or {PUZZLES}NAME, puzzles of that package. Several of one group, separated by "
-        "commas.", "--tasks", "--task"),
+        f"{', '.join(MATHEMATICS)}; {', '.join(PROCEDURES)}, whose long answers follow from the prompt; "
+        f"{', '.join(BOOKKEEPING)} (taught by recipes/adapt.py); or {PUZZLES}NAME, puzzles of that package. Several of one "
+        "group, separated by commas.", "--tasks", "--task"),
     "families": o.option(TASKS, "Families of the testbed, separated by commas. [dim]all five[/dim]"),
     "text": o.option(TASKS, "UTF-8 file of prose, or a folder of .txt and .md files: what is read, or where facts are "
         "hidden."),
-    "length": o.option(TASKS, "Tokens of each context, several for retrieval (1000,2000), or of each stretch of the "
-        "text for perplexity; for the testbed normal or long (longer than in training). [dim]1000; the whole text at "
-        "once; normal[/dim]", "--length"),
+    "length": o.option(TASKS, "Tokens of each context (retrieval) or of the right answer (table, path), several by commas "
+        "(1000,2000); of each stretch of the text for perplexity; for the testbed normal or long (longer than in training). "
+        "[dim]1000; the whole text at once; normal[/dim]", "--length"),
     "depth": o.option(TASKS, "Where the first fact is hidden: 0 first, 1 last. [dim]drawn[/dim]", min=0.0, max=1.0),
     "question": o.option(TASKS, "Ask only after the context was read and compressed, or only with the question known "
         "while it is read. [dim]both[/dim]"),
@@ -46,8 +48,8 @@ OPTIONS: dict[str, Any] = {
     "shots": o.option(TASKS, "How many of them. [dim]8[/dim]", min=1),
     "chat": o.option(TASKS, "Ask under the model's chat template. [dim]yes, where it has one[/dim]",
         "--chat/--no-chat"),
-    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 320 for bookkeeping, 1024 for others[/dim]",
-        min=1),
+    "max_new_tokens": o.option(ANSWERS, "The longest answer. [dim]24 for retrieval, 320 for bookkeeping, 64 beyond --length "
+        "for table and path, 1024 for others[/dim]", min=1),
     "samples": o.option(TASKS, "Samples per task. [dim]200; 50 of other tasks than the testbed's[/dim]", min=1),
     "split": o.option(TASKS, "Which samples; training saw neither. [dim]test[/dim]"),
     "seed": o.option(TASKS, "First sample of each task. [dim]0[/dim]", min=0, max=o.LARGEST_SEED),
@@ -131,7 +133,7 @@ class TaskOptions:
 
     @property
     def group(self) -> str:
-        """Returns what kind of tasks these are: testbed, perplexity, retrieval, problems, puzzles or bookkeeping."""
+        """Returns what kind of tasks these are: a value of GROUPS, or puzzles."""
         return group_of(listed(self.tasks)[0])
 
     @property
@@ -146,15 +148,17 @@ class TaskOptions:
 
 
 OWN = {
-    "families": (TESTBED,), "text": (PERPLEXITY, "retrieval"), "length": (TESTBED, PERPLEXITY, "retrieval"),
+    "families": (TESTBED,), "text": (PERPLEXITY, "retrieval"),
+    "length": (TESTBED, PERPLEXITY, "retrieval", "procedures"),
     "depth": ("retrieval",), "question": ("retrieval",), "max_tokens": (PERPLEXITY,), "data": ("problems",),
     "examples": ("problems",),
-    "shots": ("problems",), "chat": ("retrieval", "problems", "puzzles"),
-    "max_new_tokens": ("retrieval", "problems", "puzzles", "bookkeeping"),
+    "shots": ("problems",), "chat": ("retrieval", "problems", "puzzles", "procedures"),
+    "max_new_tokens": ("retrieval", "problems", "puzzles", "bookkeeping", "procedures"),
 }  # fmt: skip
 """Options of TaskOptions, and the groups of tasks that have them."""
 WITHOUT = {
     "retrieval": ("teacher", "oracle", "free", "temperature", "tries", "keep_prompt"), "problems": (), "bookkeeping": (),
+    "procedures": (),
     "puzzles": ("teacher", "oracle"), PERPLEXITY: ("teacher", "free", "temperature", "tries", "keep_prompt"), TESTBED: (),
 }  # fmt: skip
 """Options of samples and answers that would change nothing in a group of tasks (a context that is a prompt kept whole would be

@@ -44,6 +44,7 @@ class Measure:
 MEASURES = (
     Measure("step accuracy", "teacher", "right", "seen"),
     Measure("exact match", "free", "exact"),
+    Measure("score", "free", "score"),
     Measure("exact match, asked afterwards", "after", "exact"),
     Measure("exact match, question known", "known", "exact"),
     Measure("added nats per token", "teacher", "loss", "spoken", sign=-1, least=0.003),

@@ -28,11 +28,12 @@ def answer(
     """Answers every prompt, in one batch, under the policy (None: the stock cache).
 
     Args:
-        tries: answers to each sample; scores are averaged over them (avg@k).
+        tries: answers to each sample; their figures are averaged (avg@k).
         **sampling: see infer.generate: max_new_tokens, temperature, seed.
 
     Returns:
-        Columns of the log, an entry per sample: `exact`, the mean score of its tries, and `tokens` generated in all of them;
+        Columns of the log, an entry per sample: `exact`, the share of its tries that are right, of a graded task `score`, the
+        mean of their scores, and `tokens` generated in all of them;
         for each sample alike: `seconds` after each batch's first token, and bytes held (`peak`, `end`, `full`).
     """
     prompts = [task.prompt(tokenizer, sample) for sample in samples for _ in range(tries)]
@@ -105,8 +106,10 @@ def _scored(
     scores = [task.score(samples[index // tries], tokenizer.decode(one.tokens)) for index, one in enumerate(answers)]
     starts, one = range(0, len(answers), tries), answers[0]
     late = sum(len(one.tokens) - 1 for one in answers)
+    shares = [round(sum(scores[start : start + tries]) / tries, 6) for start in starts]
     return {
-        "exact": [sum(scores[start : start + tries]) / tries for start in starts],
+        **({"score": shares} if task.graded else {}),
+        "exact": [sum(score == 1 for score in scores[start : start + tries]) / tries for start in starts],
         "tokens": [sum(len(one.tokens) for one in answers[start : start + tries]) for start in starts],
         "seconds": late / one.tokens_per_second / len(samples),
         "peak": one.kv_bytes_peak,

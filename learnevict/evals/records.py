@@ -42,11 +42,15 @@ NATS_KEYS = ("nats", "added_nats", "added_low", "added_high")
 """What rows measured along reference texts have besides: loss per token, and how much more it is than that of the full cache
 on the same samples, with its interval; null without the full cache's."""
 
+SCORE_KEYS = ("score", "score_low", "score_high")
+"""What rows of graded tasks have besides: the mean score of free answers, which may be shares of a right one."""
+
 TEXT_KEYS = ("perplexity", "perplexity_ratio", "num_tokens")
 """What rows of `eval --task perplexity` have besides."""
-NUMBERS = (*KEYS[3:], *ORACLE_KEYS, *NATS_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
+NUMBERS = (*KEYS[3:], *ORACLE_KEYS, *NATS_KEYS, *SCORE_KEYS, *TEXT_KEYS, "exact_low", "exact_high")
 TOGETHER = {
-    "step_accuracy": ("ci_low", "ci_high"), "exact_low": ("exact_high",), "perplexity": ("perplexity_ratio",),
+    "step_accuracy": ("ci_low", "ci_high"), "exact_low": ("exact_high",), "score_low": ("score_high",),
+    "perplexity": ("perplexity_ratio",),
     "top_recall": ("attention_kept",),
 }  # fmt: skip
 """Figures that reports show together: a row that has the first has the others."""
@@ -152,6 +156,9 @@ def _free(log: SampleLog, cell: Cell, plan: Plan) -> Row:
         "tokens_per_second": late / sum(seconds) if sum(seconds) else None,
         **_bytes(log, key, seeds),
     }
+    if (scores := log.column(key, seeds, "score")) is not None:
+        score = metrics.share(scores)
+        row |= dict(zip(SCORE_KEYS, (score.value, score.low, score.high), strict=True))
     if agreed is not None:
         row |= {"agreement": sum(agreed) / len(agreed), "agreed_fully": sum(a == 1 for a in agreed) / len(agreed)}
     return row

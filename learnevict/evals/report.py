@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from learnevict.evals.plots import KNOWN, NATS, Measure, plot
-from learnevict.evals.records import KEYS, ORACLE_KEYS, TEXT_KEYS, Row
+from learnevict.evals.records import KEYS, ORACLE_KEYS, SCORE_KEYS, TEXT_KEYS, Row
 from learnevict.files import MARKDOWN, PICTURE, check, write, writing
 from learnevict.untrusted import one_line, spreadsheet_cell
 
@@ -51,9 +51,10 @@ def _drawn(rows: Sequence[Row], measure: Measure | None) -> list[Row]:
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """Returns all rows as CSV: the common keys, and those of the oracle and of texts if any; an empty field is null."""
+    """Returns all rows as CSV: the common keys, and those of oracle, scores and texts if any; an empty field is null."""
     text = io.StringIO()
-    columns: list[str] = [*KEYS, *(key for key in (*ORACLE_KEYS, *TEXT_KEYS) if any(_has(row, key) for row in rows))]
+    others = (*ORACLE_KEYS, *SCORE_KEYS, *TEXT_KEYS)
+    columns: list[str] = [*KEYS, *(key for key in others if any(_has(row, key) for row in rows))]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: spreadsheet_cell(row.get(key)) for key in columns} for row in rows)
@@ -136,6 +137,15 @@ def show_exact(row: Row) -> str:
     return text + (f" ({row['tokens_generated']:.0f})" if row.get("tokens_generated") is not None else "")
 
 
+def show_score(row: Row) -> str:
+    """Returns the mean score with its interval."""
+    if row.get("score") is None:
+        return ""
+    return f"{row['score']:.3f}" + (
+        f" [{row['score_low']:.3f}, {row['score_high']:.3f}]" if _has(row, "score_low") else ""
+    )
+
+
 def show_perplexity(row: Row) -> str:
     """Returns perplexity of a text, and its ratio to the full cache's."""
     if row.get("perplexity") is None:
@@ -174,6 +184,7 @@ ORACLE = (
 MEASURES: dict[str, Callable[[Row], str]] = {
     "Step accuracy: reference text, checked tokens only; 95 % bootstrap interval over samples.": show_accuracy,
     EXACT: show_exact,
+    "Score: the mean over answers, which may be partly right; 95 % interval over samples.": show_score,
     "Perplexity of the text (over that with the full cache).": show_perplexity,
     "Loss of the response over that with the full cache.": show_loss,
     ORACLE: show_oracle,

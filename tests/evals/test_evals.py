@@ -605,6 +605,7 @@ class Initials:
     """A task that is not the testbed's: write the first letters of words; scored by share, without a reference text."""
 
     name, modes, max_new_tokens, origin = "initials", ("free",), 6, {"tasks": "1", "split": "test"}
+    graded = True
 
     def mean_length(self, *, prompt: bool = True) -> float:
         return 48.0
@@ -630,8 +631,9 @@ def test_any_task_goes_through_the_suite_its_log_and_its_reports(subject, tmp_pa
         ("initials", "full", None), ("initials", "random", 24)
     ]  # fmt: skip
     expected = [6 / (10 + 2 + 5 * (7 + seed)) for seed in range(3)]
-    assert log.column(Key("random", "initials", "1/2", "free"), range(3), "exact") == pytest.approx(expected)
-    assert rows[1]["exact_match"] == pytest.approx(sum(expected) / 3) and rows[1]["step_accuracy"] is None
+    assert log.column(Key("random", "initials", "1/2", "free"), range(3), "score") == pytest.approx(expected, abs=1e-6)
+    assert rows[1]["score"] == pytest.approx(sum(expected) / 3, abs=1e-6) and rows[1]["exact_match"] == 0
+    assert rows[1]["step_accuracy"] is None
     assert rows[1]["kv_bytes_peak"] < rows[1]["kv_bytes_full"] and rows[1]["split"] == "test"
     again, _ = run(plan, subject, [*field, evaluated_method("h2o")], out, resume=True)
     assert again[:2] == rows and len(read_rows(out)) == 3

@@ -39,6 +39,7 @@ class BookkeepingTask:
     max_new_tokens: int = 320
 
     modes = ("teacher", "free")
+    graded = False
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template or not self.tokenizer.is_fast:

@@ -27,6 +27,7 @@ class FamilyTask:
     length: str = "normal"
 
     modes = ("teacher", "free")
+    graded = False
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class MathTask:
     chat: bool = True
     max_new_tokens: int = 1024
 
+    graded = False
+
     def __post_init__(self) -> None:
         if any(number(one.answer) is None for one in self.problems):
             math_verify()  # missing, it would stop the run in its middle

@@ -39,6 +39,7 @@ class PuzzleTask:
     max_new_tokens: int = 1024
 
     modes = ("free",)
+    graded = True
 
     def __post_init__(self) -> None:
         _ = self.puzzles
@@ -52,7 +53,7 @@ class PuzzleTask:
     def origin(self) -> dict[str, Any]:
         """See Task."""
         made = version("reasoning-gym")
-        return {"tasks": f"reasoning-gym {made}", "chat": self.chat, "limit": self.max_new_tokens}
+        return {"tasks": f"puzzles 2 of reasoning-gym {made}", "chat": self.chat, "limit": self.max_new_tokens}
 
     @cached_property
     def puzzles(self) -> Any:

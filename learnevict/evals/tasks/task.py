@@ -119,6 +119,11 @@ class AnsweredTask(Task, Protocol):
         """The longest answer that is waited for."""
         ...
 
+    @property
+    def graded(self) -> bool:
+        """Whether an answer that is partly right has a score between 0 and 1."""
+        ...
+
     def prompt(self, tokenizer: Any, sample: Any) -> list[int]:
         """Returns the token ids after which the model answers."""
         ...
