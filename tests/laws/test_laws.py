@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 
+import jaxtyping
 import pytest
 import torch
 
@@ -272,10 +274,16 @@ def unchanged(case: Case) -> int:
                     turn.read(model, cache, turns)
                 continue
             found = turn.read(model, cache, turns)
-        expected = turn.read(model, zoo.stock_cache(model), turns)
-        for logits, told in zip(found, expected, strict=True):
+        for logits, told in zip(found, stock_turns(case.model_name, turn), strict=True):
             close(logits, told, SAME)
     return 0
+
+
+@cache
+def stock_turns(model_name: str, turn: SecondTurn) -> list[torch.Tensor]:
+    """What a stock cache answers, once for all methods."""
+    case = Case("full", model_name)
+    return turn.read(case.model, zoo.stock_cache(case.model), case.turns)
 
 
 LAWS: dict[str, Callable[[Case], int]] = {
@@ -303,15 +311,24 @@ PRODUCT = [
 ]
 
 
+QUICK = ("keep_only", "snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", "dbtrimkv", "lookahead_kv")
+"""Methods that between them go all ways through the core: `scripts/check` asks these, and shapes are checked with them."""
+
+
+@pytest.fixture
+def shapes(method) -> Iterator[None]:
+    """Checks of shapes, at every call, take as long as a law itself: each method has them in its own tests."""
+    jaxtyping.config.update("jaxtyping_disable", method not in QUICK)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def check(law_matrix, law: str, method: str, model: str) -> None:
     law_matrix.record(law, method, model, LAWS[law](Case(method, model)))
 
 
-QUICK = ("keep_only", "snapkv", "adakv/slack0", "h2o/together_slack0", "foresightkv/shares", "dbtrimkv", "lookahead_kv")
-"""Methods that between them go all ways through the core: `scripts/check` asks these."""
-
-
 @pytest.mark.law
+@pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize(
     ("law", "method", "model"),
     [pytest.param(*cell, marks=() if cell[1] in QUICK else pytest.mark.slow) for cell in PAIRWISE + FURTHER],
@@ -321,6 +338,7 @@ def test_law(law_matrix, law, method, model):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize(("law", "method", "model"), PRODUCT)
 def test_law_in_full(law_matrix, law, method, model):
     check(law_matrix, law, method, model)

@@ -87,14 +87,7 @@ def check(name: str, folder: Path, wanted: dict) -> None:
 
 def test_two_processes_are_one(texts, alone, tmp_path):
     """Under data parallelism, ZeRO-2 and ZeRO-3; they also share labels out, learn from these, and go on with a stream."""
-    runs = [
-        ("zero2", "soft"),
-        ("zero2", "stream"),
-        ("zero3", "replay"),
-        ("zero3", "grpo"),
-        ("ddp_cpu", "replay"),
-        ("ddp_cpu", "probe"),
-    ]
+    runs = [("zero2", "soft"), ("zero3", "grpo"), ("ddp_cpu", "replay")]
     label, labels = ["recipes/oracle.py", "--smoke", "--out"], tmp_path / "labels"
     learn = ["recipes/distill.py", "--smoke", "--labels", str(labels), "--output_dir", str(tmp_path / "learned")]
     commands = [(config, command(name, texts, 2, tmp_path / config)) for config, name in runs]
@@ -111,6 +104,14 @@ def test_two_processes_are_one(texts, alone, tmp_path):
     assert len(shards) == 2
     for shard in shards:
         assert (tmp_path / "one" / "data" / shard).read_bytes() == (labels / "data" / shard).read_bytes()
+
+
+@pytest.mark.full
+def test_two_processes_are_one_in_every_mode(texts, alone, tmp_path):
+    runs = [(config, name) for config in ("zero2", "zero3", "ddp_cpu") for name in RUNS]
+    launch(*((config, command(name, texts, 2, tmp_path / config)) for config, name in runs))
+    for config, name in runs:
+        check(name, tmp_path / config, alone(name))
 
 
 def go_on(texts: Path, folder: Path) -> list[list[str]]:
