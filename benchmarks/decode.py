@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from learnevict import EvictingCache, Gates, attach, methods
-from learnevict.ops import use_kernels
+from learnevict.ops import using_kernels
 from learnevict.policy import Policy
 
 
@@ -280,14 +280,13 @@ def main() -> None:
     options.add_argument("--kernels", action="store_true", help="decode through the Triton kernels (CUDA)")
     options = options.parse_args()
     begin(options)
-    if options.kernels:
-        use_kernels()
     config = SMOKE if options.smoke else CONFIG
     config = replace(config, repetitions=options.repetitions or config.repetitions)
     console = Console()
     results = Results("decode", options, config)
     results.save(kernels=options.kernels)
-    cells, prompts = make_cells(config, options.device, console)
+    with using_kernels("on" if options.kernels else "off"):
+        cells, prompts = make_cells(config, options.device, console)
     results.save(prompts=prompts)
     measure(cells, config, options.device, results, console)
     if options.profile:

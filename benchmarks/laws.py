@@ -218,13 +218,12 @@ def kernel_rows(device: str) -> list[dict[str, Any]]:
     """Compares the Triton decode kernel with the float64 reference at odd sizes; nothing without CUDA and Triton."""
     if not device.startswith("cuda"):
         return []
-    from learnevict.errors import LearnevictError
-    from learnevict.ops import slot_attention, slot_attention_reference, use_kernels
+    from learnevict.ops import slot_attention, slot_attention_reference
+    from learnevict.ops.kernels import load, refused_by
 
-    try:
-        use_kernels()
-    except LearnevictError as error:
-        return [cell_row("kernel", "slot_attention", "-", "-", Outcome(0.0, 0.0, note=f"not run: {error}"))]
+    if (reason := refused_by(torch.device(device))) is not None:
+        return [cell_row("kernel", "slot_attention", "-", "-", Outcome(0.0, 0.0, note=f"not run: {reason}"))]
+    load("cuda")
     rows = []
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         for batch, heads, group, num, width in ((1, 2, 4, 63, 64), (3, 2, 1, 640, 64), (2, 8, 5, 1000, 128)):
@@ -234,7 +233,7 @@ def kernel_rows(device: str) -> list[dict[str, Any]]:
             empty = torch.rand(batch, heads, num, generator=generator) < 0.3
             bias = torch.zeros(batch, heads, num).masked_fill_(empty, -torch.inf).to(device, dtype)
             exact = slot_attention_reference(*(part.double() for part in (query, keys, values, bias)), width**-0.5)
-            error = relative_error(slot_attention(query, keys, values, bias, width**-0.5), exact)
+            error = relative_error(slot_attention(query, keys, values, bias, width**-0.5, True), exact)
             name = f"slot_attention B{batch} H{heads} G{group} N{num} d{width}"
             rows.append(cell_row("kernel", name, "-", str(dtype).removeprefix("torch."), Outcome(error, limit)))
     return rows

@@ -24,6 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"WANDB_MODE": "disabled"}
+if os.environ.get("LAWS_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported; the default leaves kernels off
 
 # Before the first import of learnevict: from here on its annotations, shapes included, are checked at every call.
 jaxtyping.install_import_hook("learnevict", f"{typecheck.__name__}.check")

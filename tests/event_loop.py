@@ -11,6 +11,7 @@ from torch import Tensor
 from learnevict.infer.clock import Clock
 from learnevict.infer.layer import EvictingLayer
 from learnevict.infer.store.storage import Meter, Place
+from learnevict.ops import Kernels
 from learnevict.policy import Governor
 from learnevict.signals import Attention
 
@@ -85,7 +86,8 @@ class Loop:
     def __init__(self, policy: Governor, data: Stream) -> None:
         self.policy, self.data = policy, data
         self.clock = Clock(policy.schedule)
-        self.layer = EvictingLayer(policy, self.clock, Place(LAYER, 0, 1, 1), record=True, meter=Meter())
+        place = Place(LAYER, 0, 1, 1)
+        self.layer = EvictingLayer(policy, self.clock, place, record=True, meter=Meter(), kernels=Kernels("off"))
 
     def read(self, size: int) -> Tensor:
         """The next `size` columns; returns the attention's output."""

@@ -1,4 +1,4 @@
-"""Triton kernels behind the `learnevict::` operators; imported by `learnevict.ops.use_kernels()` alone."""
+"""Triton kernels behind the `learnevict::` operators; imported by `learnevict.ops.kernels` alone."""
 
 from learnevict_kernels.decode import register
 

@@ -74,7 +74,7 @@ def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sc
     """Launches the kernels; see learnevict.ops.slot_attention_reference. Rows of keys and values must be contiguous."""
     batch, heads, group, width = query.shape
     num, out_width = keys.shape[2], values.shape[-1]
-    assert group <= ROWS, "learnevict.ops.slot_attention sends larger groups to the reference"
+    assert group <= ROWS, "learnevict.ops.unfit refuses larger groups"
     assert keys.stride(-1) == 1
     assert values.stride(-1) == 1
     splits = max(1, min(-(-num // BLOCK), 256 // max(batch * heads, 1)))

@@ -100,6 +100,7 @@ def evaluate(
     methods: MethodOptions,
     free: bool | None = None,
     model: o.ModelOptions,
+    kernels: o.KernelUse = o.KernelUse.auto,
     as_json: bool = False,
     out: Path | None = None,
     resume: bool = False,
@@ -153,13 +154,13 @@ def evaluate(
     from learnevict.evals.sample_log import log_path
 
     if tasks.streamed:
-        with _told(out, out, "to evaluate the rest choose another --out"):
+        with _told(out, out, "to evaluate the rest choose another --out", kernels):
             rows = compare_on_text(
                 model, methods, (str(tasks.text and tasks.text.name), content[0]), tasks.max_tokens, out
             )
     else:
         given["free"] = {None: "full" if tasks.group == TESTBED else "all", True: "all", False: "none"}[free]
-        with _told(out, out and log_path(out), "the same command with --resume goes on"):
+        with _told(out, out and log_path(out), "the same command with --resume goes on", kernels):
             rows = compare(model, methods, tasks, content, given, out, resume)
     if as_json:
         for row in rows:
@@ -192,10 +193,13 @@ def read_texts(path: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def _told(out: Path | None, kept: Path | None, remedy: str) -> Generator[None]:
-    """Says what an interruption leaves behind."""
+def _told(out: Path | None, kept: Path | None, remedy: str, kernels: o.KernelUse) -> Generator[None]:
+    """Runs what is inside with or without kernels, and says what an interruption leaves behind."""
+    from learnevict.ops import using_kernels
+
     try:
-        yield
+        with using_kernels(kernels.value):
+            yield
     except KeyboardInterrupt as error:
         if out is None:
             say("interrupted: nothing is kept; with --out FILE what is finished would be")

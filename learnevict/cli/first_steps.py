@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -146,9 +145,10 @@ def _machine() -> dict[str, str]:
         found[str(torch.accelerator.current_accelerator())] = "an accelerator torch can use"
     elif not cuda:
         found["accelerator"] = "none: everything runs on the CPU"
-    found["kernels"] = "Triton kernels available" if cuda else "reference path in plain torch: they need a CUDA device"
-    if find_spec("learnevict_kernels") is None or find_spec("triton") is None:
-        found["kernels"] = "reference path in plain torch; for the Triton kernels: pip install 'learnevict[gpu]'"
+    from learnevict.ops.kernels import default
+
+    on, why = default()
+    found["kernels"] = f"{'on' if on else 'off'} by default: {why}"
     return found
 
 

@@ -48,6 +48,7 @@ def infer(
     max_new_tokens: int = 400,
     temperature: float = 0.0,
     batch_size: int | None = None,
+    kernels: o.KernelUse = o.KernelUse.auto,
     as_json: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -67,6 +68,28 @@ def infer(
     --method golden runs every prompt twice, because the oracle has to see the future first.
     """
     _check_sources(prompt, batch, out, batch_size)
+    if eviction.full and kernels is o.KernelUse.on:
+        raise UsageError(
+            "--kernels on without --budget: kernels decode from evicting caches, a full one has its own way"
+        )
+    from learnevict.ops import using_kernels
+
+    with using_kernels(kernels.value):
+        _infer(prompt, batch, eviction, model, max_new_tokens, temperature, batch_size, as_json, out)
+
+
+def _infer(
+    prompt: o.PromptOptions,
+    batch: Path | None,
+    eviction: o.EvictionOptions,
+    model: o.ModelOptions,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int | None,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Answers one prompt, or the rows of a batch."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if batch is None:
         row = prompt.row()

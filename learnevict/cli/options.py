@@ -50,6 +50,14 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
+class KernelUse(str, Enum):
+    """Who computes decode steps."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 OPTIONS: dict[str, Any] = {
     "prompt": option(PROMPT, "The prompt itself.", "--prompt", "-p"),
     "task": option(PROMPT, "A testbed prompt: program, ledger, recall, procedure or dialogue; --seed picks which."),
@@ -79,6 +87,8 @@ OPTIONS: dict[str, Any] = {
     "allow_other_base": option(POLICY, "Accept gates trained on other weights.", "--allow-other-base"),
     "dtype": option(MACHINE, "auto keeps what the model was saved in (testbed: fp32)."),
     "device": option(MACHINE, "auto, cpu, cuda, cuda:1, mps."),
+    "kernels": option(MACHINE, "Decode by Triton kernels where they can serve a layer. auto: on a CUDA device with Triton; "
+        "[bold]learnevict doctor[/bold] says whether that is so here."),
     "model": option(MACHINE, "testbed (bundled), a local folder, a name of `learnevict model list`, or a Hub id "
         "(downloaded because you ask for it). Code that comes with a model is never run.", "--model", "-m"),
 }  # fmt: skip

@@ -33,6 +33,7 @@ from learnevict.infer.model.modules import (
 from learnevict.infer.model.supported import check_allocation, check_base, device_for, evicting_layers
 from learnevict.infer.serve import Serve, by_name, checked_generate
 from learnevict.infer.soft import Soft, soft_gate
+from learnevict.ops import KernelChoice
 from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Attention
 
@@ -94,6 +95,7 @@ def attach(
     record: bool = False,
     prompt_length: list[int] | None = None,
     soft: bool = False,
+    kernels: KernelChoice | None = None,
 ) -> Attachment:
     """Lets `model`, any that dispatches through transformers' attention interface, use evicting caches.
 
@@ -103,13 +105,15 @@ def attach(
         record, prompt_length: see EvictingCache.
         soft: the policy's gate weighs attention instead of evicting, as soft gates are trained: inside `with`, call the model
             on whole texts without a cache. Yields a learnevict.infer.soft.Soft, whose `state` is what the gate wrote.
+        kernels: decode by Triton kernels: "on", "off", or "auto" (on CUDA devices where Triton is installed); None: what
+            learnevict.ops.using_kernels says, by default "auto". A KernelUnusedWarning tells which layers they cannot serve.
 
     Returns:
         A context manager; `detach()` ends it outside `with`.
 
     Raises:
         UsageError: soft without a policy whose scorer is a SoftGate, or with options of a cache.
-        ModelError: the model does not dispatch attention through transformers' interface.
+        ModelError: the model does not dispatch attention through transformers' interface, or kernels="on" where none can run.
         BudgetError: the policy's budget does not fit this model.
         GateError: the policy's gates were trained for another model.
     """
@@ -125,7 +129,8 @@ def attach(
         if soft:
             stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
             return Attachment(model, None, Soft(soft_gate(policy.scorer), frozenset(evicting_layers(stock))))
-        cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length)
+        cache = EvictingCache(model.config, policy, record=record, prompt_length=prompt_length, kernels=kernels)
+        cache.kernels.check({parameter.device for parameter in model.parameters()})
     return Attachment(model, cache)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from learnevict.infer.store.slots import SlotPool
 from learnevict.infer.store.tiers import Pool
-from learnevict.ops import runs_in_torch, slot_attention
+from learnevict.ops import Kernels, slot_attention, unfit
 from learnevict.signals import NEVER, Attention, Signals
 
 Arguments = dict[str, Any]
@@ -76,15 +76,18 @@ class Step(NamedTuple):
     frequencies: Tensor | None
 
 
-def step_attention(store: Pool, query: Tensor, attention: Attention) -> Tensor:
+def step_attention(store: Pool, query: Tensor, attention: Attention, kernels: Kernels, layer: int) -> Tensor:
     """Returns attention of one query per row [B, Hq, 1, d] over every occupied slot, its own included: [B, Hq, 1, dv]."""
     batch, query_heads = query.shape[:2]
-    plain = attention.softcap is None and attention.sinks is None
-    if not plain or not isinstance(store, SlotPool):
-        runs_in_torch(store.in_torch or "the layer has a softcap or attention sinks")
+    heads, in_torch = store.position.shape[1], store.in_torch
+    if attention.softcap is not None or attention.sinks is not None:
+        in_torch = in_torch or "layers have a softcap or attention sinks"
+    wanted = kernels.wanted(query.device)
+    kernel = wanted and kernels.serve(layer, query.device, in_torch or unfit(query, heads))
+    if in_torch is not None or not isinstance(store, SlotPool):
         return observed_step(store, query, attention)[0]
-    grouped = query.view(batch, store.keys.shape[1], -1, query.shape[3])
-    out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling)
+    grouped = query.view(batch, heads, -1, query.shape[3])
+    out = slot_attention(grouped, store.keys, store.values, store.bias, attention.scaling, kernel)
     return out.reshape(batch, query_heads, 1, -1)
 
 

@@ -18,6 +18,7 @@ from learnevict.infer.rows.conversation import Conversation, as_batch
 from learnevict.infer.rows.ends import Ends, warn_of_padding
 from learnevict.infer.store.recording import ordinary_tensors
 from learnevict.infer.store.storage import Meter, Place, targets
+from learnevict.ops import KernelChoice, Kernels
 from learnevict.policy import AnyPolicy, governor
 from learnevict.signals import Trace
 
@@ -34,13 +35,15 @@ class EvictingCache(Cache):
         record: keep the expiry trace (see `trace`).
         prompt_length: real tokens of each row's prompt, for prompt protection when prompt and answer are read in one
             forward; by default the prompt is what is read before the first single-token step.
+        kernels: decode steps by Triton kernels: "on", "off", or "auto" (on a CUDA device with Triton); None: what
+            learnevict.ops.using_kernels says, by default "auto".
 
     Attributes:
         mask: [B, columns read] of the last forward, 0 = padding; None if it had none, or one of its own columns only.
         places: position ids of the last forward's last column, [..., 1]; None if it had none.
 
     Raises:
-        ModelError: layers that can neither be evicted from nor left stock.
+        ModelError: layers that can neither be evicted from nor left stock, or kernels="on" where none can run.
         BudgetError: a byte budget that cannot hold guards and slack.
     """
 
@@ -53,7 +56,9 @@ class EvictingCache(Cache):
         *,
         record: bool = False,
         prompt_length: list[int] | None = None,
+        kernels: KernelChoice | None = None,
     ) -> None:
+        self.kernels = Kernels(kernels)
         self.policy = policy = governor(policy)
         self.record = record
         self._warned = False
@@ -74,7 +79,7 @@ class EvictingCache(Cache):
         layers = list(stock)
         for rank, index in enumerate(evicting):
             layers[index] = EvictingLayer(
-                policy, self.clock, Place(index, rank, len(evicting), row_bytes), record, self.meter
+                policy, self.clock, Place(index, rank, len(evicting), row_bytes), record, self.meter, self.kernels
             )
         super().__init__(layers=layers)
         self.evicting = evicting
@@ -129,6 +134,8 @@ class EvictingCache(Cache):
 
     def end(self) -> None:
         self.clock.commit()
+        if self.kernels.refused:
+            self.kernels.tell(len(self.evicting))
 
     def starts_with(self, ids: Any, attention_mask: Tensor | None = None) -> bool:
         """Returns whether a text [T] or [B, T], tensor or lists, begins with all that was read (padding aside) and goes on."""

@@ -200,7 +200,7 @@ class _Batch:
         ids, mask = left_padded(self.prompts, self.pad, device_of(self.model))
         how, watch = self._how(sampling), Stopwatch(streamer)
         stock = DynamicCache(config=self.model.config)
-        attached = nullcontext(stock) if policy is None else self._attach(policy, record=record)
+        attached = nullcontext(stock) if policy is None else self._attach(policy, record)
         with seeded(sampling, device_of(self.model)), attached as cache:
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, streamer=watch, tokenizer=self.tokenizer, **how,
@@ -213,8 +213,8 @@ class _Batch:
         timing = {"prompt_seconds": watch.first - watch.start, "tokens_per_second": speed}
         return [self._completion(row, answer, cache, timing) for row, answer in enumerate(answers)]
 
-    def _attach(self, policy: AnyPolicy, **options: bool) -> Attachment:
-        return attach(self.model, policy, prompt_length=[len(prompt) for prompt in self.prompts], **options)
+    def _attach(self, policy: AnyPolicy, record: bool) -> Attachment:
+        return attach(self.model, policy, record=record, prompt_length=[len(prompt) for prompt in self.prompts])
 
     def _how(self, sampling: Sampling) -> dict[str, Any]:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -16,7 +16,7 @@ from learnevict.infer.eviction import Event, check_room
 from learnevict.infer.store.recording import Expiries, Ring, ordinary_tensors
 from learnevict.infer.store.storage import Meter, Place, Storage
 from learnevict.infer.store.tiers import Pool
-from learnevict.ops import runs_in_torch
+from learnevict.ops import Kernels
 from learnevict.policy import Governor, Scorer
 from learnevict.signals import Attention, Signals
 
@@ -37,10 +37,12 @@ class EvictingLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, policy: Governor, clock: Clock, place: Place, record: bool, meter: Meter) -> None:
+    def __init__(
+        self, policy: Governor, clock: Clock, place: Place, record: bool, meter: Meter, kernels: Kernels
+    ) -> None:
         super().__init__()
         self.policy, self.clock, self.place = policy, clock, place
-        self.record, self.meter = record, meter
+        self.record, self.meter, self.kernels = record, meter, kernels
         scorer = policy.scorer
         self.quiet = (
             type(scorer).write is Scorer.write and not scorer.observes
@@ -149,7 +151,7 @@ class EvictingLayer(CacheLayerMixin):
             storage.reserve(block, rest)
             if self.quiet and clock.single and clock.all_begun and not block.ends:
                 self._write(storage, block, query, key, value, {})
-                out = step_attention(storage.pool, query, attention)
+                out = step_attention(storage.pool, query, attention, self.kernels, self.place.index)
                 continue
             signals = self._signals(storage, block, (query, key, value), hidden, attention)
             assert signals.key is not None
@@ -213,9 +215,10 @@ class EvictingLayer(CacheLayerMixin):
         scorer, clock = self.policy.scorer, self.clock
         single = clock.single and clock.all_begun and (not scorer.observes or all(clock.plan[0].sizes))
         if single and not scorer.observes:
-            return step_attention(pool, signals.query, signals.attention)
+            return step_attention(pool, signals.query, signals.attention, self.kernels, self.place.index)
         if single:
-            runs_in_torch("the scorer watches every step")
+            if self.kernels.wanted(signals.query.device):
+                self.kernels.serve(self.place.index, signals.query.device, "the scorer watches every step")
             out, weights = observed_step(pool, signals.query, signals.attention)
         else:
             out, weights = block_attention(pool, signals)

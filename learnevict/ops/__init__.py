@@ -1,6 +1,9 @@
-"""Pure-torch references of every kernel; the specification that kernels are tested against."""
+"""Pure-torch references of every kernel; the specification that kernels are tested against. And who computes what."""
 
-from learnevict.ops.decode import runs_in_torch, slot_attention, slot_attention_reference, use_kernels
+from learnevict.ops.decode import slot_attention, slot_attention_reference, unfit
+from learnevict.ops.kernels import KernelChoice, Kernels, using_kernels
 from learnevict.ops.select import keep_top, ranks
 
-__all__ = ["keep_top", "ranks", "runs_in_torch", "slot_attention", "slot_attention_reference", "use_kernels"]
+__all__ = [
+    "KernelChoice", "Kernels", "keep_top", "ranks", "slot_attention", "slot_attention_reference", "unfit", "using_kernels",
+]  # fmt: skip

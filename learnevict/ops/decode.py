@@ -2,20 +2,14 @@
 
 # no `from __future__ import annotations`: torch reads the signature of a custom op at run time
 
-import importlib
-import os
-import warnings
-
 import torch
 from torch import Tensor
-
-from learnevict.errors import KernelUnusedWarning, ModelError
 
 LARGEST_GROUP = 16
 """Query heads per kv head that the kernel has rows for."""
 
-_enabled = False
-_said: set[str] = set()
+LARGEST_HEAD = 256
+"""Head size that fits a tile of the kernel."""
 
 
 def slot_attention_reference(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -46,47 +40,22 @@ def _(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float)
     return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
-def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """See slot_attention_reference; through the operator once `use_kernels` has been called.
+def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, kernel: bool) -> Tensor:
+    """See slot_attention_reference; by the kernel where there is one for it (`unfit`, `Kernels.serve`) and it is asked for."""
+    run = slot_attention_op if kernel else slot_attention_reference
+    return run(query, keys, values, bias, scaling)
 
-    Raises:
-        ModelError: bfloat16 on a CPU with kernels on: Triton's interpreter takes it for integers.
-    """
-    if not _enabled:
-        return slot_attention_reference(query, keys, values, bias, scaling)
-    if query.shape[2] > LARGEST_GROUP:
-        runs_in_torch(f"a kv head serves more than {LARGEST_GROUP} query heads")
-        return slot_attention_reference(query, keys, values, bias, scaling)
+
+def unfit(query: Tensor, num_heads: int) -> str | None:
+    """Returns why the kernel cannot answer queries [B, Hq, 1, d] of a layer with so many kv heads; None if it can."""
+    if query.shape[1] > LARGEST_GROUP * num_heads:
+        return f"a kv head serves more than {LARGEST_GROUP} query heads"
+    if query.shape[-1] > LARGEST_HEAD:
+        return f"heads are wider than {LARGEST_HEAD}"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"there is no kernel for {query.dtype}"
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        raise ModelError("Triton's interpreter cannot multiply bfloat16; use float32 on a CPU")
-    return slot_attention_op(query, keys, values, bias, scaling)
-
-
-def runs_in_torch(reason: str) -> None:
-    """Warns, once per reason, of a step that kernels were asked for but cannot do."""
-    if _enabled and reason not in _said:
-        _said.add(reason)
-        warnings.warn(
-            f"decode steps run in plain torch although kernels are on: {reason}", KernelUnusedWarning, stacklevel=3
-        )
-
-
-def use_kernels() -> None:
-    """Routes decode steps on CUDA tensors through the Triton kernels (with TRITON_INTERPRET=1: CPU tensors, for tests).
-
-    Steps of scorers that watch every step (h2o), of ragged heads (adakv), and of layers with softcap or attention sinks
-    stay in plain torch; a KernelUnusedWarning says so once.
-
-    Raises:
-        ModelError: Triton is not installed, or there is neither a CUDA device nor the interpreter.
-    """
-    global _enabled
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and not torch.cuda.is_available():
-        raise ModelError("kernels need a CUDA device; without one the plain torch path is the one to use")
-    try:
-        kernels = importlib.import_module("learnevict_kernels")
-    except ImportError as error:
-        raise ModelError("kernels need Triton: pip install 'learnevict[gpu]'") from error
-    kernels.register("cpu" if interpreted else "cuda")
-    _enabled = True
+        return "Triton's interpreter cannot multiply bfloat16"
+    if query.requires_grad:
+        return "the kernel has no gradient; call the model under torch.no_grad()"
+    return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from learnevict.infer.attention import block_attention, observed_step, step_attention
 from learnevict.infer.store.pages import PagePool
 from learnevict.infer.store.slots import SlotPool
+from learnevict.ops import Kernels
 from learnevict.signals import Attention, Rows, Signals, StateColumn
 from tests.closeness import close
 
@@ -388,8 +389,8 @@ def block(store: SlotPool | PagePool, query: Tensor, **options: Any) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "step": lambda store, query: step_attention(store, query, Attention(0.5)),
-    "softcap": lambda store, query: step_attention(store, query, Attention(0.5, softcap=5.0)),
+    "step": lambda store, query: step_attention(store, query, Attention(0.5), Kernels("off"), 0),
+    "softcap": lambda store, query: step_attention(store, query, Attention(0.5, softcap=5.0), Kernels("off"), 0),
     "sinks": lambda store, query: observed_step(store, query, Attention(0.5, sinks=torch.zeros(4)))[0],
     "observed": lambda store, query: observed_step(store, query, Attention(0.5))[0],
     "block": block,

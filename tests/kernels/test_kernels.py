@@ -9,16 +9,16 @@ import sys
 import pytest
 import torch
 
-from learnevict.errors import ModelError
-from learnevict.ops import slot_attention_reference, use_kernels
+from learnevict.ops import slot_attention_reference
 from tests.closeness import close
 
 COMPARE = """
 import torch
 from learnevict import ops
+from learnevict.ops.kernels import load
 from learnevict.infer.store.slots import SlotPool
 from tests.infer.test_slots import poisoned
-ops.use_kernels()
+load("cpu")
 torch.manual_seed(0)
 for batch, heads, group, num, width in [(1, 1, 1, 1, 16), (2, 2, 4, 63, 32), (1, 3, 2, 200, 48), (1, 2, 7, 130, 64)]:
     query = torch.randn(batch, heads, group, width)
@@ -27,16 +27,16 @@ for batch, heads, group, num, width in [(1, 1, 1, 1, 16), (2, 2, 4, 63, 32), (1,
     keys.normal_(), values.normal_()
     bias = torch.zeros(batch, heads, num).masked_fill(torch.rand(batch, heads, num) < 0.4, -torch.inf)
     bias[..., 0] = 0.0
-    got = ops.slot_attention(query, keys, values, bias, width**-0.5)
+    got = ops.slot_attention(query, keys, values, bias, width**-0.5, True)
     want = ops.slot_attention_reference(query, keys, values, bias, width**-0.5)
     error = float((got - want).abs().max() / want.abs().max())
     assert error < 2e-6, (num, error)
 for poison in (torch.nan, torch.inf):
     query = torch.randn(2, 2, 2, 4)
     store = poisoned(SlotPool, poison)
-    got = ops.slot_attention(query, store.keys, store.values, store.bias, 0.5)
+    got = ops.slot_attention(query, store.keys, store.values, store.bias, 0.5, True)
     plain = poisoned(SlotPool, 1.0)
-    assert torch.equal(got, ops.slot_attention(query, plain.keys, plain.values, plain.bias, 0.5)), poison
+    assert torch.equal(got, ops.slot_attention(query, plain.keys, plain.values, plain.bias, 0.5, True)), poison
 print("equal")
 """
 
@@ -57,9 +57,3 @@ def test_reference_by_hand():
     share = torch.tensor([2.0, 0.0]).softmax(0)
     want = float(share @ torch.tensor([1.0, 3.0]))
     close(slot_attention_reference(query, keys, values, bias, 1.0).item(), want)
-
-
-def test_kernels_without_a_device_say_so():
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        with pytest.raises(ModelError, match="CUDA"):
-            use_kernels()
