@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +74,13 @@ def infer(
         raise UsageError(
             "--kernels on without --budget: kernels decode from evicting caches, a full one has its own way"
         )
-    from learnevict.ops import using_kernels
-
-    with using_kernels(kernels.value):
-        _infer(prompt, batch, eviction, model, max_new_tokens, temperature, batch_size, as_json, out)
-
-
-def _infer(
-    prompt: o.PromptOptions,
-    batch: Path | None,
-    eviction: o.EvictionOptions,
-    model: o.ModelOptions,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int | None,
-    as_json: bool,
-    out: Path | None,
-) -> None:
-    """Answers one prompt, or the rows of a batch."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if batch is None:
         row = prompt.row()
         opened = open_model(model, bars=not as_json).under(eviction)
         request = make_request(opened, row, chat=prompt.chat, name="1")
-        _answer_one(opened, request, as_json, seed=prompt.seed, **sampling)
+        with _decoding(kernels):
+            _answer_one(opened, request, as_json, seed=prompt.seed, **sampling)
         return
     rows, num_together = read_rows(batch), batch_size or NUM_TOGETHER
     with locked(out):
@@ -111,7 +96,8 @@ def _infer(
         for line in bad:
             say(f"error: {batch}, {line}")
         batches = [good[start : start + num_together] for start in range(0, len(good), num_together)]
-        _answer_all(opened, batches, results, sampling, prompt.seed)
+        with _decoding(kernels):
+            _answer_all(opened, batches, results, sampling, prompt.seed)
     if bad:
         say(f"{len(bad)} of {len(rows)} rows could not be read and were left out")
         raise typer.Exit(1)
@@ -134,6 +120,15 @@ def _check_sources(prompt: o.PromptOptions, batch: Path | None, out: Path | None
         )
     if batch_size is not None and batch is None:
         raise UsageError("--batch-size belongs to --batch: one prompt is one row; drop it")
+
+
+@contextmanager
+def _decoding(kernels: o.KernelUse) -> Generator[None]:
+    """Makes the caches of what is answered inside decode with kernels or without."""
+    from learnevict.ops import using_kernels
+
+    with using_kernels(kernels.value):
+        yield
 
 
 def _answer_one(opened: OpenedModel, request: Request, as_json: bool, **sampling: Any) -> None:

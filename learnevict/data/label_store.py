@@ -159,17 +159,25 @@ class LabelStore:
         with replacing(self.path(shard), b"PAR1") as fresh:  # a worker may outlive its killed launcher
             parquet.write_table(table, fresh, compression="zstd")
 
+    def written(self) -> list[int]:
+        """Returns the shards written so far; a LabelError if there is none."""
+        shards = [shard for shard in range(self.manifest.num_shards) if self.path(shard).exists()]
+        if not shards:
+            raise LabelError(
+                f"{str(self.folder)!r} has a manifest but no shard yet; run `learnevict oracle` to the end"
+            )
+        return shards
+
     def clean(self) -> None:
         """Removes what killed runs had begun to write; call it when no shard is missing."""
         for path in self.folder.glob("*/.train-*.part"):
             path.unlink(missing_ok=True)
 
     def lengths(self) -> list[int]:
-        """Returns the tokens of the documents of the shards written so far."""
+        """Returns the tokens of the documents of the shards written so far; a LabelError if there is none."""
         import pyarrow.parquet as parquet
 
-        files = [str(self.path(shard)) for shard in range(self.manifest.num_shards) if self.path(shard).exists()]
-        tables = [parquet.read_table(file, columns=["input_ids"]) for file in files]
+        tables = [parquet.read_table(str(self.path(shard)), columns=["input_ids"]) for shard in self.written()]
         return [len(ids) for table in tables for ids in table.column("input_ids")]
 
     def _states(self, shard: int) -> dict[str, Tensor]:
@@ -186,13 +194,8 @@ class LabelStore:
         """Returns the documents of the shards written so far; a LabelError if there is none."""
         import pyarrow.parquet as parquet
 
-        shards = [shard for shard in range(self.manifest.num_shards) if self.path(shard).exists()]
-        if not shards:
-            raise LabelError(
-                f"{str(self.folder)!r} has a manifest but no shard yet; run `learnevict oracle` to the end"
-            )
         found: list[Document] = []
-        for shard in shards:
+        for shard in self.written():
             table = parquet.read_table(str(self.path(shard)))
             states = self._states(shard)
             rows = table.drop_columns(["labels"]).to_pylist()

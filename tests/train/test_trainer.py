@@ -117,8 +117,9 @@ def test_label_store_refuses_another_run(tmp_path):
     LabelStore(tmp_path, manifest())
     with pytest.raises(LabelError, match="block differ"):
         LabelStore(tmp_path, manifest(block=8))
-    with pytest.raises(LabelError, match="no shard yet"):
-        LabelStore(tmp_path).documents()
+    for read in (LabelStore(tmp_path).documents, LabelStore(tmp_path).lengths):
+        with pytest.raises(LabelError, match="no shard yet"):
+            read()
     with pytest.raises(LabelError, match=r"manifest\.json is missing"):
         LabelStore(tmp_path / "nothing")
 
