@@ -211,7 +211,9 @@ def method_table() -> str:
 def real_tables(folders: list[Path]) -> str:
     """Returns what evaluations of pretrained models leave to be learned, and their allocations, in Markdown."""
     pages = [(folder.name, margin_tables(sorted_rows(folder)).strip()) for folder in folders]
-    return "\n\n".join(f"### {name}\n\n" + re.sub("^## ", "#### ", page, flags=re.MULTILINE) for name, page in pages)
+    return "\n\n".join(
+        f"### {name}\n\n" + re.sub("^## ", "#### ", page, flags=re.MULTILINE) for name, page in pages if page
+    )
 
 
 def write_between(page: Path, marks: tuple[str, str], content: str) -> bool:
